@@ -1,0 +1,22 @@
+"""The timm model, its registered variants, and how they are saved."""
+
+from .efficient_vit import (
+    EfficientVisionTransformer,
+    EfficientVisionTransformerDistilled,
+    GridBlock,
+    GridForward,
+    attention_per_layer,
+    kept_tokens,
+)
+from .saving import model_arguments, save_model
+
+__all__ = [
+    'EfficientVisionTransformer',
+    'EfficientVisionTransformerDistilled',
+    'GridBlock',
+    'GridForward',
+    'attention_per_layer',
+    'kept_tokens',
+    'model_arguments',
+    'save_model',
+]

@@ -1,0 +1,172 @@
+"""The contract of an attention: timm's `Attention`, told where its tokens lie."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from timm.layers import Attention, register_notrace_function
+from torch import Tensor, nn
+
+from ..grid import PatchGrid
+from .registry import get_attention, register_attention
+
+_TIMM_ARGUMENTS = tuple(inspect.signature(Attention.__init__).parameters)[1:]
+
+
+class GridAttention(Attention):
+    """Base of all attentions here: the parameters of timm's `Attention`, and a patch grid beside the tokens.
+
+    A subclass takes its options in `configure` and defines `forward`; it adds modules and attributes, and leaves
+    those of timm as they are, so that checkpoints of plain ViTs load.
+
+    Args:
+        dim, num_heads: As timm's.
+        **kwargs: timm's other arguments, and the options of the mechanism.
+
+    Raises:
+        ValueError: If heads do not divide the dimension, or an option is unknown or out of range.
+    """
+
+    #: The registered name, and the options given with it: together they rebuild the mechanism.
+    mechanism: str = ''
+    options: dict[str, Any]
+
+    def __init__(self, dim: int, num_heads: int = 8, **kwargs):
+        timm_arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in _TIMM_ARGUMENTS}
+        if num_heads < 1 or (timm_arguments.get('attn_head_dim') is None and dim % num_heads):
+            raise ValueError(f'num_heads must divide dim, got {dim=}, {num_heads=}')
+        if timm_arguments.get('norm_layer') is None:
+            for switch in ('qk_norm', 'scale_norm'):
+                if timm_arguments.get(switch):
+                    raise ValueError(f'{switch}=True needs norm_layer, for example norm_layer=nn.LayerNorm')
+        super().__init__(dim, num_heads, **timm_arguments)
+        self._configure(kwargs)
+
+    @classmethod
+    def from_attention(cls, attention: Attention, **options) -> 'GridAttention':
+        """This mechanism around the parameters of an existing timm `Attention`, which is left as it was.
+
+        Args:
+            attention: Any subclass of timm's `Attention` whose additions are registered here or none.
+            **options: Of the mechanism.
+
+        Raises:
+            ValueError: If an option is unknown or out of range.
+        """
+        new = cls.__new__(cls)
+        for name, value in vars(attention).items():  # own registries of modules and hooks, shared parameters
+            new.__dict__[name] = copy.copy(value) if isinstance(value, dict) else value
+        for name in (*getattr(attention, '_additions', ()), 'mechanism', 'options'):
+            if name in new._own_names():
+                delattr(new, name)
+        new._configure(options)
+        return new
+
+    def _configure(self, options: dict[str, Any]) -> None:
+        known = [
+            name
+            for name, parameter in inspect.signature(self.configure).parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        open_ended = len(known) < len(inspect.signature(self.configure).parameters)
+        for name in options:
+            if name not in known and not open_ended:
+                raise ValueError(f'{type(self).__name__} has no option {name!r}; it has {", ".join(known) or "none"}')
+        before = self._own_names()
+        self.configure(**options)
+        self._additions = (*(self._own_names() - before), '_additions')
+
+    def _own_names(self) -> set[str]:
+        return {*vars(self), *self._modules, *self._parameters, *self._buffers}
+
+    def configure(self) -> None:
+        """Takes the options of the mechanism, checks them, and adds what it needs to the module."""
+
+    def forward(
+        self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Attention among the tokens of a grid.
+
+        Args:
+            x: (B, N, C), N = grid.num_tokens.
+            grid: Of the tokens.
+            attn_mask, is_causal: As timm's, where the mechanism can have them.
+
+        Returns:
+            (B, N, C)
+
+        Raises:
+            ValueError: If the grid does not have N tokens, or a mask is given to a mechanism that can have none.
+        """
+        raise NotImplementedError
+
+    def num_attended(self, grid: PatchGrid) -> int:
+        """The number of keys that a query attends to."""
+        raise NotImplementedError
+
+    def added_state(self, prefix: str = '') -> dict[str, Tensor]:
+        """The entries of the state dict that timm's `Attention` does not have."""
+        state = self.state_dict(prefix=prefix)
+        return {key: value for key, value in state.items() if key[len(prefix) :].split('.')[0] in self._additions}
+
+
+@register_attention('full')
+class FullAttention(GridAttention):
+    """Exact attention: timm's, which needs no grid."""
+
+    def forward(
+        self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        return Attention.forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
+
+    def num_attended(self, grid: PatchGrid) -> int:
+        return grid.num_tokens
+
+
+@torch.fx.wrap
+@register_notrace_function
+def check_tokens(mechanism: str, num_tokens, height, width, prefix, attn_mask, is_causal) -> None:
+    """Raises the errors of `GridAttention.forward`; a leaf for FX, because a traced mask is never None."""
+    for argument, given in (('attn_mask', attn_mask is not None), ('is_causal', bool(is_causal))):
+        if given:
+            raise ValueError(
+                f"attention {mechanism!r} mixes tokens before it attends and cannot have {argument}; use 'full', or "
+                'crop the image to its valid patches and set dynamic_img_size=True'
+            )
+    sizes = (num_tokens, height, width, prefix)
+    if all(type(size) is int for size in sizes) and num_tokens != prefix + height * width:
+        raise ValueError(
+            f'x has {num_tokens} tokens, but grid=PatchGrid(height={height}, width={width}, prefix={prefix}) has '
+            f'{prefix + height * width}'
+        )
+
+
+def create_attention(name: str, dim: int, num_heads: int = 8, **options) -> GridAttention:
+    """An attention by its registered name.
+
+    Args:
+        name: One of `list_attentions()`.
+        dim: C, channels of the tokens.
+        num_heads: Attention heads; they divide `dim`.
+        **options: Of the mechanism, over those that its name presets; and timm's arguments (`qkv_bias`, `qk_norm`, …).
+
+    Raises:
+        ValueError: If the name or an option is unknown, or an option is out of range.
+    """
+    cls, preset = get_attention(name)
+    attention = cls(dim, num_heads, **{**preset, **options})
+    attention.mechanism, attention.options = name, {k: v for k, v in options.items() if k not in _TIMM_ARGUMENTS}
+    return attention
+
+
+def swap_attention(attention: nn.Module, name: str, **options) -> GridAttention:
+    """The attention called `name` around the parameters of `attention`, which is left as it was.
+
+    Raises:
+        ValueError: If the name or an option is unknown, or an option is out of range.
+    """
+    cls, preset = get_attention(name)
+    new = cls.from_attention(attention, **{**preset, **options})
+    new.mechanism, new.options = name, options
+    return new

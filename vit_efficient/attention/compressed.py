@@ -1,0 +1,181 @@
+"""Attention among compressed tokens: any compressor, at any place.
+
+    place   what is compressed                                              attention
+    x       the block's normed input; the output goes up again              m × m, projections on m tokens
+    qkv     queries, keys and values; the output goes up again              m × m
+    kv      keys and values                                                 N × m
+
+Sources: DCT-Former (Scribano et al., 2023, arXiv 2203.01178; `x` and, as its second form, `qkv`), Linformer (Wang et
+al., 2020, arXiv 2006.04768; `kv`).
+
+Letters: B batch, N tokens, m kept, P prefix, C channels, H heads, D = C / H. Kept tokens include the prefix.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..compress import COMPRESSORS
+from ..grid import PatchGrid
+from .base import GridAttention, check_tokens
+from .registry import register_attention
+
+PLACES = ('x', 'qkv', 'kv')
+
+
+class LocalMixing(nn.Conv2d):
+    """Depthwise convolution over the patch grid; it starts at zero, so that adding it changes nothing at first."""
+
+    def __init__(self, channels: int, kernel_size: int, **kwargs):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False, **kwargs)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
+        """(B, H · W, C) → (B, H · W, C)"""
+        x_BCHW = x.transpose(1, 2).unflatten(2, (grid.height, grid.width))
+        return super().forward(x_BCHW).flatten(2).transpose(1, 2)
+
+
+@register_attention('dct', compressor='dct', axes='2d')
+@register_attention('dct1d', compressor='dct', axes='1d', domain='frequency')
+class CompressedAttention(GridAttention):
+    """timm's attention among the tokens that a compressor keeps.
+
+    qk-norm acts after compression. At place `x` the whole of timm's attention runs on the kept tokens, with its gate
+    and its norm. At `qkv` and `kv` gate and norm act at full resolution, and the output projection stands after them.
+
+    Where the compressor commutes with projections (the DCT does), the result is the same if channels are projected on
+    the kept tokens, before going up or after coming down; so that is done.
+
+    Args:
+        dim, num_heads, **kwargs: As timm's `Attention`.
+        place: 'x', 'qkv' or 'kv'.
+        compressor: One of the registered compressors.
+        local: Kernel size of a depthwise convolution over the patch grid, added to the output; it restores what the
+            compressor cannot carry. Odd; 0 for none.
+        **compressor_options: For the compressor, such as `keep_ratio`.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+    """
+
+    def configure(self, *, compressor: str, place: str = 'x', local: int = 0, **compressor_options) -> None:
+        if place not in PLACES:
+            raise ValueError(f'place must be one of {", ".join(PLACES)}, got {place=}')
+        if type(local) is not int or local < 0 or (local and local % 2 == 0):
+            raise ValueError(f'local must be 0 or an odd kernel size, got {local=}')
+        if compressor not in COMPRESSORS:
+            raise ValueError(f'compressor must be one of {", ".join(sorted(COMPRESSORS))}, got {compressor=}')
+        try:
+            self.compress = COMPRESSORS[compressor](**compressor_options)
+        except TypeError as error:
+            raise ValueError(f'compressor {compressor!r}: {error}') from None
+        self.place = place
+        weight = self.qkv.weight
+        self.local = (
+            LocalMixing(weight.shape[1], local, device=weight.device, dtype=weight.dtype) if local else None
+        )
+
+    def forward(
+        self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+        y = self._on_kept_tokens(x, grid) if self.place == 'x' else self._on_projections(x, grid)
+        if self.local is not None:
+            prefix, patches = self._split(y, grid)
+            patches = patches + self.local(self._split(x, grid)[1], grid)
+            y = torch.cat([prefix, patches], dim=1) if grid.prefix else patches
+        return self.proj_drop(y)
+
+    def _on_kept_tokens(self, x: Tensor, grid: PatchGrid) -> Tensor:
+        x_BmC = self._down(x, grid)
+        q, k, v = self._heads(self.qkv(x_BmC)).unbind(2)
+        y_BmC = self._attend(q, k, v)
+        y_BmC = self.norm(y_BmC)
+        if self.gate is not None:
+            y_BmC = y_BmC * self.gate(x_BmC).sigmoid()
+        return self._project_up(y_BmC, grid)
+
+    def _on_projections(self, x: Tensor, grid: PatchGrid) -> Tensor:
+        q, k, v = self._compressed_projections(x, grid)
+        y = self._attend(q, k, v)
+        if self.place == 'qkv':
+            if self.gate is None and isinstance(self.norm, nn.Identity):
+                return self._project_up(y, grid)
+            y = self._up(y, grid)
+        y_BNC = self.norm(y)
+        if self.gate is not None:
+            y_BNC = y_BNC * self.gate(x).sigmoid()
+        return self.proj(y_BNC)
+
+    def _compressed_projections(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as (B, tokens, H, D): k and v, and at `qkv` q, of the kept tokens."""
+        if self.compress.commutes and self.place == 'qkv':
+            qkv = self._with_constant(self.qkv(self._down(x, grid)), self.qkv.bias, grid)
+            return self._heads(qkv).unbind(2)
+        if self.compress.commutes and type(self.qkv) is nn.Linear:  # its rows can be used apart
+            weight, bias = self.qkv.weight, self.qkv.bias
+            cut = self.attn_dim
+            q = F.linear(x, weight[:cut], None if bias is None else bias[:cut])
+            b_kv = None if bias is None else bias[cut:]
+            kv = self._with_constant(F.linear(self._down(x, grid), weight[cut:], b_kv), b_kv, grid)
+            k, v = self._heads(kv).unbind(2)
+            return self._heads(q).squeeze(2), k, v
+        # Per head: (B, H, tokens, D).
+        q, k, v = self._heads(self.qkv(x)).permute(2, 0, 3, 1, 4)
+        k, v = self._down(k, grid), self._down(v, grid)
+        q = self._down(q, grid) if self.place == 'qkv' else q
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(B, tokens, parts · H · D) → (B, tokens, parts, H, D)"""
+        return projected.unflatten(-1, (-1, self.num_heads, self.head_dim))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, tokens, H, D) each → (B, tokens, H · D)"""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.fused_attn:
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0, scale=self.scale
+            )
+        else:
+            y = self.attn_drop(((q * self.scale) @ k.mT).softmax(dim=-1)) @ v
+        return y.transpose(1, 2).flatten(2)
+
+    def _project_up(self, y_BmC: Tensor, grid: PatchGrid) -> Tensor:
+        """up, then the output projection: the other way round where that is the same, on fewer tokens."""
+        if not self.compress.commutes:
+            return self.proj(self._up(y_BmC, grid))
+        return self._up(self._with_constant(self.proj(y_BmC), self.proj.bias, grid), grid)
+
+    def _with_constant(self, projected: Tensor, bias: Tensor | None, grid: PatchGrid) -> Tensor:
+        """Turns the bias that a projection gave each kept token into one for each patch."""
+        if bias is None or self.compress.keeps_constants:
+            return projected
+        prefix, kept = self._split(projected, grid)
+        kept = self.compress.add_constant(kept - bias, bias, grid)
+        return torch.cat([prefix, kept], dim=1) if grid.prefix else kept
+
+    @staticmethod
+    def _split(x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
+        """Prefix tokens and the others, of (…, tokens, channels)."""
+        return x[..., : grid.prefix, :], x[..., grid.prefix :, :]
+
+    def _down(self, x: Tensor, grid: PatchGrid) -> Tensor:
+        prefix, patches = self._split(x, grid)
+        kept = self.compress.down(patches, grid)
+        return torch.cat([prefix.to(kept.dtype), kept], dim=-2) if grid.prefix else kept
+
+    def _up(self, y: Tensor, grid: PatchGrid) -> Tensor:
+        prefix, kept = self._split(y, grid)
+        patches = self.compress.up(kept, grid)
+        return torch.cat([prefix, patches], dim=-2) if grid.prefix else patches
+
+    def num_attended(self, grid: PatchGrid) -> int:
+        return grid.prefix + self.compress.num_kept(grid)
+
+    def extra_repr(self) -> str:
+        return f"place='{self.place}'"

@@ -1,0 +1,106 @@
+"""How many tokens a compressor keeps: its budget, and the grid or count that the budget allows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Real
+
+import torch
+from timm.layers import register_notrace_function
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a compressor may keep of the H × W patches; exactly one of the two.
+
+    Args:
+        keep_ratio: A share of the patches, 0 < keep_ratio ≤ 1.
+        num_tokens: A number of tokens, or the pair (h, w).
+
+    Raises:
+        ValueError: If both or neither are given, or one is out of range.
+    """
+
+    keep_ratio: float | None = None
+    num_tokens: int | tuple[int, int] | None = None
+
+    def __post_init__(self):
+        ratio, tokens = self.keep_ratio, self.num_tokens
+        if (ratio is None) == (tokens is None):
+            raise ValueError(f'give one of keep_ratio and num_tokens, got keep_ratio={ratio!r}, num_tokens={tokens!r}')
+        if ratio is not None and not (isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 < ratio <= 1):
+            raise ValueError(f'keep_ratio must be a number with 0 < keep_ratio ≤ 1, got keep_ratio={ratio!r}')
+        if tokens is not None:
+            pair = isinstance(tokens, Sequence) and not isinstance(tokens, str)
+            sides = tuple(tokens) if pair else (tokens,)
+            if len(sides) != (2 if pair else 1) or any(type(s) is not int or s < 1 for s in sides):
+                raise ValueError(
+                    f'num_tokens must be a positive integer or a pair (h, w) of them, got num_tokens={tokens!r}'
+                )
+            if pair:
+                object.__setattr__(self, 'num_tokens', sides)
+
+    def __str__(self) -> str:
+        if self.keep_ratio is not None:
+            return f'keep_ratio={self.keep_ratio:.4g}'
+        return f'num_tokens={self.num_tokens}'
+
+
+# Both functions below are leaves for FX, and integer arithmetic with neither branches on sizes nor float functions of
+# them, so that torch.export can leave height and width open.
+
+
+@torch.fx.wrap
+@register_notrace_function
+def kept_grid(height, width, budget: Budget) -> tuple[int, int]:
+    """The largest (h, w) of the grid's aspect, h = ⌊s · height⌋ and w = ⌊s · width⌋ (at least 1), within the budget.
+
+    Raises:
+        ValueError: If the budget is a pair that exceeds the grid.
+    """
+    if isinstance(budget.num_tokens, tuple):
+        h, w = budget.num_tokens
+        if type(height) is int and type(width) is int and (h > height or w > width):
+            raise ValueError(
+                f'num_tokens={budget.num_tokens} exceeds the grid of {height} × {width} patches; '
+                'give a smaller pair, or keep_ratio, which follows the image size'
+            )
+        return h, w
+    if budget.num_tokens is not None:
+        if type(height) is not int or type(width) is not int:
+            raise ValueError(
+                f'num_tokens={budget.num_tokens} needs a fixed image size; give a pair (h, w) or keep_ratio'
+            )
+        most = min(budget.num_tokens, height * width)
+        h, w = math.isqrt(most * height // width), math.isqrt(most * width // height)
+    else:
+        most = _share(height * width, Fraction(budget.keep_ratio))
+        scale = Fraction(math.sqrt(budget.keep_ratio))
+        h, w = _share(height, scale), _share(width, scale)
+    h, w = torch.sym_max(1, h), torch.sym_max(1, w)
+    # Beyond (h, w), one side can grow on its own until the other's turn comes, or the budget is spent.
+    taller = torch.sym_min(most // w, (height * (w + 1) - 1) // width)
+    wider = torch.sym_min(most // h, (width * (h + 1) - 1) // height)
+    return torch.sym_max(1, taller), torch.sym_max(1, wider)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def kept_count(height, width, budget: Budget) -> int:
+    """The number of tokens, of height · width, that the budget allows (at least 1).
+
+    Raises:
+        ValueError: If the budget is a pair.
+    """
+    if isinstance(budget.num_tokens, tuple):
+        raise ValueError(f'num_tokens={budget.num_tokens}: a sequence has one axis; give an integer, or keep_ratio')
+    if budget.num_tokens is not None:
+        return torch.sym_min(budget.num_tokens, height * width)
+    return torch.sym_max(1, _share(height * width, Fraction(budget.keep_ratio)))
+
+
+def _share(count, share: Fraction):
+    """⌊count · share⌋; a share that was rounded to a float counts as the simple fraction it stands for."""
+    share = share.limit_denominator(10**6)
+    return count * share.numerator // share.denominator

@@ -1,0 +1,105 @@
+"""The DCT compressor: the lowest frequencies of the patch grid.
+
+Source of the 1-D form: Scribano et al., "DCT-Former: Efficient Self-Attention with Discrete Cosine Transform",
+J. Sci. Comput. 94, 2023, arXiv 2203.01178: tokens are one sequence of N, and attention works on its m lowest DCT-II
+coefficients. Ours are the second axis, at d · (H·W·h + h·W·w) products instead of d · N · m, and the domain `space`.
+
+Letters: B batch, H × W patches, h × w kept, D channels.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import dct
+from ..grid import PatchGrid
+from .base import Compressor, register_compressor
+from .budget import Budget, kept_count, kept_grid
+
+
+class _Way(nn.Module):
+    """One way of the compressor; it has no weights, and exists so that profiles and FLOPs carry its name."""
+
+    def __init__(self, axes: str, domain: str, budget: Budget):
+        super().__init__()
+        self.axes = axes
+        self.budget = budget
+        self.frequency = domain == 'frequency'
+
+
+class Down(_Way):
+    def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
+        if self.axes == '1d':
+            m = kept_count(grid.height, grid.width, self.budget)
+            return dct.dct(x, m, dim=-2) if self.frequency else dct.resample(x, m, dims=-2)
+        size = kept_grid(grid.height, grid.width, self.budget)
+        x_HWD = x.unflatten(-2, (grid.height, grid.width))
+        y_hwD = (dct.dct2 if self.frequency else dct.resample)(x_HWD, (size[0], size[1]), dims=(-3, -2))
+        return y_hwD.flatten(-3, -2)
+
+
+class Up(_Way):
+    def forward(self, y: Tensor, grid: PatchGrid) -> Tensor:
+        if self.axes == '1d':
+            n = grid.height * grid.width
+            return dct.idct(y, n, dim=-2) if self.frequency else dct.resample(y, n, dims=-2)
+        size = kept_grid(grid.height, grid.width, self.budget)
+        y_hwD = y.unflatten(-2, (size[0], size[1]))
+        x_HWD = (dct.idct2 if self.frequency else dct.resample)(y_hwD, (grid.height, grid.width), dims=(-3, -2))
+        return x_HWD.flatten(-3, -2)
+
+
+@register_compressor('dct')
+class DctCompressor(Compressor):
+    """Keeps the lowest DCT frequencies of the patches.
+
+    Args:
+        axes: '2d', the separable transform of the H × W grid, or '1d', the paper's, of the row-major sequence.
+        domain: 'frequency', the paper's: the tokens kept are the orthonormal coefficients, the first of them √(H·W)
+            times the mean token. 'space': the coefficients go back to an h × w grid of tokens, the best band-limited
+            downsampling; constants keep their value, and with nothing truncated it is the identity.
+        keep_ratio: Share of the patches kept. 1/4 if neither this nor `num_tokens` is given.
+        num_tokens: Number of tokens kept, or (h, w) with axes '2d'.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    commutes = True
+
+    def __init__(
+        self,
+        axes: str = '2d',
+        domain: str = 'space',
+        keep_ratio: float | None = None,
+        num_tokens: int | tuple[int, int] | None = None,
+    ):
+        super().__init__()
+        if axes not in ('1d', '2d'):
+            raise ValueError(f"axes must be '1d' or '2d', got {axes=}")
+        if domain not in ('frequency', 'space'):
+            raise ValueError(f"domain must be 'frequency' or 'space', got {domain=}")
+        if keep_ratio is None and num_tokens is None:
+            keep_ratio = 0.25
+        self.axes = axes
+        self.domain = domain
+        self.keeps_constants = domain == 'space'
+        self.budget = Budget(keep_ratio, num_tokens)
+        if axes == '1d' and isinstance(self.budget.num_tokens, tuple):
+            raise ValueError(f"num_tokens must be an integer with axes='1d', got {num_tokens=}")
+        self.down = Down(axes, domain, self.budget)
+        self.up = Up(axes, domain, self.budget)
+
+    def num_kept(self, grid: PatchGrid) -> int:
+        if self.axes == '1d':
+            return kept_count(grid.height, grid.width, self.budget)
+        h, w = kept_grid(grid.height, grid.width, self.budget)
+        return h * w
+
+    def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:
+        if self.keeps_constants:
+            return y + constant
+        first = (grid.height * grid.width) ** 0.5 * constant[None]
+        return y + F.pad(first, (0, 0, 0, y.shape[-2] - 1))
+
+    def extra_repr(self) -> str:
+        return f"axes='{self.axes}', domain='{self.domain}', {self.budget}"

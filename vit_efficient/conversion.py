@@ -1,0 +1,130 @@
+"""Swap the attention of a timm ViT that you already have, keeping its weights.
+
+    model = timm.create_model('vit_base_patch14_dinov2', pretrained=True)
+    vit_efficient.convert(model, 'dct', keep_ratio=1 / 4)
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+from timm.layers import Attention
+from timm.models import VisionTransformer, generate_default_cfgs, model_entrypoint, register_model
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from .attention import GridAttention, swap_attention
+from .models import EfficientVisionTransformer, EfficientVisionTransformerDistilled, GridBlock, model_arguments
+from .models.efficient_vit import DEFAULT_CFG, AttentionSpec, attention_per_layer, build_model, check_patch_dropout
+
+# A class of timm's, and ours that adds the grid to its forward pass and nothing to its state.
+MODELS = {
+    VisionTransformer: EfficientVisionTransformer,
+    VisionTransformerDistilled: EfficientVisionTransformerDistilled,
+    EfficientVisionTransformer: EfficientVisionTransformer,
+    EfficientVisionTransformerDistilled: EfficientVisionTransformerDistilled,
+}
+
+
+def convert(
+    model: nn.Module, attention: AttentionSpec, layers: int | Iterable[int] | None = None, **options
+) -> nn.Module:
+    """Swaps the attention of a model in place; every weight stays the same tensor.
+
+    The model becomes an `EfficientVisionTransformer`, as a registered one is: it trains, compiles, exports and saves in
+    the same way. Other layers keep the attention they have. `convert(model, 'full')` is the way back.
+
+    Args:
+        model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), or one converted before.
+        attention: A registered attention, or a list with an entry for each of `layers`: a name, or (name, options).
+        layers: Indices of the blocks to convert, negative ones from the end; all by default.
+        **options: Of a single attention, such as `keep_ratio`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: If the model, or a layer of it, has parts that cannot be served (rotary positions, windows), a name,
+            option or index is wrong. The model is then as it was.
+    """
+    check_convertible(model)
+    depth = len(model.blocks)
+    indices = list(range(depth)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    for i in indices:
+        if type(i) is not int or not -depth <= i < depth:
+            raise ValueError(f'layers: the model has blocks 0 … {depth - 1}, got {i!r}')
+    spec = attention_per_layer(attention, options, len(indices))
+    wanted = dict(zip([i % depth for i in indices], spec, strict=True))
+    if len(wanted) < len(indices):
+        raise ValueError(f'layers names a block twice: {indices}')
+    check_patch_dropout(model, spec)
+
+    attentions = []
+    for i, block in enumerate(model.blocks):
+        keep = block.attn if isinstance(block.attn, GridAttention) else None
+        if i in wanted or keep is None:
+            name, layer_options = wanted.get(i, ('full', {}))
+            keep = swap_attention(block.attn, name, **layer_options)
+        attentions.append(keep)
+
+    # Nothing can fail from here on.
+    was_ours = isinstance(model, tuple(set(MODELS.values())))
+    model.__class__ = MODELS[type(model)]
+    for block, new in zip(model.blocks, attentions, strict=True):
+        block.__class__ = GridBlock
+        block.attn = new
+    _describe(model, was_ours)
+    return model
+
+
+def check_convertible(model: nn.Module) -> None:
+    """Raises ValueError, naming the module, if `convert` cannot serve the model."""
+    if type(model) not in MODELS:
+        raise ValueError(
+            f'cannot convert a {type(model).__name__}: the models served are timm VisionTransformers (plain, DeiT, '
+            'DINOv2, CLIP, SigLIP). Rotary positions, windows and hierarchies are not served yet; a features_only '
+            'wrapper is converted through its .model'
+        )
+    for i, block in enumerate(model.blocks):
+        if type(block) not in (Block, GridBlock):
+            raise ValueError(f'cannot convert blocks.{i}: its {type(block).__name__} is not the pre-norm Block of timm')
+        if type(block.attn) is not Attention and not isinstance(block.attn, GridAttention):
+            raise ValueError(
+                f'cannot convert blocks.{i}.attn: its {type(block.attn).__name__} is not the plain Attention of timm'
+            )
+
+
+def _describe(model: nn.Module, was_ours: bool) -> None:
+    """Keeps what timm saves beside the weights true: the architecture, and the arguments that rebuild it."""
+    config = dict(getattr(model, 'pretrained_cfg', {}))
+    if not was_ours and config.get('architecture'):
+        model._model_args = {**getattr(model, '_model_args', {}), 'base': config['architecture']}
+        config['architecture'] = 'vit_converted'
+        model.pretrained_cfg = model.default_cfg = config
+    model._model_args = model_arguments(model)
+
+
+default_cfgs = generate_default_cfgs({'vit_converted': DEFAULT_CFG})
+
+
+@register_model
+def vit_converted(
+    pretrained: bool = False,
+    base: str | None = None,
+    attention: AttentionSpec = 'full',
+    attention_kwargs: dict[str, Any] | None = None,
+    **kwargs,
+) -> nn.Module:
+    """The timm model `base`, converted: what a saved converted model is rebuilt by.
+
+    Raises:
+        ValueError: If `base` is missing, or cannot be converted.
+    """
+    if not base or not timm.is_model(base):
+        raise ValueError(f"vit_converted: base must name a timm ViT, such as 'vit_base_patch16_224', got {base=}")
+
+    def build(**arguments) -> nn.Module:
+        return convert(model_entrypoint(base)(pretrained=False, **arguments), attention, **(attention_kwargs or {}))
+
+    return build_model(build, 'vit_converted', pretrained, **kwargs)

@@ -1,0 +1,301 @@
+"""The vision transformer whose attentions know the patch grid, and its registered variants.
+
+timm's ViT (Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020, arXiv 2010.11929) with two changes: each block's
+attention is one of `vit_efficient.list_attentions()`, and the patch grid goes down through the blocks with the tokens.
+
+    timm.create_model('vit_dct_base', img_size=1024, attention_kwargs=dict(keep_ratio=1 / 16))
+    timm.create_model('vit_full_base', attention=['full', ('dct', dict(keep_ratio=0.25)), …])     # a layer each
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import PatchDropout, register_notrace_function
+from timm.models import (
+    VisionTransformer,
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import feature_take_indices
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import checkpoint_filter_fn as timm_checkpoint_filter_fn
+from torch import Tensor, nn
+
+from ..attention import GridAttention, list_attentions, swap_attention
+from ..grid import PatchGrid
+
+AttentionSpec = str | Sequence[str | tuple[str, dict[str, Any]]]
+
+SIZES = {
+    'tiny': dict(embed_dim=192, depth=12, num_heads=3),
+    'small': dict(embed_dim=384, depth=12, num_heads=6),
+    'base': dict(embed_dim=768, depth=12, num_heads=12),
+    'large': dict(embed_dim=1024, depth=24, num_heads=16),
+}
+
+
+class GridBlock(Block):
+    """timm's pre-norm block, which hands the grid to its attention."""
+
+    def forward(
+        self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, attn_mask=attn_mask, is_causal=is_causal)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def attention_per_layer(attention: AttentionSpec, options: dict[str, Any] | None, depth: int) -> list[tuple[str, dict]]:
+    """Spells a specification out: a name and its options for each of `depth` layers.
+
+    Raises:
+        ValueError: If a list does not have `depth` entries, or options are given beside a list.
+    """
+    if isinstance(attention, str):
+        return [(attention, dict(options or {}))] * depth
+    if options:
+        raise ValueError(
+            f'attention_kwargs={options} beside a list of attentions: give each layer its own, as (name, options)'
+        )
+    layers = [(layer, {}) if isinstance(layer, str) else tuple(layer) for layer in attention]
+    if len(layers) != depth:
+        raise ValueError(f'attention lists {len(layers)} layers, but the model has depth={depth}')
+    for layer in layers:
+        if len(layer) != 2 or not isinstance(layer[0], str) or not isinstance(layer[1], dict):
+            raise ValueError(f"attention: each layer is 'name' or ('name', {{options}}), got {layer}")
+    return layers
+
+
+def check_patch_dropout(model: VisionTransformer, layers: Sequence[tuple[str, dict]]) -> None:
+    """Raises ValueError if a layer needs the whole patch grid and the model drops patches."""
+    mixing = sorted({name for name, _ in layers} - {'full'})
+    if mixing and isinstance(model.patch_drop, PatchDropout):
+        raise ValueError(
+            f'patch_drop_rate={model.patch_drop.prob}: attention {mixing[0]!r} needs the whole patch grid; '
+            "set patch_drop_rate=0, or use attention 'full'"
+        )
+
+
+# A leaf for FX, where sizes are not yet numbers.
+@torch.fx.wrap
+@register_notrace_function
+def check_image_size(height, width, patch_size: tuple[int, int]) -> None:
+    """Raises ValueError if the patches do not divide the image."""
+    for side, size, patch in (('height', height, patch_size[0]), ('width', width, patch_size[1])):
+        if type(size) is int and size % patch:
+            raise ValueError(
+                f'image {side} {size} is not a multiple of the patch size {patch}; '
+                f'use {size // patch * patch} or {(size // patch + 1) * patch}, or dynamic_img_pad=True to pad'
+            )
+
+
+class GridForward:
+    """The forward passes of timm's `VisionTransformer`, with the patch grid made once and handed down."""
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, PatchGrid]:
+        """Images (B, channels, height, width) → tokens (B, N, C), and where they lie."""
+        height, width = x.shape[-2:]
+        if torch.jit.is_tracing():  # sizes are tensors there
+            height, width = int(height), int(width)
+        if self.dynamic_img_size and not self.patch_embed.dynamic_img_pad:
+            check_image_size(height, width, self.patch_embed.patch_size)
+        grid = PatchGrid(*self.patch_embed.dynamic_feat_size((height, width)), prefix=self.num_prefix_tokens)
+        x = self._pos_embed(self.patch_embed(x))
+        return self.norm_pre(self.patch_drop(x)), grid
+
+    def _run_block(self, block: GridBlock, x: Tensor, grid: PatchGrid, attn_mask, is_causal) -> Tensor:
+        if self.grad_checkpointing and torch.is_tensor(x):  # FX traces with proxies, which cannot be checkpointed
+            return checkpoint(block, x, grid, attn_mask, is_causal)
+        return block(x, grid, attn_mask=attn_mask, is_causal=is_causal)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        x, grid = self._embed(x)
+        for block in self.blocks:
+            x = self._run_block(block, x, grid, attn_mask, is_causal)
+        return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ):
+        """Arguments and results as timm's `VisionTransformer.forward_intermediates`."""
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt=}")
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        x, grid = self._embed(x)
+        features = []
+        for i, block in enumerate(self.blocks):
+            if stop_early and i > last:
+                break
+            x = self._run_block(block, x, grid, attn_mask, is_causal)
+            if i in taken:
+                features.append(self.norm(x) if norm else x)
+
+        prefixes = [f[:, : grid.prefix] for f in features] if grid.prefix and return_prefix_tokens else None
+        features = [f[:, grid.prefix :] for f in features]
+        if output_fmt == 'NCHW':
+            features = [f.transpose(1, 2).unflatten(2, (grid.height, grid.width)).contiguous() for f in features]
+
+        if output_dict:
+            result = {'image_intermediates': features}
+            if prefixes is not None:
+                result['image_intermediates_prefix'] = prefixes
+            if not intermediates_only:
+                result['image_features'] = self.norm(x)
+            return result
+        if prefixes is not None:
+            features = list(zip(features, prefixes, strict=True))
+        return features if intermediates_only else (self.norm(x), features)
+
+    def attention_spec(self) -> list[tuple[str, dict[str, Any]]]:
+        """The attention of each block as it stands: its registered name and its options."""
+        return [(block.attn.mechanism, block.attn.options) for block in self.blocks]
+
+
+class EfficientVisionTransformer(GridForward, VisionTransformer):
+    """timm's `VisionTransformer` with any registered attention in each block.
+
+    Args:
+        *args, **kwargs: As timm's `VisionTransformer`.
+        attention: A registered attention, or a list with an entry per layer: a name, or (name, options).
+        attention_kwargs: Options of a single attention, such as `keep_ratio`.
+
+    Raises:
+        ValueError: If an attention or option is unknown or out of range, or the patches do not divide the image.
+    """
+
+    def __init__(
+        self, *args, attention: AttentionSpec = 'full', attention_kwargs: dict[str, Any] | None = None, **kwargs
+    ):
+        dim, heads = kwargs.get('embed_dim', 768), kwargs.get('num_heads', 12)
+        if heads < 1 or dim % heads:
+            raise ValueError(f'num_heads must divide embed_dim, got embed_dim={dim}, num_heads={heads}')
+        super().__init__(*args, block_fn=kwargs.pop('block_fn', GridBlock), **kwargs)
+        if not self.patch_embed.dynamic_img_pad:
+            check_image_size(*self.patch_embed.img_size, self.patch_embed.patch_size)
+        layers = attention_per_layer(attention, attention_kwargs, len(self.blocks))
+        check_patch_dropout(self, layers)
+        for block, (name, options) in zip(self.blocks, layers, strict=True):
+            block.attn = swap_attention(block.attn, name, **options)
+
+    def set_input_size(
+        self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
+    ) -> None:
+        """As timm's.
+
+        Raises:
+            ValueError: If the patches do not divide the image.
+        """
+        pair = [(v, v) if isinstance(v, int) else v for v in (img_size, patch_size)]
+        if not self.patch_embed.dynamic_img_pad:
+            check_image_size(*(pair[0] or self.patch_embed.img_size), pair[1] or self.patch_embed.patch_size)
+        super().set_input_size(img_size=pair[0], patch_size=pair[1])
+
+
+class EfficientVisionTransformerDistilled(GridForward, VisionTransformerDistilled):
+    """DeiT's distilled ViT, class and distillation token both prefix tokens; what `convert` makes of it."""
+
+
+def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> list[int]:
+    """The number of keys each block's queries attend to, prefix tokens included.
+
+    Args:
+        model: A registered or converted model.
+        img_size: In pixels; that of the model by default.
+
+    Raises:
+        ValueError: If the model is not one of ours, or the patches do not divide the image.
+    """
+    if not isinstance(model, GridForward):
+        raise ValueError(f'{type(model).__name__} is not a model of vit_efficient; convert() makes it one')
+    size = model.patch_embed.img_size if img_size is None else img_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    check_image_size(*size, model.patch_embed.patch_size)
+    grid = PatchGrid(*model.patch_embed.dynamic_feat_size(size), prefix=model.num_prefix_tokens)
+    return [block.attn.num_attended(grid) for block in model.blocks]
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's filter for ViT checkpoints; what a mechanism adds to them starts as it is in the model."""
+    state_dict = timm_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
+    for name, module in model.named_modules():
+        if isinstance(module, GridAttention):
+            for key, value in module.added_state(prefix=f'{name}.').items():
+                state_dict.setdefault(key, value)
+    return state_dict
+
+
+def build_model(model_cls, variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
+    """timm's builder, for registered and converted models alike.
+
+    Raises:
+        RuntimeError: If weights are asked for that do not exist.
+    """
+    if pretrained:
+        config = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        if not (config.has_weights or config.state_dict):
+            raise RuntimeError(
+                f'No pretrained weights exist for {variant}. Use `pretrained=False` for random init, or convert a '
+                "pretrained timm model: vit_efficient.convert(timm.create_model('vit_base_patch16_224', "
+                "pretrained=True), 'dct')."
+            )
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_strict=kwargs.pop('pretrained_strict', True),
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+DEFAULT_CFG = dict(
+    url='',
+    num_classes=1000,
+    input_size=(3, 224, 224),
+    pool_size=None,
+    crop_pct=0.9,
+    interpolation='bicubic',
+    fixed_input_size=True,
+    mean=IMAGENET_INCEPTION_MEAN,
+    std=IMAGENET_INCEPTION_STD,
+    first_conv='patch_embed.proj',
+    classifier='head',
+    license='apache-2.0',
+)
+
+default_cfgs = generate_default_cfgs(
+    {f'vit_{attention}_{size}': DEFAULT_CFG for attention in list_attentions() for size in SIZES}
+)
+
+
+def _register(attention: str, size: str) -> None:
+    variant = f'vit_{attention}_{size}'
+
+    def entry_point(pretrained: bool = False, **kwargs) -> EfficientVisionTransformer:
+        arguments = dict(patch_size=16, **SIZES[size], attention=attention)
+        return build_model(EfficientVisionTransformer, variant, pretrained, **{**arguments, **kwargs})
+
+    entry_point.__name__ = entry_point.__qualname__ = variant
+    entry_point.__doc__ = f'ViT-{size.capitalize()}/16 with attention {attention!r}.'
+    register_model(entry_point)
+
+
+for _attention in list_attentions():
+    for _size in SIZES:
+        _register(_attention, _size)

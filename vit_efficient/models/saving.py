@@ -1,0 +1,88 @@
+"""Models on disk: timm's `local-dir:` layout, `model.safetensors` beside `config.json`.
+
+A DCT has no weights, so only the config can tell a keep ratio: it holds the architecture, the attention of each layer
+and its options, and `timm.create_model('local-dir:FOLDER', pretrained=True)` gives the same outputs back.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+
+def model_arguments(model: nn.Module) -> dict[str, Any]:
+    """The arguments with which its entry point builds this model as it stands.
+
+    Args:
+        model: A registered or converted model.
+
+    Raises:
+        ValueError: If an attention in it is not a registered one.
+    """
+    arguments = dict(getattr(model, '_model_args', {}))
+    spec = model.attention_spec()
+    for i, (name, _) in enumerate(spec):
+        if not name:
+            raise ValueError(f'blocks.{i}.attn is no registered attention; build it by name, with convert()')
+    if all(layer == spec[0] for layer in spec):
+        arguments['attention'], arguments['attention_kwargs'] = spec[0]
+    else:
+        arguments['attention'], arguments['attention_kwargs'] = [list(layer) for layer in spec], {}
+    # What can be changed after construction is read off the model.
+    arguments.update(
+        img_size=tuple(model.patch_embed.img_size),
+        patch_size=tuple(model.patch_embed.patch_size),
+        in_chans=model.in_chans,
+        global_pool=model.global_pool,
+        dynamic_img_size=model.dynamic_img_size,
+        dynamic_img_pad=model.patch_embed.dynamic_img_pad,
+        class_token=model.has_class_token,
+        reg_tokens=model.num_reg_tokens,
+        no_embed_class=model.no_embed_class,
+        fc_norm=not isinstance(model.fc_norm, nn.Identity),
+    )
+    return arguments
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` on a neighbour of `path` and moves it there: the file is the old one or the new one, whole."""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        write(temporary)
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequence[str] | None = None) -> None:
+    """Saves a registered or converted model to a folder in timm's `local-dir:` layout.
+
+    Each file is replaced as a whole, so an interruption leaves the earlier model readable.
+
+    Args:
+        model: Built by `timm.create_model`, converted or not.
+        folder: Made where it does not exist.
+        label_names: Of the classes, in order; kept in the config.
+
+    Raises:
+        ValueError: If the model was not built by `timm.create_model`, or an attention in it is not registered.
+    """
+    import safetensors.torch  # not needed to use a model
+
+    if not getattr(model, 'pretrained_cfg', {}).get('architecture'):
+        raise ValueError(f'{type(model).__name__} has no pretrained_cfg; build it with timm.create_model to save it')
+    arguments = model_arguments(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    config = {'label_names': list(label_names)} if label_names is not None else {}
+    write_atomically(folder / 'model.safetensors', lambda path: safetensors.torch.save_file(tensors, path))
+    write_atomically(
+        folder / 'config.json',
+        lambda path: save_config_for_hf(model, path, model_config=config, model_args=arguments),
+    )
