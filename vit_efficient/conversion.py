@@ -1,8 +1,4 @@
-"""Swap the attention of a timm ViT that you already have, keeping its weights.
-
-    model = timm.create_model('vit_base_patch14_dinov2', pretrained=True)
-    vit_efficient.convert(model, 'dct', keep_ratio=1 / 4)
-"""
+"""Swap the attention of a timm ViT that you already have, keeping its weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -31,6 +27,9 @@ def convert(
     model: nn.Module, attention: AttentionSpec, layers: int | Iterable[int] | None = None, **options
 ) -> nn.Module:
     """Swaps the attention of a model in place; every weight stays the same tensor.
+
+        model = timm.create_model('vit_base_patch14_dinov2', pretrained=True)
+        convert(model, 'dct', keep_ratio=1 / 4)
 
     The model becomes an `EfficientVisionTransformer`, as a registered one is: it trains, compiles, exports and saves in
     the same way. Other layers keep the attention they have. `convert(model, 'full')` is the way back.

@@ -19,10 +19,13 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
+
+from .grid import plain_sizes
 
 __all__ = ['dct', 'dct2', 'dct_matrix', 'idct', 'idct2', 'resample', 'truncate']
 
@@ -52,7 +55,7 @@ class _Memo:
         # A tensor made in inference mode could never be saved for a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             tensor = build()
-        if type(tensor) is torch.Tensor:  # neither fake nor functional
+        if type(tensor) is torch.Tensor and not tensor.is_meta:  # neither fake nor functional
             with self.lock:
                 if key not in self.tensors:
                     self.tensors[key] = tensor
@@ -162,10 +165,14 @@ def _fft_idct(x: Tensor, n: int) -> Tensor:
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """The dtype a matrix product with x computes in: that of x, or autocast's."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def _without_autocast(device: str):
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 # One leaf for FX: the choice between product and FFT depends on the sizes.
@@ -177,7 +184,8 @@ def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
         raise ValueError(f'{kind}: x must have a floating-point dtype, got x.dtype={x.dtype}')
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f'{kind}: {dim=} is not an axis of a tensor of {x.ndim} axes')
-    n = x.shape[dim]
+    *shape, size = plain_sizes((*x.shape, size))
+    n = shape[dim]
     if size is None:
         size = n
     if type(size) is int and type(n) is int:
@@ -190,14 +198,14 @@ def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
     if kind == 'resample' and type(n) is int and size == n:
         return x
     dim = dim % x.ndim
-    outer, inner = x.shape[:dim], x.shape[dim + 1 :]
+    outer, inner = shape[:dim], shape[dim + 1 :]
     dtype = _product_dtype(x)
     x_PNC = x.reshape(math.prod(outer), n, math.prod(inner))
 
     kept = torch.sym_min(n, size)
     if type(kept) is int and (kept >= FFT_FROM.get(dtype, 1024) or n * size > LARGEST_BASIS):
         y = x_PNC.to(torch.promote_types(dtype, torch.float32))
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             if kind != 'idct':
                 y = _fft_dct(y, kept)
             if kind != 'dct':
@@ -216,7 +224,7 @@ def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
             y = x_PNC.squeeze(-1) @ matrix.mT
         else:
             # Not matmul: with a gradient to compute, it would fold and copy x.
-            y = torch.bmm(matrix.expand(x_PNC.shape[0], -1, -1), x_PNC)
+            y = torch.bmm(matrix.expand(math.prod(outer), -1, -1), x_PNC)
     return y.reshape(*outer, size, *inner)
 
 
@@ -291,7 +299,7 @@ def resample(x: Tensor, size: int | tuple[int, int], dims: int | tuple[int, int]
     Args:
         x: (…, H, W) or with its two axes at `dims`; floating-point.
         size: (h, w), each side larger, equal or smaller. An int with one axis in `dims`.
-        dims: The axis or axes resized.
+        dims: The axis or axes resized, in this order: it is cheaper to begin with one that shrinks.
 
     Returns:
         x with the axes `dims` of `size`.
@@ -301,12 +309,7 @@ def resample(x: Tensor, size: int | tuple[int, int], dims: int | tuple[int, int]
     """
     if isinstance(dims, int):
         return _along(x, dims, 'resample', size)
-    # The axis that shrinks goes first and the one that grows last: rows down, columns down; columns up, rows up.
-    first, second = 0, 1
-    if isinstance(size[0], int) and isinstance(x.shape[dims[0]], int) and size[0] > x.shape[dims[0]]:
-        first, second = 1, 0
-    x = _along(x, dims[first], 'resample', size[first])
-    return _along(x, dims[second], 'resample', size[second])
+    return _along(_along(x, dims[0], 'resample', size[0]), dims[1], 'resample', size[1])
 
 
 def dct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] = (-2, -1)) -> Tensor:
@@ -361,4 +364,4 @@ def truncate(x: Tensor, size: tuple[int, int], dims: tuple[int, int] = (-2, -1))
     Raises:
         ValueError: If x is not floating-point, or not 1 ≤ h ≤ H and 1 ≤ w ≤ W.
     """
-    return idct2(dct2(x, size, dims), (x.shape[dims[0]], x.shape[dims[1]]), dims)
+    return idct2(dct2(x, size, dims), tuple(x.shape[dim] for dim in dims), dims)

@@ -1,6 +1,10 @@
 """Where the tokens of a vision transformer come from: the grid of image patches, and the prefix tokens before it."""
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,15 @@ class PatchGrid:
     @property
     def num_tokens(self) -> int:
         return self.prefix + self.height * self.width
+
+
+def plain_sizes(sizes: Iterable) -> tuple:
+    """Sizes as plain numbers under `torch.jit.trace` too, where they would be tensors; otherwise as they are.
+
+    A jit trace is of one image size; the warning that says so at each size would be one per attention.
+    """
+    if not torch.jit.is_tracing():
+        return tuple(sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', torch.jit.TracerWarning)
+        return tuple(int(size) if torch.is_tensor(size) else size for size in sizes)

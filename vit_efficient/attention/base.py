@@ -83,9 +83,7 @@ class GridAttention(Attention):
     def configure(self) -> None:
         """Takes the options of the mechanism, checks them, and adds what it needs to the module."""
 
-    def forward(
-        self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attention among the tokens of a grid.
 
         Args:
@@ -115,9 +113,7 @@ class GridAttention(Attention):
 class FullAttention(GridAttention):
     """Exact attention: timm's, which needs no grid."""
 
-    def forward(
-        self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         return Attention.forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
 
     def num_attended(self, grid: PatchGrid) -> int:

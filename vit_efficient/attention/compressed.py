@@ -27,7 +27,9 @@ class LocalMixing(nn.Conv2d):
     """Depthwise convolution over the patch grid; it starts at zero, so that adding it changes nothing at first."""
 
     def __init__(self, channels: int, kernel_size: int, **kwargs):
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False, **kwargs)
+        super().__init__(
+            channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False, **kwargs
+        )
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -74,13 +76,9 @@ class CompressedAttention(GridAttention):
             raise ValueError(f'compressor {compressor!r}: {error}') from None
         self.place = place
         weight = self.qkv.weight
-        self.local = (
-            LocalMixing(weight.shape[1], local, device=weight.device, dtype=weight.dtype) if local else None
-        )
+        self.local = LocalMixing(weight.shape[1], local, device=weight.device, dtype=weight.dtype) if local else None
 
-    def forward(
-        self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
         y = self._on_kept_tokens(x, grid) if self.place == 'x' else self._on_projections(x, grid)
         if self.local is not None:
@@ -155,6 +153,7 @@ class CompressedAttention(GridAttention):
         """Turns the bias that a projection gave each kept token into one for each patch."""
         if bias is None or self.compress.keeps_constants:
             return projected
+        bias = bias.to(projected.dtype)
         prefix, kept = self._split(projected, grid)
         kept = self.compress.add_constant(kept - bias, bias, grid)
         return torch.cat([prefix, kept], dim=1) if grid.prefix else kept

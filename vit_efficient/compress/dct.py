@@ -44,7 +44,10 @@ class Up(_Way):
             return dct.idct(y, n, dim=-2) if self.frequency else dct.resample(y, n, dims=-2)
         size = kept_grid(grid.height, grid.width, self.budget)
         y_hwD = y.unflatten(-2, (size[0], size[1]))
-        x_HWD = (dct.idct2 if self.frequency else dct.resample)(y_hwD, (grid.height, grid.width), dims=(-3, -2))
+        if self.frequency:
+            x_HWD = dct.idct2(y_hwD, (grid.height, grid.width), dims=(-3, -2))
+        else:
+            x_HWD = dct.resample(y_hwD, (grid.width, grid.height), dims=(-2, -3))
         return x_HWD.flatten(-3, -2)
 
 

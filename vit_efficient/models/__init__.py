@@ -1,6 +1,7 @@
 """The timm model, its registered variants, and how they are saved."""
 
 from .efficient_vit import (
+    SIZES,
     EfficientVisionTransformer,
     EfficientVisionTransformerDistilled,
     GridBlock,
@@ -11,6 +12,7 @@ from .efficient_vit import (
 from .saving import model_arguments, save_model
 
 __all__ = [
+    'SIZES',
     'EfficientVisionTransformer',
     'EfficientVisionTransformerDistilled',
     'GridBlock',

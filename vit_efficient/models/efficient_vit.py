@@ -28,7 +28,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as timm_checkpoi
 from torch import Tensor, nn
 
 from ..attention import GridAttention, list_attentions, swap_attention
-from ..grid import PatchGrid
+from ..grid import PatchGrid, plain_sizes
 
 AttentionSpec = str | Sequence[str | tuple[str, dict[str, Any]]]
 
@@ -43,9 +43,7 @@ SIZES = {
 class GridBlock(Block):
     """timm's pre-norm block, which hands the grid to its attention."""
 
-    def forward(
-        self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, attn_mask=attn_mask, is_causal=is_causal)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -99,9 +97,7 @@ class GridForward:
 
     def _embed(self, x: Tensor) -> tuple[Tensor, PatchGrid]:
         """Images (B, channels, height, width) → tokens (B, N, C), and where they lie."""
-        height, width = x.shape[-2:]
-        if torch.jit.is_tracing():  # sizes are tensors there
-            height, width = int(height), int(width)
+        height, width = plain_sizes((x.shape[-2], x.shape[-1]))
         if self.dynamic_img_size and not self.patch_embed.dynamic_img_pad:
             check_image_size(height, width, self.patch_embed.patch_size)
         grid = PatchGrid(*self.patch_embed.dynamic_feat_size((height, width)), prefix=self.num_prefix_tokens)

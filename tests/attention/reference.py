@@ -1,0 +1,103 @@
+"""DCT attention written out slowly: whole matrices, a head at a time, no algebra saved. Everything in float64."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def dct_rows(m: int, n: int) -> Tensor:
+    """The definition, entry by entry: the first m rows of the orthonormal n × n DCT-II matrix."""
+    rows = [
+        [math.sqrt((1 if k == 0 else 2) / n) * math.cos(math.pi * k * (2 * i + 1) / (2 * n)) for i in range(n)]
+        for k in range(m)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def down_and_up(height: int, width: int, kept, axes: str, domain: str) -> tuple[Tensor, Tensor]:
+    """The compressor as two matrices, m × N and N × m, for N = height · width patches."""
+    if axes == '1d':
+        n, m = height * width, kept
+        low = dct_rows(m, n)
+        back = dct_rows(m, m)
+        gain = math.sqrt(m / n)
+    else:
+        n, m = height * width, kept[0] * kept[1]
+        low = torch.kron(dct_rows(kept[0], height), dct_rows(kept[1], width))
+        back = torch.kron(dct_rows(kept[0], kept[0]), dct_rows(kept[1], kept[1]))
+        gain = math.sqrt(m / n)
+    if domain == 'frequency':
+        return low, low.T
+    return gain * back.T @ low, (1 / gain) * low.T @ back
+
+
+def with_prefix(matrix: Tensor, prefix: int) -> Tensor:
+    """Prefix tokens pass: the identity beside the matrix."""
+    return torch.block_diag(torch.eye(prefix, dtype=torch.float64), matrix)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.T / math.sqrt(q.shape[1])
+    weights = torch.exp(scores - scores.max(dim=1, keepdim=True).values)
+    return (weights / weights.sum(dim=1, keepdim=True)) @ v
+
+
+def reference(attention, x: Tensor, down: Tensor, up: Tensor, place: str) -> Tensor:
+    """The equations, per image and head; `attention` lends its parameters.
+
+    Place x (DCT-Former, section 3): x̂ = D x, attention among the rows of x̂, ŷ = Dᵀ y, output projection of ŷ.
+    Place qkv (its second form): project, then transform q, k and v of each head; ŷ = Dᵀ y, output projection.
+    Place kv: as qkv with whole queries, and nothing to bring up.
+    """
+    heads, dim = attention.num_heads, attention.head_dim
+    images = []
+    for image in x:
+        seen = down @ image if place == 'x' else image
+        qkv = seen @ attention.qkv.weight.T
+        if attention.qkv.bias is not None:
+            qkv = qkv + attention.qkv.bias
+        outputs = []
+        for head in range(heads):
+            q, k, v = (qkv[:, (part * heads + head) * dim :][:, :dim] for part in range(3))
+            if place in ('qkv', 'kv'):
+                k, v = down @ k, down @ v
+            if place == 'qkv':
+                q = down @ q
+            q, k = attention.q_norm(q), attention.k_norm(k)
+            outputs.append(softmax_attention(q, k, v))
+        y = torch.cat(outputs, dim=1)
+
+        gate = None
+        if attention.gate is not None:
+            gate = torch.sigmoid(attention.gate(seen if place == 'x' else image))
+        if place == 'x':  # norm and gate belong to the attention, which runs on the kept tokens
+            y = attention.norm(y)
+            y = y * gate if gate is not None else y
+        if place != 'kv':
+            y = up @ y
+        if place != 'x':
+            y = attention.norm(y)
+            y = y * gate if gate is not None else y
+        y = y @ attention.proj.weight.T
+        if attention.proj.bias is not None:
+            y = y + attention.proj.bias
+        images.append(y)
+    return torch.stack(images)
+
+
+def dct_former_code_form(attention, x: Tensor, m: int) -> Tensor:
+    """Place x as the paper's public code computes it: the whole transform and then a slice; zeros appended, and the
+    whole inverse; every head at once."""
+    n = x.shape[1]
+    whole = dct_rows(n, n)
+    seen = torch.einsum('kn,bnc->bkc', whole, x)[:, :m]
+    q, k, v = (
+        (seen @ w.T + b).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+        for w, b in zip(attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), strict=True)
+    )
+    weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(attention.head_dim), dim=-1)
+    y = (weights @ v).transpose(1, 2).flatten(2)
+    y = torch.cat([y, y.new_zeros(y.shape[0], n - m, y.shape[2])], dim=1)
+    y = torch.einsum('kn,bkc->bnc', whole, y)
+    return y @ attention.proj.weight.T + attention.proj.bias

@@ -1,0 +1,12 @@
+import os
+
+# albumentations would ask the network for a newer version of itself.
+os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,261 @@
+"""The DCT against scipy, by matrix product and by FFT, and in every mode that PyTorch has."""
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import scipy.fft
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from vit_efficient import dct
+
+SIZES = st.integers(1, 40)
+
+
+@pytest.fixture(params=['product', 'fft'])
+def method(request, monkeypatch):
+    least = 1 if request.param == 'fft' else 10**9
+    monkeypatch.setattr(dct, 'FFT_FROM', dict.fromkeys(dct.FFT_FROM, least))
+    return request.param
+
+
+def relative_error(actual, expected):
+    return np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
+
+
+def padded(x, shape):
+    return np.pad(x, [(0, s - n) for n, s in zip(x.shape, shape, strict=True)])
+
+
+class TestAgainstScipy:
+    @settings(deadline=None, max_examples=60)
+    @given(SIZES, SIZES, st.data())
+    def test_2d(self, height, width, data):
+        h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
+        x = np.random.default_rng(height * 100 + width).normal(size=(2, height, width))
+        expected = scipy.fft.dctn(x, axes=(1, 2), norm='ortho')
+        y = dct.dct2(torch.from_numpy(x), (h, w))
+        assert relative_error(y, expected[:, :h, :w]) <= 1e-12
+        back = scipy.fft.idctn(padded(expected[:, :h, :w], x.shape), axes=(1, 2), norm='ortho')
+        assert relative_error(dct.idct2(y, (height, width)), back) <= 1e-12
+        assert relative_error(dct.truncate(torch.from_numpy(x), (h, w)), back) <= 1e-12
+
+    @pytest.mark.parametrize('n', [1, 2, 3, 4, 7, 64, 255, 256, 1000])
+    @pytest.mark.parametrize('dim', [0, 1, -1])
+    def test_1d(self, method, n, dim):
+        shape = [3, 4, 5]
+        shape[dim] = n
+        x = np.random.default_rng(n).normal(size=shape)
+        expected = scipy.fft.dct(x, axis=dim, norm='ortho')
+        for m in {1, (n + 3) // 4, n // 2 + 1 if n > 1 else 1, n}:
+            kept = np.take(expected, range(m), dim)
+            y = dct.dct(torch.from_numpy(x), m, dim)
+            assert relative_error(y, kept) <= 1e-12
+            shape_m = list(x.shape)
+            back = scipy.fft.idct(padded(kept, shape_m), axis=dim, norm='ortho')
+            assert relative_error(dct.idct(y, n, dim), back) <= 1e-12
+
+    def test_matrix_is_orthonormal(self):
+        matrix = dct.dct_matrix(37, dtype=torch.float64)
+        assert torch.allclose(matrix @ matrix.T, torch.eye(37, dtype=torch.float64), atol=1e-14)
+        assert torch.equal(dct.dct_matrix(37, 5, dtype=torch.float64), matrix[:5])
+
+    def test_long_basis_is_exact(self):
+        """At n = 65,536 a phase computed in floating point would be off by 1e-11."""
+        row = dct.dct_matrix(65536, 4, dtype=torch.float64)[3]
+        unit = np.zeros(65536)
+        unit[3] = 1
+        assert np.abs(row.numpy() - scipy.fft.idct(unit, norm='ortho')).max() <= 1e-15
+
+
+class TestResample:
+    @settings(deadline=None, max_examples=60)
+    @given(SIZES, SIZES, SIZES, SIZES)
+    def test_is_truncated_or_padded_dct(self, height, width, h, w):
+        x = np.random.default_rng(height * 100 + width).normal(size=(2, height, width))
+        coefficients = scipy.fft.dctn(x, axes=(1, 2), norm='ortho')[:, :h, :w]
+        gain = np.sqrt(h * w / (height * width))
+        expected = scipy.fft.idctn(padded(coefficients, (2, h, w)), axes=(1, 2), norm='ortho') * gain
+        assert relative_error(dct.resample(torch.from_numpy(x), (h, w)), expected) <= 1e-12
+
+    def test_constant_keeps_its_value(self, method):
+        for size in [(1, 1), (3, 20), (7, 13), (64, 5)]:
+            y = dct.resample(torch.full((7, 13), 2.5, dtype=torch.float64), size)
+            assert torch.allclose(y, torch.full(size, 2.5, dtype=torch.float64), atol=1e-13)
+
+    def test_down_undoes_up(self, method):
+        x = torch.randn(7, 13, dtype=torch.float64)
+        assert torch.allclose(dct.resample(dct.resample(x, (20, 31)), (7, 13)), x, atol=1e-12)
+
+
+def test_parseval():
+    x = torch.randn(3, 16, 12, dtype=torch.float64)
+    assert torch.allclose(dct.dct2(x).square().sum(), x.square().sum())
+    assert torch.allclose(dct.truncate(x, (4, 5)).square().sum(), dct.dct2(x, (4, 5)).square().sum())
+
+
+@pytest.mark.parametrize('dims', [(-3, -2), (0, 2)])
+def test_axes(dims):
+    x = torch.randn(6, 7, 8, dtype=torch.float64)
+    moved = x.movedim(dims, (-2, -1))
+    assert torch.allclose(dct.dct2(x, (3, 4), dims).movedim(dims, (-2, -1)), dct.dct2(moved, (3, 4)))
+
+
+@pytest.mark.parametrize(
+    'function', [lambda x: dct.dct(x, 3, 1), lambda x: dct.idct(x, 9, 1), lambda x: dct.resample(x, 4, 1)]
+)
+def test_gradcheck(method, function):
+    x = torch.randn(1, 6, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+
+
+def test_long_axis_needs_no_basis():
+    """A basis for 65,536 × 16,384 would have 2³⁰ entries."""
+    before = dct._memo.bytes
+    x = torch.randn(65536, 2, dtype=torch.float64)
+    y = dct.dct(x, 16384, 0)
+    assert relative_error(y, scipy.fft.dct(x.numpy(), axis=0, norm='ortho')[:16384]) <= 1e-12
+    assert dct._memo.bytes - before < 2**22
+
+
+class Resize(nn.Module):
+    def forward(self, x):
+        y = dct.dct2(x, (5, 4)) + dct.resample(x, (5, 4))
+        return dct.idct2(y, (x.shape[-2], x.shape[-1]))
+
+
+class TestModes:
+    x = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
+
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_dtype(self, dtype, method):
+        y = Resize()(self.x.to(dtype))
+        assert y.dtype == dtype
+        tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-6)
+        assert torch.allclose(y.double(), Resize()(self.x.double()), atol=tolerance)
+
+    def test_autocast(self, method):
+        with torch.autocast('cpu', torch.bfloat16):
+            y = Resize()(self.x)
+            assert y.dtype == torch.bfloat16
+            assert Resize()(self.x.double()).dtype == torch.float64
+        assert torch.allclose(y.float(), Resize()(self.x), atol=3e-2)
+
+    def test_inference_mode_and_back(self):
+        dct._memo.tensors.clear()
+        with torch.inference_mode():
+            expected = Resize()(self.x)
+        x = self.x.clone().requires_grad_()
+        y = Resize()(x)
+        y.sum().backward()
+        assert torch.equal(y, expected.clone()) and x.grad.isfinite().all()
+
+    def test_bases_are_built_once(self, monkeypatch):
+        Resize()(self.x)
+
+        def fail(*args):
+            raise AssertionError('a basis was built again')
+
+        monkeypatch.setattr(
+            dct._memo,
+            'get',
+            lambda key, build: dct._memo.tensors.get(key, None) if key in dct._memo.tensors else fail(),
+        )
+        Resize()(self.x)
+
+    def test_memo_is_bounded(self, monkeypatch):
+        monkeypatch.setattr(dct, 'MEMO_BYTES', 10_000)
+        memo = dct._Memo()
+        for n in range(100):
+            memo.get((n,), lambda: torch.zeros(100))
+        assert memo.bytes == sum(t.nbytes for t in memo.tensors.values()) <= 10_000
+        assert (99,) in memo.tensors and (0,) not in memo.tensors
+
+    def test_compile(self):
+        torch.compiler.reset()
+        model = torch.compile(Resize(), fullgraph=True, backend='aot_eager')
+        assert torch.allclose(model(self.x), Resize()(self.x), atol=1e-6)
+
+    def test_fx(self):
+        traced = torch.fx.symbolic_trace(Resize())
+        for shape in [(2, 9, 8), (1, 7, 13)]:
+            x = torch.randn(shape)
+            assert torch.equal(traced(x), Resize()(x))
+
+    def test_export(self):
+        program = torch.export.export(Resize(), (self.x,))
+        assert torch.allclose(program.module()(self.x), Resize()(self.x), atol=1e-6)
+
+    def test_jit_trace_without_warnings(self, recwarn):
+        traced = torch.jit.trace(Resize(), self.x)
+        assert torch.allclose(traced(self.x), Resize()(self.x))
+        assert not [w for w in recwarn if issubclass(w.category, torch.jit.TracerWarning)]
+
+    def test_meta(self):
+        assert Resize()(self.x.to('meta')).shape == (2, 9, 8)
+        Resize()(self.x)  # what was built on meta must not be used here
+        assert Resize()(self.x).isfinite().all()
+
+    def test_fake(self):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        Resize()(self.x)
+        with FakeTensorMode() as mode:
+            assert Resize()(mode.from_tensor(self.x)).shape == (2, 9, 8)
+
+    def test_vmap(self):
+        mapped = torch.func.vmap(Resize())(self.x)
+        assert torch.allclose(mapped, torch.stack([Resize()(x) for x in self.x]), atol=1e-6)
+
+    def test_copies(self):
+        model = nn.Sequential(Resize())
+        expected = model(self.x)
+        for copied in (
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            model.to(torch.bfloat16).to(torch.float32),
+        ):
+            assert torch.equal(copied(self.x), expected)
+
+    def test_threads(self):
+        sizes = [(5, 9), (9, 5)]
+        inputs = [torch.randn(2, *size) for size in sizes]
+        expected = [Resize()(x) for x in inputs]
+        wrong = []
+
+        def work(i):
+            for _ in range(100):
+                if not torch.equal(Resize()(inputs[i]), expected[i]):
+                    wrong.append(i)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+
+@pytest.mark.parametrize(
+    ('call', 'message'),
+    [
+        (lambda: dct.dct(torch.zeros(4, dtype=torch.int64)), 'x.dtype=torch.int64'),
+        (lambda: dct.dct(torch.zeros(4), 0), 'size=0'),
+        (lambda: dct.dct(torch.zeros(4), 5), 'size=5'),
+        (lambda: dct.dct(torch.zeros(4), 2.5), 'size must be an integer'),
+        (lambda: dct.idct(torch.zeros(4), 3), 'size=3'),
+        (lambda: dct.resample(torch.zeros(4, 4), (0, 2)), 'size=0'),
+        (lambda: dct.dct(torch.zeros(4), 2, dim=1), 'dim=1'),
+        (lambda: dct.dct_matrix(4, 5), 'm=5'),
+        (lambda: dct.dct_matrix(0), 'n=0'),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
