@@ -3,13 +3,13 @@
 Importing the package registers its models with timm.
 """
 
-from . import dct
-from .attention import create_attention, list_attentions, register_attention
-from .conversion import convert
-from .flops import FlopCount, count_flops
-from .grid import PatchGrid
-from .models import kept_tokens, save_model
-from .version import __version__
+from vit_efficient import dct
+from vit_efficient.attention import create_attention, list_attentions, register_attention
+from vit_efficient.conversion import convert
+from vit_efficient.flops import FlopCount, count_flops
+from vit_efficient.grid import PatchGrid
+from vit_efficient.models import kept_tokens, save_model
+from vit_efficient.version import __version__
 
 __all__ = [
     'FlopCount',

@@ -10,9 +10,20 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from .attention import GridAttention, swap_attention
-from .models import EfficientVisionTransformer, EfficientVisionTransformerDistilled, GridBlock, model_arguments
-from .models.efficient_vit import DEFAULT_CFG, AttentionSpec, attention_per_layer, build_model, check_patch_dropout
+from vit_efficient.attention import GridAttention, swap_attention
+from vit_efficient.models import (
+    EfficientVisionTransformer,
+    EfficientVisionTransformerDistilled,
+    GridBlock,
+    model_arguments,
+)
+from vit_efficient.models.efficient_vit import (
+    DEFAULT_CFG,
+    AttentionSpec,
+    attention_per_layer,
+    build_model,
+    check_patch_dropout,
+)
 
 # A class of timm's, and ours that adds the grid to its forward pass and nothing to its state.
 MODELS = {

@@ -25,7 +25,7 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from .grid import plain_sizes
+from vit_efficient.grid import plain_sizes
 
 __all__ = ['dct', 'dct2', 'dct_matrix', 'idct', 'idct2', 'resample', 'truncate']
 

@@ -1,9 +1,9 @@
 """Efficient attentions, by name. A module here registers what it defines; importing it is all that is needed."""
 
-from . import compressed  # registers itself
-from .base import FullAttention, GridAttention, create_attention, swap_attention
-from .compressed import CompressedAttention
-from .registry import get_attention, list_attentions, register_attention
+from vit_efficient.attention import compressed  # registers itself
+from vit_efficient.attention.base import FullAttention, GridAttention, create_attention, swap_attention
+from vit_efficient.attention.compressed import CompressedAttention
+from vit_efficient.attention.registry import get_attention, list_attentions, register_attention
 
 __all__ = [
     'CompressedAttention',

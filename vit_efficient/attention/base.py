@@ -8,8 +8,8 @@ import torch
 from timm.layers import Attention, register_notrace_function
 from torch import Tensor, nn
 
-from ..grid import PatchGrid
-from .registry import get_attention, register_attention
+from vit_efficient.attention.registry import get_attention, register_attention
+from vit_efficient.grid import PatchGrid
 
 _TIMM_ARGUMENTS = tuple(inspect.signature(Attention.__init__).parameters)[1:]
 
@@ -28,9 +28,8 @@ class GridAttention(Attention):
         ValueError: If heads do not divide the dimension, or an option is unknown or out of range.
     """
 
-    #: The registered name, and the options given with it: together they rebuild the mechanism.
+    #: The registered name; with `options` it rebuilds the mechanism.
     mechanism: str = ''
-    options: dict[str, Any]
 
     def __init__(self, dim: int, num_heads: int = 8, **kwargs):
         timm_arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in _TIMM_ARGUMENTS}
@@ -57,7 +56,7 @@ class GridAttention(Attention):
         new = cls.__new__(cls)
         for name, value in vars(attention).items():  # own registries of modules and hooks, shared parameters
             new.__dict__[name] = copy.copy(value) if isinstance(value, dict) else value
-        for name in (*getattr(attention, '_additions', ()), 'mechanism', 'options'):
+        for name in (*getattr(attention, '_additions', ()), 'mechanism'):
             if name in new._own_names():
                 delattr(new, name)
         new._configure(options)
@@ -82,6 +81,11 @@ class GridAttention(Attention):
 
     def configure(self) -> None:
         """Takes the options of the mechanism, checks them, and adds what it needs to the module."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options of the mechanism as they are, defaults too, in types that JSON has."""
+        return {}
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attention among the tokens of a grid.
@@ -152,7 +156,7 @@ def create_attention(name: str, dim: int, num_heads: int = 8, **options) -> Grid
     """
     cls, preset = get_attention(name)
     attention = cls(dim, num_heads, **{**preset, **options})
-    attention.mechanism, attention.options = name, {k: v for k, v in options.items() if k not in _TIMM_ARGUMENTS}
+    attention.mechanism = name
     return attention
 
 
@@ -164,5 +168,5 @@ def swap_attention(attention: nn.Module, name: str, **options) -> GridAttention:
     """
     cls, preset = get_attention(name)
     new = cls.from_attention(attention, **{**preset, **options})
-    new.mechanism, new.options = name, options
+    new.mechanism = name
     return new

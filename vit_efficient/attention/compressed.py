@@ -11,14 +11,16 @@ al., 2020, arXiv 2006.04768; `kv`).
 Letters: B batch, N tokens, m kept, P prefix, C channels, H heads, D = C / H. Kept tokens include the prefix.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compress import COMPRESSORS
-from ..grid import PatchGrid
-from .base import GridAttention, check_tokens
-from .registry import register_attention
+from vit_efficient.attention.base import GridAttention, check_tokens
+from vit_efficient.attention.registry import register_attention
+from vit_efficient.compress import COMPRESSORS
+from vit_efficient.grid import PatchGrid
 
 PLACES = ('x', 'qkv', 'kv')
 
@@ -74,9 +76,15 @@ class CompressedAttention(GridAttention):
             self.compress = COMPRESSORS[compressor](**compressor_options)
         except TypeError as error:
             raise ValueError(f'compressor {compressor!r}: {error}') from None
+        self.compressor = compressor
         self.place = place
         weight = self.qkv.weight
         self.local = LocalMixing(weight.shape[1], local, device=weight.device, dtype=weight.dtype) if local else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        kernel_size = self.local.kernel_size[0] if self.local is not None else 0
+        return dict(compressor=self.compressor, place=self.place, local=kernel_size, **self.compress.options)
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)

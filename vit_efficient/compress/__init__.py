@@ -1,6 +1,6 @@
 """Tokens down to fewer tokens and up again: one file per way."""
 
-from . import dct  # registers itself
-from .base import COMPRESSORS, Compressor, register_compressor
+from vit_efficient.compress import dct  # registers itself
+from vit_efficient.compress.base import COMPRESSORS, Compressor, register_compressor
 
 __all__ = ['COMPRESSORS', 'Compressor', 'dct', 'register_compressor']

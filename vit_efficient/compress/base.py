@@ -1,10 +1,11 @@
 """The contract of a compressor, and the register of them."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..grid import PatchGrid
+from vit_efficient.grid import PatchGrid
 
 COMPRESSORS: dict[str, type['Compressor']] = {}
 
@@ -26,6 +27,11 @@ class Compressor(nn.Module):
     commutes: bool = False
     #: Whether an image that is constant stays that constant, down and up. Where it does not, `add_constant` is needed.
     keeps_constants: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that build it, in types that JSON has."""
+        raise NotImplementedError
 
     def num_kept(self, grid: PatchGrid) -> int:
         """m, the number of tokens that `down` leaves of the patches of `grid`."""

@@ -41,6 +41,13 @@ class Budget:
             if pair:
                 object.__setattr__(self, 'num_tokens', sides)
 
+    @property
+    def options(self) -> dict[str, float | int | list[int]]:
+        """The argument it was made from, in types that JSON has."""
+        if self.keep_ratio is not None:
+            return {'keep_ratio': float(self.keep_ratio)}
+        return {'num_tokens': list(self.num_tokens) if isinstance(self.num_tokens, tuple) else self.num_tokens}
+
     def __str__(self) -> str:
         if self.keep_ratio is not None:
             return f'keep_ratio={self.keep_ratio:.4g}'

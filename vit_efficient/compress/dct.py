@@ -7,13 +7,15 @@ coefficients. Ours are the second axis, at d · (H·W·h + h·W·w) products ins
 Letters: B batch, H × W patches, h × w kept, D channels.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import dct
-from ..grid import PatchGrid
-from .base import Compressor, register_compressor
-from .budget import Budget, kept_count, kept_grid
+from vit_efficient import dct
+from vit_efficient.compress.base import Compressor, register_compressor
+from vit_efficient.compress.budget import Budget, kept_count, kept_grid
+from vit_efficient.grid import PatchGrid
 
 
 class _Way(nn.Module):
@@ -91,6 +93,10 @@ class DctCompressor(Compressor):
             raise ValueError(f"num_tokens must be an integer with axes='1d', got {num_tokens=}")
         self.down = Down(axes, domain, self.budget)
         self.up = Up(axes, domain, self.budget)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(axes=self.axes, domain=self.domain, **self.budget.options)
 
     def num_kept(self, grid: PatchGrid) -> int:
         if self.axes == '1d':

@@ -1,6 +1,6 @@
 """The timm model, its registered variants, and how they are saved."""
 
-from .efficient_vit import (
+from vit_efficient.models.efficient_vit import (
     SIZES,
     EfficientVisionTransformer,
     EfficientVisionTransformerDistilled,
@@ -9,7 +9,7 @@ from .efficient_vit import (
     attention_per_layer,
     kept_tokens,
 )
-from .saving import model_arguments, save_model
+from vit_efficient.models.saving import model_arguments, save_model
 
 __all__ = [
     'SIZES',

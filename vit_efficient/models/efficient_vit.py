@@ -27,8 +27,8 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ..attention import GridAttention, list_attentions, swap_attention
-from ..grid import PatchGrid, plain_sizes
+from vit_efficient.attention import GridAttention, list_attentions, swap_attention
+from vit_efficient.grid import PatchGrid, plain_sizes
 
 AttentionSpec = str | Sequence[str | tuple[str, dict[str, Any]]]
 
@@ -249,8 +249,17 @@ def build_model(model_cls, variant: str, pretrained: bool = False, **kwargs) -> 
                 "pretrained timm model: vit_efficient.convert(timm.create_model('vit_base_patch16_224', "
                 "pretrained=True), 'dct')."
             )
+
+    def build(**arguments) -> nn.Module:
+        model = model_cls(**arguments)
+        # What rebuilds it: timm records the arguments of create_model, and not before 1.0.31.
+        model._model_args = {**getattr(model, '_model_args', {}), **arguments}
+        for name in ('device', 'dtype'):
+            model._model_args.pop(name, None)
+        return model
+
     return build_model_with_cfg(
-        model_cls,
+        build,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

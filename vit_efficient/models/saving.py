@@ -5,24 +5,29 @@ and its options, and `timm.create_model('local-dir:FOLDER', pretrained=True)` gi
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from vit_efficient.files import replacing
+from vit_efficient.models.efficient_vit import GridForward
+
 
 def model_arguments(model: nn.Module) -> dict[str, Any]:
     """The arguments with which its entry point builds this model as it stands.
 
     Args:
-        model: A registered or converted model.
+        model: A registered or converted model; of other timm models, what timm recorded.
 
     Raises:
         ValueError: If an attention in it is not a registered one.
     """
     arguments = dict(getattr(model, '_model_args', {}))
+    if not isinstance(model, GridForward):
+        return arguments
     spec = model.attention_spec()
     for i, (name, _) in enumerate(spec):
         if not name:
@@ -36,6 +41,7 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
         img_size=tuple(model.patch_embed.img_size),
         patch_size=tuple(model.patch_embed.patch_size),
         in_chans=model.in_chans,
+        num_classes=model.num_classes,
         global_pool=model.global_pool,
         dynamic_img_size=model.dynamic_img_size,
         dynamic_img_pad=model.patch_embed.dynamic_img_pad,
@@ -47,20 +53,8 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     return arguments
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a neighbour of `path` and moves it there: the file is the old one or the new one, whole."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        write(temporary)
-        with open(temporary, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequence[str] | None = None) -> None:
-    """Saves a registered or converted model to a folder in timm's `local-dir:` layout.
+    """Saves a model to a folder in timm's `local-dir:` layout.
 
     Each file is replaced as a whole, so an interruption leaves the earlier model readable.
 
@@ -78,11 +72,9 @@ def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequenc
         raise ValueError(f'{type(model).__name__} has no pretrained_cfg; build it with timm.create_model to save it')
     arguments = model_arguments(model)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     config = {'label_names': list(label_names)} if label_names is not None else {}
-    write_atomically(folder / 'model.safetensors', lambda path: safetensors.torch.save_file(tensors, path))
-    write_atomically(
-        folder / 'config.json',
-        lambda path: save_config_for_hf(model, path, model_config=config, model_args=arguments),
-    )
+    with replacing(folder / 'model.safetensors') as path:
+        safetensors.torch.save_file(tensors, path)
+    with replacing(folder / 'config.json') as path:
+        save_config_for_hf(model, path, model_config=config, model_args=arguments)

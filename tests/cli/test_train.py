@@ -1,0 +1,126 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.data.trees import write_tree
+from tests.train.recipes import tiny_recipe
+from vit_efficient.cli import main
+from vit_efficient.train.config import to_yaml
+from vit_efficient.train.loop import train
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture
+def recipe(data, tmp_path):
+    path = tmp_path / 'tiny.yaml'
+    path.write_text(to_yaml(tiny_recipe(data, tmp_path / 'run')))
+    return path
+
+
+@pytest.fixture(scope='module')
+def trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('trained') / 'run'
+    train(tiny_recipe(data, folder))
+    return folder
+
+
+def error_of(capsys, *argv):
+    assert main([str(argument) for argument in argv]) == 2
+    output = capsys.readouterr()
+    assert output.out == ''
+    lines = output.err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_train_and_evaluate(recipe, data, tmp_path, capsys):
+    assert main(['train', str(recipe), 'sched.epochs=1']) == 0
+    trained = capsys.readouterr().out
+    assert trained.startswith('vit_dct_tiny: top-1 ')
+    for folder in (tmp_path / 'run', tmp_path / 'run' / 'model'):
+        assert main(['evaluate', str(folder), '--data', f'{data}/val', '--device', 'cpu']) == 0
+        found = capsys.readouterr().out
+        assert found.startswith('top-1 ')
+        assert found.split()[1] == trained.split()[2]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['optim.lrr=1'], 'command line: unknown key optim.lrr; did you mean optim.lr?'),
+        (['optim.lr=-1'], 'optim.lr must be above 0, got -1.0'),
+        (['model.args.attention_kwargs={keep_ratio: 0}'], 'keep_ratio'),
+        (['data.train=nothing'], 'nothing: no such data folder'),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_writes_nothing(recipe, tmp_path, capsys, arguments, message):
+    assert message in error_of(capsys, 'train', recipe, *arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['tiny.yaml']
+
+
+def test_a_missing_recipe(tmp_path, capsys):
+    line = error_of(capsys, 'train', tmp_path / 'nothing.yaml')
+    assert line.endswith('nothing.yaml: cannot read the recipe: No such file or directory')
+
+
+def test_evaluate_names_what_does_not_fit(trained, data, tmp_path, capsys):
+    assert 'there is no config.json' in error_of(capsys, 'evaluate', tmp_path, '--data', data / 'val')
+    assert 'no such model folder' in error_of(capsys, 'evaluate', tmp_path / 'x', '--data', data / 'val')
+    assert 'no such data folder' in error_of(capsys, 'evaluate', trained, '--data', tmp_path / 'x')
+    other = write_tree(tmp_path / 'other', classes=2) / 'val'
+    assert "missing ['c2']" in error_of(capsys, 'evaluate', trained, '--data', other)
+    assert '--batch-size' in error_of(capsys, 'evaluate', trained, '--data', data / 'val', '--batch-size', 0)
+
+
+def test_evaluate_refuses_the_weights_of_another_model(trained, data, tmp_path, capsys):
+    folder = tmp_path / 'model'
+    folder.mkdir()
+    config = (trained / 'model/config.json').read_text()
+    (folder / 'config.json').write_text(config.replace('"embed_dim": 12', '"embed_dim": 16'))
+    (folder / 'model.safetensors').write_bytes((trained / 'model/model.safetensors').read_bytes())
+    assert 'cannot load its weights into vit_dct_tiny' in error_of(capsys, 'evaluate', folder, '--data', data / 'val')
+
+
+def test_fine_tuning_starts_from_a_model_folder(trained, recipe, tmp_path, capsys):
+    start = f'model.init_from={trained}'
+    assert main(['train', str(recipe), 'sched.epochs=1', start]) == 0
+    capsys.readouterr()
+    again = [f'output={tmp_path}/again', f'{start}/model']
+    line = error_of(capsys, 'train', recipe, *again, 'model.args.attention_kwargs={keep_ratio: 0.5}')
+    assert 'attention_kwargs=' in line
+    assert "{'keep_ratio': 0.5}" in line
+    line = error_of(capsys, 'train', recipe, *again, 'model.name=vit_full_tiny')
+    assert "architecture='vit_dct_tiny', the recipe says architecture='vit_full_tiny'" in line
+    weights = f'{start}/model/model.safetensors'
+    assert main(['train', str(recipe), 'sched.epochs=1', f'output={tmp_path}/file', weights]) == 0
+    capsys.readouterr()
+    line = error_of(capsys, 'train', recipe, f'output={tmp_path}/no', weights, 'model.args.depth=3')
+    assert 'model.safetensors does not fit vit_dct_tiny' in line
+    assert not (tmp_path / 'no').exists()
+
+
+def test_sigterm_ends_with_one_line(recipe, tmp_path):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, 'tools/train.py', str(recipe), 'sched.epochs=100000', 'eval_every=100000']
+    environment = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
+    process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        # The checkpoint appears after the first epoch, when the handler is in place for long.
+        while process.poll() is None and not (tmp_path / 'run/checkpoint.pt').exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1].endswith('checkpoint.pt is saved; resume=auto goes on')
+    assert 'Traceback' not in errors

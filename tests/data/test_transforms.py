@@ -1,0 +1,118 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torchvision.transforms.functional import to_tensor
+
+from tests.data.trees import pixels
+from vit_efficient.data import AffineConfig, AugmentConfig, DataConfig, EvalTransform, Preprocessing, TrainTransform
+
+PLAIN = Preprocessing(
+    input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation='bicubic', crop_pct=0.9, crop_mode='center'
+)
+EVERYTHING = AugmentConfig(vflip=0.5, hue=0.1, rand_ops=3, erasing=0.5, affine=AffineConfig(20, 0.1, 0.1, 5))
+
+
+def of_channels(channels):
+    return replace(PLAIN, input_size=(channels, 32, 32), mean=(0.5,) * channels, std=(0.25,) * channels)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 5])
+@pytest.mark.parametrize('dtype', ['uint8', 'float32'])
+def test_draws_are_a_function_of_seed_epoch_and_index(channels, dtype):
+    image = pixels(0, (40, 50, channels), dtype)
+    transform = TrainTransform(of_channels(channels), EVERYTHING, seed=7)
+    keys = [(epoch, index) for epoch in range(2) for index in range(40)]
+    forward = {key: transform(image, *key) for key in keys}
+    again = TrainTransform(of_channels(channels), EVERYTHING, seed=7)
+    np.random.seed(0)
+    for key in reversed(keys):
+        assert torch.equal(again(image, *key), forward[key])
+    assert all(tensor.shape == (channels, 32, 32) and tensor.dtype == torch.float32 for tensor in forward.values())
+    assert len({tensor.numpy().tobytes() for tensor in forward.values()}) == len(keys)
+    other = TrainTransform(of_channels(channels), EVERYTHING, seed=8)
+    assert not torch.equal(other(image, 0, 0), forward[0, 0])
+
+
+def test_operations_draw_independently():
+    """With one seed handed to every operation, an image would be flipped on both axes or on none."""
+    config = AugmentConfig(None, hflip=0.5, vflip=0.5, color_jitter=0, rand_ops=0, erasing=0)
+    transform = TrainTransform(replace(PLAIN, crop_pct=1.0), config, seed=0)
+    image = pixels(0, (32, 32, 3))
+    plain = transform.preprocessing
+    assert plain.input_size[1:] == image.shape[:2]
+    kinds = set()
+    base = (torch.from_numpy(image).permute(2, 0, 1) / 255 - 0.5) / 0.25
+    for index in range(40):
+        found = transform(image, 0, index)
+        kinds |= {axes for axes in ((), (1,), (2,), (1, 2)) if torch.allclose(found, base.flip(axes), atol=1e-5)}
+    assert kinds == {(), (1,), (2,), (1, 2)}
+
+
+def test_without_augmentation_training_sees_the_normalised_image():
+    config = AugmentConfig(None, hflip=0, color_jitter=0, rand_ops=0, erasing=0)
+    image = pixels(0, (32, 32, 3))
+    expected = (torch.from_numpy(image).permute(2, 0, 1) / 255 - 0.5) / 0.25
+    assert torch.allclose(TrainTransform(PLAIN, config, 0)(image, 0, 0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('crop_mode', ['center', 'squash', 'border'])
+@pytest.mark.parametrize('size', [(32, 32), (48, 32)])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_evaluation_is_timms(crop_mode, size, channels):
+    if crop_mode == 'border' and channels == 1:
+        pytest.skip('timm pads with three colours')
+    model = timm.create_model('vit_tiny_patch16_224', img_size=size, in_chans=channels, depth=1, embed_dim=12)
+    preprocessing = Preprocessing.of(model, DataConfig(crop_mode=crop_mode))
+    image = pixels(0, (61, 80, channels))
+    theirs = create_transform(
+        (channels, *size),
+        is_training=False,
+        mean=(0.5,) * channels,
+        std=(0.5,) * channels,
+        interpolation='bicubic',
+        crop_pct=resolve_model_data_config(model)['crop_pct'],
+        crop_mode=crop_mode,
+    )
+    expected = theirs(Image.fromarray(image[..., 0] if channels == 1 else image))
+    assert torch.equal(EvalTransform(preprocessing)(image), expected)
+
+
+def test_evaluation_of_deep_images_has_the_same_geometry():
+    image = pixels(0, (61, 80, 3))
+    # Bilinear, since PIL clips the overshoot of bicubic after each axis.
+    transform = EvalTransform(replace(PLAIN, interpolation='bilinear'))
+    difference = transform(image.astype(np.float32) / 255) - transform(image)
+    # PIL rounds to 8 bits between the axes.
+    assert difference.abs().max() <= 2 / 255 / 0.25
+    many = EvalTransform(replace(of_channels(6), interpolation='bilinear'))(np.concatenate([image, image], 2))
+    assert torch.allclose(many[:3], transform(image.astype(np.float32) / 255), atol=1e-6)
+
+
+def test_borders_need_a_colour():
+    with pytest.raises(ValueError, match='crop_mode=border'):
+        EvalTransform(replace(of_channels(5), crop_mode='border'))(pixels(0, (20, 20, 5)))
+
+
+def test_statistics_fit_the_channels_of_the_model():
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, in_chans=5, depth=1, embed_dim=12)
+    assert Preprocessing.of(model).mean == (0.5,) * 5
+    with pytest.raises(ValueError, match=r'data.mean must have one value per channel of the model \(5\), got \[0.5\]'):
+        Preprocessing.of(model, DataConfig(mean=[0.5]))
+    with pytest.raises(ValueError, match=r'data\.std must be above 0'):
+        Preprocessing.of(model, DataConfig(std=[0.0] * 5))
+    with pytest.raises(ValueError, match=r'data\.interpolation must be one of'):
+        Preprocessing.of(model, DataConfig(interpolation='cubic'))
+
+
+def test_large_images_are_antialiased():
+    """A chequerboard of single pixels is grey from afar."""
+    board = np.indices((512, 512)).sum(0) % 2 * 255
+    image = np.stack([board] * 3, 2).astype(np.uint8)
+    config = AugmentConfig([0.9, 1.0], hflip=0, color_jitter=0, rand_ops=0, erasing=0)
+    assert (TrainTransform(PLAIN, config, 0)(image, 0, 0) * 0.25).abs().max() < 0.1
+    assert to_tensor(image).std() > 0.4

@@ -1,0 +1,248 @@
+"""convert() on the ViTs that users have, and the way to disk and back."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+import vit_efficient
+from vit_efficient import convert, save_model
+
+SMALL = dict(embed_dim=48, depth=3, num_heads=3, num_classes=5)
+# Plain; layer scale; registers without class embedding and with layer scale; pre-norm and other activations; attention
+# pooling without class token; two prefix tokens and two heads; average pooling; qk-norm.
+MODELS = {
+    'vit_tiny_patch16_224': dict(img_size=64),
+    'deit3_small_patch16_224': dict(img_size=64),
+    'deit_tiny_distilled_patch16_224': dict(img_size=64),
+    'vit_small_patch14_dinov2': dict(img_size=(98, 182)),
+    'vit_small_patch14_reg4_dinov2': dict(img_size=(98, 182)),
+    'vit_base_patch16_clip_224': dict(img_size=64),
+    'vit_base_patch16_clip_quickgelu_224': dict(img_size=64),
+    'vit_base_patch16_siglip_224': dict(img_size=64),
+    'vit_base_patch16_siglip_gap_224': dict(img_size=64),
+    'vit_medium_patch16_gap_240': dict(img_size=64, qk_norm=True),
+}
+
+
+def build(name, **arguments):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**SMALL, **MODELS.get(name, {}), **arguments}).eval()
+    for parameter in model.parameters():  # some start at zero, and would hide a wrong attention
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def image(model, batch=2):
+    return torch.randn(batch, 3, *model.patch_embed.img_size)
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return build(request.param)
+
+
+class TestOutputs:
+    def test_there_and_back(self, model):
+        x = image(model)
+        expected = model(x)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert convert(model, 'dct', keep_ratio=0.25) is model
+        assert not torch.equal(model(x), expected)
+        assert list(model.state_dict()) == list(state)
+        convert(model, 'full')
+        assert torch.equal(model(x), expected)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+    def test_nothing_truncated(self, model):
+        x = image(model)
+        expected = model(x)
+        for place in ('x', 'qkv', 'kv'):
+            convert(model, 'dct', keep_ratio=1, domain='space', place=place)
+            assert torch.allclose(model(x), expected, atol=1e-4 * expected.abs().max().item())
+
+    def test_intermediates_and_features(self, model):
+        x = image(model)
+        expected = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
+        convert(model, 'dct', layers=[2])  # after the layer that is looked at
+        assert torch.equal(model.forward_intermediates(x, indices=[1], intermediates_only=True)[0], expected)
+
+    def test_parameters_stay_the_same_objects(self, model):
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+        before = dict(model.named_parameters())
+        convert(model, 'dct', local=3)
+        after = dict(model.named_parameters())
+        assert all(after[name] is parameter for name, parameter in before.items())
+        model.train()(image(model)).sum().backward()
+        optimiser.step()
+
+
+class TestLayers:
+    def test_subset_and_options_per_layer(self):
+        model = convert(build('vit_tiny_patch16_224'), 'dct', layers=[-1], keep_ratio=0.5)
+        convert(model, [('dct', dict(place='kv')), 'dct1d'], layers=[0, 1])
+        names = [(name, options.get('place')) for name, options in model.attention_spec()]
+        assert names == [('dct', 'kv'), ('dct1d', 'x'), ('dct', 'x')]
+        assert vit_efficient.kept_tokens(model) == [1 + 4, 1 + 4, 1 + 4]
+
+    def test_registered_and_converted_models_are_one_mechanism(self):
+        plain = build('vit_tiny_patch16_224')
+        registered = timm.create_model('vit_dct_tiny', **SMALL, img_size=64).eval()
+        registered.load_state_dict(plain.state_dict())
+        x = image(plain)
+        assert torch.equal(convert(plain, 'dct')(x), registered(x))
+        assert type(plain) is type(registered)
+        assert torch.equal(convert(registered, 'full')(x), convert(plain, 'full')(x))
+
+    @pytest.mark.parametrize(
+        ('arguments', 'message'),
+        [
+            (dict(attention='dtc'), "unknown attention 'dtc'"),
+            (dict(attention='dct', keep_ratio=2), 'keep_ratio=2'),
+            (dict(attention='dct', layers=[0, 3]), 'got 3'),
+            (dict(attention='dct', layers=[0, -3]), 'twice'),
+            (dict(attention='dct', layers=['0']), "got '0'"),
+            (dict(attention=['dct', 'full']), 'lists 2 layers'),
+            (dict(attention=['full', 'full', ('dct', dict(keep_ratio=0))]), 'keep_ratio=0'),
+        ],
+    )
+    def test_errors_change_nothing(self, arguments, message):
+        model = build('vit_tiny_patch16_224')
+        kinds = [type(m) for m in model.modules()]
+        with pytest.raises(ValueError, match=message):
+            convert(model, **arguments)
+        assert [type(m) for m in model.modules()] == kinds
+
+
+class TestWhatIsNotServed:
+    @pytest.mark.parametrize(
+        ('name', 'message'),
+        [
+            ('eva02_tiny_patch14_224', 'Eva.*[Rr]otary'),
+            ('swin_tiny_patch4_window7_224', 'SwinTransformer'),
+            ('resnet18', 'ResNet'),
+            ('vit_base_patch16_rpn_224', r'blocks\.0.*ResPostBlock'),
+            ('vit_base_patch16_rope_224', 'Eva'),
+            ('vit_base_patch16_xp_224', r'blocks\.0.*ParallelScalingBlock'),
+        ],
+    )
+    def test_the_module_is_named(self, name, message):
+        with torch.device('meta'):
+            model = timm.create_model(name)
+        with pytest.raises(ValueError, match=message):
+            convert(model, 'dct')
+
+    def test_patch_dropout(self):
+        model = build('vit_tiny_patch16_224', patch_drop_rate=0.5)
+        with pytest.raises(ValueError, match=r'patch_drop_rate=0\.5'):
+            convert(model, 'dct')
+
+    def test_features_only_is_converted_through_its_model(self):
+        wrapper = timm.create_model('vit_tiny_patch16_224', **SMALL, img_size=64, features_only=True)
+        with pytest.raises(ValueError, match=r'\.model'):
+            convert(wrapper, 'dct')
+        convert(wrapper.model, 'dct')
+        assert wrapper(torch.randn(1, 3, 64, 64))[-1].shape == (1, 48, 4, 4)
+
+
+class TestDisk:
+    @pytest.mark.parametrize('options', [{}, dict(local=3, place='qkv'), dict(num_tokens=(2, 3), domain='frequency')])
+    def test_round_trip(self, model, options, tmp_path):
+        convert(model, 'dct', layers=[0, 2], **options)
+        save_model(model, tmp_path)
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+        x = image(model)
+        assert torch.equal(loaded(x), model(x))
+        assert loaded.attention_spec() == model.attention_spec()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
+
+    def test_after_changes(self, tmp_path):
+        model = convert(build('vit_tiny_patch16_224'), 'dct', keep_ratio=0.3)
+        model.set_input_size((96, 64))
+        model.reset_classifier(7, 'avg')
+        save_model(model, tmp_path)
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+        x = torch.randn(2, 3, 96, 64)
+        assert torch.equal(loaded(x), model(x)) and loaded(x).shape == (2, 7)
+
+    @pytest.mark.parametrize('mechanism', vit_efficient.list_attentions())
+    def test_registered(self, mechanism, tmp_path):
+        model = timm.create_model(f'vit_{mechanism}_tiny', **SMALL, img_size=64, reg_tokens=2, in_chans=1).eval()
+        save_model(model, tmp_path, label_names=list('abcde'))
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+        x = torch.randn(2, 1, 64, 64)
+        assert torch.equal(loaded(x), model(x))
+        assert loaded.pretrained_cfg['label_names'] == list('abcde')
+        config = json.loads((tmp_path / 'config.json').read_text())
+        assert config['architecture'] == f'vit_{mechanism}_tiny'
+        assert config['model_args']['attention'] == mechanism
+
+    def test_config_holds_defaults_too(self, tmp_path):
+        """A later release may choose other defaults; a saved model must not follow them."""
+        save_model(convert(build('vit_tiny_patch16_224'), 'dct'), tmp_path)
+        options = json.loads((tmp_path / 'config.json').read_text())['model_args']['attention_kwargs']
+        assert {'compressor', 'place', 'local', 'axes', 'domain', 'keep_ratio'} <= set(options)
+
+    def test_other_head(self, tmp_path):
+        save_model(convert(build('vit_tiny_patch16_224'), 'dct'), tmp_path)
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=9, img_size=96)
+        assert loaded(torch.randn(1, 3, 96, 96)).shape == (1, 9)
+
+    def test_features_only(self, tmp_path):
+        model = convert(build('vit_tiny_patch16_224'), 'dct')
+        save_model(model, tmp_path)
+        features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True, out_indices=[1])
+        x = image(model)
+        expected = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
+        assert torch.equal(features.eval()(x)[0], expected)
+
+    @pytest.mark.skipif(not hasattr(timm.models, '_input'), reason='timm records model arguments from 1.0.31 on')
+    def test_timms_own_saving(self, tmp_path):
+        model = convert(build('vit_tiny_patch16_224'), 'dct', keep_ratio=0.1)
+        save_for_hf(model, tmp_path, safe_serialization=True)
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+        x = image(model)
+        assert torch.equal(loaded(x), model(x))
+
+    def test_a_failed_save_leaves_the_earlier_model(self, tmp_path, monkeypatch):
+        model = convert(build('vit_tiny_patch16_224'), 'dct')
+        save_model(model, tmp_path)
+        x = image(model)
+        expected = model(x)
+        nn.init.zeros_(model.head.weight)
+
+        def fail(*_):
+            raise OSError('no space')
+
+        monkeypatch.setattr('os.replace', fail)
+        with pytest.raises(OSError, match='no space'):
+            save_model(model, tmp_path)
+        assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), expected)
+
+    def test_what_cannot_be_saved(self, tmp_path):
+        with pytest.raises(ValueError, match=r'timm\.create_model'):
+            save_model(vit_efficient.models.EfficientVisionTransformer(**SMALL), tmp_path)
+
+    def test_base_is_needed(self):
+        with pytest.raises(ValueError, match='base'):
+            timm.create_model('vit_converted')
+
+
+def test_copies_of_converted_models(model):
+    convert(model, 'dct')
+    x = image(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(x), model(x))
+
+
+def test_hooks_stay():
+    model = build('vit_tiny_patch16_224')
+    seen = []
+    model.blocks[0].attn.register_forward_hook(lambda *_: seen.append(1))
+    convert(model, 'dct')(image(model))
+    assert seen == [1]

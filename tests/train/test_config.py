@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pytest
+
+from vit_efficient.train import load_recipe
+from vit_efficient.train.config import to_yaml, validate
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / 'base.yaml').write_text('model: {name: vit_full_tiny, args: {depth: 2}}\noptim: {lr: 1e-4}\nseed: 3\n')
+    path = tmp_path / 'dct.yaml'
+    path.write_text('extends: base.yaml\nmodel: {name: vit_dct_tiny, args: {img_size: 32}}\n')
+    return path
+
+
+def test_recipes_extend_and_are_overridden(recipe):
+    config = load_recipe(recipe, ['optim.lr=2e-3', 'model.args.depth=3', 'data.mean=[0.1]', 'amp=none'])
+    assert config.model.name == 'vit_dct_tiny'
+    assert config.model.args == {'depth': 3, 'img_size': 32}
+    assert (config.optim.lr, config.seed, config.data.mean) == (2e-3, 3, [0.1])
+    assert config.recipe == recipe.as_posix()
+    assert config.output == f'runs/{recipe.parent.name}/dct'
+
+
+def test_the_resolved_recipe_reads_back(recipe, tmp_path):
+    config = load_recipe(recipe)
+    (tmp_path / 'resolved.yaml').write_text(to_yaml(config))
+    again = load_recipe(tmp_path / 'resolved.yaml')
+    again.recipe = config.recipe
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('optim: {lrr: 1}', r'dct\.yaml: unknown key optim\.lrr; did you mean optim\.lr\?'),
+        ('epochs: 3', r'dct\.yaml: unknown key epochs; did you mean sched\.epochs\?'),
+        ('data: {augment: {affin: {}}}', r'unknown key data\.augment\.affin; did you mean data\.augment\.affine'),
+        ('zzz: 3', r'dct\.yaml: unknown key zzz$'),
+        ('optim: {lr: fast}', r"dct\.yaml: optim\.lr: Value 'fast' .* could not be converted to Float"),
+        ('sched: {epochs: 1.5}', r'dct\.yaml: sched\.epochs: .*Integer'),
+        ('optim: 3', r'dct\.yaml: optim must be a section of keys, got 3'),
+        ('data: {augment: {affine: }}', r'dct\.yaml: data\.augment\.affine must be a section of keys, got None'),
+        ('data: {mean: [a]}', r'dct\.yaml: data\.mean'),
+        ('extends: nothing.yaml', r'nothing\.yaml: cannot read the recipe: No such file'),
+        ('extends: dct.yaml', r'dct\.yaml: extends itself'),
+        ('extends: [a]', r'dct\.yaml: extends must name a recipe'),
+        ('a: [', r'dct\.yaml: not valid YAML'),
+        ('- a', r'dct\.yaml: a recipe is a mapping'),
+    ],
+)
+def test_what_does_not_fit_is_named_in_one_line(recipe, text, message):
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(recipe)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('optim.lr', "command line: expected key=value, got 'optim.lr'"),
+        ('optim.lrr=3', r'command line: unknown key optim\.lrr; did you mean optim\.lr\?'),
+        ('seed=x', 'command line: seed: '),
+        ('data.mean=[', 'command line: '),
+        ('optim.lr=0', r'optim\.lr must be above 0, got 0\.0'),
+        ('optim.lr=nan', r'optim\.lr must be above 0, got nan'),
+        ('sched.epochs=0', r'sched\.epochs must be at least 1, got 0'),
+        ('sched.warmup_epochs=101', r'sched\.warmup_epochs must be at most sched\.epochs=100'),
+        ('data.batch_size=0', r'data\.batch_size must be at least 1'),
+        ('data.augment.crop_scale=[0.5]', r'data\.augment\.crop_scale must be two shares'),
+        ('loss.smoothing=1', r'loss\.smoothing must be at least 0 and below 1'),
+        ('model.name=""', r'model\.name must be set'),
+        ('amp=fp8', "amp must be none or bf16, got 'fp8'"),
+        ('resume=yes', 'resume must be never, auto or restart'),
+    ],
+)
+def test_overrides_are_checked(recipe, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe, [override])
+
+
+def test_mixing_needs_even_batches(recipe):
+    config = load_recipe(recipe, ['loss.mixup=0.8'])
+    config.data.batch_size = 5
+    with pytest.raises(ValueError, match=r'data\.batch_size must be even for mixup and cutmix, got 5'):
+        validate(config)
+
+
+@pytest.mark.parametrize('path', sorted(Path(__file__).parents[2].glob('recipes/*/*.yaml')), ids=lambda path: path.stem)
+def test_the_recipes_of_this_repository_are_valid(path):
+    load_recipe(path, ['model.name=any'] if path.stem == 'base' else [])

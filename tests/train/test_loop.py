@@ -1,0 +1,296 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.data.trees import pixels, write_tree
+from tests.train.recipes import TINY, tiny_recipe
+from vit_efficient.data import EpochSampler, EvalTransform, ImageTree, Preprocessing, Samples, create_loader
+from vit_efficient.train import Interrupted, evaluate, load_model, loop, train
+from vit_efficient.train.checkpoint import load_checkpoint
+from vit_efficient.train.config import LossConfig, to_yaml
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp('data'))
+
+
+def stop_after(monkeypatch, batches, action):
+    """Lets the loader fail, or a signal arrive, before the given micro-batch."""
+    iterate = loop.iterate
+
+    def stopping(loader):
+        for number, batch in enumerate(iterate(loader)):
+            if number == batches:
+                action()
+            yield batch
+
+    monkeypatch.setattr(loop, 'iterate', stopping)
+
+
+def fail():
+    raise RuntimeError('the power is off')
+
+
+def same(ours, theirs):
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+def assert_same_run(one, other):
+    states = [load_checkpoint(Path(folder) / 'checkpoint.pt') for folder in (one, other)]
+    for state in states:
+        del state['progress']['train_seconds']
+    assert same(*states)
+    ours, theirs = (list(map(json.loads, (Path(folder) / 'metrics.jsonl').open())) for folder in (one, other))
+    for line in ours + theirs:
+        line.pop('images_per_second', None)
+        line.pop('train_seconds', None)
+    assert ours == theirs
+
+
+def test_a_run_leaves_everything_behind(data, tmp_path):
+    config = tiny_recipe(data, tmp_path / 'run')
+    result = train(config)
+    folder = tmp_path / 'run'
+    assert json.loads((folder / 'result.json').read_text()) == result
+    assert result['steps'] == 12
+    assert (result['train_images'], result['val_images']) == (24, 6)
+    assert result['environment'] == json.loads((folder / 'environment.json').read_text())
+    assert (folder / 'recipe.yaml').read_text() == to_yaml(config)
+    assert list((folder / 'tensorboard').iterdir())
+    kinds = [json.loads(line)['kind'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    assert kinds == (['train'] * 6 + ['val']) * 2
+
+    rows = list(csv.DictReader((folder / 'predictions.csv').open()))
+    assert [row['file'] for row in rows] == [f'c{label}/{number}.png' for label in range(3) for number in range(2)]
+    right = sum(row['label'] == row['predicted'] for row in rows)
+    assert result['top1'] == pytest.approx(100 * right / 6)
+
+    model = load_model(folder)
+    assert model.pretrained_cfg['label_names'] == ['c0', 'c1', 'c2']
+    samples = Samples(ImageTree(data / 'val'), EvalTransform(Preprocessing.of(model)), 3, 3)
+    found = evaluate(model, create_loader(samples, EpochSampler(6, shuffle=False), 4))
+    assert found.predictions == [(int(r['index']), int(r['label']), int(r['predicted'])) for r in rows]
+    assert found.top5 == 100
+    # What is saved is what was evaluated: the average of the weights.
+    state = load_checkpoint(folder / 'checkpoint.pt')
+    assert same(dict(model.state_dict()), dict(state['ema']))
+    assert not same(dict(state['ema']), dict(state['model']))
+
+
+@pytest.mark.parametrize('grad_accum', [1, 2])
+@pytest.mark.parametrize('stop', [2, 4])
+def test_going_on_mid_epoch_gives_the_same_weights(data, tmp_path, monkeypatch, grad_accum, stop):
+    options = {'grad_accum': grad_accum, 'clip_grad': 1.0}
+    train(tiny_recipe(data, tmp_path / 'whole', **options))
+    options['checkpoint_steps'] = 1
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        stop_after(patch, stop, fail)
+        train(tiny_recipe(data, tmp_path / 'parts', **options))
+    assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['batches'] == stop
+    # Neither what else is drawn nor loader processes make a difference.
+    np.random.rand(3), torch.rand(3)
+    config = tiny_recipe(data, tmp_path / 'parts', resume='auto', **options)
+    config.data.workers = 1
+    result = train(config)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+    assert train(config) == result
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint(data, tmp_path, monkeypatch, number):
+    handler = signal.getsignal(number)
+    train(tiny_recipe(data, tmp_path / 'whole'))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=rf'{number.name} after update 3; \S+ is sav'):
+        stop_after(patch, 3, lambda: os.kill(os.getpid(), number))
+        train(tiny_recipe(data, tmp_path / 'parts'))
+    assert signal.getsignal(number) == handler
+    assert not (tmp_path / 'parts/result.json').exists()
+    train(tiny_recipe(data, tmp_path / 'parts', resume='auto'))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+
+
+def test_an_interrupted_evaluation_is_made_up_for(data, tmp_path, monkeypatch):
+    train(tiny_recipe(data, tmp_path / 'whole'))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        patch.setattr(loop, 'evaluate', lambda *_: fail())
+        train(tiny_recipe(data, tmp_path / 'parts'))
+    train(tiny_recipe(data, tmp_path / 'parts', resume='auto'))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+
+
+def test_a_run_is_neither_overwritten_nor_mixed_with_another(data, tmp_path):
+    config = tiny_recipe(data, tmp_path / 'run')
+    config.sched.epochs = 1
+    train(config)
+    before = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+    with pytest.raises(ValueError, match=r'run holds a run already; resume=auto goes on'):
+        train(config)
+    changes = [
+        ('seed=1', lambda c: setattr(c, 'seed', 1), 'seed=0, this run has seed=1'),
+        ('name', lambda c: setattr(c.model, 'name', 'vit_full_tiny'), "name='vit_dct_tiny', .*='vit_full_tiny'"),
+        ('ratio', lambda c: c.model.args.update(attention_kwargs={'keep_ratio': 0.5}), "'keep_ratio': 0.5"),
+        ('batch', lambda c: setattr(c.data, 'batch_size', 2), r'data\.batch_size=4, this run has data\.batch_size=2'),
+        ('data', lambda c: setattr(c.data, 'train', f'{data}/val'), 'training images=24, .*training images=6'),
+    ]
+    for _, change, message in changes:
+        other = tiny_recipe(data, tmp_path / 'run', resume='auto')
+        other.sched.epochs = 1
+        change(other)
+        with pytest.raises(ValueError, match=message) as error:
+            train(other)
+        assert 'output=' in str(error.value)
+    assert before == {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+    (tmp_path / 'run/checkpoint.pt').unlink()
+    config.resume = 'auto'
+    with pytest.raises(ValueError, match='holds a result and no checkpoint'):
+        train(config)
+    config.resume, config.seed = 'restart', 1
+    assert train(config)['seed'] == 1
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(data, tmp_path, monkeypatch):
+    config = tiny_recipe(data, tmp_path / 'run', checkpoint_steps=1)
+    update = loop._Run._update
+
+    def poisoned(self, chunk):
+        if self.progress.updates == 2:
+            chunk[0][0][0] = float('nan')
+        return update(self, chunk)
+
+    monkeypatch.setattr(loop._Run, '_update', poisoned)
+    with pytest.raises(ValueError, match=r'the loss is nan at update 2 \(epoch 0\); .* samples \[\d+, \d+, \d+, \d+\]'):
+        train(config)
+    state = load_checkpoint(tmp_path / 'run/checkpoint.pt')
+    assert state['progress']['updates'] == 2
+    assert all(tensor.isfinite().all() for tensor in state['model'].values())
+
+
+@pytest.mark.parametrize(
+    'loss', [LossConfig(0.0), LossConfig(bce=True), LossConfig(cutmix=1.0, bce=True), LossConfig(mixup=0.2)]
+)
+def test_losses_and_the_other_options(data, tmp_path, loss):
+    config = tiny_recipe(data, tmp_path / 'run', loss=loss, amp='bf16', grad_checkpointing=True, eval_every=2)
+    config.optim.layer_decay = 0.7
+    config.ema.decay = 0.0
+    config.sched.sched = 'step'
+    assert train(config)['steps'] == 12
+
+
+def test_a_model_learns(tmp_path):
+    """Three plain grey levels are told apart after a few updates."""
+    levels = [(np.full((16, 16), 40 + 80 * label, np.uint8), label) for label in range(3)] * 8
+    config = tiny_recipe('', tmp_path / 'run', loss=LossConfig(0.0))
+    config.model.args = {**TINY, 'num_classes': 3, 'in_chans': 1}
+    config.sched.epochs = 10
+    config.ema.decay = 0.0
+    config.optim.lr = 5e-3
+    augment = config.data.augment
+    augment.rand_ops, augment.color_jitter, augment.erasing = 0, 0.0, 0.0
+    assert train(config, levels, levels)['top1'] == 100
+
+
+def test_training_on_five_channels_of_16_bits(tmp_path):
+    images = [(pixels(i, (20, 24, 5), 'uint16'), i % 3) for i in range(12)]
+    for image, label in images:
+        folder = tmp_path / 'train' / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f'{image[0, 0, 0]}.npy', image)
+    (tmp_path / 'val').symlink_to(tmp_path / 'train')
+    config = tiny_recipe(tmp_path, tmp_path / 'run')
+    config.model.args['in_chans'] = 5
+    assert train(config)['val_images'] == 12
+    config = tiny_recipe(tmp_path, tmp_path / 'rgb')
+    with pytest.raises(ValueError, match=r'\.npy: it has 5 channels, the model takes 3'):
+        train(config)
+
+
+def test_bad_input_is_named_before_anything_is_written(data, tmp_path):
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    (tmp_path / 'file').touch()
+    two = write_tree(tmp_path / 'two', classes=2)
+
+    def changed(key, value):
+        config = tiny_recipe(data, tmp_path / 'run')
+        *sections, name = key.split('.')
+        section = config
+        for item in sections:
+            section = getattr(section, item)
+        setattr(section, name, value)
+        return config
+
+    cases = [
+        ('data.train', f'{data}/nothing', 'nothing: no such data folder'),
+        ('data.val', str(empty), 'empty: the data folder is empty'),
+        ('data.val', f'{two}/val', r"differ from those of the training set \(3\): missing \['c2'\]"),
+        ('data.batch_size', 26, r'an update takes 26 images .* the training set has 24'),
+        ('model.name', 'vit_nothing', "timm knows no model 'vit_nothing'"),
+        ('model.args', {**TINY, 'attention_kwargs': {'keep_ratio': 1.5}}, 'keep_ratio'),
+        ('model.args', {**TINY, 'depht': 2}, 'depht'),
+        ('model.args', {**TINY, 'num_heads': 5}, 'num_heads'),
+        ('model.args', {**TINY, 'img_size': 15}, '15'),
+        ('model.args', {**TINY, 'num_classes': 2}, 'num_classes=2 is below the 3 classes'),
+        ('model.init_from', str(tmp_path / 'nothing.pt'), 'nothing.pt'),
+        ('model.init_from', str(empty), 'empty: not a model folder'),
+        ('optim.opt', 'nothing', 'optim.opt=nothing'),
+        ('optim.args', {'beta': 1}, 'optim.opt=adamw'),
+        ('sched.sched', 'nothing', 'sched.sched'),
+        ('sched.sched', 'plateau', 'sched.sched must be a schedule that needs no metric'),
+        ('sched.args', {'cooldown_epochs': 3}, 'sched.args make a schedule of 5 epochs'),
+        ('device', 'nothing', 'device=nothing'),
+        ('sched.epochs', 0, r'sched\.epochs must be at least 1'),
+        ('output', f'{tmp_path}/file/run', 'output=.*file/run: cannot write there: Not a directory'),
+    ]
+    for key, value, message in cases:
+        with pytest.raises(ValueError, match=message) as error:
+            train(changed(key, value))
+        assert '\n' not in str(error.value)
+        assert not (tmp_path / 'run').exists()
+
+
+def test_a_corrupt_image_is_named(tmp_path):
+    data = write_tree(tmp_path / 'data')
+    Image.fromarray(pixels(0, (9, 9, 3))).save(data / 'train/c1/3.png')
+    damaged = (data / 'train/c1/3.png').read_bytes()[:-30]
+    (data / 'train/c1/3.png').write_bytes(damaged)
+    with pytest.raises(ValueError, match=r'train/c1/3\.png: not a readable image'):
+        train(tiny_recipe(data, tmp_path / 'run'))
+    assert not (tmp_path / 'run/result.json').exists()
+
+
+def test_two_processes_reach_the_weights_of_one(data, tmp_path):
+    root = Path(__file__).parents[2]
+    for count in (1, 2):
+        config = tiny_recipe(data, tmp_path / str(count), loss=LossConfig(0.0))
+        config.model.args = dict(TINY)
+        config.optim.opt = 'sgd'
+        config.data.batch_size = 8 // count
+        (tmp_path / f'{count}.yaml').write_text(to_yaml(config))
+        if count == 1:
+            train(config)
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'tools/train.py']
+    environment = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [*launch, str(tmp_path / '2.yaml')], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (load_checkpoint(tmp_path / count / 'checkpoint.pt')['model'] for count in '12')
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    one, two = ((tmp_path / count / 'predictions.csv').read_text() for count in '12')
+    assert one == two

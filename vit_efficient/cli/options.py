@@ -1,0 +1,23 @@
+"""Options of a mechanism as they are written on the command line."""
+
+import ast
+import re
+from fractions import Fraction
+from typing import Any
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """'key=value' as a pair; the value is a Python literal, a fraction such as 1/16, or text.
+
+    Raises:
+        ValueError: If there is no `=`.
+    """
+    key, equals, value = text.partition('=')
+    if not key or not equals:
+        raise ValueError(f'expected key=value, got {text!r}')
+    if re.fullmatch(r'\d+/[1-9]\d*', value):
+        return key, float(Fraction(value))
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value

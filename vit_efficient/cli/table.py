@@ -1,0 +1,177 @@
+"""`vit-efficient table flops …` and `vit-efficient table accuracy …`."""
+
+import argparse
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes `key=value` wherever it stands if it `takes_overrides`: argparse wants positional arguments together."""
+
+    def __init__(self, *args, takes_overrides: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.takes_overrides = takes_overrides
+
+    def parse_known_args(self, args=None, namespace=None):
+        overrides = [arg for arg in args if self.takes_overrides and re.match(r'[\w.]+=', arg)]
+        namespace, extra = super().parse_known_args([arg for arg in args if arg not in overrides], namespace)
+        if self.takes_overrides:
+            namespace.overrides = overrides
+        return namespace, extra
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tables = parser.add_subparsers(dest='table', required=True, metavar='TABLE', parser_class=_Parser)
+
+    about = 'multiply-accumulates of models at several image sizes; nothing is executed'
+    flops = tables.add_parser('flops', help=about, description=about)
+    flops.add_argument('--models', nargs='+', required=True, metavar='MODEL', help='names as in timm.create_model')
+    flops.add_argument(
+        '--img-sizes', nargs='+', type=int, default=[224], metavar='PX', help='heights of square images (default: 224)'
+    )
+    flops.add_argument(
+        '--attention-kwargs',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help='options of the attention, such as keep_ratio=1/16, for all models of this package but vit_full_*',
+    )
+    flops.add_argument('--format', choices=('markdown', 'csv', 'json'), default='markdown')
+    flops.add_argument('--out', type=Path, metavar='FILE', help='write the table to this file')
+    flops.set_defaults(make=flops_table)
+
+    about = 'train the models of recipes, once for each seed, and compare accuracy, FLOPs and speed'
+    accuracy = tables.add_parser(
+        'accuracy',
+        help=about,
+        description=about,
+        epilog='key=value, anywhere, overrides a key of all recipes',
+        takes_overrides=True,
+    )
+    accuracy.add_argument('recipes', nargs='+', type=Path, metavar='RECIPE', help='the first one is compared against')
+    accuracy.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help="(default: each recipe's own)")
+    accuracy.add_argument(
+        '--runs',
+        type=Path,
+        metavar='DIR',
+        help="the runs' parent folder (default: runs/ and the first recipe's folder)",
+    )
+    accuracy.add_argument('--out', type=Path, metavar='DIR', help='for results.md, .csv, .png (default: --runs)')
+    accuracy.set_defaults(make=_accuracy_table)
+
+
+def run(args: argparse.Namespace) -> int | None:
+    return args.make(args)
+
+
+def _accuracy_table(args: argparse.Namespace) -> int | None:
+    from vit_efficient.cli.table_accuracy import accuracy_table
+
+    return accuracy_table(args.recipes, args.overrides, args.seeds, args.runs, args.out)
+
+
+def flops_table(args: argparse.Namespace) -> None:
+    from vit_efficient.cli.options import parse_option
+    from vit_efficient.files import write_text
+    from vit_efficient.flops import ROLES, count_flops
+    from vit_efficient.tables import Column, Table
+
+    options = dict(parse_option(text) for text in args.attention_kwargs)
+    for size in args.img_sizes:
+        if size < 1:
+            raise ValueError(f'--img-sizes must be at least 1, got {size}')
+    for name in args.models:
+        _check_name(name)
+    rows: list[dict[str, Any]] = []
+    for size in args.img_sizes:
+        first = None
+        for name in args.models:
+            model = _create_on_meta(name, size, options)
+            try:
+                count = count_flops(model, (getattr(model, 'in_chans', 3), size, size))
+            except ValueError as error:
+                raise ValueError(f'{name} at {size} px: {error}') from error
+            first = first or count.total
+            rows.append(
+                {
+                    'model': name,
+                    'img_size': size,
+                    'parameters_m': sum(p.numel() for p in model.parameters()) / 1e6,
+                    'tokens': _tokens(model),
+                    'gmacs': count.total / 1e9,
+                    'ratio': count.total / first,
+                    'attention_gmacs': attention_macs(count) / 1e9,
+                    **{_role_key(role): macs / 1e9 for role, macs in count.by_role.items()},
+                }
+            )
+    columns = [
+        Column('model'),
+        Column('img_size', 'px'),
+        Column('parameters_m', 'parameters (M)', 2),
+        Column('tokens'),
+        Column('gmacs', 'GMACs', 3),
+        Column('ratio', '÷ first', 3),
+        Column('attention_gmacs', 'in attention', 3),
+        *(Column(_role_key(role), role, 3) for role in ROLES),
+    ]
+    text = Table(columns, rows).render(args.format)
+    print(text, end='')
+    if args.out:
+        write_text(args.out, text)
+
+
+def _role_key(role: str) -> str:
+    return f'{role.replace(" ", "_")}_gmacs'
+
+
+def attention_macs(count) -> int:
+    """What attention costs: the projections, the products, and the transforms that make them fewer."""
+    return sum(count.by_role[role] for role in ('attention products', 'attention projections', 'transform'))
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    import vit_efficient  # noqa: F401 (registers its models)
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f'no model {name!r}' + (f'; did you mean {", ".join(near)}?' if near else ''))
+
+
+def _create_on_meta(name: str, size: int, options: dict[str, Any]):
+    """The model for images of one size, without data.
+
+    Raises:
+        ValueError: If its patches do not divide the image, or its attention does not have the options.
+    """
+    import timm
+    import torch
+
+    kwargs: dict[str, Any] = {}
+    ours = timm.models.model_entrypoint(name).__module__.startswith('vit_efficient.')
+    if options and ours and not name.startswith('vit_full_'):  # exact attention has no options
+        kwargs['attention_kwargs'] = options
+    with torch.device('meta'):
+        try:
+            model = timm.create_model(name, img_size=size, **kwargs)
+        except TypeError as error:
+            if 'img_size' not in str(error):
+                raise
+            model = timm.create_model(name, **kwargs)  # convolutional: any size will do
+        except AssertionError as error:
+            raise ValueError(f'{name} at {size} px: {error}') from error
+    patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
+    for side in patch if isinstance(patch, (tuple, list)) else ():
+        if size % side:
+            raise ValueError(f'{name}: image size {size} is not a multiple of its patch size {side}')
+    return model
+
+
+def _tokens(model) -> int | None:
+    """Tokens that a plain vision transformer works on; None for other models."""
+    patches = getattr(getattr(model, 'patch_embed', None), 'num_patches', None)
+    prefix = getattr(model, 'num_prefix_tokens', None)
+    return None if patches is None or prefix is None else patches + prefix

@@ -1,0 +1,50 @@
+"""The options of data loading and augmentation, typed: the `data:` section of a recipe."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class AffineConfig:
+    """Random affine maps of the whole image, for images in which position and slant mean little, such as digits."""
+
+    rotate: float = 0.0  # degrees, drawn from ± rotate
+    translate: float = 0.0  # share of the image's side, drawn from ± translate on each axis
+    scale: float = 0.0  # share of the size: the factor is drawn from 1 ± scale
+    shear: float = 0.0  # degrees, drawn from ± shear on each axis
+
+
+@dataclass
+class AugmentConfig:
+    """Training augmentation. The defaults are those of a light ImageNet recipe; 0 switches an operation off."""
+
+    crop_scale: list[float] | None = field(default_factory=lambda: [0.08, 1.0])  # share of the area; null: no crop
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width to height of the crop
+    hflip: float = 0.5  # probability
+    vflip: float = 0.0  # probability
+    color_jitter: float = 0.3  # brightness, contrast and saturation factors are drawn from 1 ± color_jitter
+    hue: float = 0.0  # share of the colour circle, drawn from ± hue
+    rand_ops: int = 2  # operations of the RandAugment-like policy per image
+    rand_magnitude: float = 9.0  # their strength, 0 to 10
+    erasing: float = 0.25  # probability that a random rectangle is replaced by noise
+    affine: AffineConfig = field(default_factory=AffineConfig)
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from, and how they reach the model."""
+
+    train: str = ''  # folder of class folders; with `dataset`, the name of the split
+    val: str = ''
+    dataset: str = ''  # a data set that timm knows by name, such as `hfds/…` or `torch/cifar10`
+    root: str = ''  # with `dataset`: the folder that holds it
+    batch_size: int = 128  # images per process and micro-batch
+    eval_batch_size: int | None = None  # null: batch_size
+    workers: int = 4  # loader processes; 0 loads in the training process
+    cache: bool = False  # keep decoded images in memory (each worker its own)
+    img_size: list[int] | None = None  # height, width; null: the model's own
+    mean: list[float] | None = None  # per channel, of pixels in [0, 1]; null: the model's own
+    std: list[float] | None = None
+    interpolation: str | None = None  # bilinear, bicubic, …; null: the model's own
+    crop_pct: float | None = None  # evaluation: side of the centre crop over the resized side; null: the model's own
+    crop_mode: str | None = None  # evaluation: center, squash or border; null: the model's own
+    augment: AugmentConfig = field(default_factory=AugmentConfig)

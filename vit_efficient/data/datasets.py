@@ -1,0 +1,235 @@
+"""Data sets: folders of class folders, what timm knows by name, and any torch data set of images and labels."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+from timm.data import create_dataset as create_timm_dataset
+from timm.utils.misc import natural_key
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.datasets import DatasetFolder
+
+from vit_efficient.data.images import EXTENSIONS, read_image, to_array
+from vit_efficient.data.sampler import EpochSampler
+
+
+class ImageTree(DatasetFolder):
+    """A folder that holds one folder of images per class, numbered in natural order (2 before 10), as in timm.
+
+    Items are (image, label), the image as `read_image` gives it. Hidden files and files of other types are skipped.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        ValueError: If the folder is missing or empty, holds no class folders, or a class folder holds no images.
+    """
+
+    def __init__(self, root: str | Path):
+        root = Path(root)
+        if not root.is_dir():
+            raise ValueError(f'{root}: no such data folder')
+        if not any(root.iterdir()):
+            raise ValueError(f'{root}: the data folder is empty')
+        try:
+            super().__init__(root, loader=read_image, extensions=EXTENSIONS)
+        except FileNotFoundError as error:
+            names = sorted(path.name for path in root.iterdir() if path.is_dir())
+            if names:
+                raise ValueError(f'{root}: {error}'.splitlines()[0]) from error
+            raise ValueError(f'{root}: holds no class folders (expected {root}/CLASS/IMAGE)') from error
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = (path.name for path in Path(directory).iterdir() if path.is_dir() and not path.name.startswith('.'))
+        classes = sorted(names, key=natural_key)
+        if not classes:
+            raise FileNotFoundError('no class folders')
+        return classes, {name: label for label, name in enumerate(classes)}
+
+    def filename(self, index: int) -> str:
+        return Path(self.samples[index][0]).relative_to(self.root).as_posix()
+
+
+class _TimmImages(Dataset):
+    """A timm ImageDataset without its habit of handing out the next image in the place of one that is corrupt."""
+
+    def __init__(self, dataset: ImageDataset):
+        self.reader = dataset.reader
+        labels = self.reader.class_to_idx or {}
+        self.classes = sorted(labels, key=labels.get)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
+        file, label = self.reader[index][:2]
+        with file:
+            try:
+                return read_image(file), label
+            except ValueError as error:
+                raise ValueError(f'{self.filename(index)}: {error}') from error
+
+    def filename(self, index: int) -> str:
+        return str(self.reader.filename(index))
+
+
+def create_dataset(path: str, dataset: str = '', root: str = '', key: str = 'data.train') -> Dataset:
+    """Opens a data set of (image, label).
+
+    Args:
+        path: A folder of class folders; with `dataset`, the name of the split.
+        dataset: A name that timm.data.create_dataset knows, such as `hfds/…` or `torch/cifar10`.
+        root: With `dataset`, the folder that holds it.
+        key: The recipe's key for `path`, for messages.
+
+    Raises:
+        ValueError: If there are no images there, or the data set is a stream.
+    """
+    if not path:
+        raise ValueError(f'{key} is not set: it names a folder of class folders')
+    if not dataset:
+        return ImageTree(path)
+    try:
+        opened = create_timm_dataset(dataset, root=root or None, split=path, input_img_mode=None)
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f'data.dataset={dataset}, split {path}: {error}') from error
+    if isinstance(opened, IterableDataset):
+        raise ValueError(f'data.dataset={dataset} is a stream, its samples have no index; use one with random access')
+    return _TimmImages(opened) if isinstance(opened, ImageDataset) else opened
+
+
+def class_names(dataset: Dataset) -> list[str] | None:
+    """The names of the classes in the order of their labels, where the data set knows them (`classes`)."""
+    names = getattr(dataset, 'classes', None)
+    return [str(name) for name in names] if names else None
+
+
+def check_same_classes(ours: list[str] | None, theirs: list[str] | None, our_name: str, their_name: str) -> None:
+    """Raises a ValueError that names the first difference if both lists are known and differ."""
+    if ours is None or theirs is None or ours == theirs:
+        return
+    missing = [name for name in ours if name not in theirs]
+    extra = [name for name in theirs if name not in ours]
+    detail = f'missing {missing[:5]}, unexpected {extra[:5]}' if missing or extra else 'their order differs'
+    raise ValueError(
+        f'the classes of {their_name} ({len(theirs)}) differ from those of {our_name} ({len(ours)}): {detail}'
+    )
+
+
+class Samples(Dataset):
+    """What the loader reads: (tensor (C, H, W), label, index) for a key (epoch, index).
+
+    Args:
+        dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`).
+        transform: (array, epoch, index) -> tensor.
+        in_chans: Channels of the model.
+        num_classes: Classes of the model.
+        cache: Keep decoded images in memory. Every loader process holds its own.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable[[np.ndarray, int, int], torch.Tensor],
+        in_chans: int,
+        num_classes: int,
+        cache: bool = False,
+    ):
+        self.dataset = dataset
+        self.transform = transform
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.cached: dict[int, tuple[np.ndarray, int]] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def filename(self, index: int) -> str:
+        """The file of a sample; its index where the data set has no files."""
+        name = getattr(self.dataset, 'filename', None)
+        return name(index) if name else str(index)
+
+    def decode(self, index: int) -> tuple[np.ndarray, int]:
+        """The image as an array (H, W, C) and its label.
+
+        Raises:
+            ValueError: If either does not fit the model, or the image is corrupt. The message names the sample.
+        """
+        if self.cached is not None and index in self.cached:
+            return self.cached[index]
+        image, label = self.dataset[index][:2]
+        try:
+            if not 0 <= int(label) < self.num_classes:
+                raise ValueError(f'its label {int(label)} is not among the {self.num_classes} classes of the model')
+            item = to_array(image, self.in_chans), int(label)
+        except (OSError, ValueError) as error:  # PIL decodes some images only now
+            raise ValueError(f'{self._where(index)}: {error}') from error
+        if self.cached is not None:
+            self.cached[index] = item
+        return item
+
+    def _where(self, index: int) -> str:
+        name, root = self.filename(index), getattr(self.dataset, 'root', None)
+        return f'sample {name}' if name == str(index) else str(Path(root or '') / name)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        epoch, index = key
+        image, label = self.decode(index)
+        return self.transform(image, epoch, index), label, index
+
+
+def create_loader(
+    samples: Samples,
+    sampler: EpochSampler,
+    batch_size: int,
+    workers: int = 0,
+    drop_last: bool = False,
+    pin: bool = False,
+) -> DataLoader:
+    """A loader of batches (images (B, C, H, W), labels (B,), indices (B,)).
+
+    Args:
+        samples: The data.
+        sampler: Their order. Training sets its epoch before each pass.
+        batch_size: Images per batch.
+        workers: Loader processes; they live as long as the loader.
+        drop_last: Leave out a last batch that is not full (training); evaluation keeps it.
+        pin: Page-locked memory, for a GPU.
+    """
+    return DataLoader(
+        samples,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        drop_last=drop_last,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        worker_init_fn=_use_one_thread,
+    )
+
+
+def _use_one_thread(_worker: int) -> None:
+    # Loader processes are the parallelism; OpenCV's own threads would compete with them.
+    cv2.setNumThreads(0)
+
+
+def iterate(loader: Iterable[Any]) -> Iterator[Any]:
+    """Iterates a loader, and gives errors of loader processes the message they have without processes.
+
+    Raises:
+        ValueError: What the data set raised, as one line.
+    """
+    try:
+        yield from loader
+    except ValueError as error:
+        lines = str(error).strip().splitlines()
+        if 'DataLoader worker process' not in lines[0]:
+            raise
+        # Its traceback is a reference cycle, and the garbage collector would shut the loader down in 5 s per process.
+        error.__traceback__ = None
+        raise ValueError(lines[-1].removeprefix('ValueError: ')) from None

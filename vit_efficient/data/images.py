@@ -1,0 +1,122 @@
+"""Reading images: grey, RGB and many-channel, 8-bit, 16-bit and floating point."""
+
+import io
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = ('.bmp', '.jpeg', '.jpg', '.npy', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
+_NPY_MAGIC = b'\x93NUMPY'
+_BITS_PER_SAMPLE = 258  # TIFF tag
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in PIL
+_PIL_MODES = {1: 'L', 3: 'RGB'}
+
+
+def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
+    """Decodes one image.
+
+    Args:
+        source: A file or an open stream: any format of PIL with 8 bits per sample, a PNG or TIFF with more, or a NumPy
+            array (`.npy`) of shape (H, W) or (H, W, C).
+
+    Returns:
+        A PIL image if the samples have 8 bits, else an array of shape (H, W) or (H, W, C).
+
+    Raises:
+        ValueError: If it cannot be decoded. The message names the file, if the source is one.
+    """
+    is_file = isinstance(source, str | Path)
+    prefix = f'{source}: ' if is_file else ''
+    try:
+        data = Path(source).read_bytes() if is_file else source.read()
+        if data.startswith(_NPY_MAGIC):
+            return np.load(io.BytesIO(data), allow_pickle=False)
+        image = Image.open(io.BytesIO(data))
+        if _is_deep(image, data):
+            return _decode_deep(image, data)
+        image.load()
+        return image
+    except UnidentifiedImageError as error:
+        raise ValueError(f'{prefix}not a readable image (unknown format)') from error
+    # PIL, OpenCV and NumPy raise all kinds of errors on damaged files: SyntaxError, struct.error, EOFError, …
+    except Exception as error:
+        reason = str(error).replace(str(source), '').strip() if isinstance(error, OSError) else error
+        raise ValueError(f'{prefix}not a readable image ({type(error).__name__}: {reason})') from error
+
+
+def _is_deep(image: Image.Image, data: bytes) -> bool:
+    """Whether samples have more than 8 bits. PIL opens deep RGB files as 8-bit ones, so the header has to tell."""
+    if image.format == 'PNG':
+        return data[24] > 8
+    if image.format == 'TIFF':
+        return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))) > 8
+    return image.mode.startswith(('I', 'F'))
+
+
+def _decode_deep(image: Image.Image, data: bytes) -> np.ndarray:
+    if image.mode.startswith(('I', 'F')):  # one channel, which PIL keeps in full depth
+        pixels = np.asarray(image)
+        # PIL widens some 16-bit greys to 32 bits.
+        return pixels.astype(np.uint16) if image.format == 'PNG' else pixels
+    import cv2
+
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise ValueError('a layout that OpenCV cannot read; store it as .npy')
+    return pixels[..., 2::-1] if pixels.ndim == 3 else pixels  # BGR, and perhaps alpha, to RGB
+
+
+def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
+    """Brings an image to the channels of the model and to one of two sample types.
+
+    Grey is repeated for a model of 3 channels, RGB is weighed to luma for a model of 1 channel, and an alpha channel of
+    a PIL image is dropped unless the model has 4 channels. For 8-bit PIL images this is `Image.convert`, as in timm.
+
+    Args:
+        image: A PIL image, or an array of shape (H, W) or (H, W, C): uint8, uint16, or floating point in [0, 1].
+        in_chans: The channels that the model takes.
+
+    Returns:
+        (H, W, in_chans): uint8 if the image has 8 bits, else float32, with uint16 scaled to [0, 1].
+
+    Raises:
+        ValueError: If the channels do not fit, or the array has another shape or type, or is not finite.
+    """
+    if isinstance(image, Image.Image):
+        if image.mode.startswith(('I', 'F')):
+            image = np.asarray(image)
+        else:
+            if in_chans in _PIL_MODES:
+                image = image.convert(_PIL_MODES[in_chans])
+            image = np.asarray(image.convert('RGB') if image.mode == 'P' else image)
+            image = image.astype(np.uint8) * 255 if image.dtype == bool else image
+    if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or 0 in image.shape:
+        shape = getattr(image, 'shape', type(image).__name__)
+        raise ValueError(f'an image must be a PIL image or an array (H, W) or (H, W, C), got {shape}')
+    pixels = image[..., None] if image.ndim == 2 else image
+    if pixels.dtype == np.uint16:
+        pixels = pixels.astype(np.float32) / 65535
+    elif pixels.dtype.kind == 'f':
+        pixels = pixels.astype(np.float32)
+        if not np.isfinite(pixels).all():
+            raise ValueError('it holds values that are not finite')
+    elif pixels.dtype != np.uint8:
+        raise ValueError(f'samples must be uint8, uint16 or floating point in [0, 1], got {pixels.dtype}')
+    return np.ascontiguousarray(_fit_channels(pixels, in_chans))
+
+
+def _fit_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
+    channels = pixels.shape[2]
+    if channels == in_chans:
+        return pixels
+    if (channels, in_chans) == (1, 3):
+        return pixels.repeat(3, axis=2)
+    if (channels, in_chans) == (3, 1):
+        grey = pixels @ _LUMA
+        return (grey.round() if pixels.dtype == np.uint8 else grey).astype(pixels.dtype)[..., None]
+    raise ValueError(
+        f'it has {channels} channels, the model takes {in_chans}; set model.args.in_chans={channels}, '
+        f'or store images of {in_chans} channels (arrays are height × width × channels)'
+    )

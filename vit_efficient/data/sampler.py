@@ -1,0 +1,63 @@
+"""The order of samples, as a function of (seed, epoch)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+_STREAMS = ('order', 'sample', 'step')
+
+
+def stable_seed(stream: str, *key: int) -> np.random.SeedSequence:
+    """Hashes a key to a seed that is the same on every machine and in every process.
+
+    Args:
+        stream: What the draws are for: order (of an epoch), sample (its augmentation) or step (of the training loop).
+        *key: Integers ≥ 0, always as many for one stream.
+    """
+    return np.random.SeedSequence((_STREAMS.index(stream), *key))
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields keys (epoch, index), so that loader processes know the epoch they draw for.
+
+    The order of an epoch is a permutation drawn from (seed, epoch) alone. Process `rank` of `world_size` takes every
+    `world_size`-th sample of it, hence the batches of all processes together are consecutive samples.
+
+    Args:
+        size: Samples in the data set.
+        seed: Seed of the permutations, ≥ 0.
+        shuffle: False keeps the data set's order.
+        rank: This process.
+        world_size: Number of processes.
+        even: Leave out the last `size % world_size` samples, so that every process has as many (training); otherwise
+            none is left out (evaluation).
+    """
+
+    def __init__(
+        self, size: int, seed: int = 0, shuffle: bool = True, rank: int = 0, world_size: int = 1, even: bool = True
+    ):
+        self.size = size - size % world_size if even else size
+        self.total = size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Chooses the epoch, and how many samples of it (of all processes together) are skipped."""
+        if start % self.world_size:
+            raise ValueError(f'{start=} must be a multiple of world_size={self.world_size}')
+        self.epoch, self.start = epoch, start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.arange(self.total)
+        if self.shuffle:
+            order = np.random.default_rng(stable_seed('order', self.seed, self.epoch)).permutation(order)
+        for index in order[: self.size][self.start + self.rank :: self.world_size].tolist():
+            yield self.epoch, index
+
+    def __len__(self) -> int:
+        return len(range(self.start + self.rank, self.size, self.world_size))

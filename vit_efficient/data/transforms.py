@@ -1,0 +1,242 @@
+"""Pixels to model input: random for training (albumentations), fixed for evaluation (timm's own transform)."""
+
+import math
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+from torchvision.transforms import Normalize
+
+from vit_efficient.data.config import AugmentConfig, DataConfig
+from vit_efficient.data.sampler import stable_seed
+
+_CV2_INTERPOLATION = {
+    'nearest': cv2.INTER_NEAREST,
+    'bilinear': cv2.INTER_LINEAR,
+    'bicubic': cv2.INTER_CUBIC,
+    'lanczos': cv2.INTER_LANCZOS4,
+}
+_CROP_MODES = ('center', 'squash', 'border')
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What both transforms share: the input (C, H, W) of the model and the statistics of its pixels."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    @classmethod
+    def of(cls, model: nn.Module, config: DataConfig | None = None) -> 'Preprocessing':
+        """Reads it off a timm model; what `config` sets goes first.
+
+        A model of another number of channels than its statistics takes their mean for every channel.
+
+        Raises:
+            ValueError: If the statistics in `config` do not have one value per channel, or a name is unknown.
+        """
+        config = config or DataConfig()
+        in_chans = getattr(model, 'in_chans', None) or model.pretrained_cfg['input_size'][0]
+        base = resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))
+        size = config.img_size or getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+        size = tuple(size or base['input_size'][-2:])
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f'data.img_size must be height and width in pixels, got {list(size)}')
+        statistics = {}
+        for name in ('mean', 'std'):
+            values, given = getattr(config, name), base[name]
+            if values is not None and len(values) != in_chans:
+                raise ValueError(f'data.{name} must have one value per channel of the model ({in_chans}), got {values}')
+            if values is None:
+                values = given if len(given) == in_chans else [sum(given) / len(given)] * in_chans
+            statistics[name] = tuple(float(value) for value in values)
+        if min(statistics['std']) <= 0:
+            raise ValueError(f'data.std must be above 0, got {list(statistics["std"])}')
+        interpolation = config.interpolation or base['interpolation']
+        if interpolation not in _CV2_INTERPOLATION:
+            raise ValueError(f'data.interpolation must be one of {", ".join(_CV2_INTERPOLATION)}, got {interpolation}')
+        crop_mode = config.crop_mode or base['crop_mode']
+        if crop_mode not in _CROP_MODES:
+            raise ValueError(f'data.crop_mode must be one of {", ".join(_CROP_MODES)}, got {crop_mode}')
+        return cls(
+            input_size=(in_chans, *size),
+            interpolation=interpolation,
+            crop_pct=config.crop_pct or base['crop_pct'],
+            crop_mode=crop_mode,
+            **statistics,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as entries of timm's `pretrained_cfg`."""
+        return dict(vars(self))
+
+
+class TrainTransform:
+    """The random transform of training. The draws for a sample are a function of (seed, epoch, index).
+
+    In order: random resized crop, flips, affine map, colour jitter, RandAugment-like policy (`rand_ops` operations,
+    drawn with replacement, each with a strength drawn uniformly up to `rand_magnitude` / 10 of its range), random
+    erasing with pixel noise, normalisation. Where an image shrinks it is resized by area averaging: OpenCV's other
+    interpolations do not antialias. Without a crop (`crop_scale` null), geometry is that of evaluation at `crop_pct` 1.
+
+    Images of more than 8 bits, or of other than 1 or 3 channels, skip what is defined for photographs only:
+    saturation and hue, and the policy's tonal operations other than brightness and contrast.
+
+    Args:
+        preprocessing: Input size and statistics.
+        config: The augmentation.
+        seed: The run's seed, ≥ 0.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, config: AugmentConfig, seed: int):
+        self.preprocessing = preprocessing
+        self.config = config
+        self.seed = seed
+
+    @cached_property
+    def photograph(self) -> A.Compose:
+        """The pipeline for 8-bit images of 1 or 3 channels."""
+        return _compose(self.preprocessing, self.config, photograph=True)
+
+    @cached_property
+    def measurement(self) -> A.Compose:
+        """The pipeline for float32 images in [0, 1], of any number of channels."""
+        return _compose(self.preprocessing, self.config, photograph=False)
+
+    def __call__(self, image: np.ndarray, epoch: int, index: int) -> torch.Tensor:
+        """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised."""
+        photograph = image.dtype == np.uint8 and image.shape[2] in (1, 3)
+        if not photograph and image.dtype == np.uint8:
+            image = image.astype(np.float32) / 255
+        compose = self.photograph if photograph else self.measurement
+        # One pair of generators for the whole pipeline: set_random_seed would give every operation the same draws, so
+        # that, for one, each image that is flipped would be brightened too.
+        draws = stable_seed('sample', self.seed, epoch, index)
+        compose.set_random_state(np.random.default_rng(draws), random.Random(int(draws.generate_state(1)[0])))
+        return compose(image=image)['image']
+
+
+def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bool) -> A.Compose:
+    height, width = preprocessing.input_size[1:]
+    resize = {'interpolation': _CV2_INTERPOLATION[preprocessing.interpolation], 'area_for_downscale': 'image'}
+    steps: list[Any] = []
+    if config.crop_scale is not None:
+        scale, ratio = tuple(config.crop_scale), tuple(config.crop_ratio)
+        steps.append(A.RandomResizedCrop((height, width), scale=scale, ratio=ratio, **resize))
+    elif preprocessing.crop_mode == 'squash':
+        steps.append(A.Resize(height, width, **resize))
+    else:
+        steps += [A.SmallestMaxSize(max_size_hw=(height, width), **resize), A.CenterCrop(height, width)]
+    if config.hflip:
+        steps.append(A.HorizontalFlip(p=config.hflip))
+    if config.vflip:
+        steps.append(A.VerticalFlip(p=config.vflip))
+    affine = config.affine
+    if affine.rotate or affine.translate or affine.scale or affine.shear:
+        steps.append(
+            A.Affine(
+                rotate=(-affine.rotate, affine.rotate),
+                translate_percent=(-affine.translate, affine.translate),
+                scale=(1 - affine.scale, 1 + affine.scale),
+                shear=(-affine.shear, affine.shear),
+                p=1,
+            )
+        )
+    if config.color_jitter or config.hue:
+        steps.append(_color_jitter(config, photograph))
+    if config.rand_ops:
+        policy = _policy(config.rand_magnitude / 10, photograph)
+        steps.append(A.RandomOrder(policy, n=config.rand_ops, replace=True, p=1))
+    if config.erasing:
+        steps.append(A.Erasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), fill='random', p=config.erasing))
+    steps += [
+        A.Normalize(preprocessing.mean, preprocessing.std, max_pixel_value=255.0 if photograph else 1.0),
+        A.ToTensorV2(),
+    ]
+    return A.Compose(steps)
+
+
+def _color_jitter(config: AugmentConfig, photograph: bool) -> A.BasicTransform:
+    strength = config.color_jitter
+    factors = (1 - strength, 1 + strength)
+    if photograph:
+        return A.ColorJitter(factors, factors, factors, hue=(-config.hue, config.hue), p=1)
+    limits = (-strength, strength)
+    return A.RandomBrightnessContrast(limits, limits, p=1)
+
+
+def _policy(strength: float, photograph: bool) -> list[A.BasicTransform]:
+    """The operations of RandAugment (Cubuk et al., 2020), with the ranges of timm, at a strength of 0 to 1."""
+    turn, shear, shift, factor = 30 * strength, math.degrees(math.atan(0.3 * strength)), 0.45 * strength, 0.9 * strength
+    around, still = (1 - factor, 1 + factor), (1, 1)
+    operations = [
+        A.NoOp(p=1),
+        A.Affine(rotate=(-turn, turn), p=1),
+        A.Affine(shear={'x': (-shear, shear), 'y': (0, 0)}, p=1),
+        A.Affine(shear={'x': (0, 0), 'y': (-shear, shear)}, p=1),
+        A.Affine(translate_percent={'x': (-shift, shift), 'y': (0, 0)}, p=1),
+        A.Affine(translate_percent={'x': (0, 0), 'y': (-shift, shift)}, p=1),
+    ]
+    if not photograph:
+        return [
+            *operations,
+            A.RandomBrightnessContrast((-factor, factor), (0, 0), p=1),
+            A.RandomBrightnessContrast((0, 0), (-factor, factor), p=1),
+        ]
+    return [
+        *operations,
+        A.ColorJitter(around, still, still, hue=(0, 0), p=1),
+        A.ColorJitter(still, around, still, hue=(0, 0), p=1),
+        A.ColorJitter(still, still, around, hue=(0, 0), p=1),
+        A.Sharpen(alpha=(0, factor), lightness=(1, 1), p=1),
+        A.AutoContrast(p=1),
+        A.Equalize(p=1),
+        A.Posterize(num_bits=(8 - round(4 * strength), 8), p=1),
+        A.Solarize(threshold_range=(1 - strength, 1), p=1),
+    ]
+
+
+class EvalTransform:
+    """timm's evaluation transform.
+
+    8-bit images of 1 or 3 channels go through it as PIL images, exactly as in timm. Others (16-bit, floating point,
+    many-channel) go through its resize and crop as float32 tensors, with the same target sizes, the same interpolation
+    and antialiasing; then they are clipped to [0, 1], as 8-bit images are by their type, and normalised.
+
+    Args:
+        preprocessing: Input size, statistics and crop.
+    """
+
+    def __init__(self, preprocessing: Preprocessing):
+        options = preprocessing.as_dict()
+        self.crop_mode = preprocessing.crop_mode
+        self.photograph = create_transform(is_training=False, **options)
+        self.geometry = create_transform(is_training=False, normalize=False, **options)
+        self.normalize = Normalize(preprocessing.mean, preprocessing.std)
+
+    def __call__(self, image: np.ndarray, epoch: int = 0, index: int = 0) -> torch.Tensor:
+        """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised; the same for every epoch.
+
+        Raises:
+            ValueError: For `crop_mode` border and an image that is not 8-bit grey or RGB: its padding is a colour.
+        """
+        if image.dtype == np.uint8 and image.shape[2] in (1, 3):
+            return self.photograph(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image))
+        if self.crop_mode == 'border':
+            raise ValueError('data.crop_mode=border works for 8-bit grey and RGB images only; use center or squash')
+        if image.dtype == np.uint8:
+            image = image.astype(np.float32) / 255
+        tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+        return self.normalize(self.geometry(tensor).clamp_(0, 1))

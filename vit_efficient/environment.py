@@ -1,0 +1,68 @@
+"""What a run ran on: recorded beside its results, so that speeds and small differences can be explained."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vit_efficient.version import __version__
+
+_PACKAGES = ('torch', 'torchvision', 'timm', 'albumentations', 'numpy', 'omegaconf', 'opencv-python-headless', 'pillow')
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Versions, processor, threads, GPU, state of the source tree, and the command."""
+    return {
+        'vit_efficient': __version__,
+        'python': platform.python_version(),
+        'packages': {name: found for name in _PACKAGES if (found := _version(name))},
+        'platform': platform.platform(),
+        'cpu': _cpu_model(),
+        'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+        'threads': torch.get_num_threads(),
+        'device': str(device),
+        'gpu': torch.cuda.get_device_name(device) if device.type == 'cuda' else None,
+        'git': _git_state(),
+        'command': sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the source tree and whether it has changes; None where it is not a git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ['git', '-C', str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {'commit': git('rev-parse', 'HEAD'), 'changed': bool(git('status', '--porcelain', '-uno'))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def one_line(environment: dict[str, Any]) -> str:
+    """Machine and versions, for below a table."""
+    packages = environment['packages']
+    machine = environment['gpu'] or f'{environment["cpu"]}, {environment["cores"]} cores'
+    return f'{machine}, torch {packages["torch"]}, timm {packages["timm"]}'

@@ -1,0 +1,197 @@
+"""Tables as Markdown, CSV and JSON, and the plot of accuracy against FLOPs."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vit_efficient.files import write_bytes
+
+FORMATS = ('markdown', 'csv', 'json')
+NOTHING = '–'  # an empty cell, where a reader is to see that it is empty
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Args:
+        key: Its name in rows, CSV and JSON.
+        title: Its heading in Markdown; the key by default.
+        digits: Decimals of numbers in Markdown; None shows them as they are. CSV and JSON hold them unrounded.
+        spread: The key of another column, which Markdown shows in this one's cells after a ±.
+    """
+
+    key: str
+    title: str = ''
+    digits: int | None = None
+    spread: str = ''
+
+    def show(self, row: Mapping[str, Any]) -> str:
+        """The cell of a row, in Markdown."""
+        spread = row[self.spread] if self.spread else None
+        return self._text(row[self.key]) + ('' if spread is None else f' ± {self._text(spread)}')
+
+    def _text(self, value: Any) -> str:
+        if value is None:
+            return NOTHING
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return f'{value:,}' if self.digits is None else f'{value:,.{self.digits}f}'
+        return str(value).replace('|', r'\|').replace('\n', ' ')
+
+
+class Table:
+    """Rows under columns.
+
+    Args:
+        columns: In order; a name stands for a column of that key.
+        rows: Mappings by column key. A missing key, None and a number that is not finite are empty cells.
+
+    Raises:
+        ValueError: If a row has a key that is no column's.
+    """
+
+    def __init__(self, columns: Sequence[Column | str], rows: Sequence[Mapping[str, Any]] = ()):
+        self.columns = [Column(column) if isinstance(column, str) else column for column in columns]
+        keys = [column.key for column in self.columns]
+        for row in rows:
+            for key in row:
+                if key not in keys:
+                    raise ValueError(f'no column {key!r} in a table of {", ".join(keys)}')
+        self.rows = [{key: None if _is_nothing(row.get(key)) else row[key] for key in keys} for row in rows]
+
+    def render(self, format: str = 'markdown') -> str:
+        """The table as text that ends with a newline.
+
+        Raises:
+            ValueError: If the format is not one of `FORMATS`.
+        """
+        if format not in FORMATS:
+            raise ValueError(f'format must be one of {", ".join(FORMATS)}, got {format=}')
+        return getattr(self, f'_{format}')()
+
+    def _markdown(self) -> str:
+        """Padded, so that it reads as plain text too; numbers to the right."""
+        spreads = {column.spread for column in self.columns}
+        columns = [column for column in self.columns if column.key not in spreads]
+        heads = [column.title or column.key for column in columns]
+        cells = [[column.show(row) for column in columns] for row in self.rows]
+        numeric = [all(isinstance(row[c.key], (int, float, type(None))) for row in self.rows) for c in columns]
+        widths = [max(3, *(len(line[i]) for line in [heads, *cells])) for i in range(len(heads))]
+
+        def line(texts: Sequence[str]) -> str:
+            padded = (f'{text:{">" if n else "<"}{w}}' for text, w, n in zip(texts, widths, numeric, strict=True))
+            return f'| {" | ".join(padded)} |\n'
+
+        rule = ['-' * (w - 1) + (':' if n else '-') for w, n in zip(widths, numeric, strict=True)]
+        return ''.join(line(texts) for texts in [heads, rule, *cells])
+
+    def _csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [column.key for column in self.columns], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+    def _json(self) -> str:
+        return json.dumps(self.rows, indent=2, ensure_ascii=False) + '\n'
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model in the plot.
+
+    Args:
+        label: Its name.
+        gmacs: Billions of multiply-accumulates of an image; above 0.
+        accuracy: In percent.
+        error: Half the length of the error bar, in points; None for no bar.
+    """
+
+    label: str
+    gmacs: float
+    accuracy: float
+    error: float | None = None
+
+
+# Okabe and Ito, "Color Universal Design", 2008: told apart with any colour vision. Markers differ as well.
+_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+_MARKERS = 'os^DvPX*'
+
+
+def plot_accuracy(points: Sequence[Point], path: str | Path, title: str = '') -> None:
+    """Saves a plot of accuracy against GMACs, on a logarithmic axis, as PNG (or by another suffix, PDF or SVG).
+
+    Raises:
+        ValueError: If there are no points, or GMACs are not above 0.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    for point in points:
+        if not point.gmacs > 0:
+            raise ValueError(f'gmacs must be above 0 on a logarithmic axis, got {point}')
+    if not points:
+        raise ValueError('points must not be empty')
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, point in enumerate(points):
+        axes.errorbar(
+            point.gmacs,
+            point.accuracy,
+            point.error,
+            fmt=_MARKERS[i % len(_MARKERS)],
+            color=_COLOURS[i % len(_COLOURS)],
+            markersize=8,
+            capsize=4,
+        )
+    axes.set_xscale('log')
+    low, high = min(p.gmacs for p in points), max(p.gmacs for p in points)
+    axes.set_xlim(low / 1.3, high * 1.3 * (high / low) ** 0.35)  # room for the labels, to the right of the points
+    axes.margins(y=0.15)
+    axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+    # Within one decade the tick marks between the powers of ten are all there is to read.
+    axes.xaxis.set_minor_formatter(StrMethodFormatter('{x:g}') if high / low < 5 else NullFormatter())
+    axes.set_xlabel('GMACs per image')
+    axes.set_ylabel('top-1 accuracy (%)')
+    axes.grid(which='both', alpha=0.25)
+    axes.set_title(title)
+    axes.spines[['top', 'right']].set_visible(False)
+    _label(figure, axes, points)
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix.lstrip('.') or 'png')
+    write_bytes(path, content.getvalue())
+
+
+def _label(figure, axes, points: Sequence[Point]) -> None:
+    """Writes the names beside the points, from the highest down, none over another."""
+    figure.draw_without_rendering()  # the layout is settled now
+    height, width = 12, 7  # of a line and a letter, in typographic points
+    pixels = figure.dpi / 72
+    taken: list[tuple[float, float, float]] = []  # left, right, middle
+    for i in sorted(range(len(points)), key=lambda i: -points[i].accuracy):
+        point = points[i]
+        x, y = axes.transData.transform((point.gmacs, point.accuracy)) / pixels
+        left, right, at = x + 9, x + 9 + width * len(point.label), y
+        for other_left, other_right, other in sorted(taken, key=lambda t: -t[2]):
+            if left < other_right and other_left < right and abs(at - other) < height:
+                at = other - height
+        taken.append((left, right, at))
+        axes.annotate(
+            point.label,
+            (point.gmacs, point.accuracy),
+            xytext=(9, at - y),
+            textcoords='offset points',
+            verticalalignment='center',
+            color=_COLOURS[i % len(_COLOURS)],
+        )

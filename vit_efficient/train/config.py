@@ -1,0 +1,271 @@
+"""Recipes: YAML files checked against typed defaults.
+
+A recipe may start from another (`extends: base.yaml`, relative to its own folder) and be overridden from the command
+line (`optim.lr=1e-3`). Whatever does not fit the dataclasses below is a ValueError that names the key and its source.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from vit_efficient.data.config import DataConfig
+
+
+@dataclass
+class ModelConfig:
+    name: str = ''  # as in timm.create_model
+    args: dict[str, Any] = field(default_factory=dict)  # its keyword arguments
+    init_from: str = ''  # weights to start from: a model or run folder, or a checkpoint file of timm
+
+
+@dataclass
+class OptimConfig:
+    opt: str = 'adamw'  # a name that timm.optim knows
+    lr: float = 1e-3  # at its highest, for the batch size as it is: there is no scaling
+    weight_decay: float = 0.05
+    layer_decay: float | None = None  # factor of the learning rate from one layer to the one before
+    args: dict[str, Any] = field(default_factory=dict)  # further arguments, such as betas
+
+
+@dataclass
+class SchedConfig:
+    sched: str = 'cosine'  # a name that timm.scheduler knows, other than plateau; it is stepped after every update
+    epochs: int = 100
+    warmup_epochs: float = 5.0  # part of epochs
+    warmup_lr: float = 1e-6  # where the warm-up starts
+    min_lr: float = 1e-5
+    args: dict[str, Any] = field(default_factory=dict)  # further arguments of timm's create_scheduler_v2
+
+
+@dataclass
+class LossConfig:
+    smoothing: float = 0.1
+    mixup: float = 0.0  # alpha of its beta distribution; 0: off
+    cutmix: float = 0.0  # alpha; with both on, each batch takes one of them at even odds
+    bce: bool = False  # binary cross-entropy in the place of softmax cross-entropy
+
+
+@dataclass
+class EmaConfig:
+    decay: float = 0.0  # of an exponential moving average of the weights, which is then what is evaluated; 0: off
+    warmup: bool = False  # raise the decay from 0 at the start
+
+
+@dataclass
+class Config:
+    """A run. See `DataConfig` and the other sections for their keys."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sched: SchedConfig = field(default_factory=SchedConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    seed: int = 0  # weights, order, augmentation, mixing and dropout follow from it
+    output: str = ''  # the run's folder; by default runs/FOLDER/NAME for recipes/FOLDER/NAME.yaml
+    resume: str = 'never'  # never: refuse a folder that holds a run; auto: go on with it; restart: replace it
+    device: str = 'auto'  # auto: the GPU where there is one
+    amp: str = 'none'  # none or bf16: the type of matrix products
+    compile: bool = False
+    grad_accum: int = 1  # micro-batches per update
+    clip_grad: float | None = None  # largest norm of the gradient
+    grad_checkpointing: bool = False
+    threads: int | None = None  # of PyTorch on the CPU; null: as many as it takes by itself
+    log_every: int = 50  # updates
+    eval_every: int = 1  # epochs; the last epoch is evaluated in any case
+    checkpoint_every: int = 1  # epochs
+    checkpoint_steps: int = 0  # updates, within an epoch; 0: at the end of epochs only
+    recipe: str = ''  # the file; load_recipe fills it in
+
+
+# What may change when a run goes on, because the weights do not depend on it beyond rounding.
+_FREE_KEYS = {
+    'output',
+    'resume',
+    'recipe',
+    'device',
+    'compile',
+    'grad_checkpointing',
+    'threads',
+    'log_every',
+    'eval_every',
+    'checkpoint_every',
+    'checkpoint_steps',
+    'data.train',
+    'data.val',
+    'data.root',
+    'data.eval_batch_size',
+    'data.workers',
+    'data.cache',
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: `key=value` with dots in the key; the value is YAML.
+
+    Raises:
+        ValueError: For a file that cannot be read, an unknown key, or a value of the wrong type or out of its range.
+    """
+    path = Path(path)
+    config = OmegaConf.structured(Config)
+    for layer_path, layer in _layers(path):
+        config = _merge(config, layer, str(layer_path))
+    for override in overrides:
+        key, equals, _ = override.partition('=')
+        if not equals or not key:
+            raise ValueError(f'command line: expected key=value, got {override!r}')
+        try:
+            layer = OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f'command line: {override!r} is not valid: {first_line(error)}') from error
+        config = _merge(config, layer, 'command line')
+    try:
+        recipe = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f'{path}: {first_line(error)}') from error
+    recipe.recipe = path.as_posix()
+    if not recipe.output:
+        recipe.output = (Path('runs') / path.resolve().parent.name / path.stem).as_posix()
+    validate(recipe)
+    return recipe
+
+
+def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, Any]]:
+    """The recipes that this one extends, the most basic first, then this one."""
+    if path.resolve() in below:
+        raise ValueError(f'{path}: extends itself')
+    try:
+        layer = OmegaConf.load(path)
+    except OSError as error:
+        raise ValueError(f'{path}: cannot read the recipe: {error.strerror}') from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from error
+    if not OmegaConf.is_dict(layer):
+        raise ValueError(f'{path}: a recipe is a mapping of keys to values')
+    base = layer.pop('extends', None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ValueError(f'{path}: extends must name a recipe, got {base!r}')
+        yield from _layers(path.parent / base, (*below, path.resolve()))
+    yield path, layer
+
+
+def _merge(config: Any, layer: Any, source: str) -> Any:
+    _check_sections(Config(), layer, source)
+    try:
+        return OmegaConf.merge(config, layer)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        key = str(error.full_key)
+        raise ValueError(f'{source}: unknown key {key}{_suggestion(key)}') from error
+    except OmegaConfBaseException as error:
+        key = f'{error.full_key}: ' if error.full_key else ''
+        raise ValueError(f'{source}: {key}{first_line(error)}') from error
+
+
+def _check_sections(config: Any, layer: Any, source: str, prefix: str = '') -> None:
+    """OmegaConf does not say which section it is that is not one."""
+    for key, value in layer.items():
+        section = getattr(config, str(key), None)
+        if is_dataclass(section):
+            if not OmegaConf.is_dict(value):
+                raise ValueError(f'{source}: {prefix}{key} must be a section of keys, got {value!r}')
+            _check_sections(section, value, source, f'{prefix}{key}.')
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, on one line; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _suggestion(key: str) -> str:
+    known = list(flatten(Config()))
+    sections = {name.rpartition('.')[0] for name in known} - {''}
+    close = difflib.get_close_matches(key, [*known, *sections], n=1)
+    # A key in the wrong section is the other common slip.
+    close = close or [name for name in known if name.rpartition('.')[2] == key.rpartition('.')[2]][:1]
+    return f'; did you mean {close[0]}?' if close else ''
+
+
+def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
+    """The leaves of a configuration by dotted key: {'optim.lr': 0.001, …}. Lists and dicts are leaves."""
+    leaves: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            leaves.update(flatten(value, f'{prefix}{item.name}.'))
+        else:
+            leaves[prefix + item.name] = value
+    return leaves
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The keys on which the weights of a run depend, with their values."""
+    return {key: value for key, value in flatten(config).items() if key not in _FREE_KEYS}
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved recipe, as load_recipe reads it."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def validate(config: Config) -> None:
+    """Checks the ranges of values.
+
+    Raises:
+        ValueError: Naming the first key whose value is out of range, with the value and what it must be.
+    """
+    values = flatten(config)
+
+    def check(keys: str, requirement: str, holds: Any) -> None:
+        for key in keys.split():
+            value = values[key]
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if value is not None and not (finite and holds(value)):
+                raise ValueError(f'{key} must be {requirement}, got {value!r}')
+
+    check('model.name optim.opt sched.sched', 'set', lambda v: v != '')
+    check(
+        'sched.epochs data.batch_size data.eval_batch_size grad_accum threads log_every eval_every checkpoint_every',
+        'at least 1',
+        lambda v: v >= 1,
+    )
+    check(
+        'seed data.workers checkpoint_steps sched.warmup_epochs sched.warmup_lr sched.min_lr optim.weight_decay '
+        'loss.mixup loss.cutmix data.augment.color_jitter data.augment.rand_ops data.augment.affine.rotate '
+        'data.augment.affine.shear',
+        'at least 0',
+        lambda v: v >= 0,
+    )
+    check('optim.lr clip_grad', 'above 0', lambda v: v > 0)
+    check('optim.layer_decay data.crop_pct', 'above 0 and at most 1', lambda v: 0 < v <= 1)
+    check('data.augment.hflip data.augment.vflip data.augment.erasing', 'between 0 and 1', lambda v: 0 <= v <= 1)
+    check(
+        'loss.smoothing ema.decay data.augment.affine.translate data.augment.affine.scale',
+        'at least 0 and below 1',
+        lambda v: 0 <= v < 1,
+    )
+    check('data.augment.hue', 'between 0 and 0.5', lambda v: 0 <= v <= 0.5)
+    check('data.augment.rand_magnitude', 'between 0 and 10', lambda v: 0 <= v <= 10)
+    check(
+        'data.augment.crop_scale',
+        'two shares of the area, 0 < least ≤ most ≤ 1',
+        lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
+    )
+    check('data.augment.crop_ratio', 'two ratios, 0 < least ≤ most', lambda v: len(v) == 2 and 0 < v[0] <= v[1])
+    check('sched.sched', 'a schedule that needs no metric', lambda v: v != 'plateau')
+    check('resume', 'never, auto or restart', lambda v: v in ('never', 'auto', 'restart'))
+    check('amp', 'none or bf16', lambda v: v in ('none', 'bf16'))
+    check('sched.warmup_epochs', f'at most sched.epochs={config.sched.epochs}', lambda v: v <= config.sched.epochs)
+    if (config.loss.mixup or config.loss.cutmix) and config.data.batch_size % 2:
+        raise ValueError(f'data.batch_size must be even for mixup and cutmix, got {config.data.batch_size}')

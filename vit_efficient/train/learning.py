@@ -1,0 +1,63 @@
+"""Optimiser, schedule and loss of a recipe, from timm."""
+
+import timm.optim
+import timm.scheduler
+import torch
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from vit_efficient.train.config import LossConfig, OptimConfig, SchedConfig, first_line
+
+
+def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimiser, with its parameter groups: no decay for biases and norms, learning rates by layer.
+
+    Raises:
+        ValueError: If timm knows no such optimiser, or it takes no such argument.
+    """
+    try:
+        return timm.optim.create_optimizer_v2(
+            model, config.opt, config.lr, config.weight_decay, layer_decay=config.layer_decay, **config.args
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f'optim.opt={config.opt}: {first_line(error)}') from error
+
+
+def create_scheduler(optimizer: torch.optim.Optimizer, config: SchedConfig, updates_per_epoch: int) -> Scheduler | None:
+    """timm's schedule of the learning rate, stepped by updates; None for `sched` none.
+
+    Raises:
+        ValueError: If timm knows no such schedule, it takes no such argument, or it is not as long as the training.
+    """
+    try:
+        scheduler, epochs = timm.scheduler.create_scheduler_v2(
+            optimizer,
+            config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **config.args,
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f'sched.sched={config.sched}: {first_line(error)}') from error
+    if scheduler is None and config.sched != 'none':  # what older timm gives for an unknown name
+        raise ValueError(f'sched.sched={config.sched}: timm knows no such schedule')
+    if epochs != config.epochs:
+        raise ValueError(f'sched.args make a schedule of {epochs} epochs; set sched.epochs to that, without them')
+    return scheduler
+
+
+def create_loss(config: LossConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    """The mixing of a batch, if any, and the loss of (logits, targets)."""
+    mixup = None
+    if config.mixup or config.cutmix:
+        # Mixing makes the targets soft, and smooths them on the way.
+        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
+    if config.bce:
+        return mixup, BinaryCrossEntropy(smoothing=config.smoothing)
+    return mixup, SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(config.smoothing)

@@ -1,0 +1,52 @@
+"""What a run records on its way: metrics.jsonl and TensorBoard."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from vit_efficient.files import write_text
+
+
+class MetricsLog:
+    """Lines of metrics, each with `kind` (train or val), `epoch` (from 0), `step` (updates done) and its values.
+
+    Args:
+        folder: The run's folder.
+        epoch: The epoch that the run stands in. What was written of it and of later ones after `step` is dropped,
+            since a run that goes on writes it again.
+        step: Updates done.
+    """
+
+    def __init__(self, folder: Path, epoch: int = 0, step: int = 0):
+        path = folder / 'metrics.jsonl'
+        if path.exists():
+            kept = [line for line in _lines(path) if _is_before(line, epoch, step)]
+            write_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
+        self.file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
+        self.board = SummaryWriter(folder / 'tensorboard', purge_step=step + 1)
+
+    def write(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
+        """Adds a line."""
+        self.file.write(json.dumps({'kind': kind, 'epoch': epoch, 'step': step, **values}) + '\n')
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(f'{kind}/{name}', value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding='utf-8').splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:  # the line that was being written when the machine stopped
+            continue
+
+
+def _is_before(line: dict[str, Any], epoch: int, step: int) -> bool:
+    return line['step'] <= step if line['kind'] == 'train' else line['epoch'] < epoch

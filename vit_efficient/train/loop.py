@@ -1,0 +1,418 @@
+"""The training loop: PyTorch and timm pieces, put in order.
+
+Everything random is a function of the recipe's seed and a counter: the order of (seed, epoch), the augmentation of
+(seed, epoch, index), mixing and dropout of (seed, update). So a run that goes on from a checkpoint, in the midst of an
+epoch too, reaches the same weights as one that was never interrupted (on the CPU, bit by bit).
+"""
+
+import csv
+import io
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from vit_efficient.data import (
+    EpochSampler,
+    EvalTransform,
+    Preprocessing,
+    Samples,
+    TrainTransform,
+    check_same_classes,
+    class_names,
+    create_dataset,
+    create_loader,
+    iterate,
+    stable_seed,
+)
+from vit_efficient.environment import describe_environment
+from vit_efficient.files import write_json, write_text
+from vit_efficient.train.build import create_model
+from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
+from vit_efficient.train.config import Config, identity, to_yaml, validate
+from vit_efficient.train.distributed import Processes, processes
+from vit_efficient.train.evaluation import Evaluation, autocast, evaluate
+from vit_efficient.train.interrupts import Interrupted, Interrupts
+from vit_efficient.train.learning import create_loss, create_optimizer, create_scheduler
+from vit_efficient.train.log import MetricsLog
+
+CHECKPOINT = 'checkpoint.pt'
+RESULT = 'result.json'
+
+
+def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | None = None) -> dict[str, Any]:
+    """Trains the model of a recipe and measures it on the validation set.
+
+    The run's folder (`output`) gets recipe.yaml (resolved), environment.json, metrics.jsonl, tensorboard/,
+    checkpoint.pt, and, once the run is done, model/ (timm's local-dir layout), predictions.csv and result.json. Under
+    torchrun the processes share the work (DDP) and the first one writes. The last images of an epoch that do not fill
+    an update are left out; evaluation leaves nothing out.
+
+    Args:
+        config: The recipe, from `load_recipe`.
+        train_set: Instead of `data.train`: any map-style data set of (PIL image or array, label).
+        val_set: Instead of `data.val`.
+
+    Returns:
+        What result.json holds: accuracies in percent, seconds of training without evaluation, images per second.
+
+    Raises:
+        ValueError: For a recipe, data set, image or checkpoint that does not fit, before anything is written where that
+            can be known; and for a loss that is not finite, before it reaches the weights.
+        Interrupted: After SIGINT or SIGTERM, with a checkpoint of the last update saved.
+    """
+    validate(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with processes(config.device) as team:
+        run = _Run(config, team, train_set, val_set)
+        return run.finished() or run.fit()
+
+
+@dataclass
+class _Progress:
+    """How far a run is. `batches` counts the micro-batches of the epoch that have reached the weights."""
+
+    epoch: int = 0
+    batches: int = 0
+    updates: int = 0
+    loss_sum: float = 0.0  # over the updates of the epoch
+    train_seconds: float = 0.0
+
+
+class _Run:
+    """A run in one process: everything is built and checked here, nothing is written before `fit`."""
+
+    def __init__(self, config: Config, team: Processes, train_set: Dataset | None, val_set: Dataset | None):
+        data = config.data
+        self.config = config
+        self.team = team
+        self.folder = Path(config.output)
+        self.progress = _Progress()
+
+        if train_set is None:
+            train_set = create_dataset(data.train, data.dataset, data.root, 'data.train')
+        if val_set is None:
+            val_set = create_dataset(data.val, data.dataset, data.root, 'data.val')
+        self.classes = class_names(train_set)
+        check_same_classes(self.classes, class_names(val_set), 'the training set', 'the validation set')
+        self.model = create_model(config, self.classes)
+        self.preprocessing = Preprocessing.of(self.model, data)
+        in_chans, num_classes = self.preprocessing.input_size[0], self.model.num_classes
+        augment = TrainTransform(self.preprocessing, data.augment, config.seed)
+        self.train_samples = Samples(train_set, augment, in_chans, num_classes, data.cache)
+        self.val_samples = Samples(val_set, EvalTransform(self.preprocessing), in_chans, num_classes, data.cache)
+        if not len(self.val_samples):
+            raise ValueError('the validation set is empty')
+
+        share = {'rank': team.rank, 'world_size': team.world_size}
+        pin = team.device.type == 'cuda'
+        self.sampler = EpochSampler(len(train_set), config.seed, **share)
+        self.train_loader = create_loader(
+            self.train_samples, self.sampler, data.batch_size, data.workers, drop_last=True, pin=pin
+        )
+        self.val_loader = create_loader(
+            self.val_samples,
+            EpochSampler(len(val_set), shuffle=False, even=False, **share),
+            data.eval_batch_size or data.batch_size,
+            data.workers,
+            pin=pin,
+        )
+        self.images_per_update = data.batch_size * config.grad_accum * team.world_size
+        self.updates_per_epoch = len(self.sampler) // (data.batch_size * config.grad_accum)
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f'an update takes {self.images_per_update} images (data.batch_size × grad_accum × processes), '
+                f'the training set has {len(train_set)}'
+            )
+        self.identity = {
+            **identity(config),
+            'processes': team.world_size,
+            'training images': len(train_set),
+            'classes': self.classes,
+        }
+        self._build_learning()
+
+    def _build_learning(self) -> None:
+        """Optimiser, schedule, losses, average of weights: all that learns, on the device."""
+        config = self.config
+        self.model.to(self.team.device)
+        if config.grad_checkpointing:
+            self.model.set_grad_checkpointing()
+        self.optimizer = create_optimizer(self.model, config.optim)
+        self.scheduler = create_scheduler(self.optimizer, config.sched, self.updates_per_epoch)
+        self.mixup, self.loss = create_loss(config.loss, self.model.num_classes)
+        self.ema = None
+        if config.ema.decay:
+            self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup)
+        self.step_model: nn.Module = self.model
+        if self.team.world_size > 1:
+            self.step_model = DistributedDataParallel(self.model)
+        if config.compile:
+            self.step_model = torch.compile(self.step_model)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of a run that is done already; loads the checkpoint of one that is not.
+
+        Raises:
+            ValueError: If the folder holds a run that `resume` does not allow to touch, or one of another recipe.
+        """
+        checkpoint, result = self.folder / CHECKPOINT, self.folder / RESULT
+        if self.config.resume == 'never' and (checkpoint.exists() or result.exists()):
+            raise ValueError(
+                f'{self.folder} holds a run already; resume=auto goes on with it, resume=restart replaces it, '
+                'output=… starts another'
+            )
+        if self.config.resume == 'restart' or not (checkpoint.exists() or result.exists()):
+            return None
+        if not checkpoint.exists():
+            raise ValueError(
+                f'{self.folder} holds a result and no checkpoint; resume=restart replaces it, output=… starts another'
+            )
+        state = load_checkpoint(checkpoint, self.team.device)
+        for key, ours in self.identity.items():
+            theirs = state['identity'].get(key)
+            if theirs != json.loads(json.dumps(ours)):
+                raise ValueError(
+                    f'{checkpoint} was written with {key}={theirs!r}, this run has {key}={ours!r}; set it back, or '
+                    'start another run with output=… (resume=restart replaces this one)'
+                )
+        if result.exists():
+            return json.loads(result.read_text())
+        self.model.load_state_dict(state['model'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        if self.ema:
+            self.ema.module.load_state_dict(state['ema'])
+        self.progress = _Progress(**state['progress'])
+        return None
+
+    def save(self) -> None:
+        """Writes the checkpoint; only the first process does."""
+        if not self.team.is_first:
+            return
+        state = {
+            'identity': json.loads(json.dumps(self.identity)),
+            'progress': dict(vars(self.progress)),
+            'model': self.model.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'ema': self.ema.module.state_dict() if self.ema else None,
+        }
+        save_checkpoint(self.folder / CHECKPOINT, state)
+
+    def _open_folder(self) -> None:
+        """Makes the run's folder ready; the first thing that is written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.config.resume == 'restart':
+                for name in (CHECKPOINT, RESULT, 'metrics.jsonl', 'predictions.csv'):
+                    (self.folder / name).unlink(missing_ok=True)
+                for name in ('model', 'tensorboard'):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+            write_text(self.folder / 'recipe.yaml', to_yaml(self.config))
+            self.environment = describe_environment(self.team.device)
+            write_json(self.folder / 'environment.json', self.environment)
+        except OSError as error:
+            raise ValueError(f'output={self.folder}: cannot write there: {error.strerror}') from error
+
+    def fit(self) -> dict[str, Any]:
+        """From where `progress` stands to the result."""
+        if self.team.is_first:
+            self._open_folder()
+            self.log = MetricsLog(self.folder, self.progress.epoch, self.progress.updates)
+        else:
+            self.log = None
+        with Interrupts() as interrupts:
+            try:
+                evaluation = self._epochs(interrupts)
+                return self._finish(evaluation) if self.team.is_first else {}
+            except Interrupted as stop:
+                self.save()
+                message = f'stopped by {stop} after update {self.progress.updates}'
+                raise Interrupted(stop.signal, f'{message}; {self.folder / CHECKPOINT} is saved') from None
+            finally:
+                if self.log:
+                    self.log.close()
+
+    def _epochs(self, interrupts: Interrupts) -> Evaluation:
+        config, progress = self.config, self.progress
+        while True:
+            self._epoch(interrupts)
+            last = progress.epoch + 1 == config.sched.epochs
+            if last or (progress.epoch + 1) % config.checkpoint_every == 0:
+                self.save()
+            if last or (progress.epoch + 1) % config.eval_every == 0:
+                evaluation = self._evaluate()
+            if last:
+                return evaluation
+            with interrupts.held():
+                progress.epoch, progress.batches, progress.loss_sum = progress.epoch + 1, 0, 0.0
+
+    def _epoch(self, interrupts: Interrupts) -> None:
+        """The updates of an epoch that are still to be done."""
+        config, progress, team = self.config, self.progress, self.team
+        done = progress.batches // config.grad_accum
+        if done == self.updates_per_epoch:
+            return
+        self.step_model.train()
+        self.sampler.set_epoch(progress.epoch, start=progress.batches * config.data.batch_size * team.world_size)
+        batches = iterate(self.train_loader)
+        name = f'epoch {progress.epoch + 1}/{config.sched.epochs}'
+        bar = tqdm(total=self.updates_per_epoch, desc=name, initial=done, disable=None if team.is_first else True)
+        clock = time.perf_counter()
+        with bar:
+            for _ in range(done, self.updates_per_epoch):
+                chunk = list(islice(batches, config.grad_accum))
+                with interrupts.held():
+                    loss = self._update(chunk)
+                    progress.updates += 1
+                    progress.batches += config.grad_accum
+                    progress.loss_sum += loss
+                    now = time.perf_counter()
+                    seconds, clock = now - clock, now
+                    progress.train_seconds += seconds
+                bar.update()
+                if progress.updates % config.log_every == 0:
+                    self._log_update(loss, self.images_per_update / seconds)
+                    bar.set_postfix(loss=f'{loss:.3f}')
+                if config.checkpoint_steps and progress.updates % config.checkpoint_steps == 0:
+                    self.save()
+                    clock = time.perf_counter()
+
+    def _update(self, chunk: list[tuple[Tensor, Tensor, Tensor]]) -> float:
+        """One step of the optimiser on `grad_accum` micro-batches; their mean loss in this process."""
+        config, team, update = self.config, self.team, self.progress.updates
+        total = 0.0
+        for number, (images, labels, indices) in enumerate(chunk):
+            seed_everything(config.seed, update * config.grad_accum + number, team.rank)
+            images, labels = (tensor.to(team.device, non_blocking=True) for tensor in (images, labels))
+            if self.mixup:
+                images, labels = self.mixup(images, labels)
+            with autocast(team.device, config.amp):
+                logits = self.step_model(images)
+            loss = self.loss(logits.float(), labels)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise ValueError(
+                    f'the loss is {value} at update {update} (epoch {self.progress.epoch}); '
+                    f'the weights are unchanged; samples {indices.tolist()}'
+                )
+            total += value
+            with self._without_sync(number + 1 < len(chunk)):
+                (loss / len(chunk)).backward()
+        if config.clip_grad:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+            if not norm.isfinite():
+                raise ValueError(f'the gradient is not finite at update {update}; the weights are unchanged')
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model, step=update + 1)
+        if self.scheduler:
+            self.scheduler.step_update(update + 1)
+        return total / len(chunk)
+
+    def _without_sync(self, more_to_come: bool) -> Any:
+        """Gradients are averaged over the processes once per update, not per micro-batch."""
+        return self.step_model.no_sync() if more_to_come and self.team.world_size > 1 else nullcontext()
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        return self.ema.module if self.ema else self.model
+
+    def _log_update(self, loss: float, images_per_second: float) -> None:
+        if self.log:
+            values = {'loss': loss, 'lr': self._lr(), 'images_per_second': images_per_second}
+            self.log.write('train', self.progress.epoch, self.progress.updates, values)
+
+    def _lr(self) -> float:
+        return max(group['lr'] for group in self.optimizer.param_groups)
+
+    def _evaluate(self) -> Evaluation:
+        evaluation = evaluate(self.evaluated_model, self.val_loader, self.team, self.config.amp)
+        if self.log:
+            progress = self.progress
+            values = {
+                'train_loss': progress.loss_sum / self.updates_per_epoch,
+                'loss': evaluation.loss,
+                'top1': evaluation.top1,
+                'top5': evaluation.top5,
+                'lr': self._lr(),
+                'train_seconds': progress.train_seconds,
+            }
+            self.log.write('val', progress.epoch, progress.updates, values)
+            print(
+                f'epoch {progress.epoch + 1}/{self.config.sched.epochs}: train loss {values["train_loss"]:.3f}, '
+                f'val loss {evaluation.loss:.3f}, top-1 {evaluation.top1:.2f} %, {progress.train_seconds:.0f} s',
+                file=sys.stderr,
+            )
+        return evaluation
+
+    def _finish(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Writes model, predictions and, last, the result: it tells that the run is complete."""
+        config, progress = self.config, self.progress
+        self._save_model()
+        table = io.StringIO(newline='')
+        writer = csv.writer(table, lineterminator='\n')
+        writer.writerow(['index', 'file', 'label', 'predicted'])
+        for index, label, predicted in evaluation.predictions:
+            writer.writerow([index, self.val_samples.filename(index), label, predicted])
+        write_text(self.folder / 'predictions.csv', table.getvalue())
+        result = {
+            'recipe': config.recipe,
+            'model': config.model.name,
+            'args': config.model.args,
+            'seed': config.seed,
+            'epochs': config.sched.epochs,
+            'steps': progress.updates,
+            'top1': evaluation.top1,
+            'top5': evaluation.top5,
+            'val_images': evaluation.images,
+            'train_images': len(self.train_samples),
+            'parameters': sum(parameter.numel() for parameter in self.model.parameters()),
+            'train_seconds': progress.train_seconds,
+            'images_per_second_train': progress.updates * self.images_per_update / progress.train_seconds,
+            'images_per_second_eval': evaluation.images_per_second,
+            'environment': self.environment,
+        }
+        write_json(self.folder / RESULT, result)
+        return result
+
+    def _save_model(self) -> None:
+        """The evaluated weights as a model folder that carries its preprocessing and the names of its classes."""
+        from vit_efficient.models import save_model
+
+        model = self.evaluated_model
+        model.pretrained_cfg = {
+            **model.pretrained_cfg,
+            **self.preprocessing.as_dict(),
+            'num_classes': model.num_classes,
+        }
+        names = self.classes if self.classes and len(self.classes) == model.num_classes else None
+        final, temporary = self.folder / 'model', self.folder / '.model.tmp'
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_model(model, temporary, label_names=names)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+
+
+def seed_everything(seed: int, *key: int) -> None:
+    """Seeds the generators of PyTorch, NumPy and Python from (seed, *key): for one step, whatever came before it."""
+    torch_seed, numpy_seed, python_seed = stable_seed('step', seed, *key).generate_state(3).tolist()
+    torch.manual_seed(torch_seed)
+    np.random.seed(numpy_seed)  # timm's Mixup draws from the global generator
+    random.seed(python_seed)
