@@ -35,7 +35,7 @@ setup(
     extras_require={
         'demo': DEMO,
         'onnx': ONNX,
-        'dev': [*DEMO, 'hypothesis', 'pytest', 'ruff', 'scipy'],
+        'dev': [*DEMO, 'hypothesis', 'pytest', 'ruff>=0.17,<0.18', 'scipy'],
     },
     entry_points={'console_scripts': ['vit-efficient = vit_efficient.cli:main']},
     classifiers=[

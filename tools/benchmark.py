@@ -1,0 +1,8 @@
+"""The same as `vit-efficient benchmark`, for use without installing the package's commands."""
+
+import sys
+
+from vit_efficient.cli import main
+
+if __name__ == '__main__':
+    sys.exit(main(['benchmark', *sys.argv[1:]]))
