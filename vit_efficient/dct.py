@@ -25,7 +25,7 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from vit_efficient.grid import plain_sizes
+from vit_efficient.grid import plain_sizes, smaller
 
 __all__ = ['dct', 'dct2', 'dct_matrix', 'idct', 'idct2', 'resample', 'truncate']
 
@@ -109,7 +109,7 @@ def _band_limited(rows, columns, device: torch.device) -> Tensor:
     Its sum over frequencies has a closed form: with a, b the phases of output i and input j, entry (i, j) is
     (S(a − b) + S(a + b)) / columns, where S(θ) = 1/2 + Σ_{0<k<K} cos kθ = sin((K − 1/2) θ) / (2 sin(θ / 2)).
     """
-    kept = torch.sym_min(rows, columns)
+    kept = smaller(rows, columns)
     # Phases in units of π / (2 · rows · columns): integers.
     a = (2 * torch.arange(rows, device=device)[:, None] + 1) * columns
     b = (2 * torch.arange(columns, device=device)[None, :] + 1) * rows
@@ -165,14 +165,14 @@ def _fft_idct(x: Tensor, n: int) -> Tensor:
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """The dtype a matrix product with x computes in: that of x, or autocast's."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    # The meta device has no autocast, and asking whether a device has one cannot be compiled (torch 2.10).
+    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-def _without_autocast(device: str):
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+def _without_autocast(x: Tensor):
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 # One leaf for FX: the choice between product and FFT depends on the sizes.
@@ -202,10 +202,10 @@ def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
     dtype = _product_dtype(x)
     x_PNC = x.reshape(math.prod(outer), n, math.prod(inner))
 
-    kept = torch.sym_min(n, size)
+    kept = smaller(n, size)
     if type(kept) is int and (kept >= FFT_FROM.get(dtype, 1024) or n * size > LARGEST_BASIS):
         y = x_PNC.to(torch.promote_types(dtype, torch.float32))
-        with _without_autocast(x.device.type):
+        with _without_autocast(x):
             if kind != 'idct':
                 y = _fft_dct(y, kept)
             if kind != 'dct':

@@ -53,3 +53,13 @@ def plain_sizes(sizes: Iterable) -> tuple:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', torch.jit.TracerWarning)
         return tuple(int(size) if torch.is_tensor(size) else size for size in sizes)
+
+
+def smaller(a, b):
+    """min(a, b) for sizes that may be symbols; `torch.sym_min` of plain ones does not compile (torch 2.10)."""
+    return min(a, b) if type(a) is int and type(b) is int else torch.sym_min(a, b)
+
+
+def larger(a, b):
+    """max(a, b), likewise."""
+    return max(a, b) if type(a) is int and type(b) is int else torch.sym_max(a, b)

@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from timm.layers import register_notrace_function
 
+from vit_efficient.grid import larger, smaller
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -85,11 +87,11 @@ def kept_grid(height, width, budget: Budget) -> tuple[int, int]:
         most = _share(height * width, Fraction(budget.keep_ratio))
         scale = Fraction(math.sqrt(budget.keep_ratio))
         h, w = _share(height, scale), _share(width, scale)
-    h, w = torch.sym_max(1, h), torch.sym_max(1, w)
+    h, w = larger(1, h), larger(1, w)
     # Beyond (h, w), one side can grow on its own until the other's turn comes, or the budget is spent.
-    taller = torch.sym_min(most // w, (height * (w + 1) - 1) // width)
-    wider = torch.sym_min(most // h, (width * (h + 1) - 1) // height)
-    return torch.sym_max(1, taller), torch.sym_max(1, wider)
+    taller = smaller(most // w, (height * (w + 1) - 1) // width)
+    wider = smaller(most // h, (width * (h + 1) - 1) // height)
+    return larger(1, taller), larger(1, wider)
 
 
 @torch.fx.wrap
@@ -103,8 +105,8 @@ def kept_count(height, width, budget: Budget) -> int:
     if isinstance(budget.num_tokens, tuple):
         raise ValueError(f'num_tokens={budget.num_tokens}: a sequence has one axis; give an integer, or keep_ratio')
     if budget.num_tokens is not None:
-        return torch.sym_min(budget.num_tokens, height * width)
-    return torch.sym_max(1, _share(height * width, Fraction(budget.keep_ratio)))
+        return smaller(budget.num_tokens, height * width)
+    return larger(1, _share(height * width, Fraction(budget.keep_ratio)))
 
 
 def _share(count, share: Fraction):

@@ -36,8 +36,13 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
         arguments['attention'], arguments['attention_kwargs'] = spec[0]
     else:
         arguments['attention'], arguments['attention_kwargs'] = [list(layer) for layer in spec], {}
-    # What can be changed after construction is read off the model.
+    # What may differ from the entry point's own arguments is read off the model: it may have changed since, and timm
+    # records what it was made with from 1.0.31 on only.
     arguments.update(
+        embed_dim=model.embed_dim,
+        depth=len(model.blocks),
+        num_heads=model.blocks[0].attn.num_heads,
+        qk_norm=not isinstance(model.blocks[0].attn.q_norm, nn.Identity),
         img_size=tuple(model.patch_embed.img_size),
         patch_size=tuple(model.patch_embed.patch_size),
         in_chans=model.in_chans,
