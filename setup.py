@@ -22,7 +22,7 @@ setup(
     install_requires=[
         'torch>=2.10',
         'torchvision>=0.25',
-        'timm>=1.0.28',
+        'timm>=1.0.31',
         'albumentations>=2.0.8',
         'fvcore>=0.1.5.post20221221',
         'matplotlib',

@@ -180,12 +180,12 @@ class TestDisk:
         assert loaded.pretrained_cfg['label_names'] == list('abcde')
         config = json.loads((tmp_path / 'config.json').read_text())
         assert config['architecture'] == f'vit_{mechanism}_tiny'
-        assert config['model_args']['attention'] == mechanism
+        assert config['model_args']['attention'][0] == mechanism
 
     def test_config_holds_defaults_too(self, tmp_path):
         """A later release may choose other defaults; a saved model must not follow them."""
         save_model(convert(build('vit_tiny_patch16_224'), 'dct'), tmp_path)
-        options = json.loads((tmp_path / 'config.json').read_text())['model_args']['attention_kwargs']
+        options = json.loads((tmp_path / 'config.json').read_text())['model_args']['attention'][1]
         assert {'compressor', 'place', 'local', 'axes', 'domain', 'keep_ratio'} <= set(options)
 
     def test_other_head(self, tmp_path):
@@ -201,7 +201,6 @@ class TestDisk:
         expected = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
         assert torch.equal(features.eval()(x)[0], expected)
 
-    @pytest.mark.skipif(not hasattr(timm.models, '_input'), reason='timm records model arguments from 1.0.31 on')
     def test_timms_own_saving(self, tmp_path):
         model = convert(build('vit_tiny_patch16_224'), 'dct', keep_ratio=0.1)
         save_for_hf(model, tmp_path, safe_serialization=True)
@@ -224,6 +223,32 @@ class TestDisk:
             save_model(model, tmp_path)
         assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), expected)
 
+    def test_what_cannot_be_described_leaves_the_earlier_model(self, tmp_path):
+        model = timm.create_model('vit_dct_tiny', **SMALL, img_size=64).eval()
+        save_model(model, tmp_path)
+        other = timm.create_model('vit_dct_tiny', **SMALL, img_size=64, act_layer=nn.ReLU)
+        with pytest.raises(ValueError, match='act_layer'):
+            save_model(other, tmp_path)
+        x = image(model)
+        assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
+
+    def test_compiled_and_pruned(self, tmp_path):
+        model = timm.create_model('vit_dct_tiny', **SMALL, img_size=64).eval()
+        model.prune_intermediate_layers([1], prune_norm=True)
+        save_model(torch.compile(model), tmp_path)
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+        x = image(model)
+        assert torch.equal(loaded.forward_features(x), model.forward_features(x))
+
+    def test_another_attention_does_not_get_the_options(self, tmp_path):
+        save_model(timm.create_model('vit_dct_tiny', **SMALL, img_size=64), tmp_path)
+        name, options = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, attention='dct1d').attention_spec()[
+            0
+        ]
+        assert (name, options['axes'], options['domain']) == ('dct1d', '1d', 'frequency')
+        with pytest.raises(ValueError, match='keep_ratio'):
+            timm.create_model(f'local-dir:{tmp_path}', pretrained=True, attention_kwargs=dict(keep_ratio=0.5))
+
     def test_what_cannot_be_saved(self, tmp_path):
         with pytest.raises(ValueError, match=r'timm\.create_model'):
             save_model(vit_efficient.models.EfficientVisionTransformer(**SMALL), tmp_path)
@@ -238,6 +263,11 @@ def test_copies_of_converted_models(model):
     x = image(model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(x), model(x))
+
+
+def test_new_parts_are_in_the_mode_of_the_model():
+    model = convert(build('vit_tiny_patch16_224'), 'dct', local=3)
+    assert not any(module.training for module in model.modules())
 
 
 def test_hooks_stay():

@@ -213,6 +213,11 @@ class TestModes:
         mapped = torch.func.vmap(Resize())(self.x)
         assert torch.allclose(mapped, torch.stack([Resize()(x) for x in self.x]), atol=1e-6)
 
+    def test_transforms_of_torch_func_leave_nothing_behind(self):
+        dct._memo.tensors.clear()
+        torch.func.hessian(lambda t: dct.dct(t, 3).square().sum())(torch.randn(8))
+        assert torch.allclose(torch.func.grad(lambda t: dct.dct(t, 3)[0])(torch.randn(8)), torch.full((8,), 8**-0.5))
+
     def test_copies(self):
         model = nn.Sequential(Resize())
         expected = model(self.x)
@@ -252,6 +257,8 @@ class TestModes:
         (lambda: dct.idct(torch.zeros(4), 3), 'size=3'),
         (lambda: dct.resample(torch.zeros(4, 4), (0, 2)), 'size=0'),
         (lambda: dct.dct(torch.zeros(4), 2, dim=1), 'dim=1'),
+        (lambda: dct.resample(torch.zeros(4, 4), 2), 'size=2'),
+        (lambda: dct.dct2(torch.zeros(4, 4), (1, 2, 3)), 'pair'),
         (lambda: dct.dct_matrix(4, 5), 'm=5'),
         (lambda: dct.dct_matrix(0), 'n=0'),
     ],

@@ -225,6 +225,7 @@ def test_the_model_is_left_as_it_was_and_nothing_is_printed(engine, capfd, caplo
     [
         {'input_size': (3, 224)},
         {'input_size': (3, 0, 224)},
+        {'input_size': 32},
         {'input_size': (3, 224.0, 224)},
         {'batch_size': 0},
         {'engine': 'guess'},
@@ -233,6 +234,27 @@ def test_the_model_is_left_as_it_was_and_nothing_is_printed(engine, capfd, caplo
 def test_bad_arguments_are_named(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         count_flops(nn.Identity(), **arguments)
+
+
+class BatchStatistics(nn.Module):
+    """What weight standardisation does, in evaluation too."""
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, None, None, training=True)
+
+
+def test_statistics_of_the_batch_cost_the_same_in_both_engines():
+    meta, fvcore = (count_flops(BatchStatistics(), (3, 8, 8), engine=engine) for engine in ('meta', 'fvcore'))
+    assert meta.total == fvcore.total == 4 * 3 * 8 * 8
+
+
+def test_distances_multiply_matrices():
+    class Distances(nn.Module):
+        def forward(self, x):
+            return torch.cdist(x, x)
+
+    with pytest.raises(ValueError, match='dist.*register_flops'):
+        count_flops(Distances(), (3, 64, 8))
 
 
 def test_large_at_4096_px_takes_seconds_and_little_memory():

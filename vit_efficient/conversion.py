@@ -4,10 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import timm
-from timm.layers import Attention
 from timm.models import VisionTransformer, generate_default_cfgs, model_entrypoint, register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from vit_efficient.attention import GridAttention, swap_attention
@@ -22,6 +20,7 @@ from vit_efficient.models.efficient_vit import (
     AttentionSpec,
     attention_per_layer,
     build_model,
+    check_blocks,
     check_patch_dropout,
 )
 
@@ -47,7 +46,7 @@ def convert(
 
     Args:
         model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), or one converted before.
-        attention: A registered attention, or a list with an entry for each of `layers`: a name, or (name, options).
+        attention: A registered attention's name, or (name, options), or a list with one of these for each of `layers`.
         layers: Indices of the blocks to convert, negative ones from the end; all by default.
         **options: Of a single attention, such as `keep_ratio`.
 
@@ -96,13 +95,10 @@ def check_convertible(model: nn.Module) -> None:
             'DINOv2, CLIP, SigLIP). Rotary positions, windows and hierarchies are not served yet; a features_only '
             'wrapper is converted through its .model'
         )
-    for i, block in enumerate(model.blocks):
-        if type(block) not in (Block, GridBlock):
-            raise ValueError(f'cannot convert blocks.{i}: its {type(block).__name__} is not the pre-norm Block of timm')
-        if type(block.attn) is not Attention and not isinstance(block.attn, GridAttention):
-            raise ValueError(
-                f'cannot convert blocks.{i}.attn: its {type(block.attn).__name__} is not the plain Attention of timm'
-            )
+    try:
+        check_blocks(model)
+    except ValueError as error:
+        raise ValueError(f'cannot convert {error}') from None
 
 
 def _describe(model: nn.Module, was_ours: bool) -> None:

@@ -55,7 +55,7 @@ class _Memo:
         # A tensor made in inference mode could never be saved for a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             tensor = build()
-        if type(tensor) is torch.Tensor and not tensor.is_meta:  # neither fake nor functional
+        if _is_real(tensor):
             with self.lock:
                 if key not in self.tensors:
                     self.tensors[key] = tensor
@@ -66,6 +66,12 @@ class _Memo:
 
 
 _memo = _Memo()
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """Whether a tensor is of use outside of here: not fake, without data, or wrapped by a transform of torch.func."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return type(tensor) is Tensor and not tensor.is_meta and not wrapped
 
 
 def _basis(build: Callable[..., Tensor], rows, columns, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,10 +171,10 @@ def _fft_idct(x: Tensor, n: int) -> Tensor:
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """The dtype a matrix product with x computes in: that of x, or autocast's."""
-    # The meta device has no autocast, and asking whether a device has one cannot be compiled (torch 2.10).
-    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    # A compiled or exported graph casts by itself, and may run without the autocast that it was made under.
+    if torch.compiler.is_compiling() or x.is_meta or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def _without_autocast(x: Tensor):
@@ -184,8 +190,7 @@ def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
         raise ValueError(f'{kind}: x must have a floating-point dtype, got x.dtype={x.dtype}')
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f'{kind}: {dim=} is not an axis of a tensor of {x.ndim} axes')
-    *shape, size = plain_sizes((*x.shape, size))
-    n = shape[dim]
+    n, size = plain_sizes((x.shape[dim], size))
     if size is None:
         size = n
     if type(size) is int and type(n) is int:
@@ -198,7 +203,7 @@ def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
     if kind == 'resample' and type(n) is int and size == n:
         return x
     dim = dim % x.ndim
-    outer, inner = shape[:dim], shape[dim + 1 :]
+    outer, inner = x.shape[:dim], x.shape[dim + 1 :]
     dtype = _product_dtype(x)
     x_PNC = x.reshape(math.prod(outer), n, math.prod(inner))
 
@@ -226,6 +231,12 @@ def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
             # Not matmul: with a gradient to compute, it would fold and copy x.
             y = torch.bmm(matrix.expand(math.prod(outer), -1, -1), x_PNC)
     return y.reshape(*outer, size, *inner)
+
+
+def _pair(value, name: str) -> tuple:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f'{name} must be a pair, got {name}={value!r}')
+    return tuple(value)
 
 
 def dct_matrix(
@@ -309,7 +320,8 @@ def resample(x: Tensor, size: int | tuple[int, int], dims: int | tuple[int, int]
     """
     if isinstance(dims, int):
         return _along(x, dims, 'resample', size)
-    return _along(_along(x, dims[0], 'resample', size[0]), dims[1], 'resample', size[1])
+    (h, w), (rows, columns) = _pair(size, 'size'), _pair(dims, 'dims')
+    return _along(_along(x, rows, 'resample', h), columns, 'resample', w)
 
 
 def dct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] = (-2, -1)) -> Tensor:
@@ -326,8 +338,8 @@ def dct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] =
     Raises:
         ValueError: If x is not floating-point, or not 1 ≤ h ≤ H and 1 ≤ w ≤ W.
     """
-    h, w = size or (None, None)
-    return _along(_along(x, dims[0], 'dct', h), dims[1], 'dct', w)
+    (h, w), (rows, columns) = _pair(size or (None, None), 'size'), _pair(dims, 'dims')
+    return _along(_along(x, rows, 'dct', h), columns, 'dct', w)
 
 
 def idct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] = (-2, -1)) -> Tensor:
@@ -344,8 +356,8 @@ def idct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] 
     Raises:
         ValueError: If x is not floating-point, or H < h or W < w.
     """
-    height, width = size or (None, None)
-    return _along(_along(x, dims[1], 'idct', width), dims[0], 'idct', height)
+    (height, width), (rows, columns) = _pair(size or (None, None), 'size'), _pair(dims, 'dims')
+    return _along(_along(x, columns, 'idct', width), rows, 'idct', height)
 
 
 def truncate(x: Tensor, size: tuple[int, int], dims: tuple[int, int] = (-2, -1)) -> Tensor:

@@ -92,7 +92,9 @@ register_flops('aten::instance_norm', product=False)(_norm(1))
 
 @register_flops('aten::batch_norm', product=False)
 def _batch_norm(inputs: list, output: Shape) -> int:
-    return math.prod(inputs[0]) * (2 if inputs[1] else 1)
+    affine = bool(inputs[1])
+    training = len(inputs) > 5 and inputs[5]  # statistics of the batch, as in weight standardisation
+    return math.prod(inputs[0]) * (4 + affine if training else 1 + affine)
 
 
 @register_flops(
@@ -143,8 +145,8 @@ FVCORE_IS_RIGHT |= {
 
 # What multiplies matrices, by its name.
 _MULTIPLIES = re.compile(
-    r'(mm|matmul|mv|dot|inner)_?$|conv(?!ert)|attention|attn|einsum|^lstm|^gru|^rnn|cdist|^_?(bi|tri)?linear|_linear'
-    r'|linalg_(?!vector_norm|norm|cross)|cholesky|svd|inverse|^qr$|fft|matrix_|chain_mat|^cov$|corrcoef'
+    r'(mm|matmul|mv|dot|inner)_?$|conv(?!ert)|attention|attn|einsum|^lstm|^gru|^rnn|^_?(bi|tri)?linear|_linear'
+    r'|dist$|linalg_(?!vector_norm|norm|cross)|cholesky|svd|inverse|^qr$|fft|matrix_|chain_mat|^cov$|corrcoef'
 )
 # What moves, views, makes or converts data, or asks about it, by its name.
 _MOVES = re.compile(

@@ -79,7 +79,7 @@ def count_flops(
         ValueError: If an argument is out of range, the model refuses the input, or an operator that multiplies
             matrices has no formula (`register_flops` gives it one).
     """
-    input_size = tuple(input_size)
+    input_size = tuple(input_size) if isinstance(input_size, Sequence) else (input_size,)
     if len(input_size) != 3 or any(type(n) is not int or n < 1 for n in input_size):
         raise ValueError(f'count_flops: input_size must be three positive integers (C, H, W), got {input_size=}')
     if type(batch_size) is not int or batch_size < 1:

@@ -185,6 +185,14 @@ def test_replaced_projections_are_called():
         assert torch.allclose(doubled(x, grid), twice(x, grid), atol=1e-6)
 
 
+def test_hooks_on_projections_are_called():
+    for place in PLACES:
+        attention = create_attention('dct', 12, 3, place=place)
+        expected = attention(torch.ones(1, 6, 12), PatchGrid(2, 3))
+        attention.qkv.register_forward_hook(lambda module, inputs, output: 2 * output)
+        assert not torch.allclose(attention(torch.ones(1, 6, 12), PatchGrid(2, 3)), expected)
+
+
 def test_copies():
     attention = create_attention('dct', 12, 3, local=3)
     grid, x = PatchGrid(7, 13), torch.randn(2, 91, 12)

@@ -11,7 +11,9 @@ import pytest
 import timm
 import torch
 from timm.layers import create_feature_extractor
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
 
 import vit_efficient
 from vit_efficient.models import SIZES
@@ -210,6 +212,14 @@ class TestFeatures:
             assert torch.equal(out['logits'], model(x))
             assert out['block'].shape == (2, size[0] * size[1] // 64 + 1, 32)
 
+    @pytest.mark.parametrize('trace', [torch.fx.symbolic_trace, lambda m: torchvision_extractor(m, ['head'])])
+    def test_fx_by_other_tracers(self, variant, trace):
+        """Leaves must hold without timm's list of them, which torch.fx and torchvision do not know."""
+        model = build(*variant)
+        x = torch.randn(2, 3, 64, 64)
+        traced = trace(model)(x)
+        assert torch.equal(traced['head'] if isinstance(traced, dict) else traced, model(x))
+
     def test_fx_pickles(self, variant):
         extractor = create_feature_extractor(build(*variant), ['head'])
         x = torch.randn(2, 3, 64, 64)
@@ -289,6 +299,14 @@ class TestModes:
             assert close(compiled(x), model(x))
         assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2
 
+    def test_compile_with_a_number_of_tokens_at_changing_sizes(self):
+        torch.compiler.reset()
+        model = build('dct', dict(num_tokens=9), dynamic_img_size=True)
+        compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+        for size in ((64, 64), (56, 104), (88, 40)):
+            x = torch.randn(2, 3, *size)
+            assert close(compiled(x), model(x))
+
     def test_compiled_training_step(self, variant):
         torch.compiler.reset()
         model = build(*variant).train()
@@ -314,7 +332,9 @@ class TestModes:
 
     def test_jit_trace(self, variant):
         model = build(*variant)
-        assert torch.equal(torch.jit.trace(model, self.x, check_trace=False)(self.x), model(self.x))
+        traced = torch.jit.trace(model, self.x, check_trace=False)
+        assert torch.equal(traced(self.x), model(self.x))
+        assert torch.equal(traced(self.x[:1]), model(self.x[:1]))
 
     def test_inference_mode_and_back(self, variant):
         model = build(*variant)
@@ -379,13 +399,16 @@ class TestPerLayer:
     @pytest.mark.parametrize(
         ('arguments', 'message'),
         [
-            (dict(attention=['full']), 'lists 1 layers.*depth=2'),
+            (dict(attention=['full']), 'lists 1 layers.*2'),
             (dict(attention=['full', 'dct'], attention_kwargs=dict(keep_ratio=0.5)), 'attention_kwargs'),
             (dict(attention=['full', ('dct', 3)]), 'each layer'),
             (dict(attention='dtc'), "unknown attention 'dtc'"),
             (dict(attention='dct', attention_kwargs=dict(keep_ratio=0)), 'keep_ratio=0'),
             (dict(attention='full', attention_kwargs=dict(keep_ratio=0.5)), "no option 'keep_ratio'"),
             (dict(num_heads=3), 'num_heads=3'),
+            (dict(attention=5), 'got 5'),
+            (dict(attn_layer='diff'), r'blocks\.0\.attn: DiffAttention'),
+            (dict(block_fn=ParallelScalingBlock), r'blocks\.0: ParallelScalingBlock'),
         ],
     )
     def test_bad_specifications(self, arguments, message):

@@ -60,7 +60,7 @@ class GridAttention(Attention):
             if name in new._own_names():
                 delattr(new, name)
         new._configure(options)
-        return new
+        return new.train(attention.training)
 
     def _configure(self, options: dict[str, Any]) -> None:
         known = [
@@ -127,7 +127,11 @@ class FullAttention(GridAttention):
 @torch.fx.wrap
 @register_notrace_function
 def check_tokens(mechanism: str, num_tokens, height, width, prefix, attn_mask, is_causal) -> None:
-    """Raises the errors of `GridAttention.forward`; a leaf for FX, because a traced mask is never None."""
+    """Raises the errors of `GridAttention.forward`.
+
+    A leaf for FX, because a traced mask is never None. FX finds leaves in the module that defines them: call it as
+    `base.check_tokens`.
+    """
     for argument, given in (('attn_mask', attn_mask is not None), ('is_causal', bool(is_causal))):
         if given:
             raise ValueError(

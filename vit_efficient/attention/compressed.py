@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.attention.base import GridAttention, check_tokens
+from vit_efficient.attention import base
+from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.compress import COMPRESSORS
 from vit_efficient.grid import PatchGrid
@@ -87,7 +88,7 @@ class CompressedAttention(GridAttention):
         return dict(compressor=self.compressor, place=self.place, local=kernel_size, **self.compress.options)
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
         y = self._on_kept_tokens(x, grid) if self.place == 'x' else self._on_projections(x, grid)
         if self.local is not None:
             prefix, patches = self._split(y, grid)
@@ -121,7 +122,7 @@ class CompressedAttention(GridAttention):
         if self.compress.commutes and self.place == 'qkv':
             qkv = self._with_constant(self.qkv(self._down(x, grid)), self.qkv.bias, grid)
             return self._heads(qkv).unbind(2)
-        if self.compress.commutes and type(self.qkv) is nn.Linear:  # its rows can be used apart
+        if self.compress.commutes and _is_plain(self.qkv):  # its rows can be used apart
             weight, bias = self.qkv.weight, self.qkv.bias
             cut = self.attn_dim
             q = F.linear(x, weight[:cut], None if bias is None else bias[:cut])
@@ -186,3 +187,9 @@ class CompressedAttention(GridAttention):
 
     def extra_repr(self) -> str:
         return f"place='{self.place}'"
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer does what its weight says, and nothing more: no adapter, hook or parametrisation."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is nn.Linear and not hooks and 'forward' not in vars(module)

@@ -1,6 +1,7 @@
 """`vit-efficient benchmark layer …`."""
 
 import argparse
+import re
 from pathlib import Path
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     candidates = []
     for text in args.attentions:
         name, _, options = text.partition(':')
-        candidates.append(Candidate(name, dict(parse_option(o) for o in options.split(',')) if options else {}))
+        parts = re.split(r',(?![^(]*\))', options) if options else []  # not at the comma of a pair
+        candidates.append(Candidate(name, dict(parse_option(part) for part in parts)))
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f'--threads must be at least 1, got {args.threads}')

@@ -42,12 +42,14 @@ class Budget:
                 )
             if pair:
                 object.__setattr__(self, 'num_tokens', sides)
+        else:
+            object.__setattr__(self, 'keep_ratio', float(ratio))
 
     @property
     def options(self) -> dict[str, float | int | list[int]]:
         """The argument it was made from, in types that JSON has."""
         if self.keep_ratio is not None:
-            return {'keep_ratio': float(self.keep_ratio)}
+            return {'keep_ratio': self.keep_ratio}
         return {'num_tokens': list(self.num_tokens) if isinstance(self.num_tokens, tuple) else self.num_tokens}
 
     def __str__(self) -> str:
@@ -70,7 +72,9 @@ def kept_grid(height, width, budget: Budget) -> tuple[int, int]:
     """
     if isinstance(budget.num_tokens, tuple):
         h, w = budget.num_tokens
-        if type(height) is int and type(width) is int and (h > height or w > width):
+        if type(height) is not int or type(width) is not int:
+            torch._check(height >= h and width >= w)
+        elif h > height or w > width:
             raise ValueError(
                 f'num_tokens={budget.num_tokens} exceeds the grid of {height} × {width} patches; '
                 'give a smaller pair, or keep_ratio, which follows the image size'
@@ -82,7 +86,7 @@ def kept_grid(height, width, budget: Budget) -> tuple[int, int]:
                 f'num_tokens={budget.num_tokens} needs a fixed image size; give a pair (h, w) or keep_ratio'
             )
         most = min(budget.num_tokens, height * width)
-        h, w = math.isqrt(most * height // width), math.isqrt(most * width // height)
+        h, w = _floor_sqrt(most * height // width), _floor_sqrt(most * width // height)
     else:
         most = _share(height * width, Fraction(budget.keep_ratio))
         scale = Fraction(math.sqrt(budget.keep_ratio))
@@ -107,6 +111,15 @@ def kept_count(height, width, budget: Budget) -> int:
     if budget.num_tokens is not None:
         return smaller(budget.num_tokens, height * width)
     return larger(1, _share(height * width, Fraction(budget.keep_ratio)))
+
+
+def _floor_sqrt(n) -> int:
+    if not torch.compiler.is_compiling():
+        return math.isqrt(n)
+    root = 0
+    while (root + 1) * (root + 1) <= n:  # n may be a symbol, which can be compared and no more
+        root += 1
+    return root
 
 
 def _share(count, share: Fraction):

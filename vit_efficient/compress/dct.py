@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_efficient import dct
+from vit_efficient.compress import budget as budgets
 from vit_efficient.compress.base import Compressor, register_compressor
-from vit_efficient.compress.budget import Budget, kept_count, kept_grid
 from vit_efficient.grid import PatchGrid
 
 
 class _Way(nn.Module):
     """One way of the compressor; it has no weights, and exists so that profiles and FLOPs carry its name."""
 
-    def __init__(self, axes: str, domain: str, budget: Budget):
+    def __init__(self, axes: str, domain: str, budget: budgets.Budget):
         super().__init__()
         self.axes = axes
         self.budget = budget
@@ -31,9 +31,9 @@ class _Way(nn.Module):
 class Down(_Way):
     def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
         if self.axes == '1d':
-            m = kept_count(grid.height, grid.width, self.budget)
+            m = budgets.kept_count(grid.height, grid.width, self.budget)
             return dct.dct(x, m, dim=-2) if self.frequency else dct.resample(x, m, dims=-2)
-        size = kept_grid(grid.height, grid.width, self.budget)
+        size = budgets.kept_grid(grid.height, grid.width, self.budget)
         x_HWD = x.unflatten(-2, (grid.height, grid.width))
         y_hwD = (dct.dct2 if self.frequency else dct.resample)(x_HWD, (size[0], size[1]), dims=(-3, -2))
         return y_hwD.flatten(-3, -2)
@@ -44,7 +44,7 @@ class Up(_Way):
         if self.axes == '1d':
             n = grid.height * grid.width
             return dct.idct(y, n, dim=-2) if self.frequency else dct.resample(y, n, dims=-2)
-        size = kept_grid(grid.height, grid.width, self.budget)
+        size = budgets.kept_grid(grid.height, grid.width, self.budget)
         y_hwD = y.unflatten(-2, (size[0], size[1]))
         if self.frequency:
             x_HWD = dct.idct2(y_hwD, (grid.height, grid.width), dims=(-3, -2))
@@ -88,7 +88,7 @@ class DctCompressor(Compressor):
         self.axes = axes
         self.domain = domain
         self.keeps_constants = domain == 'space'
-        self.budget = Budget(keep_ratio, num_tokens)
+        self.budget = budgets.Budget(keep_ratio, num_tokens)
         if axes == '1d' and isinstance(self.budget.num_tokens, tuple):
             raise ValueError(f"num_tokens must be an integer with axes='1d', got {num_tokens=}")
         self.down = Down(axes, domain, self.budget)
@@ -100,8 +100,8 @@ class DctCompressor(Compressor):
 
     def num_kept(self, grid: PatchGrid) -> int:
         if self.axes == '1d':
-            return kept_count(grid.height, grid.width, self.budget)
-        h, w = kept_grid(grid.height, grid.width, self.budget)
+            return budgets.kept_count(grid.height, grid.width, self.budget)
+        h, w = budgets.kept_grid(grid.height, grid.width, self.budget)
         return h * w
 
     def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import PatchDropout, register_notrace_function
+from timm.layers import Attention, PatchDropout, register_notrace_function
 from timm.models import (
     VisionTransformer,
     build_model_with_cfg,
@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from vit_efficient.attention import GridAttention, list_attentions, swap_attention
 from vit_efficient.grid import PatchGrid, plain_sizes
 
-AttentionSpec = str | Sequence[str | tuple[str, dict[str, Any]]]
+LayerSpec = str | tuple[str, dict[str, Any]]  # a name, or a name and its options
+AttentionSpec = LayerSpec | Sequence[LayerSpec]  # of all layers, or of each
 
 SIZES = {
     'tiny': dict(embed_dim=192, depth=12, num_heads=3),
@@ -52,21 +53,37 @@ def attention_per_layer(attention: AttentionSpec, options: dict[str, Any] | None
     """Spells a specification out: a name and its options for each of `depth` layers.
 
     Raises:
-        ValueError: If a list does not have `depth` entries, or options are given beside a list.
+        ValueError: If it is none, a list does not have `depth` entries, or options are given twice.
     """
     if isinstance(attention, str):
         return [(attention, dict(options or {}))] * depth
     if options:
-        raise ValueError(
-            f'attention_kwargs={options} beside a list of attentions: give each layer its own, as (name, options)'
-        )
-    layers = [(layer, {}) if isinstance(layer, str) else tuple(layer) for layer in attention]
-    if len(layers) != depth:
-        raise ValueError(f'attention lists {len(layers)} layers, but the model has depth={depth}')
+        raise ValueError(f'attention_kwargs={options} beside {attention=}: put the options there, as (name, options)')
+    if _is_layer(attention):
+        return [tuple(attention)] * depth
+    layers = attention if isinstance(attention, (list, tuple)) else [attention]
     for layer in layers:
-        if len(layer) != 2 or not isinstance(layer[0], str) or not isinstance(layer[1], dict):
-            raise ValueError(f"attention: each layer is 'name' or ('name', {{options}}), got {layer}")
-    return layers
+        if not _is_layer(layer):
+            raise ValueError(f"attention: a layer is 'name' or ('name', {{options}}), got {layer!r}")
+    if len(layers) != depth:
+        raise ValueError(f'attention lists {len(layers)} layers, there are {depth}')
+    return [(layer, {}) if isinstance(layer, str) else tuple(layer) for layer in layers]
+
+
+def _is_layer(spec: Any) -> bool:
+    if isinstance(spec, str):
+        return True
+    pair = isinstance(spec, (list, tuple)) and len(spec) == 2
+    return pair and isinstance(spec[0], str) and isinstance(spec[1], dict)
+
+
+def check_blocks(model: VisionTransformer) -> None:
+    """Raises ValueError, naming the module, if a block or its attention is not timm's plain one, or ours."""
+    for i, block in enumerate(model.blocks):
+        if type(block) not in (Block, GridBlock):
+            raise ValueError(f'blocks.{i}: {type(block).__name__} is not the pre-norm Block of timm')
+        if type(block.attn) is not Attention and not isinstance(block.attn, GridAttention):
+            raise ValueError(f'blocks.{i}.attn: {type(block.attn).__name__} is not the plain Attention of timm')
 
 
 def check_patch_dropout(model: VisionTransformer, layers: Sequence[tuple[str, dict]]) -> None:
@@ -167,7 +184,7 @@ class EfficientVisionTransformer(GridForward, VisionTransformer):
 
     Args:
         *args, **kwargs: As timm's `VisionTransformer`.
-        attention: A registered attention, or a list with an entry per layer: a name, or (name, options).
+        attention: A registered attention's name, or (name, options), or a list with one of these per layer.
         attention_kwargs: Options of a single attention, such as `keep_ratio`.
 
     Raises:
@@ -183,6 +200,7 @@ class EfficientVisionTransformer(GridForward, VisionTransformer):
         super().__init__(*args, block_fn=kwargs.pop('block_fn', GridBlock), **kwargs)
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*self.patch_embed.img_size, self.patch_embed.patch_size)
+        check_blocks(self)
         layers = attention_per_layer(attention, attention_kwargs, len(self.blocks))
         check_patch_dropout(self, layers)
         for block, (name, options) in zip(self.blocks, layers, strict=True):
@@ -220,7 +238,8 @@ def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None)
         raise ValueError(f'{type(model).__name__} is not a model of vit_efficient; convert() makes it one')
     size = model.patch_embed.img_size if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else tuple(size)
-    check_image_size(*size, model.patch_embed.patch_size)
+    if not model.patch_embed.dynamic_img_pad:
+        check_image_size(*size, model.patch_embed.patch_size)
     grid = PatchGrid(*model.patch_embed.dynamic_feat_size(size), prefix=model.num_prefix_tokens)
     return [block.attn.num_attended(grid) for block in model.blocks]
 
@@ -252,7 +271,7 @@ def build_model(model_cls, variant: str, pretrained: bool = False, **kwargs) -> 
 
     def build(**arguments) -> nn.Module:
         model = model_cls(**arguments)
-        # What rebuilds it: timm records the arguments of create_model, and not before 1.0.31.
+        # What rebuilds it: the arguments of the entry point too, and not only those of create_model.
         model._model_args = {**getattr(model, '_model_args', {}), **arguments}
         for name in ('device', 'dtype'):
             model._model_args.pop(name, None)

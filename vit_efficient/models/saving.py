@@ -32,12 +32,11 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     for i, (name, _) in enumerate(spec):
         if not name:
             raise ValueError(f'blocks.{i}.attn is no registered attention; build it by name, with convert()')
-    if all(layer == spec[0] for layer in spec):
-        arguments['attention'], arguments['attention_kwargs'] = spec[0]
-    else:
-        arguments['attention'], arguments['attention_kwargs'] = [list(layer) for layer in spec], {}
-    # What may differ from the entry point's own arguments is read off the model: it may have changed since, and timm
-    # records what it was made with from 1.0.31 on only.
+    # Name and options together, so that another attention asked for when it is read back does not get the options.
+    layers = [list(layer) for layer in spec]
+    arguments['attention'] = layers[0] if all(layer == layers[0] for layer in layers) else layers
+    arguments['attention_kwargs'] = {}
+    # What can be changed after construction is read off the model.
     arguments.update(
         embed_dim=model.embed_dim,
         depth=len(model.blocks),
@@ -54,6 +53,7 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
         reg_tokens=model.num_reg_tokens,
         no_embed_class=model.no_embed_class,
         fc_norm=not isinstance(model.fc_norm, nn.Identity),
+        final_norm=not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
     )
     return arguments
 
@@ -61,10 +61,10 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
 def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequence[str] | None = None) -> None:
     """Saves a model to a folder in timm's `local-dir:` layout.
 
-    Each file is replaced as a whole, so an interruption leaves the earlier model readable.
+    Both files are written before the first one takes its place: what can fail leaves the earlier model as it was.
 
     Args:
-        model: Built by `timm.create_model`, converted or not.
+        model: Built by `timm.create_model`, converted or not; compiled ones are saved as what they wrap.
         folder: Made where it does not exist.
         label_names: Of the classes, in order; kept in the config.
 
@@ -73,13 +73,13 @@ def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequenc
     """
     import safetensors.torch  # not needed to use a model
 
+    model = getattr(model, '_orig_mod', model)
     if not getattr(model, 'pretrained_cfg', {}).get('architecture'):
         raise ValueError(f'{type(model).__name__} has no pretrained_cfg; build it with timm.create_model to save it')
     arguments = model_arguments(model)
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     config = {'label_names': list(label_names)} if label_names is not None else {}
-    with replacing(folder / 'model.safetensors') as path:
-        safetensors.torch.save_file(tensors, path)
-    with replacing(folder / 'config.json') as path:
-        save_config_for_hf(model, path, model_config=config, model_args=arguments)
+    with replacing(folder / 'config.json') as config_path, replacing(folder / 'model.safetensors') as weights_path:
+        save_config_for_hf(model, config_path, model_config=config, model_args=arguments)
+        safetensors.torch.save_file(tensors, weights_path)
