@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -6,10 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.data.trees import write_tree
 from tests.train.recipes import tiny_recipe
 from vit_efficient.cli import main
+from vit_efficient.train.build import create_model
+from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import to_yaml
 from vit_efficient.train.loop import train
 
@@ -96,8 +101,8 @@ def test_fine_tuning_starts_from_a_model_folder(trained, recipe, tmp_path, capsy
     capsys.readouterr()
     again = [f'output={tmp_path}/again', f'{start}/model']
     line = error_of(capsys, 'train', recipe, *again, 'model.args.attention_kwargs={keep_ratio: 0.5}')
-    assert 'attention_kwargs=' in line
-    assert "{'keep_ratio': 0.5}" in line
+    assert 'the recipe says attention=' in line
+    assert "'keep_ratio': 0.5" in line
     line = error_of(capsys, 'train', recipe, *again, 'model.name=vit_full_tiny')
     assert "architecture='vit_dct_tiny', the recipe says architecture='vit_full_tiny'" in line
     weights = f'{start}/model/model.safetensors'
@@ -106,6 +111,73 @@ def test_fine_tuning_starts_from_a_model_folder(trained, recipe, tmp_path, capsy
     line = error_of(capsys, 'train', recipe, f'output={tmp_path}/no', weights, 'model.args.depth=3')
     assert 'model.safetensors does not fit vit_dct_tiny' in line
     assert not (tmp_path / 'no').exists()
+
+
+@pytest.mark.parametrize('source', ['', 'checkpoint.pt', 'model/model.safetensors'])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ('model.args.attention_kwargs={keep_ratio: 0.5}', "'keep_ratio': 0.5"),
+        ('model.args.num_heads=4', 'was saved with num_heads=2, the recipe says num_heads=4; make them equal'),
+        ('model.name=vit_full_tiny', "architecture='vit_dct_tiny', the recipe says architecture='vit_full_tiny'"),
+    ],
+)
+def test_weights_of_another_attention_are_refused(trained, recipe, tmp_path, capsys, source, change, message):
+    line = error_of(capsys, 'train', recipe, f'output={tmp_path}/no', f'model.init_from={trained / source}', change)
+    assert message in line
+    assert not (tmp_path / 'no').exists()
+
+
+def test_a_hand_written_config_tells_the_attention_too(trained, recipe, tmp_path, capsys):
+    folder = tmp_path / 'model'
+    shutil.copytree(trained / 'model', folder)
+    saved = json.loads((folder / 'config.json').read_text())
+    start = ['sched.epochs=1', f'model.init_from={folder}', f'output={tmp_path}/out']
+    ratio = ['model.args.attention_kwargs={keep_ratio: 0.5}']
+    for attention in ({'attention': 'dct', 'attention_kwargs': {'keep_ratio': 0.5}}, {'attention': 'dct'}, {}):
+        for key in ('attention', 'attention_kwargs'):
+            saved['model_args'].pop(key, None)
+        saved['model_args'].update(attention)
+        (folder / 'config.json').write_text(json.dumps(saved))
+        equal, other = (ratio, []) if 'attention_kwargs' in attention else ([], ratio)
+        assert 'was saved with attention=' in error_of(capsys, 'train', recipe, *start, *other)
+        assert main(['train', str(recipe), *start, *equal, 'resume=restart']) == 0
+        capsys.readouterr()
+    saved['model_args'] = [1]
+    (folder / 'config.json').write_text(json.dumps(saved))
+    assert 'model_args must be a mapping, got [1]' in error_of(capsys, 'train', recipe, *start, 'resume=restart')
+
+
+def test_a_saved_keep_ratio_may_be_said_again(data, recipe, tmp_path):
+    ratio = 'model.args.attention_kwargs={keep_ratio: 0.5}'
+    assert main(['train', str(recipe), 'sched.epochs=1', ratio]) == 0
+    start = [f'model.init_from={tmp_path}/run', f'output={tmp_path}/again', 'sched.epochs=1']
+    assert main(['train', str(recipe), *start, ratio]) == 0
+    assert 'keep_ratio": 0.5' in (tmp_path / 'again/model/config.json').read_text()
+
+
+def test_a_checkpoint_gives_its_average_of_weights(trained, data):
+    state = load_checkpoint(trained / 'checkpoint.pt')
+    config = tiny_recipe(data, 'unused')
+    config.model.init_from = str(trained / 'checkpoint.pt')
+    weights = create_model(config, ['c0', 'c1', 'c2'])
+    assert all(torch.equal(tensor, state['ema'][name]) for name, tensor in weights.state_dict().items())
+    assert not all(torch.equal(tensor, state['model'][name]) for name, tensor in weights.state_dict().items())
+    assert not weights.pretrained_cfg.get('state_dict')
+
+
+@pytest.mark.parametrize('content', [b'', b'text', {}])
+def test_a_file_without_weights_is_named(recipe, tmp_path, capsys, content):
+    path = tmp_path / 'weights.pt'
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    assert f'model.init_from={path}: ' in error_of(capsys, 'train', recipe, f'model.init_from={path}')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_evaluate_refuses_a_device_that_is_not_there(trained, data, capsys):
+    for device in ('meta', 'xpu:99'):
+        line = error_of(capsys, 'evaluate', trained, '--data', data / 'val', '--device', device)
+        assert f'device={device}' in line
 
 
 def test_sigterm_ends_with_one_line(recipe, tmp_path):

@@ -96,6 +96,13 @@ def test_timm_data_sets_do_not_skip_corrupt_images(tmp_path):
         create_dataset('train', dataset='torch/nothing')
 
 
+@pytest.mark.parametrize('name', ['torch/cifar10', 'torch/image_folder', 'foo/bar'])
+def test_a_data_set_that_needs_a_root_says_so(name):
+    with pytest.raises(ValueError, match=rf'^data\.dataset={name}, split train: .* \(data\.root is not set') as error:
+        create_dataset('train', dataset=name)
+    assert '\n' not in str(error.value)
+
+
 def test_any_torch_data_set_of_images_and_labels():
     images = [Image.fromarray(pixels(i, (10, 12, 3))) for i in range(4)]
     pairs = [(image if i % 2 else np.asarray(image), i % 3) for i, image in enumerate(images)]

@@ -68,12 +68,22 @@ def test_grey_is_repeated_and_rgb_weighed():
         (np.zeros((7, 9, 3), np.int32), r'samples must be uint8'),
         (np.zeros((2, 7, 9, 3), np.uint8), r'an image must be .* got \(2, 7, 9, 3\)'),
         (np.full((7, 9, 3), np.nan), r'it holds values that are not finite'),
+        (np.full((7, 9, 3), 255.0), r'must lie in \[0, 1\], these lie in \[255, 255\]; scale them'),
+        (np.linspace(-1, 1, 189).reshape(7, 9, 3), r'these lie in \[-1, 1\]'),
         ('text', r'an image must be .* got str'),
     ],
 )
 def test_what_does_not_fit_is_named(image, message):
     with pytest.raises(ValueError, match=message):
         to_array(image, 3)
+
+
+def test_what_bicubic_resampling_overshoots_is_clipped():
+    corner = np.zeros((8, 8), np.float32)
+    corner[4:, 4:] = 1
+    image = cv2.resize(corner, (24, 24), interpolation=cv2.INTER_CUBIC)
+    assert image.max() > 1.1
+    assert np.array_equal(to_array(image, 1)[..., 0], image.clip(0, 1))
 
 
 @pytest.mark.parametrize('name', ['image.png', 'image.jpg', 'image.npy', 'deep.png', 'image.tif'])

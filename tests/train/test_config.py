@@ -63,6 +63,8 @@ def test_what_does_not_fit_is_named_in_one_line(recipe, text, message):
         ('optim.lr', "command line: expected key=value, got 'optim.lr'"),
         ('optim.lrr=3', r'command line: unknown key optim\.lrr; did you mean optim\.lr\?'),
         ('seed=x', 'command line: seed: '),
+        ('seed=-1', r'seed must be at least 0 and below 2\*\*32, got -1'),
+        ('seed=9223372036854775808', r'seed must be at least 0 and below 2\*\*32'),
         ('data.mean=[', 'command line: '),
         ('optim.lr=0', r'optim\.lr must be above 0, got 0\.0'),
         ('optim.lr=nan', r'optim\.lr must be above 0, got nan'),

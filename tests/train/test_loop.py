@@ -254,6 +254,18 @@ def test_bad_input_is_named_before_anything_is_written(data, tmp_path):
         ('sched.sched', 'plateau', 'sched.sched must be a schedule that needs no metric'),
         ('sched.args', {'cooldown_epochs': 3}, 'sched.args make a schedule of 5 epochs'),
         ('device', 'nothing', 'device=nothing'),
+        ('device', 'meta', 'device=meta holds no numbers'),
+        ('device', 'xpu:99', 'device=xpu:99: PyTorch finds no xpu:99 here'),
+        (
+            'data.img_size',
+            [20, 20],
+            r'vit_dct_tiny does not take images of 20×20 pixels and 3 channels \(data.img_size',
+        ),
+        ('model.args', {**TINY, 'attention_kwargs': {'num_tokens': [9, 9]}}, r'does not take images of 16×16 .*9'),
+        ('model.args', {**TINY, 'in_chans': 5}, r'c0/0\.png: it has 3 channels, the model takes 5'),
+        ('model.args', {**TINY, 'num_classes': 'three'}, "num_classes must be at least 1, got 'three'"),
+        ('model.args', {**TINY, 'name': 'vit'}, 'model vit_dct_tiny: .*name'),
+        ('model.args', {**TINY, 'patch_size': 0}, 'model vit_dct_tiny: '),
         ('sched.epochs', 0, r'sched\.epochs must be at least 1'),
         ('output', f'{tmp_path}/file/run', 'output=.*file/run: cannot write there: Not a directory'),
     ]
@@ -272,6 +284,44 @@ def test_a_corrupt_image_is_named(tmp_path):
     with pytest.raises(ValueError, match=r'train/c1/3\.png: not a readable image'):
         train(tiny_recipe(data, tmp_path / 'run'))
     assert not (tmp_path / 'run/result.json').exists()
+
+
+@pytest.mark.parametrize('stop', [0, 1])
+def test_a_run_without_an_update_leaves_no_folder(data, tmp_path, monkeypatch, stop):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        stop_after(patch, stop, fail)
+        train(tiny_recipe(data, tmp_path / 'run'))
+    assert (tmp_path / 'run').exists() == bool(stop)
+    # Never one that was there before.
+    (tmp_path / 'mine').mkdir()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        stop_after(patch, stop, fail)
+        train(tiny_recipe(data, tmp_path / 'mine'))
+    assert (tmp_path / 'mine').exists()
+
+
+def test_the_trial_leaves_the_model_trainable(data, tmp_path):
+    config = tiny_recipe(data, tmp_path / 'run')
+    config.model.args['dynamic_img_size'] = True
+    config.data.img_size = [18, 20]
+    with pytest.raises(ValueError, match='does not take images of 18×20 .* height 18 is not a multiple'):
+        train(config)
+    assert not (tmp_path / 'run').exists()
+    config.data.img_size, config.sched.epochs = [20, 12], 1
+    assert train(config)['steps'] == 6
+
+
+@pytest.mark.parametrize('content', ['', '{}', '3', '{"top1": '])
+def test_a_damaged_result_is_named_and_made_again(data, tmp_path, content):
+    config = tiny_recipe(data, tmp_path / 'run', resume='auto')
+    config.sched.epochs = 1
+    result = train(config)
+    path = tmp_path / 'run/result.json'
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r'result\.json: not a readable result; delete it'):
+        train(config)
+    path.unlink()
+    assert train(config)['top1'] == result['top1']
 
 
 def test_two_processes_reach_the_weights_of_one(data, tmp_path):

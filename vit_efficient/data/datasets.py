@@ -96,8 +96,11 @@ def create_dataset(path: str, dataset: str = '', root: str = '', key: str = 'dat
         return ImageTree(path)
     try:
         opened = create_timm_dataset(dataset, root=root or None, split=path, input_img_mode=None)
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f'data.dataset={dataset}, split {path}: {error}') from error
+    # Readers raise whatever their libraries do; those that need a root trip over None.
+    except Exception as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        hint = '' if root else ' (data.root is not set: it names the folder that holds the data set)'
+        raise ValueError(f'data.dataset={dataset}, split {path}: {reason}{hint}') from error
     if isinstance(opened, IterableDataset):
         raise ValueError(f'data.dataset={dataset} is a stream, its samples have no index; use one with random access')
     return _TimmImages(opened) if isinstance(opened, ImageDataset) else opened

@@ -11,6 +11,9 @@ EXTENSIONS = ('.bmp', '.jpeg', '.jpg', '.npy', '.pgm', '.png', '.ppm', '.tif', '
 _NPY_MAGIC = b'\x93NUMPY'
 _BITS_PER_SAMPLE = 258  # TIFF tag
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in PIL
+# How far floating-point samples may lie outside [0, 1]: at an edge, and at a corner, OpenCV's bicubic resampling
+# overshoots by 1/9 of the step, and by (10/9)² - 1 = 0.23. Pixels in 0…255 and normalised ones lie further out.
+_OVERSHOOT = 0.25
 _PIL_MODES = {1: 'L', 3: 'RGB'}
 
 
@@ -76,13 +79,14 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
 
     Args:
         image: A PIL image, or an array of shape (H, W) or (H, W, C): uint8, uint16, or floating point in [0, 1].
+            What bicubic resampling overshoots there is clipped.
         in_chans: The channels that the model takes.
 
     Returns:
         (H, W, in_chans): uint8 if the image has 8 bits, else float32, with uint16 scaled to [0, 1].
 
     Raises:
-        ValueError: If the channels do not fit, or the array has another shape or type, or is not finite.
+        ValueError: If the channels do not fit, or the array has another shape, type or range, or is not finite.
     """
     if isinstance(image, Image.Image):
         if image.mode.startswith(('I', 'F')):
@@ -100,8 +104,15 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
         pixels = pixels.astype(np.float32) / 65535
     elif pixels.dtype.kind == 'f':
         pixels = pixels.astype(np.float32)
-        if not np.isfinite(pixels).all():
+        low, high = pixels.min(), pixels.max()
+        if not np.isfinite([low, high]).all():
             raise ValueError('it holds values that are not finite')
+        if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+            raise ValueError(
+                f'floating-point samples must lie in [0, 1], these lie in [{low:g}, {high:g}]; scale them '
+                '(8-bit values by 1/255), or store uint8 or uint16'
+            )
+        pixels = pixels.clip(0, 1)
     elif pixels.dtype != np.uint8:
         raise ValueError(f'samples must be uint8, uint16 or floating point in [0, 1], got {pixels.dtype}')
     return np.ascontiguousarray(_fit_channels(pixels, in_chans))

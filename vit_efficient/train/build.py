@@ -1,6 +1,7 @@
 """The model of a recipe, and a model folder read back."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from timm.models import load_state_dict
 from torch import nn
 
 from vit_efficient.models import model_arguments
+from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import Config, ModelConfig, first_line
 
-# The parts of a model's arguments that say what its attention computes, beyond its parameters.
-_ATTENTION_ARGS = ('attention', 'attention_kwargs')
+# What a saved model tells of its attention.
+_SPELLED_OUT = ('attention', 'attention_kwargs')
 
 
 def create_model(config: Config, classes: list[str] | None) -> nn.Module:
@@ -31,23 +33,25 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
     num_classes = args.pop('num_classes', len(classes) if classes else None)
     if num_classes is None:
         raise ValueError('the data set does not tell its classes; set model.args.num_classes')
+    if type(num_classes) is not int or num_classes < 1:
+        raise ValueError(f'model.args.num_classes must be at least 1, got {num_classes!r}')
     if classes and num_classes < len(classes):
         raise ValueError(f'model.args.num_classes={num_classes} is below the {len(classes)} classes of the data')
     if not timm.is_model(config.model.name):
         raise ValueError(f'model.name: timm knows no model {config.model.name!r}; see timm.list_models()')
     torch.manual_seed(config.seed)
     if not config.model.init_from:
-        return _create(config.model.name, num_classes=num_classes, **args)
+        return _create(config.model.name, {**args, 'num_classes': num_classes})
     model = _create_from(config.model, args)
     if model.num_classes != num_classes:
         model.reset_classifier(num_classes)
     return model
 
 
-def _create(name: str, **args: Any) -> nn.Module:
+def _create(name: str, args: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, **args)
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # models check their arguments in all ways, or not at all
         raise ValueError(f'model {name}: {first_line(error)}') from error
 
 
@@ -56,16 +60,16 @@ def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
     source = Path(config.init_from)
     if source.is_dir():
         source = _model_folder(source)
-        _check_same_attention(source, config, args)
-        return load_model(source, **args)
+        _check_same_attention(source, config.name, args, *_saved_model(source))
+        # The folder spells the same attention out; said twice, it would be refused.
+        return load_model(source, **{key: value for key, value in args.items() if key not in _SPELLED_OUT})
     if not source.exists():
         raise ValueError(f'model.init_from={source}: no such file or folder')
-    try:
-        weights = load_state_dict(str(source), use_ema=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f'model.init_from={source}: {first_line(error)}') from error
+    if (source.parent / 'config.json').exists():
+        _check_same_attention(source, config.name, args, *_saved_model(source.parent))
+    weights = _load_weights(source, config.name, args)
     default = timm.get_pretrained_cfg(config.name).to_dict() if timm.get_pretrained_cfg(config.name) else {}
-    overlay: dict[str, Any] = {'file': str(source), 'custom_load': False}
+    overlay: dict[str, Any] = {'state_dict': weights}
     head = weights.get(f'{default.get("classifier")}.weight')
     stem = weights.get(f'{default.get("first_conv")}.weight')
     if head is not None:
@@ -74,30 +78,65 @@ def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
     if stem is not None:
         overlay['input_size'] = (stem.shape[1], *default['input_size'][1:])
     try:
-        return timm.create_model(config.name, pretrained=True, pretrained_cfg_overlay=overlay, **args)
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        model = timm.create_model(config.name, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+    except Exception as error:
         reason = ' '.join(str(error).split())[:300]
         raise ValueError(f'model.init_from={source} does not fit {config.name}: {reason}') from error
+    model.pretrained_cfg.pop('state_dict', None)  # timm would keep the weights in memory a second time
+    return model
 
 
-def _check_same_attention(source: Path, config: ModelConfig, args: dict[str, Any]) -> None:
-    """Weights may fit another attention, or another keep ratio, without being any good for it."""
-    saved = read_model_config(source)
-    theirs = {'architecture': saved['architecture'], **(saved.get('model_args') or {})}
-    ours = {'architecture': config.name, **args}
-    if theirs['architecture'] == config.name:
-        # Defaults count as well, hence the model as it is built.
-        ours |= json.loads(json.dumps(_arguments(_create(config.name, **args)), default=str))
-    for key in ('architecture', *_ATTENTION_ARGS):
-        if theirs.get(key) != ours.get(key):
+def _load_weights(source: Path, name: str, args: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint of ours or of timm; their moving average, if it holds one."""
+    state = None
+    with suppress(ValueError):
+        state = load_checkpoint(source)
+    if state:
+        saved = state['identity']
+        _check_same_attention(source, name, args, saved.get('model.name'), saved.get('model.args') or {})
+        return state['ema'] or state['model']
+    try:
+        weights = load_state_dict(str(source), use_ema=True)
+    # A damaged file raises whatever the archive reader or the unpickler stumbles over.
+    except Exception as error:
+        raise ValueError(f'model.init_from={source}: {first_line(error)}') from error
+    if not weights:  # timm would look for others elsewhere
+        raise ValueError(f'model.init_from={source}: holds no weights')
+    return weights
+
+
+def _saved_model(folder: Path) -> tuple[str, dict[str, Any]]:
+    saved = read_model_config(folder)
+    return saved['architecture'], saved.get('model_args') or {}
+
+
+def _check_same_attention(
+    source: Path, name: str, args: dict[str, Any], saved_name: str, saved_args: dict[str, Any]
+) -> None:
+    """Weights may fit another attention, keep ratio or number of heads without being any good for it."""
+    theirs, ours = {'architecture': saved_name}, {'architecture': name}
+    if saved_name == name:
+        theirs, ours = _attention(saved_name, saved_args), _attention(name, args)
+    for key, value in ours.items():
+        if theirs[key] != value:
             raise ValueError(
-                f'model.init_from={source} was saved with {key}={theirs.get(key)!r}, '
-                f'the recipe says {key}={ours.get(key)!r}; make them equal'
+                f'model.init_from={source} was saved with {key}={theirs[key]!r}, '
+                f'the recipe says {key}={value!r}; make them equal'
             )
 
 
-def _arguments(model: nn.Module) -> dict[str, Any]:
-    return model_arguments(model) if hasattr(model, 'attention_spec') else {}
+def _attention(name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """What the attention of a model computes, beyond its parameters.
+
+    It is read off the model, since defaults count as well; on the meta device, it takes neither memory nor time.
+    """
+    with torch.device('meta'):
+        model = _create(name, args)
+    heads = [module.num_heads for module in model.modules() if isinstance(getattr(module, 'num_heads', None), int)]
+    found = {'num_heads': heads[0] if len(set(heads)) == 1 else heads}
+    if hasattr(model, 'attention_spec'):
+        found['attention'] = model_arguments(model)['attention']
+    return json.loads(json.dumps(found, default=str))
 
 
 def _model_folder(folder: Path) -> Path:
@@ -123,6 +162,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f'{path}: not readable ({error})') from error
     if not isinstance(saved, dict) or 'architecture' not in saved:
         raise ValueError(f'{path}: not the config.json of a timm model (it names no architecture)')
+    if not isinstance(saved.get('model_args') or {}, dict):
+        raise ValueError(f'{path}: model_args must be a mapping, got {saved["model_args"]!r}')
     return saved
 
 

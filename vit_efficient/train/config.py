@@ -241,12 +241,13 @@ def validate(config: Config) -> None:
         lambda v: v >= 1,
     )
     check(
-        'seed data.workers checkpoint_steps sched.warmup_epochs sched.warmup_lr sched.min_lr optim.weight_decay '
+        'data.workers checkpoint_steps sched.warmup_epochs sched.warmup_lr sched.min_lr optim.weight_decay '
         'loss.mixup loss.cutmix data.augment.color_jitter data.augment.rand_ops data.augment.affine.rotate '
         'data.augment.affine.shear',
         'at least 0',
         lambda v: v >= 0,
     )
+    check('seed', 'at least 0 and below 2**32', lambda v: 0 <= v < 2**32)
     check('optim.lr clip_grad', 'above 0', lambda v: v > 0)
     check('optim.layer_decay data.crop_pct', 'above 0 and at most 1', lambda v: 0 < v <= 1)
     check('data.augment.hflip data.augment.vflip data.augment.erasing', 'between 0 and 1', lambda v: 0 <= v <= 1)

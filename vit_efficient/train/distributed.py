@@ -51,10 +51,17 @@ def processes(device: str = 'auto') -> Iterator[Processes]:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f'device={device}: {first_line(error)}') from error
+    if chosen.type == 'meta':
+        raise ValueError(f'device={device} holds no numbers; use device=cpu')
     if chosen.type == 'cuda':
         if not torch.cuda.is_available():
             raise ValueError(f'device={device}: PyTorch finds no GPU here; use device=cpu')
         chosen = torch.device('cuda', local_rank if chosen.index is None else chosen.index)
+    try:
+        torch.empty(0, device=chosen)
+    except Exception as error:  # each backend has its own way to say that it is not there
+        raise ValueError(f'device={device}: PyTorch finds no {chosen} here; use another, or device=cpu') from error
+    if chosen.type == 'cuda':
         torch.cuda.set_device(chosen)
     if world_size == 1:
         yield Processes(chosen)

@@ -44,7 +44,7 @@ from vit_efficient.environment import describe_environment
 from vit_efficient.files import write_json, write_text
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
-from vit_efficient.train.config import Config, identity, to_yaml, validate
+from vit_efficient.train.config import Config, first_line, identity, to_yaml, validate
 from vit_efficient.train.distributed import Processes, processes
 from vit_efficient.train.evaluation import Evaluation, autocast, evaluate
 from vit_efficient.train.interrupts import Interrupted, Interrupts
@@ -104,6 +104,7 @@ class _Run:
         self.team = team
         self.folder = Path(config.output)
         self.progress = _Progress()
+        self.made_folder = False
 
         if train_set is None:
             train_set = create_dataset(data.train, data.dataset, data.root, 'data.train')
@@ -193,7 +194,7 @@ class _Run:
                     'start another run with output=… (resume=restart replaces this one)'
                 )
         if result.exists():
-            return json.loads(result.read_text())
+            return _read_result(result)
         self.model.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
         if self.ema:
@@ -217,7 +218,11 @@ class _Run:
     def _open_folder(self) -> None:
         """Makes the run's folder ready; the first thing that is written."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True)
+                self.made_folder = True
+            except FileExistsError:
+                self.folder.mkdir(exist_ok=True)  # unless it is a file
             if self.config.resume == 'restart':
                 for name in (CHECKPOINT, RESULT, 'metrics.jsonl', 'predictions.csv'):
                     (self.folder / name).unlink(missing_ok=True)
@@ -229,8 +234,33 @@ class _Run:
         except OSError as error:
             raise ValueError(f'output={self.folder}: cannot write there: {error.strerror}') from error
 
+    def _try_input(self) -> None:
+        """What does not fit the model shows now, before anything is written."""
+        for samples in (self.train_samples, self.val_samples):
+            samples[0, 0]
+        channels, height, width = self.preprocessing.input_size
+        self.model.eval()
+        try:
+            # Not inference_mode: what a model caches in it could not be trained through.
+            with torch.no_grad(), autocast(self.team.device, self.config.amp):
+                self.model(torch.zeros(1, channels, height, width, device=self.team.device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f'model {self.config.model.name} does not take images of {height}×{width} pixels and {channels} '
+                f'channels (data.img_size, model.args): {first_line(error)}'
+            ) from error
+
     def fit(self) -> dict[str, Any]:
-        """From where `progress` stands to the result."""
+        """From where `progress` stands to the result. A folder made for a run without an update is removed again."""
+        self._try_input()
+        try:
+            return self._fit()
+        except Exception:  # Interrupted is none: it leaves a checkpoint
+            if self.made_folder and not self.progress.updates:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def _fit(self) -> dict[str, Any]:
         if self.team.is_first:
             self._open_folder()
             self.log = MetricsLog(self.folder, self.progress.epoch, self.progress.updates)
@@ -408,6 +438,16 @@ class _Run:
         save_model(model, temporary, label_names=names)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text())
+        if 'top1' in result:
+            return result
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f'{path}: not a readable result; delete it, and resume=auto writes it anew from the checkpoint')
 
 
 def seed_everything(seed: int, *key: int) -> None:
