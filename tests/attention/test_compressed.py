@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from timm.layers import Attention
 from torch import nn
 
@@ -185,12 +186,18 @@ def test_replaced_projections_are_called():
         assert torch.allclose(doubled(x, grid), twice(x, grid), atol=1e-6)
 
 
-def test_hooks_on_projections_are_called():
-    for place in PLACES:
-        attention = create_attention('dct', 12, 3, place=place)
-        expected = attention(torch.ones(1, 6, 12), PatchGrid(2, 3))
-        attention.qkv.register_forward_hook(lambda module, inputs, output: 2 * output)
-        assert not torch.allclose(attention(torch.ones(1, 6, 12), PatchGrid(2, 3)), expected)
+@pytest.mark.parametrize('place', PLACES)
+def test_pruned_projections(place):
+    """Pruning computes the weight before each call of the layer."""
+    attention = create_attention('dct', 12, 3, place=place)
+    torch.nn.utils.prune.random_unstructured(attention.qkv, 'weight', 0.5)
+    grid, x = PatchGrid(2, 3), torch.randn(1, 6, 12)
+    for _ in range(2):
+        attention(x, grid).sum().backward()
+    before = attention(x, grid)
+    with torch.no_grad():
+        attention.qkv.weight_orig.mul_(2)
+    assert not torch.equal(attention(x, grid), before)
 
 
 def test_copies():

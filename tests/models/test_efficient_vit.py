@@ -401,7 +401,7 @@ class TestPerLayer:
         [
             (dict(attention=['full']), 'lists 1 layers.*2'),
             (dict(attention=['full', 'dct'], attention_kwargs=dict(keep_ratio=0.5)), 'attention_kwargs'),
-            (dict(attention=['full', ('dct', 3)]), 'each layer'),
+            (dict(attention=['full', ('dct', 3)]), 'a layer is'),
             (dict(attention='dtc'), "unknown attention 'dtc'"),
             (dict(attention='dct', attention_kwargs=dict(keep_ratio=0)), 'keep_ratio=0'),
             (dict(attention='full', attention_kwargs=dict(keep_ratio=0.5)), "no option 'keep_ratio'"),

@@ -52,7 +52,8 @@ class CompressedAttention(GridAttention):
     and its norm. At `qkv` and `kv` gate and norm act at full resolution, and the output projection stands after them.
 
     Where the compressor commutes with projections (the DCT does), the result is the same if channels are projected on
-    the kept tokens, before going up or after coming down; so that is done.
+    the kept tokens, before going up or after coming down; so that is done. At `kv` this uses the rows of `qkv` apart,
+    and hooks on that layer are not called.
 
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
@@ -190,6 +191,5 @@ class CompressedAttention(GridAttention):
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a linear layer does what its weight says, and nothing more: no adapter, hook or parametrisation."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is nn.Linear and not hooks and 'forward' not in vars(module)
+    """Whether a linear layer does what its weight says: no adapter, pruning or parametrisation."""
+    return type(module) is nn.Linear and 'weight' in module._parameters and 'forward' not in vars(module)
