@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.threads import at_once
 from vit_efficient import dct
 
 SIZES = st.integers(1, 40)
@@ -239,11 +239,7 @@ class TestModes:
                 if not torch.equal(Resize()(inputs[i]), expected[i]):
                     wrong.append(i)
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(lambda: work(0), lambda: work(1))
         assert not wrong
 
 

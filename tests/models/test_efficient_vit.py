@@ -5,7 +5,6 @@ import functools
 import pickle
 import subprocess
 import sys
-import threading
 
 import pytest
 import timm
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
 
 import vit_efficient
+from tests.threads import at_once
 from vit_efficient.models import SIZES
 
 MECHANISMS = vit_efficient.list_attentions()
@@ -382,11 +382,7 @@ class TestTwoSizesAtOnce:
                     if not torch.equal(model(crops[i]), expected[i]):
                         wrong.append(i)
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(lambda: work(0), lambda: work(1))
         assert not wrong
 
 

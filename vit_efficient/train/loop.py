@@ -433,11 +433,7 @@ class _Run:
             'num_classes': model.num_classes,
         }
         names = self.classes if self.classes and len(self.classes) == model.num_classes else None
-        final, temporary = self.folder / 'model', self.folder / '.model.tmp'
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_model(model, temporary, label_names=names)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        save_model(model, self.folder / 'model', label_names=names)
 
 
 def _read_result(path: Path) -> dict[str, Any]:
