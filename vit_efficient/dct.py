@@ -10,11 +10,11 @@ transform is separable: D_H x D_Wᵀ.
 
 Every function is differentiable and follows autocast as a matrix product does. A transform along one axis is a matrix
 product with a small basis, or an FFT (Makhoul, "A fast cosine transform in one and two dimensions", 1980) where that is
-faster. Measured on 2 CPU cores (`recipes/benchmarks/README.md` has the script), 768 channels, n = 16,384 samples, product
-: FFT: in float32 21 : 81 ms for m = 256 coefficients, 76 : 82 for 1,024, 309 : 88 for 4,096; in bfloat16, where the FFT
-is computed in float32, 51 : 92 ms for 4,096. So the FFT begins at 1,024 coefficients in float32; in half precision at
-8,192, by extrapolation; and always where the basis would have more than 2²⁶ entries. On a GPU the crossover has not been
-measured.
+faster. Measured on 2 CPU cores (script: `recipes/benchmarks/README.md`), 768 channels, n = 16,384 samples, time
+of the product to that of the FFT: in float32 21 to 81 ms for m = 256 coefficients, 76 to 82 for 1,024, 309 to 88 for
+4,096; in bfloat16, where the FFT is computed in float32, 51 to 92 ms for 4,096. So the FFT begins at 1,024 coefficients
+in float32; at 8,192 in half precision, by extrapolation; and always where the basis would have more than 2²⁶ entries.
+On a GPU the crossover has not been measured.
 """
 
 import math
