@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.threads import at_once
-from vit_efficient import dct
+from vit_efficient import bases, dct
 
 SIZES = st.integers(1, 40)
 
@@ -117,11 +117,11 @@ def test_gradcheck(method, function):
 
 def test_long_axis_needs_no_basis():
     """A basis for 65,536 × 16,384 would have 2³⁰ entries."""
-    before = dct._memo.bytes
+    before = bases.memo.bytes
     x = torch.randn(65536, 2, dtype=torch.float64)
     y = dct.dct(x, 16384, 0)
     assert relative_error(y, scipy.fft.dct(x.numpy(), axis=0, norm='ortho')[:16384]) <= 1e-12
-    assert dct._memo.bytes - before < 2**22
+    assert bases.memo.bytes - before < 2**22
 
 
 class Resize(nn.Module):
@@ -148,7 +148,7 @@ class TestModes:
         assert torch.allclose(y.float(), Resize()(self.x), atol=3e-2)
 
     def test_inference_mode_and_back(self):
-        dct._memo.tensors.clear()
+        bases.memo.tensors.clear()
         with torch.inference_mode():
             expected = Resize()(self.x)
         x = self.x.clone().requires_grad_()
@@ -163,15 +163,15 @@ class TestModes:
             raise AssertionError('a basis was built again')
 
         monkeypatch.setattr(
-            dct._memo,
+            bases.memo,
             'get',
-            lambda key, build: dct._memo.tensors.get(key, None) if key in dct._memo.tensors else fail(),
+            lambda key, build: bases.memo.tensors.get(key, None) if key in bases.memo.tensors else fail(),
         )
         Resize()(self.x)
 
     def test_memo_is_bounded(self, monkeypatch):
-        monkeypatch.setattr(dct, 'MEMO_BYTES', 10_000)
-        memo = dct._Memo()
+        monkeypatch.setattr(bases, 'MEMO_BYTES', 10_000)
+        memo = bases.Memo()
         for n in range(100):
             memo.get((n,), lambda: torch.zeros(100))
         assert memo.bytes == sum(t.nbytes for t in memo.tensors.values()) <= 10_000
@@ -214,7 +214,7 @@ class TestModes:
         assert torch.allclose(mapped, torch.stack([Resize()(x) for x in self.x]), atol=1e-6)
 
     def test_transforms_of_torch_func_leave_nothing_behind(self):
-        dct._memo.tensors.clear()
+        bases.memo.tensors.clear()
         torch.func.hessian(lambda t: dct.dct(t, 3).square().sum())(torch.randn(8))
         assert torch.allclose(torch.func.grad(lambda t: dct.dct(t, 3)[0])(torch.randn(8)), torch.full((8,), 8**-0.5))
 

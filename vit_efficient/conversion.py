@@ -8,7 +8,7 @@ from timm.models import VisionTransformer, generate_default_cfgs, model_entrypoi
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from vit_efficient.attention import GridAttention, swap_attention
+from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.models import (
     EfficientVisionTransformer,
     EfficientVisionTransformerDistilled,
@@ -22,6 +22,8 @@ from vit_efficient.models.efficient_vit import (
     build_model,
     check_blocks,
     check_patch_dropout,
+    common_part,
+    own_common_part,
 )
 
 # A class of timm's, and ours that adds the grid to its forward pass and nothing to its state.
@@ -69,13 +71,14 @@ def convert(
         raise ValueError(f'layers names a block twice: {indices}')
     check_patch_dropout(model, spec)
 
-    attentions = []
+    attentions, grid_size = [], model.patch_embed.grid_size
     for i, block in enumerate(model.blocks):
         keep = block.attn if isinstance(block.attn, GridAttention) else None
         if i in wanted or keep is None:
-            name, layer_options = wanted.get(i, ('full', {}))
-            keep = swap_attention(block.attn, name, **layer_options)
+            name, given = wanted.get(i, ('full', {}))
+            keep = swap_attention(block.attn, name, **layer_options(name, given, i, depth, grid_size))
         attentions.append(keep)
+    common_part(attentions)
 
     # Nothing can fail from here on.
     was_ours = isinstance(model, tuple(set(MODELS.values())))
@@ -83,6 +86,7 @@ def convert(
     for block, new in zip(model.blocks, attentions, strict=True):
         block.__class__ = GridBlock
         block.attn = new
+    own_common_part(model)
     _describe(model, was_ours)
     return model
 

@@ -18,15 +18,13 @@ On a GPU the crossover has not been measured.
 """
 
 import math
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
+from vit_efficient.bases import along, basis, product_dtype, real_dtype
 from vit_efficient.grid import plain_sizes, smaller
 
 __all__ = ['dct', 'dct2', 'dct_matrix', 'idct', 'idct2', 'resample', 'truncate']
@@ -34,71 +32,6 @@ __all__ = ['dct', 'dct2', 'dct_matrix', 'idct', 'idct2', 'resample', 'truncate']
 # See the module's docstring for where these were measured.
 FFT_FROM = {torch.float64: 1024, torch.float32: 1024, torch.bfloat16: 8192, torch.float16: 8192}
 LARGEST_BASIS = 2**26  # entries
-MEMO_BYTES = 2**29
-
-
-class _Memo:
-    """Bases that were built, the least recently used dropped beyond `MEMO_BYTES`.
-
-    It lives in the module, not in the models: as buffers, bases would be NaN after `meta` → `to_empty`, and rounded for
-    good by a trip through bfloat16.
-    """
-
-    def __init__(self):
-        self.tensors: OrderedDict[tuple, Tensor] = OrderedDict()
-        self.bytes = 0
-        self.lock = threading.Lock()
-
-    def get(self, key: tuple, build: Callable[[], Tensor]) -> Tensor:
-        with self.lock:
-            if key in self.tensors:
-                self.tensors.move_to_end(key)
-                return self.tensors[key]
-        # A tensor made in inference mode could never be saved for a backward pass.
-        with torch.inference_mode(False), torch.no_grad():
-            tensor = build()
-        if _is_real(tensor):
-            with self.lock:
-                if key not in self.tensors:
-                    self.tensors[key] = tensor
-                    self.bytes += tensor.nbytes
-                while self.bytes > MEMO_BYTES and len(self.tensors) > 1:
-                    self.bytes -= self.tensors.popitem(last=False)[1].nbytes
-        return tensor
-
-
-_memo = _Memo()
-
-
-def _is_real(tensor: Tensor) -> bool:
-    """Whether a tensor is of use outside of here: not fake, without data, or wrapped by a transform of torch.func."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return type(tensor) is Tensor and not tensor.is_meta and not wrapped
-
-
-def _basis(build: Callable[..., Tensor], rows, columns, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix `build(rows, columns, device)` in `dtype` on the device of `like`, from the memo where that is sound.
-
-    While compiling or tracing, a tensor from outside would cost a second compilation or leave the graph; sizes may be
-    symbols and tensors fake.
-    """
-
-    def cast() -> Tensor:
-        return build(rows, columns, like.device).to(dtype)
-
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or type(rows) is not int
-        or type(columns) is not int
-        or type(like) not in (Tensor, torch.nn.Parameter)
-    ):
-        return cast()
-    return _memo.get((build, rows, columns, dtype, like.device), cast)
-
-
-def _real(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == 'mps' else torch.float64  # Apple's GPUs have no float64
 
 
 def _cosines(m, n, device: torch.device) -> Tensor:
@@ -107,7 +40,7 @@ def _cosines(m, n, device: torch.device) -> Tensor:
     i = torch.arange(n, device=device)[None, :]
     # The phase is reduced in integers, so that the cosine is exact to the last bits at any n.
     phase = (k * (2 * i + 1)) % (4 * n)
-    rows = torch.cos(phase.to(_real(device)) * (math.pi / 2 / n)) * (2 / n) ** 0.5
+    rows = torch.cos(phase.to(real_dtype(device)) * (math.pi / 2 / n)) * (2 / n) ** 0.5
     return torch.where(k == 0, (1 / n) ** 0.5, rows)
 
 
@@ -124,8 +57,8 @@ def _band_limited(rows, columns, device: torch.device) -> Tensor:
     unit = 2 * rows * columns
     total = 0.0
     for phase in (a - b, a + b):
-        numerator = torch.sin(((2 * kept - 1) * phase % (4 * unit)).to(_real(device)) * (math.pi / 2 / unit))
-        denominator = 2 * torch.sin(phase.to(_real(device)) * (math.pi / 2 / unit))
+        numerator = torch.sin(((2 * kept - 1) * phase % (4 * unit)).to(real_dtype(device)) * (math.pi / 2 / unit))
+        denominator = 2 * torch.sin(phase.to(real_dtype(device)) * (math.pi / 2 / unit))
         zero = phase == 0
         total = total + torch.where(zero, kept - 0.5, numerator / torch.where(zero, 1.0, denominator))
     return total / columns
@@ -133,7 +66,7 @@ def _band_limited(rows, columns, device: torch.device) -> Tensor:
 
 def _twiddle(rows, columns, device: torch.device) -> Tensor:
     """cos and sin of π k / (2 n) for the n/2 + 1 frequencies of a real FFT of n = columns samples: (2, rows)."""
-    angle = torch.arange(rows, device=device, dtype=_real(device)) * (math.pi / 2 / columns)
+    angle = torch.arange(rows, device=device, dtype=real_dtype(device)) * (math.pi / 2 / columns)
     return torch.stack([torch.cos(angle), torch.sin(angle)])
 
 
@@ -142,7 +75,7 @@ def _fft_dct(x: Tensor, m: int) -> Tensor:
     n = x.shape[1]
     half = n // 2 + 1
     spectrum = torch.fft.rfft(torch.cat([x[:, ::2], x[:, 1::2].flip(1)], dim=1), dim=1)
-    cos, sin = _basis(_twiddle, half, n, x, x.dtype)[..., None]
+    cos, sin = basis(_twiddle, half, n, x, x.dtype)[..., None]
     low = min(m, half)
     real, imag = spectrum.real, spectrum.imag
     y = real[:, :low] * cos[:low] + imag[:, :low] * sin[:low]
@@ -161,7 +94,7 @@ def _fft_idct(x: Tensor, n: int) -> Tensor:
     x = torch.cat([x[:, :1] * n**0.5, x[:, 1:] * scale, x.new_zeros(x.shape[0], n - m, x.shape[2])], dim=1)
     mirrored = torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:].flip(1)], dim=1)[:, :half]
     x = x[:, :half]
-    cos, sin = _basis(_twiddle, half, n, x, x.dtype)[..., None]
+    cos, sin = basis(_twiddle, half, n, x, x.dtype)[..., None]
     spectrum = torch.complex(x * cos + mirrored * sin, x * sin - mirrored * cos)
     v = torch.fft.irfft(spectrum, n=n, dim=1)
     y = torch.empty_like(v)
@@ -169,14 +102,6 @@ def _fft_idct(x: Tensor, n: int) -> Tensor:
     y[:, ::2] = v[:, :front]
     y[:, 1::2] = v[:, front:].flip(1)
     return y
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a matrix product with x computes in: that of x, or autocast's."""
-    # A compiled or exported graph casts by itself, and may run without the autocast that it was made under.
-    if torch.compiler.is_compiling() or x.is_meta or x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def _without_autocast(x: Tensor):
@@ -202,37 +127,28 @@ def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
     elif isinstance(size, (float, str, bool)):
         raise ValueError(f'{kind}: size must be an integer, got {size=!r}')
 
-    if kind == 'resample' and type(n) is int and size == n:
+    if kind == 'resample' and type(n) is int and type(size) is int and size == n:
         return x
-    dim = dim % x.ndim
-    outer, inner = x.shape[:dim], x.shape[dim + 1 :]
-    dtype = _product_dtype(x)
-    x_PNC = x.reshape(math.prod(outer), n, math.prod(inner))
-
-    kept = smaller(n, size)
+    dtype, kept = product_dtype(x), smaller(n, size)
     if type(kept) is int and (kept >= FFT_FROM.get(dtype, 1024) or n * size > LARGEST_BASIS):
-        y = x_PNC.to(torch.promote_types(dtype, torch.float32))
-        with _without_autocast(x):
-            if kind != 'idct':
-                y = _fft_dct(y, kept)
-            if kind != 'dct':
-                y = _fft_idct(y, size)
-            if kind == 'resample':
-                y = y * (size / n) ** 0.5
-        y = y.to(dtype)
-    else:
-        if kind == 'dct':
-            matrix = _basis(_cosines, size, n, x, dtype)
-        elif kind == 'idct':
-            matrix = _basis(_cosines, n, size, x, dtype).mT
-        else:
-            matrix = _basis(_band_limited, size, n, x, dtype)
-        if not inner:
-            y = x_PNC.squeeze(-1) @ matrix.mT
-        else:
-            # Not matmul: with a gradient to compute, it would fold and copy x.
-            y = torch.bmm(matrix.expand(math.prod(outer), -1, -1), x_PNC)
-    return y.reshape(*outer, size, *inner)
+        return _by_fft(x, dim % x.ndim, n, kind, kept, size, dtype)
+    if kind == 'idct':
+        return along(x, dim, basis(_cosines, n, size, x, dtype).mT)
+    return along(x, dim, basis(_cosines if kind == 'dct' else _band_limited, size, n, x, dtype))
+
+
+def _by_fft(x: Tensor, dim: int, n: int, kind: str, kept: int, size: int, dtype: torch.dtype) -> Tensor:
+    """`_along` where the basis would be too large, in `dtype`."""
+    outer, inner = x.shape[:dim], x.shape[dim + 1 :]
+    y = x.reshape(math.prod(outer), n, math.prod(inner)).to(torch.promote_types(dtype, torch.float32))
+    with _without_autocast(x):
+        if kind != 'idct':
+            y = _fft_dct(y, kept)
+        if kind != 'dct':
+            y = _fft_idct(y, size)
+        if kind == 'resample':
+            y = y * (size / n) ** 0.5
+    return y.to(dtype).reshape(*outer, size, *inner)
 
 
 def _pair(value, name: str) -> tuple:

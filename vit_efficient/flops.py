@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vit_efficient.compress import Compressor
+from vit_efficient.compress.learned import Maps
 from vit_efficient.flop_formulas import FORMULAS, FVCORE_IS_RIGHT, PRODUCTS, is_listed, register_flops, short_name
 
 __all__ = ['ROLES', 'FlopCount', 'count_flops', 'register_flops']
@@ -237,7 +238,7 @@ def _quiet(device: torch.device) -> Iterator[None]:
 def _role(path: str, operator: str, modules: dict[str, nn.Module]) -> str:
     names = path.split('.') if path else []
     chain = [modules['.'.join(names[: i + 1])] for i in range(len(names))]  # from the outside in
-    if any(isinstance(module, Compressor) for module in chain):
+    if any(isinstance(module, (Compressor, Maps)) for module in chain):  # a model can own maps that layers share
         return 'transform'
     attention = max((i for i, m in enumerate(chain) if names[i] == 'attn' or isinstance(m, Attention)), default=None)
     if attention is not None and (names[attention + 1 :][:1] == ['local'] or operator.startswith('fft_')):

@@ -1,4 +1,7 @@
-"""DCT attention written out slowly: whole matrices, a head at a time, no algebra saved. Everything in float64."""
+"""Attention among compressed tokens, written out slowly: whole matrices, a head at a time, no algebra saved.
+
+Everything in float64.
+"""
 
 import math
 
@@ -37,13 +40,16 @@ def with_prefix(matrix: Tensor, prefix: int) -> Tensor:
     return torch.block_diag(torch.eye(prefix, dtype=torch.float64), matrix)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Each key weighs as many as `counts` says."""
     scores = q @ k.T / math.sqrt(q.shape[1])
     weights = torch.exp(scores - scores.max(dim=1, keepdim=True).values)
+    if counts is not None:
+        weights = weights * counts
     return (weights / weights.sum(dim=1, keepdim=True)) @ v
 
 
-def reference(attention, x: Tensor, down: Tensor, up: Tensor, place: str) -> Tensor:
+def reference(attention, x: Tensor, down: Tensor, up: Tensor, place: str, counts: Tensor | None = None) -> Tensor:
     """The equations, per image and head; `attention` lends its parameters.
 
     Place x (DCT-Former, section 3): x̂ = D x, attention among the rows of x̂, ŷ = Dᵀ y, output projection of ŷ.
@@ -65,7 +71,7 @@ def reference(attention, x: Tensor, down: Tensor, up: Tensor, place: str) -> Ten
             if place == 'qkv':
                 q = down @ q
             q, k = attention.q_norm(q), attention.k_norm(k)
-            outputs.append(softmax_attention(q, k, v))
+            outputs.append(softmax_attention(q, k, v, counts))
         y = torch.cat(outputs, dim=1)
 
         gate = None
@@ -83,6 +89,89 @@ def reference(attention, x: Tensor, down: Tensor, up: Tensor, place: str) -> Ten
         if attention.proj.bias is not None:
             y = y + attention.proj.bias
         images.append(y)
+    return torch.stack(images)
+
+
+def cells(height: int, width: int, kept: tuple[int, int]) -> list[list[int]]:
+    """The patches of each of the h × w cells, in row-major order of the cells."""
+
+    def side(n: int, m: int) -> list[range]:
+        return [range(i * n // m, (i + 1) * n // m) for i in range(m)]
+
+    return [
+        [row * width + column for row in rows for column in columns]
+        for rows in side(height, kept[0])
+        for columns in side(width, kept[1])
+    ]
+
+
+def pooling(height: int, width: int, kept: tuple[int, int]) -> Tensor:
+    """The mean of each cell, as a matrix m × N."""
+    matrix = torch.zeros(kept[0] * kept[1], height * width, dtype=torch.float64)
+    for i, patches in enumerate(cells(height, width, kept)):
+        matrix[i, patches] = 1 / len(patches)
+    return matrix
+
+
+def interpolation(nodes: list[float], n: int) -> Tensor:
+    """Linear interpolation at 0 … n − 1 between values at nodes, n × m; constant beyond the first and the last."""
+    matrix = torch.zeros(n, len(nodes), dtype=torch.float64)
+    for at in range(n):
+        if at <= nodes[0]:
+            matrix[at, 0] = 1
+        elif at >= nodes[-1]:
+            matrix[at, -1] = 1
+        else:
+            right = next(i for i, node in enumerate(nodes) if node >= at)
+            share = (at - nodes[right - 1]) / (nodes[right] - nodes[right - 1])
+            matrix[at, right], matrix[at, right - 1] = share, 1 - share
+    return matrix
+
+
+def pool_down_and_up(height: int, width: int, kept: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pooling as two matrices: means of the cells, and bilinear interpolation between their centres."""
+
+    def up(n: int, m: int) -> Tensor:
+        return interpolation([(i * n // m + (i + 1) * n // m - 1) / 2 for i in range(m)], n)
+
+    return pooling(height, width, kept), torch.kron(up(height, kept[0]), up(width, kept[1]))
+
+
+def subsample_down_and_up(height: int, width: int, kept: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Subsampling as two matrices: the middle patch of each cell, and bilinear interpolation between them."""
+
+    def middles(n: int, m: int) -> list[int]:
+        return [(i * n // m + (i + 1) * n // m) // 2 for i in range(m)]
+
+    rows, columns = middles(height, kept[0]), middles(width, kept[1])
+    down = torch.zeros(kept[0] * kept[1], height * width, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            down[i * kept[1] + j, row * width + column] = 1
+    return down, torch.kron(interpolation(rows, height), interpolation(columns, width))
+
+
+def linformer(attention, x: Tensor, prefix: int, project) -> Tensor:
+    """Linformer's attention, eq. 7: softmax(Q (E K)ᵀ / √d) · (F V) in each head, the prefix tokens beside E K and F V.
+
+    `project(part, head, patches)` is E or F of a head ('k' or 'v'), applied to its (N, D) keys or values.
+    """
+    heads, dim = attention.num_heads, attention.head_dim
+    images = []
+    for image in x:
+        qkv = image @ attention.qkv.weight.T
+        if attention.qkv.bias is not None:
+            qkv = qkv + attention.qkv.bias
+        outputs = []
+        for head in range(heads):
+            q, k, v = (qkv[:, (part * heads + head) * dim :][:, :dim] for part in range(3))
+            k, v = (torch.cat([t[:prefix], project(part, head, t[prefix:])]) for part, t in (('k', k), ('v', v)))
+            outputs.append(softmax_attention(attention.q_norm(q), attention.k_norm(k), v))
+        y = attention.norm(torch.cat(outputs, dim=1))
+        if attention.gate is not None:
+            y = y * torch.sigmoid(attention.gate(image))
+        y = y @ attention.proj.weight.T
+        images.append(y if attention.proj.bias is None else y + attention.proj.bias)
     return torch.stack(images)
 
 

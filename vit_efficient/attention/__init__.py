@@ -1,7 +1,7 @@
 """Efficient attentions, by name. A module here registers what it defines; importing it is all that is needed."""
 
 from vit_efficient.attention import compressed  # registers itself
-from vit_efficient.attention.base import FullAttention, GridAttention, create_attention, swap_attention
+from vit_efficient.attention.base import FullAttention, GridAttention, create_attention, layer_options, swap_attention
 from vit_efficient.attention.compressed import CompressedAttention
 from vit_efficient.attention.registry import get_attention, list_attentions, register_attention
 
@@ -12,6 +12,7 @@ __all__ = [
     'compressed',
     'create_attention',
     'get_attention',
+    'layer_options',
     'list_attentions',
     'register_attention',
     'swap_attention',

@@ -62,6 +62,21 @@ class GridAttention(Attention):
         new._configure(options)
         return new.train(attention.training)
 
+    @classmethod
+    def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
+        """The options of one block of a model, from those given for the model.
+
+        Args:
+            options: Of the mechanism, preset included.
+            layer: Number of the block, from 0.
+            depth: Number of blocks.
+            grid_size: Rows and columns of patches that the model is built for.
+
+        Raises:
+            ValueError: If an option cannot be had at this layer or grid.
+        """
+        return options
+
     def _configure(self, options: dict[str, Any]) -> None:
         known = [
             name
@@ -107,6 +122,17 @@ class GridAttention(Attention):
         """The number of keys that a query attends to."""
         raise NotImplementedError
 
+    def set_grid_size(self, height: int, width: int) -> None:
+        """Follows the model to another patch grid, where there are parameters that have one."""
+
+    def shared(self) -> nn.Module | None:
+        """The part that all layers of a model have in common, if there is one."""
+        return None
+
+    def share(self, owned: nn.Module) -> None:
+        """Uses the common part that the model owns in the place of its own."""
+        raise NotImplementedError
+
     def added_state(self, prefix: str = '') -> dict[str, Tensor]:
         """The entries of the state dict that timm's `Attention` does not have."""
         state = self.state_dict(prefix=prefix)
@@ -144,6 +170,23 @@ def check_tokens(mechanism: str, num_tokens, height, width, prefix, attn_mask, i
             f'x has {num_tokens} tokens, but grid=PatchGrid(height={height}, width={width}, prefix={prefix}) has '
             f'{prefix + height * width}'
         )
+
+
+def layer_options(
+    name: str, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]
+) -> dict[str, Any]:
+    """What `create_attention` takes for one block of a model: the preset of a name, under the options given.
+
+    Args:
+        name: One of `list_attentions()`.
+        options: Of the mechanism.
+        layer, depth, grid_size: As in `GridAttention.at_layer`.
+
+    Raises:
+        ValueError: If the name is unknown, or an option cannot be had at this layer or grid.
+    """
+    cls, preset = get_attention(name)
+    return cls.at_layer({**preset, **options}, layer, depth, grid_size)
 
 
 def create_attention(name: str, dim: int, num_heads: int = 8, **options) -> GridAttention:

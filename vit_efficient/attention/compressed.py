@@ -14,6 +14,7 @@ Letters: B batch, N tokens, m kept, P prefix, C channels, H heads, D = C / H. Ke
 from typing import Any
 
 import torch
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,6 +46,9 @@ class LocalMixing(nn.Conv2d):
 
 @register_attention('dct', compressor='dct', axes='2d')
 @register_attention('dct1d', compressor='dct', axes='1d', domain='frequency')
+@register_attention('linformer', compressor='learned', place='kv')
+@register_attention('pool', compressor='pool', place='kv')
+@register_attention('subsample', compressor='subsample', place='kv')
 class CompressedAttention(GridAttention):
     """timm's attention among the tokens that a compressor keeps.
 
@@ -75,13 +79,29 @@ class CompressedAttention(GridAttention):
         if compressor not in COMPRESSORS:
             raise ValueError(f'compressor must be one of {", ".join(sorted(COMPRESSORS))}, got {compressor=}')
         try:
-            self.compress = COMPRESSORS[compressor](**compressor_options)
+            self.compress = COMPRESSORS[compressor].of_attention(self, **compressor_options)
         except TypeError as error:
             raise ValueError(f'compressor {compressor!r}: {error}') from None
+        if self.compress.up is None and place != 'kv':
+            raise ValueError(f"compressor {compressor!r} has no way up, it can only stand at place='kv', got {place=}")
         self.compressor = compressor
         self.place = place
         weight = self.qkv.weight
         self.local = LocalMixing(weight.shape[1], local, device=weight.device, dtype=weight.dtype) if local else None
+
+    @classmethod
+    def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
+        compressor = COMPRESSORS.get(options.get('compressor'))
+        return compressor.at_layer(options, layer, depth, grid_size) if compressor else options
+
+    def set_grid_size(self, height: int, width: int) -> None:
+        self.compress.set_grid_size(height, width)
+
+    def shared(self) -> nn.Module | None:
+        return self.compress.shared()
+
+    def share(self, owned: nn.Module) -> None:
+        self.compress.share(owned)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -100,7 +120,7 @@ class CompressedAttention(GridAttention):
     def _on_kept_tokens(self, x: Tensor, grid: PatchGrid) -> Tensor:
         x_BmC = self._down(x, grid)
         q, k, v = self._heads(self.qkv(x_BmC)).unbind(2)
-        y_BmC = self._attend(q, k, v)
+        y_BmC = self._attend(q, k, v, grid)
         y_BmC = self.norm(y_BmC)
         if self.gate is not None:
             y_BmC = y_BmC * self.gate(x_BmC).sigmoid()
@@ -108,7 +128,7 @@ class CompressedAttention(GridAttention):
 
     def _on_projections(self, x: Tensor, grid: PatchGrid) -> Tensor:
         q, k, v = self._compressed_projections(x, grid)
-        y = self._attend(q, k, v)
+        y = self._attend(q, k, v, grid)
         if self.place == 'qkv':
             if self.gate is None and isinstance(self.norm, nn.Identity):
                 return self._project_up(y, grid)
@@ -123,34 +143,50 @@ class CompressedAttention(GridAttention):
         if self.compress.commutes and self.place == 'qkv':
             qkv = self._with_constant(self.qkv(self._down(x, grid)), self.qkv.bias, grid)
             return self._heads(qkv).unbind(2)
+        down_k, down_v = self.compress.ways_down
         if self.compress.commutes and _is_plain(self.qkv):  # its rows can be used apart
-            weight, bias = self.qkv.weight, self.qkv.bias
-            cut = self.attn_dim
-            q = F.linear(x, weight[:cut], None if bias is None else bias[:cut])
-            b_kv = None if bias is None else bias[cut:]
-            kv = self._with_constant(F.linear(self._down(x, grid), weight[cut:], b_kv), b_kv, grid)
-            k, v = self._heads(kv).unbind(2)
-            return self._heads(q).squeeze(2), k, v
+            q = self._heads(self._rows(x, 0, 1)).squeeze(2)
+            if down_k is down_v:
+                k, v = self._down_and_project(x, grid, down_k, 1, 3).unbind(2)
+            else:
+                k = self._down_and_project(x, grid, down_k, 1, 2).squeeze(2)
+                v = self._down_and_project(x, grid, down_v, 2, 3).squeeze(2)
+            return q, k, v
         # Per head: (B, H, tokens, D).
         q, k, v = self._heads(self.qkv(x)).permute(2, 0, 3, 1, 4)
-        k, v = self._down(k, grid), self._down(v, grid)
+        k, v = self._down(k, grid, down_k), self._down(v, grid, down_v)
         q = self._down(q, grid) if self.place == 'qkv' else q
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _rows(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Of queries, keys and values, the projections number `first` to `last` - 1."""
+        return F.linear(x, *self._weights(first, last))
+
+    def _down_and_project(self, x: Tensor, grid: PatchGrid, way: nn.Module, first: int, last: int) -> Tensor:
+        """The same of kept tokens, as (B, tokens, parts, H, D)."""
+        kept = self._rows(self._down(x, grid, way), first, last)
+        return self._heads(self._with_constant(kept, self._weights(first, last)[1], grid, way))
+
+    def _weights(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        rows = slice(first * self.attn_dim, last * self.attn_dim)
+        return self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows]
 
     def _heads(self, projected: Tensor) -> Tensor:
         """(B, tokens, parts · H · D) → (B, tokens, parts, H, D)"""
         return projected.unflatten(-1, (-1, self.num_heads, self.head_dim))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid) -> Tensor:
         """(B, tokens, H, D) each → (B, tokens, H · D)"""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
+        bias = self.compress.log_counts(grid, q)
         if self.fused_attn:
             y = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0, scale=self.scale
+                q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0.0, scale=self.scale
             )
         else:
-            y = self.attn_drop(((q * self.scale) @ k.mT).softmax(dim=-1)) @ v
+            scores = add_bias((q * self.scale) @ k.mT, bias)
+            y = self.attn_drop(scores.softmax(dim=-1)) @ v
         return y.transpose(1, 2).flatten(2)
 
     def _project_up(self, y_BmC: Tensor, grid: PatchGrid) -> Tensor:
@@ -159,13 +195,15 @@ class CompressedAttention(GridAttention):
             return self.proj(self._up(y_BmC, grid))
         return self._up(self._with_constant(self.proj(y_BmC), self.proj.bias, grid), grid)
 
-    def _with_constant(self, projected: Tensor, bias: Tensor | None, grid: PatchGrid) -> Tensor:
+    def _with_constant(
+        self, projected: Tensor, bias: Tensor | None, grid: PatchGrid, way: nn.Module | None = None
+    ) -> Tensor:
         """Turns the bias that a projection gave each kept token into one for each patch."""
         if bias is None or self.compress.keeps_constants:
             return projected
         bias = bias.to(projected.dtype)
         prefix, kept = self._split(projected, grid)
-        kept = self.compress.add_constant(kept - bias, bias, grid)
+        kept = (way or self.compress.down).add_constant(kept - bias, bias, grid)
         return torch.cat([prefix, kept], dim=1) if grid.prefix else kept
 
     @staticmethod
@@ -173,9 +211,9 @@ class CompressedAttention(GridAttention):
         """Prefix tokens and the others, of (…, tokens, channels)."""
         return x[..., : grid.prefix, :], x[..., grid.prefix :, :]
 
-    def _down(self, x: Tensor, grid: PatchGrid) -> Tensor:
+    def _down(self, x: Tensor, grid: PatchGrid, way: nn.Module | None = None) -> Tensor:
         prefix, patches = self._split(x, grid)
-        kept = self.compress.down(patches, grid)
+        kept = (way or self.compress.down)(patches, grid)
         return torch.cat([prefix.to(kept.dtype), kept], dim=-2) if grid.prefix else kept
 
     def _up(self, y: Tensor, grid: PatchGrid) -> Tensor:
@@ -188,6 +226,13 @@ class CompressedAttention(GridAttention):
 
     def extra_repr(self) -> str:
         return f"place='{self.place}'"
+
+
+# A leaf for FX, to which nothing is None.
+@torch.fx.wrap
+@register_notrace_function
+def add_bias(scores: Tensor, bias: Tensor | None) -> Tensor:
+    return scores if bias is None else scores + bias
 
 
 def _is_plain(module: nn.Module) -> bool:

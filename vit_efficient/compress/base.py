@@ -20,35 +20,62 @@ class Compressor(nn.Module):
     """
 
     down: nn.Module
-    up: nn.Module
+    #: None where there is no way up: then it can only stand at place `kv`.
+    up: nn.Module | None
 
     #: Whether both ways are one linear map along the token axis, the same for every channel. Then channels may be
     #: projected before or after, and attention does it where there are fewer tokens.
     commutes: bool = False
-    #: Whether an image that is constant stays that constant, down and up. Where it does not, `add_constant` is needed.
+    #: Whether an image that is constant stays that constant, down and up. Where it does not, the ways down of one that
+    #: `commutes` have a method add_constant(y, constant, grid): y (…, m, D) + down(the image that is `constant` (D,)
+    #: at every patch).
     keeps_constants: bool = False
+
+    @classmethod
+    def of_attention(cls, attention: nn.Module, **options) -> 'Compressor':
+        """The compressor for the tokens or heads of an attention; one with weights takes their sizes from it."""
+        return cls(**options)
+
+    @classmethod
+    def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
+        """As `GridAttention.at_layer`, of the compressor's own options."""
+        return options
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that build it, in types that JSON has."""
         raise NotImplementedError
 
+    @property
+    def ways_down(self) -> tuple[nn.Module, nn.Module]:
+        """The way down of keys, and that of values."""
+        return self.down, self.down
+
     def num_kept(self, grid: PatchGrid) -> int:
         """m, the number of tokens that `down` leaves of the patches of `grid`."""
         raise NotImplementedError
 
-    def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:
-        """y + down(the image that is `constant` at every patch); needed where `commutes` and not
-        `keeps_constants`.
+    def log_counts(self, grid: PatchGrid, like: Tensor) -> Tensor | None:
+        """What is added to the score of each key, so that it weighs as many patches as it stands for.
 
         Args:
-            y: (…, m, D)
-            constant: (D,)
-            grid: Of the patches.
+            grid: Of the tokens.
+            like: Has the dtype and device of the result.
 
         Returns:
-            (…, m, D)
+            (1, prefix + m), or None where it would be the same for all keys.
         """
+        return None
+
+    def set_grid_size(self, height: int, width: int) -> None:
+        """Follows the model to another patch grid, where there are weights that have one."""
+
+    def shared(self) -> nn.Module | None:
+        """The part that all layers of a model have in common, if there is one."""
+        return None
+
+    def share(self, owned: nn.Module) -> None:
+        """Uses a part that the model owns in the place of its own."""
         raise NotImplementedError
 
 

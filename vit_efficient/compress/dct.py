@@ -38,6 +38,11 @@ class Down(_Way):
         y_hwD = (dct.dct2 if self.frequency else dct.resample)(x_HWD, (size[0], size[1]), dims=(-3, -2))
         return y_hwD.flatten(-3, -2)
 
+    def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:
+        """y (…, m, D) + the coefficients of the image that is `constant` (D,) at every patch; of `frequency`."""
+        first = (grid.height * grid.width) ** 0.5 * constant[None]
+        return y + F.pad(first, (0, 0, 0, y.shape[-2] - 1))
+
 
 class Up(_Way):
     def forward(self, y: Tensor, grid: PatchGrid) -> Tensor:
@@ -103,12 +108,6 @@ class DctCompressor(Compressor):
             return budgets.kept_count(grid.height, grid.width, self.budget)
         h, w = budgets.kept_grid(grid.height, grid.width, self.budget)
         return h * w
-
-    def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:
-        if self.keeps_constants:
-            return y + constant
-        first = (grid.height * grid.width) ** 0.5 * constant[None]
-        return y + F.pad(first, (0, 0, 0, y.shape[-2] - 1))
 
     def extra_repr(self) -> str:
         return f"axes='{self.axes}', domain='{self.domain}', {self.budget}"

@@ -27,7 +27,8 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vit_efficient.attention import GridAttention, list_attentions, swap_attention
+from vit_efficient.attention import GridAttention, layer_options, list_attentions, swap_attention
+from vit_efficient.compress.learned import Maps
 from vit_efficient.grid import PatchGrid, plain_sizes
 
 LayerSpec = str | tuple[str, dict[str, Any]]  # a name, or a name and its options
@@ -94,6 +95,39 @@ def check_patch_dropout(model: VisionTransformer, layers: Sequence[tuple[str, di
             f'patch_drop_rate={model.patch_drop.prob}: attention {mixing[0]!r} needs the whole patch grid; '
             "set patch_drop_rate=0, or use attention 'full'"
         )
+
+
+def common_part(attentions: Sequence[nn.Module]) -> nn.Module | None:
+    """The part that the layers of a model share, of the first that has it; one model can have one.
+
+    Raises:
+        ValueError: If the layers want parts of different shapes.
+    """
+    parts = {i: attn.shared() for i, attn in enumerate(attentions) if isinstance(attn, GridAttention)}
+    parts = {i: part for i, part in parts.items() if part is not None}
+    if not parts:
+        return None
+    shapes = {i: [tuple(p.shape) for p in part.parameters()] for i, part in parts.items()}
+    first = next(iter(parts))
+    for i, shape in shapes.items():
+        if shape != shapes[first]:
+            raise ValueError(
+                f'blocks {first} and {i} share their projection and want it in two shapes, {shapes[first]} and {shape}; '
+                "give them the same num_tokens, or sharing='key-value'"
+            )
+    return parts[first]
+
+
+def own_common_part(model: VisionTransformer) -> None:
+    """Makes the model the one owner of what its layers share, under the name `shared`."""
+    part = common_part([block.attn for block in model.blocks])
+    if hasattr(model, 'shared'):
+        del model.shared
+    if part is not None:
+        model.shared = part
+        for block in model.blocks:
+            if isinstance(block.attn, GridAttention) and block.attn.shared() is not None:
+                block.attn.share(part)
 
 
 # A leaf for FX, where sizes are not yet numbers.
@@ -174,6 +208,21 @@ class GridForward:
             features = list(zip(features, prefixes, strict=True))
         return features if intermediates_only else (self.norm(x), features)
 
+    def set_input_size(
+        self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
+    ) -> None:
+        """As timm's; weights that are maps over the patch grid follow it.
+
+        Raises:
+            ValueError: If the patches do not divide the image.
+        """
+        pair = [(v, v) if isinstance(v, int) else v for v in (img_size, patch_size)]
+        if not self.patch_embed.dynamic_img_pad:
+            check_image_size(*(pair[0] or self.patch_embed.img_size), pair[1] or self.patch_embed.patch_size)
+        super().set_input_size(img_size=pair[0], patch_size=pair[1])
+        for block in self.blocks:
+            block.attn.set_grid_size(*self.patch_embed.grid_size)
+
     def attention_spec(self) -> list[tuple[str, dict[str, Any]]]:
         """The attention of each block as it stands: its registered name and its options."""
         return [(block.attn.mechanism, block.attn.options) for block in self.blocks]
@@ -203,21 +252,10 @@ class EfficientVisionTransformer(GridForward, VisionTransformer):
         check_blocks(self)
         layers = attention_per_layer(attention, attention_kwargs, len(self.blocks))
         check_patch_dropout(self, layers)
-        for block, (name, options) in zip(self.blocks, layers, strict=True):
+        for i, (block, (name, options)) in enumerate(zip(self.blocks, layers, strict=True)):
+            options = layer_options(name, options, i, len(self.blocks), self.patch_embed.grid_size)
             block.attn = swap_attention(block.attn, name, **options)
-
-    def set_input_size(
-        self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
-    ) -> None:
-        """As timm's.
-
-        Raises:
-            ValueError: If the patches do not divide the image.
-        """
-        pair = [(v, v) if isinstance(v, int) else v for v in (img_size, patch_size)]
-        if not self.patch_embed.dynamic_img_pad:
-            check_image_size(*(pair[0] or self.patch_embed.img_size), pair[1] or self.patch_embed.patch_size)
-        super().set_input_size(img_size=pair[0], patch_size=pair[1])
+        own_common_part(self)
 
 
 class EfficientVisionTransformerDistilled(GridForward, VisionTransformerDistilled):
@@ -245,12 +283,24 @@ def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's filter for ViT checkpoints; what a mechanism adds to them starts as it is in the model."""
+    """timm's filter for ViT checkpoints. What a mechanism adds to them follows the image size; what a checkpoint does
+    not have starts as it is in the model.
+
+    Raises:
+        ValueError: If what a mechanism adds was made with other options.
+    """
     state_dict = timm_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
     for name, module in model.named_modules():
+        if isinstance(module, Maps) and f'{name}.weight' in state_dict:
+            state_dict[f'{name}.weight'] = module.adapt(state_dict[f'{name}.weight'])
         if isinstance(module, GridAttention):
-            for key, value in module.added_state(prefix=f'{name}.').items():
-                state_dict.setdefault(key, value)
+            added = module.added_state(prefix=f'{name}.')
+        elif name == 'shared':
+            added = module.state_dict(prefix='shared.')
+        else:
+            continue
+        for key, value in added.items():
+            state_dict.setdefault(key, value)
     return state_dict
 
 

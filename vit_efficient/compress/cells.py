@@ -1,0 +1,111 @@
+"""The patch grid cut into h × w cells, each side evenly: what pooling averages and subsampling picks from.
+
+Along a side of n patches in m cells, cell i holds the patches from floor(i · n / m) to before floor((i + 1) · n / m):
+every patch is in one cell. Index and matrix builders take sizes that may be symbols, and a device.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vit_efficient.bases import along, basis, product_dtype, real_dtype
+
+
+def first_patches(m, n, device: torch.device) -> Tensor:
+    """The first patch of each cell, and n behind the last: (m + 1,)."""
+    return torch.arange(m + 1, device=device) * n // m
+
+
+def middle_patches(m, n, device: torch.device) -> Tensor:
+    """The patch in the middle of each cell; of two, the second: (m,)."""
+    first = first_patches(m, n, device)
+    return (first[:-1] + first[1:]) // 2
+
+
+def log_counts(height, width, kept: tuple, like: Tensor) -> Tensor:
+    """The logarithm of the number of patches in each of the h × w cells: (h · w,)."""
+    of_side = [
+        first_patches(m, n, like.device).diff().to(real_dtype(like.device)).log()
+        for m, n in zip(kept, (height, width), strict=True)
+    ]
+    return (of_side[0][:, None] + of_side[1]).flatten().to(like.dtype)
+
+
+def _means(m, n, device: torch.device) -> Tensor:
+    """(m, n): the mean of each cell."""
+    first = first_patches(m, n, device)
+    patch = torch.arange(n, device=device)
+    inside = (patch >= first[:-1, None]) & (patch < first[1:, None])
+    return inside.to(real_dtype(device)) / first.diff()[:, None]
+
+
+def _between(nodes: Tensor, n, device: torch.device) -> Tensor:
+    """(n, m): linear interpolation at n patches between values at m nodes; constant beyond the first and last."""
+    patch = torch.arange(n, device=device)[:, None]
+    i = torch.arange(nodes.shape[0], device=device)
+    last = nodes.shape[0] - 1
+    before, after = nodes[(i - 1).clamp(min=0)], nodes[torch.where(i < last, i + 1, last)]
+    rise = torch.where(i == 0, 1, (patch - before) / (nodes - before))
+    fall = torch.where(i == last, 1, (after - patch) / (after - nodes))
+    return torch.minimum(rise, fall).clamp(0, 1)
+
+
+def _between_centres(n, m, device: torch.device) -> Tensor:
+    first = first_patches(m, n, device)
+    return _between((first[:-1] + first[1:] - 1).to(real_dtype(device)) / 2, n, device)
+
+
+def _between_middles(n, m, device: torch.device) -> Tensor:
+    return _between(middle_patches(m, n, device).to(real_dtype(device)), n, device)
+
+
+def means(x_HWD: Tensor, kept: tuple) -> Tensor:
+    """The mean of each cell: (…, H, W, D) → (…, h, w, D)."""
+    height, width = x_HWD.shape[-3:-1]
+    even = all(type(n) is int and type(m) is int and n % m == 0 for n, m in zip((height, width), kept, strict=True))
+    if even:
+        outer = x_HWD.shape[:-3]
+        x_BDHW = x_HWD.reshape(-1, *x_HWD.shape[-3:]).permute(0, 3, 1, 2)
+        y_BDhw = F.avg_pool2d(x_BDHW, (height // kept[0], width // kept[1]))
+        return y_BDhw.permute(0, 2, 3, 1).unflatten(0, outer)
+    return _transform(x_HWD, _means, (-3, -2), kept)
+
+
+def largest(x_HWD: Tensor, kept: tuple) -> Tensor:
+    """The largest value of each cell: (…, H, W, D) → (…, h, w, D)."""
+    for dim, m in zip((-3, -2), kept, strict=True):
+        first = first_patches(m, x_HWD.shape[dim], x_HWD.device)
+        longest = -(-x_HWD.shape[dim] // m)
+        # Shorter cells repeat their last patch.
+        patches = torch.minimum(first[:-1, None] + torch.arange(longest, device=first.device), first[1:, None] - 1)
+        x_HWD = x_HWD.index_select(dim, patches.flatten()).unflatten(dim, (m, longest)).amax(dim)
+    return x_HWD
+
+
+def interpolate_means(y_hwD: Tensor, size: tuple) -> Tensor:
+    """Bilinear, between the centres of the cells: (…, h, w, D) → (…, H, W, D)."""
+    return _transform(y_hwD, _between_centres, (-2, -3), size[::-1])
+
+
+def interpolate_middles(y_hwD: Tensor, size: tuple) -> Tensor:
+    """Bilinear, between the patches in the middle of the cells: (…, h, w, D) → (…, H, W, D)."""
+    return _transform(y_hwD, _between_middles, (-2, -3), size[::-1])
+
+
+def pick_middles(x_HWD: Tensor, kept: tuple) -> Tensor:
+    """The patch in the middle of each cell: (…, H, W, D) → (…, h, w, D)."""
+    for dim, m in zip((-3, -2), kept, strict=True):
+        n = x_HWD.shape[dim]
+        if type(n) is int and type(m) is int and n % m == 0:
+            x_HWD = x_HWD[(..., slice(n // m // 2, None, n // m), *[slice(None)] * (-1 - dim))]
+        else:
+            x_HWD = x_HWD.index_select(dim, middle_patches(m, n, x_HWD.device))
+    return x_HWD
+
+
+def _transform(x: Tensor, build, dims: tuple, sizes: tuple) -> Tensor:
+    """The matrices of `build` along `dims` of x, in this order: it is cheaper to begin with one that shrinks."""
+    dtype = product_dtype(x)
+    for dim, size in zip(dims, sizes, strict=True):
+        x = along(x, dim, basis(build, size, x.shape[dim], x, dtype))
+    return x

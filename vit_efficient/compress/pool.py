@@ -1,0 +1,136 @@
+"""Pooling and subsampling: a mean, or one patch, of each cell of the grid.
+
+Sources: PVTv2 (Wang et al., 2022, arXiv 2106.13797), whose linear attention average-pools keys and values; without the
+convolution, norm and activation that follow there. The log-count bias is that of token merging (Bolya et al., "Token
+Merging: Your ViT But Faster", ICLR 2023, arXiv 2210.09461, eq. 1): softmax(q kᵀ + log s) with s the number of patches
+that a key stands for. Of subsampling there is no paper.
+
+Letters: H × W patches, h × w kept, D channels.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vit_efficient.compress import budget as budgets
+from vit_efficient.compress import cells
+from vit_efficient.compress.base import Compressor, register_compressor
+from vit_efficient.grid import PatchGrid
+
+# Leaves for FX: which way is taken depends on sizes.
+
+
+@torch.fx.wrap
+@register_notrace_function
+def shrink(x: Tensor, height, width, budget: budgets.Budget, pick: bool) -> Tensor:
+    """(…, H · W, D) → (…, h · w, D): the mean of each cell, or with `pick` the patch in its middle."""
+    kept = budgets.kept_grid(height, width, budget)
+    x_HWD = x.unflatten(-2, (height, width))
+    return (cells.pick_middles if pick else cells.means)(x_HWD, kept).flatten(-3, -2)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def interpolate(y: Tensor, height, width, budget: budgets.Budget, picked: bool) -> Tensor:
+    """(…, h · w, D) → (…, H · W, D), bilinear."""
+    kept = budgets.kept_grid(height, width, budget)
+    if type(height) is int and type(width) is int and kept == (height, width):
+        return y
+    y_hwD = y.unflatten(-2, (kept[0], kept[1]))
+    up = cells.interpolate_middles if picked else cells.interpolate_means
+    return up(y_hwD, (height, width)).flatten(-3, -2)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def log_counts(height, width, prefix, budget: budgets.Budget, like: Tensor) -> Tensor | None:
+    """(1, prefix + h · w): of the patches in each cell, after the prefix tokens; None if they are all equal."""
+    kept = budgets.kept_grid(height, width, budget)
+    sides = (height, width, *kept)
+    even = all(type(side) is int for side in sides) and height % kept[0] == width % kept[1] == 0
+    if even and (prefix == 0 or kept == (height, width)):
+        return None
+    return F.pad(cells.log_counts(height, width, kept, like), (prefix, 0))[None]
+
+
+class Down(nn.Module):
+    def __init__(self, budget: budgets.Budget, pick: bool):
+        super().__init__()
+        self.budget = budget
+        self.pick = pick
+
+    def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
+        return shrink(x, grid.height, grid.width, self.budget, self.pick)
+
+
+class Up(nn.Module):
+    def __init__(self, budget: budgets.Budget, picked: bool):
+        super().__init__()
+        self.budget = budget
+        self.picked = picked
+
+    def forward(self, y: Tensor, grid: PatchGrid) -> Tensor:
+        return interpolate(y, grid.height, grid.width, self.budget, self.picked)
+
+
+@register_compressor('pool')
+class PoolCompressor(Compressor):
+    """Averages each of h × w cells of the patch grid; bilinear interpolation brings them up again.
+
+    Args:
+        keep_ratio: Share of the patches kept. 1/4 if neither this nor `num_tokens` is given.
+        num_tokens: Number of tokens kept, or (h, w).
+        count_bias: Whether a kept key weighs as many as the patches that it stands for. It matters beside prefix
+            tokens, and where cells differ in size.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    commutes = True
+    keeps_constants = True
+    picks = False
+
+    def __init__(
+        self,
+        keep_ratio: float | None = None,
+        num_tokens: int | tuple[int, int] | None = None,
+        count_bias: bool = True,
+    ):
+        super().__init__()
+        if keep_ratio is None and num_tokens is None:
+            keep_ratio = 0.25
+        if not isinstance(count_bias, bool):
+            raise ValueError(f'count_bias must be True or False, got {count_bias=}')
+        self.budget = budgets.Budget(keep_ratio, num_tokens)
+        self.count_bias = count_bias
+        self.down = Down(self.budget, self.picks)
+        self.up = Up(self.budget, self.picks)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(count_bias=self.count_bias, **self.budget.options)
+
+    def num_kept(self, grid: PatchGrid) -> int:
+        h, w = budgets.kept_grid(grid.height, grid.width, self.budget)
+        return h * w
+
+    def log_counts(self, grid: PatchGrid, like: Tensor) -> Tensor | None:
+        return log_counts(grid.height, grid.width, grid.prefix, self.budget, like) if self.count_bias else None
+
+    def extra_repr(self) -> str:
+        return f'{self.budget}, count_bias={self.count_bias}'
+
+
+@register_compressor('subsample')
+class SubsampleCompressor(PoolCompressor):
+    """Keeps the patch in the middle of each of h × w cells (every n-th row and column, where n divides the grid's
+    sides) and drops the others; bilinear interpolation fills them in again.
+
+    Args and raises as `PoolCompressor`.
+    """
+
+    picks = True
