@@ -34,6 +34,12 @@ OURS = [
         for place in ('x', 'qkv', 'kv')
         for domain in ('space', 'frequency')
     ),
+    *(
+        ('vit_linformer_tiny', {'attention_kwargs': {'sharing': sharing}})
+        for sharing in ('none', 'headwise', 'key-value', 'layerwise')
+    ),
+    *(('vit_linformer_tiny', {'attention_kwargs': {'projection': p}}) for p in ('mean', 'max', 'conv')),
+    *((f'vit_{name}_tiny', {'attention_kwargs': {'place': p}}) for name in ('pool', 'subsample') for p in ('x', 'kv')),
 ]
 
 
@@ -66,7 +72,9 @@ def test_our_models_against_both_counters(name, kwargs, size):
     assert count.products == reference(model, (3, size, size))
     if size == 224:
         assert_same(count, count_flops(model, (3, size, size), engine='fvcore'))
-    assert (count.by_role['transform'] > 0) == ('dct' in name)
+    # A largest value, or a patch that is picked, is no arithmetic.
+    free = name == 'vit_full_tiny' or kwargs.get('attention_kwargs') in (dict(projection='max'), dict(place='kv'))
+    assert (count.by_role['transform'] == 0) == (free and name != 'vit_pool_tiny')
 
 
 def test_a_transform_by_fft_against_fvcore():
@@ -102,6 +110,25 @@ def test_roles_of_a_vit_by_hand(fused):
     assert count.products == count.total - 25 * 5 * n * d
     assert count.by_module['blocks.0.attn'] == 4 * n * d * d + 2 * n * n * d
     assert count.uncounted['add'] == 25 and count.uncounted['gelu'] == 12 and 'reshape' not in count.uncounted
+
+
+def test_linformer_by_hand():
+    """k̄ = E x W_k: E, and then the projection, of k tokens and not of n."""
+    n, p, k, d = 196, 1, 64, 192
+    for sharing, matrices in (('headwise', 2), ('layerwise', 1)):
+        model = timm.create_model('vit_linformer_tiny', attention_kwargs=dict(num_tokens=k, sharing=sharing))
+        role = count_flops(model).by_role
+        assert role['transform'] == 12 * matrices * k * n * d
+        assert role['attention products'] == 12 * 2 * (n + p) * (k + p) * d
+        assert role['attention projections'] == 12 * (2 * (n + p) + 2 * (k + p)) * d * d
+
+
+def test_pooling_by_hand():
+    n, p, m, d = 196, 1, 49, 192
+    role = count_flops(timm.create_model('vit_pool_tiny')).by_role
+    assert role['transform'] == 12 * n * d
+    assert role['attention products'] == 12 * 2 * (n + p) * (m + p) * d
+    assert role['attention projections'] == 12 * (2 * (n + p) + 2 * (m + p)) * d * d
 
 
 def test_batch_dtype_device_and_image_size():

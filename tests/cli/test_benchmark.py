@@ -1,20 +1,23 @@
+import csv
 import json
+import math
 
 import pytest
 import timm
-import torch
 
-from vit_efficient.benchmark import squarest_grid, take_turns
+from vit_efficient import benchmark, list_attentions
+from vit_efficient.benchmark import LayerSetting
 from vit_efficient.cli import main
 from vit_efficient.flops import count_flops
 
-SMALL = ['--dim', '32', '--heads', '2', '--tokens', '36', '91', '--rounds', '2']
+SMALL = ['--dim', '32', '--heads', '2', '--rounds', '2']
+FAST = [*SMALL, '--tokens', '36', '91', '--no-memory']
 
 
 def test_layer(capsys, tmp_path):
-    out = tmp_path / 'layer.json'
+    out = tmp_path / 'new' / 'layer.json'
     attentions = ['--attentions', 'dct', 'dct:keep_ratio=1/9,place=kv', 'dct1d']
-    assert main(['benchmark', 'layer', *SMALL, *attentions, '--format', 'json', '--out', str(out)]) == 0
+    assert main(['benchmark', 'layer', *FAST, *attentions, '--format', 'json', '--out', str(out)]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows == json.loads(out.read_text())
     assert len(rows) == 2 * 2 * 4
@@ -26,34 +29,83 @@ def test_layer(capsys, tmp_path):
         first = next(r for r in rows if (r['tokens'], r['work']) == (row['tokens'], row['work']))
         assert row['ratio'] == pytest.approx(first['milliseconds'] / row['milliseconds'])
         assert 0 < row['milliseconds'] <= row['median_milliseconds']
+        assert row['rounds'] == 2 and row['error'] is row['peak_mib'] is None
+        small, large = (r for r in rows if (r['attention'], r['work']) == (row['attention'], row['work']))
+        rise = math.log(large['milliseconds'] / small['milliseconds']) / math.log(91 / 36)
+        assert row['slope'] == pytest.approx(rise)
+
+
+def test_csv_and_plot_lie_beside_the_table(capsys, tmp_path):
+    out = tmp_path / 'layer.md'
+    assert main(['benchmark', 'layer', *FAST, '--attentions', 'dct', '--out', str(out)]) == 0
+    printed = capsys.readouterr()
+    assert out.read_text() == printed.out
+    assert len(printed.err.splitlines()) == 2 * 2  # each block, as it is done
+    rows = list(csv.DictReader((tmp_path / 'layer.csv').read_text().splitlines()))
+    assert len(rows) == 2 * 2 * 2
+    assert [float(row['slope']) for row in rows[:4]] == [float(row['slope']) for row in rows[4:]]
+    assert f'{float(rows[5]["milliseconds"]):,.1f}' in printed.out
+    assert (tmp_path / 'layer.png').read_bytes().startswith(b'\x89PNG')
+    assert {path.name for path in tmp_path.iterdir()} == {'layer.md', 'layer.csv', 'layer.png'}
+
+
+def test_csv_alone(capsys, tmp_path):
+    out = tmp_path / 'layer.csv'
+    assert main(['benchmark', 'layer', *FAST, '--attentions', 'dct', '--format', 'csv', '--out', str(out)]) == 0
+    assert out.read_text() == capsys.readouterr().out
+    assert list(csv.DictReader(out.read_text().splitlines()))[1]['attention'] == 'dct'
+
+
+def test_by_default_all_attentions(capsys):
+    assert main(['benchmark', 'layer', *SMALL, '--tokens', '256', '--no-memory', '--format', 'json']) == 0
+    rows = json.loads(capsys.readouterr().out)
+    names = [name for name in list_attentions() if name != 'full']
+    expected = ['exact (timm)', *names, 'dct (keep_ratio=0.0625)']
+    assert [row['attention'] for row in rows] == expected * 2
+    assert [row['error'] for row in rows] == [None] * len(rows)
+    assert all(row['slope'] is None for row in rows)  # of one N
 
 
 def test_layer_counts_what_count_flops_counts(capsys):
-    from vit_efficient import create_attention
-    from vit_efficient.benchmark import _OnGrid
-
-    main(['benchmark', 'layer', *SMALL, '--attentions', 'dct', '--format', 'json', '--batch-size', '3'])
+    main(['benchmark', 'layer', *FAST, '--attentions', 'dct', '--format', 'json', '--batch-size', '3'])
     row = json.loads(capsys.readouterr().out)[1]
-    layer = _OnGrid(create_attention('dct', 32, 2), squarest_grid(36))
+    layer = LayerSetting(32, 2).layer(benchmark.Candidate('dct'), 36)
     assert row['gmacs'] == pytest.approx(3 * count_flops(layer, (32, 6, 6)).total / 1e9)
 
 
+def test_memory(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, 'peak_in_child', lambda make: 3 * 2**19)
+    assert main(['benchmark', 'layer', *SMALL, '--tokens', '36', '--attentions', 'dct']) == 0
+    text = capsys.readouterr().out
+    assert text.count(' 1.5 |') == 4 and 'peak MiB' in text and 'Peak: ' in text
+
+
 def test_markdown_says_on_what_it_was_measured(capsys):
-    assert main(['benchmark', 'layer', *SMALL, '--attentions', 'dct']) == 0
+    assert main(['benchmark', 'layer', *FAST, '--attentions', 'dct']) == 0
     text = capsys.readouterr().out
     assert f'timm {timm.__version__}' in text and 'd = 32, 2 heads, batch 1, float32, cpu' in text
+    assert 'peak' not in text.lower() and 'error' not in text
+    head, *lines = [line.split('|')[1:-1] for line in text.split('\n\n')[1].splitlines()]
+    assert [cell.strip() for cell in head] == ['slope', 'forward', 'forward+backward']
+    assert [line[0].strip() for line in lines[1:]] == ['exact (timm)', 'dct']
 
 
-def test_grids():
-    assert (squarest_grid(91).height, squarest_grid(91).width) == (7, 13)
-    assert (squarest_grid(13).height, squarest_grid(13).width) == (1, 13)
+def test_markdown_says_what_failed(capsys, monkeypatch):
+    forward = benchmark._OnGrid.forward
 
+    def fail(self, x):
+        if not x.is_meta and x.shape[1] == 91 and x.requires_grad and not self.training:
+            raise RuntimeError('out of memory')
+        return forward(self, x)
 
-def test_turns():
-    order = []
-    timed = take_turns([lambda: order.append('a'), lambda: order.append('b')], torch.device('cpu'), 3, seconds=1e-9)
-    assert [len(times) for times in timed] == [3, 3]
-    assert ''.join(order) == 'aabb' + 'ab' * 3
+    monkeypatch.setattr(benchmark._OnGrid, 'forward', fail)
+    sizes = ['--tokens', '16', '36', '91']
+    assert main(['benchmark', 'layer', *FAST, *sizes, '--attentions', 'dct']) == 0
+    table, slopes, _ = capsys.readouterr().out.split('\n\n')
+    failed = [line for line in table.splitlines() if 'RuntimeError: out of memory' in line]
+    assert len(failed) == 2 and all(line.split('|')[2].strip() == 'forward' for line in failed)
+    assert slopes.splitlines()[3].split('|')[-2].strip() == '91 forward'
+    assert '–' not in slopes.splitlines()[3]
 
 
 @pytest.mark.parametrize(
@@ -65,8 +117,11 @@ def test_turns():
         (['--tokens', '0'], 'tokens=0'),
         (['--heads', '5'], 'num_heads=5'),
         (['--rounds', '0'], 'rounds=0'),
+        (['--max-seconds', '0'], 'max_seconds=0'),
         (['--threads', '0'], '--threads'),
         (['--device', 'cudda'], 'cudda'),
+        (['--out', 'table.png'], 'table.png'),
+        (['--out', 'table.csv'], 'table.csv'),
     ],
 )
 def test_bad_arguments_are_one_line(options, named, capsys):

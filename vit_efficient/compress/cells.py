@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vit_efficient.bases import along, basis, product_dtype, real_dtype
+from vit_efficient.grid import plain_sizes
 
 
 def first_patches(m, n, device: torch.device) -> Tensor:
@@ -61,7 +62,7 @@ def _between_middles(n, m, device: torch.device) -> Tensor:
 
 def means(x_HWD: Tensor, kept: tuple) -> Tensor:
     """The mean of each cell: (…, H, W, D) → (…, h, w, D)."""
-    height, width = x_HWD.shape[-3:-1]
+    height, width = plain_sizes(x_HWD.shape[-3:-1])
     even = all(type(n) is int and type(m) is int and n % m == 0 for n, m in zip((height, width), kept, strict=True))
     if even:
         outer = x_HWD.shape[:-3]
@@ -73,9 +74,9 @@ def means(x_HWD: Tensor, kept: tuple) -> Tensor:
 
 def largest(x_HWD: Tensor, kept: tuple) -> Tensor:
     """The largest value of each cell: (…, H, W, D) → (…, h, w, D)."""
-    for dim, m in zip((-3, -2), kept, strict=True):
-        first = first_patches(m, x_HWD.shape[dim], x_HWD.device)
-        longest = -(-x_HWD.shape[dim] // m)
+    for dim, n, m in zip((-3, -2), plain_sizes(x_HWD.shape[-3:-1]), kept, strict=True):
+        first = first_patches(m, n, x_HWD.device)
+        longest = -(-n // m)
         # Shorter cells repeat their last patch.
         patches = torch.minimum(first[:-1, None] + torch.arange(longest, device=first.device), first[1:, None] - 1)
         x_HWD = x_HWD.index_select(dim, patches.flatten()).unflatten(dim, (m, longest)).amax(dim)
@@ -94,8 +95,7 @@ def interpolate_middles(y_hwD: Tensor, size: tuple) -> Tensor:
 
 def pick_middles(x_HWD: Tensor, kept: tuple) -> Tensor:
     """The patch in the middle of each cell: (…, H, W, D) → (…, h, w, D)."""
-    for dim, m in zip((-3, -2), kept, strict=True):
-        n = x_HWD.shape[dim]
+    for dim, n, m in zip((-3, -2), plain_sizes(x_HWD.shape[-3:-1]), kept, strict=True):
         if type(n) is int and type(m) is int and n % m == 0:
             x_HWD = x_HWD[(..., slice(n // m // 2, None, n // m), *[slice(None)] * (-1 - dim))]
         else:
@@ -107,5 +107,6 @@ def _transform(x: Tensor, build, dims: tuple, sizes: tuple) -> Tensor:
     """The matrices of `build` along `dims` of x, in this order: it is cheaper to begin with one that shrinks."""
     dtype = product_dtype(x)
     for dim, size in zip(dims, sizes, strict=True):
-        x = along(x, dim, basis(build, size, x.shape[dim], x, dtype))
+        (n,) = plain_sizes((x.shape[dim],))
+        x = along(x, dim, basis(build, size, n, x, dtype))
     return x
