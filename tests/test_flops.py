@@ -40,7 +40,10 @@ OURS = [
     ),
     *(('vit_linformer_tiny', {'attention_kwargs': {'projection': p}}) for p in ('mean', 'max', 'conv')),
     *((f'vit_{name}_tiny', {'attention_kwargs': {'place': p}}) for name in ('pool', 'subsample') for p in ('x', 'kv')),
+    *((f'vit_{name}_tiny', {}) for name in ('nystrom', 'performer', 'window')),
 ]
+NO_TRANSFORM = ('vit_full_tiny', 'vit_performer_tiny', 'vit_window_tiny')
+PICKS = ('vit_subsample_tiny', {'attention_kwargs': {'place': 'kv'}})
 
 
 def reference(model, size):
@@ -73,8 +76,8 @@ def test_our_models_against_both_counters(name, kwargs, size):
     if size == 224:
         assert_same(count, count_flops(model, (3, size, size), engine='fvcore'))
     # A largest value, or a patch that is picked, is no arithmetic.
-    free = name == 'vit_full_tiny' or kwargs.get('attention_kwargs') in (dict(projection='max'), dict(place='kv'))
-    assert (count.by_role['transform'] == 0) == (free and name != 'vit_pool_tiny')
+    picks = kwargs.get('attention_kwargs') == dict(projection='max') or (name, kwargs) == PICKS
+    assert (count.by_role['transform'] == 0) == (name in NO_TRANSFORM or picks)
 
 
 def test_a_transform_by_fft_against_fvcore():

@@ -8,6 +8,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -82,6 +83,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if torch.compiler.is_compiling() or x.is_meta or x.dtype == torch.float64:
         return x.dtype
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which autocast is off on the device of x."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def along(x: Tensor, dim: int, matrix: Tensor) -> Tensor:

@@ -18,13 +18,12 @@ On a GPU the crossover has not been measured.
 """
 
 import math
-from contextlib import nullcontext
 
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from vit_efficient.bases import along, basis, product_dtype, real_dtype
+from vit_efficient.bases import along, basis, product_dtype, real_dtype, without_autocast
 from vit_efficient.grid import plain_sizes, smaller
 
 __all__ = ['dct', 'dct2', 'dct_matrix', 'idct', 'idct2', 'resample', 'truncate']
@@ -104,10 +103,6 @@ def _fft_idct(x: Tensor, n: int) -> Tensor:
     return y
 
 
-def _without_autocast(x: Tensor):
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 # One leaf for FX: the choice between product and FFT depends on the sizes.
 @torch.fx.wrap
 @register_notrace_function
@@ -141,7 +136,7 @@ def _by_fft(x: Tensor, dim: int, n: int, kind: str, kept: int, size: int, dtype:
     """`_along` where the basis would be too large, in `dtype`."""
     outer, inner = x.shape[:dim], x.shape[dim + 1 :]
     y = x.reshape(math.prod(outer), n, math.prod(inner)).to(torch.promote_types(dtype, torch.float32))
-    with _without_autocast(x):
+    with without_autocast(x):
         if kind != 'idct':
             y = _fft_dct(y, kept)
         if kind != 'dct':

@@ -81,6 +81,13 @@ def _attention(inputs: list, output: Shape) -> int:
     return math.prod(output[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
+@register_flops('aten::linalg_pinv')
+def _pinv(inputs: list, output: Shape) -> int:
+    # Nominal, for square matrices: 21 n³ FLOPs, half as many MACs, for a singular value decomposition (Golub & Van Loan,
+    # "Matrix Computations", table of SVD work), and n³ for the product of its parts.
+    return math.prod(output) * output[-1] * 23 // 2
+
+
 def _norm(weight: int) -> Formula:
     """The formula of a norm whose weight is argument number `weight`."""
     return lambda inputs, output: math.prod(inputs[0]) * (5 if len(inputs) > weight and inputs[weight] else 4)

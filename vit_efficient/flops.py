@@ -33,7 +33,7 @@ __all__ = ['ROLES', 'FlopCount', 'count_flops', 'register_flops']
 
 ROLES = ('attention products', 'attention projections', 'transform', 'mlp', 'patch embedding', 'rest')
 # In an attention, what two activations meet in; a weight comes in by `linear`.
-_BATCHED = {'scaled_dot_product_attention', 'matmul', 'bmm', 'baddbmm', 'einsum'}
+_BATCHED = {'scaled_dot_product_attention', 'matmul', 'bmm', 'baddbmm', 'einsum', 'linalg_pinv'}
 _MLPS = (Mlp, GluMlp, SwiGLU, GlobalResponseNormMlp, ConvMlp)
 
 

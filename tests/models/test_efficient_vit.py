@@ -32,6 +32,10 @@ VARIANTS = [
     ('linformer', dict(num_tokens=(3, 2), projection='max')),
     ('pool', {}),
     ('subsample', dict(place='x', keep_ratio=0.1)),
+    ('nystrom', dict(num_landmarks=(3, 2), residual_kernel=3)),
+    ('nystrom', dict(num_landmarks=(2, 3), pinv='exact')),
+    ('performer', {}),
+    ('window', dict(window_size=3)),
 ]
 
 

@@ -161,7 +161,7 @@ def check_tokens(mechanism: str, num_tokens, height, width, prefix, attn_mask, i
     for argument, given in (('attn_mask', attn_mask is not None), ('is_causal', bool(is_causal))):
         if given:
             raise ValueError(
-                f"attention {mechanism!r} mixes tokens before it attends and cannot have {argument}; use 'full', or "
+                f"attention {mechanism!r} does not compare all queries with all keys and cannot have {argument}; use 'full', or "
                 'crop the image to its valid patches and set dynamic_img_size=True'
             )
     sizes = (num_tokens, height, width, prefix)

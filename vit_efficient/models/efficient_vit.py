@@ -112,8 +112,8 @@ def common_part(attentions: Sequence[nn.Module]) -> nn.Module | None:
     for i, shape in shapes.items():
         if shape != shapes[first]:
             raise ValueError(
-                f'blocks {first} and {i} share their projection and want it in two shapes, {shapes[first]} and {shape}; '
-                "give them the same num_tokens, or sharing='key-value'"
+                f'blocks {first} and {i} share their projection and want it in two shapes, {shapes[first]} and '
+                f"{shape}; give them the same num_tokens, or sharing='key-value'"
             )
     return parts[first]
 

@@ -1,0 +1,167 @@
+"""Performer attention: positive orthogonal random features of the softmax kernel.
+
+Source: Choromanski et al., "Rethinking Attention with Performers", ICLR 2021, arXiv 2009.14794 (FAVOR+, bidirectional).
+
+With q̂ = q / D^¼, k̂ likewise, and r random vectors w, the softmax kernel exp(q · k / √D) is the mean over them of
+φ_w(q̂) φ_w(k̂), where φ_w(x) = exp(w · x − ‖x‖² / 2) (lemma 1): positive, so that no denominator vanishes. Then
+
+    out(q) = Σ_w φ_w(q̂) Σ_n φ_w(k̂_n) v_n / Σ_w φ_w(q̂) Σ_n φ_w(k̂_n)
+           = softmax_w(w · q̂ + b_w) · u_w,   b_w = log Σ_n φ_w(k̂_n),   u_w = Σ_n φ_w(k̂_n) v_n / Σ_n φ_w(k̂_n)
+
+The second line, which is how it is computed, needs no epsilon: features are exponentials, and a query attends to them
+as it would to keys. That runs fused, and the N × r features of the queries are never stored.
+
+Letters: B batch, N tokens, C channels, H heads, D = C / H, r random features.
+"""
+
+import math
+from typing import Any
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vit_efficient.attention import base
+from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.registry import register_attention
+from vit_efficient.bases import without_autocast
+from vit_efficient.grid import PatchGrid
+
+
+@register_attention('performer')
+class PerformerAttention(GridAttention):
+    """Attention by random features of the softmax kernel; prefix tokens are tokens like the others.
+
+    The features are drawn from torch's random state when the module is built, and stay as they are, in training too,
+    until `redraw_features`. They are a buffer and part of the state dict; the heads of a layer share them.
+
+    There is no N × N matrix that `attn_drop` could act on. In training it drops keys instead, each from the sums of all
+    queries of its head, and as in exact attention the remaining weights are scaled up, not normalised again.
+
+    Args:
+        dim, num_heads, **kwargs: As timm's `Attention`.
+        num_features: r. The error falls as 1/√r. By default ⌊D ln D⌋, as in the public implementations: 266 for D = 64.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+    """
+
+    def configure(self, *, num_features: int | None = None) -> None:
+        if num_features is None:
+            num_features = max(1, int(self.head_dim * math.log(self.head_dim)))
+        if type(num_features) is not int or num_features < 1:
+            raise ValueError(f'num_features must be a positive integer, got {num_features=}')
+        like = self.qkv.weight
+        self.register_buffer('features', torch.empty(num_features, self.head_dim, device=like.device, dtype=like.dtype))
+        self.redraw_features()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(num_features=self.features.shape[0])
+
+    @torch.no_grad()
+    def redraw_features(self, generator: torch.Generator | None = None) -> None:
+        """Draws other features, in place. Between steps: a backward pass needs those of its forward pass.
+
+        Args:
+            generator: On the CPU, whatever the device of the module; torch's global one by default.
+        """
+        if not self.features.is_meta:
+            self.features.copy_(orthogonal_features(*self.features.shape, generator))
+
+    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.training and self.attn_drop.p:
+            v = v * self.attn_drop(torch.ones_like(v[..., :1]))
+        y = attend(q, k, v, self.features, self.scale, self.fused_attn)
+        y_BNC = self.norm(y.transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            y_BNC = y_BNC * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(y_BNC))
+
+    def num_attended(self, grid: PatchGrid) -> int:
+        """N: every query sees all keys, through the features."""
+        return grid.num_tokens
+
+    def extra_repr(self) -> str:
+        return f'num_features={self.features.shape[0]}'
+
+
+def redraw_features(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draws other features for every Performer attention of a model, in place.
+
+    Args:
+        model: Or any module.
+        generator: On the CPU; torch's global one by default. Give each process of a distributed run the same.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    attentions = [module for module in model.modules() if isinstance(module, PerformerAttention)]
+    if not attentions:
+        raise ValueError(f"{type(model).__name__} has no attention 'performer' whose features could be redrawn")
+    for attention in attentions:
+        attention.redraw_features(generator)
+
+
+def orthogonal_features(num_features: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+    """Rows of independent standard normal vectors' law each, orthogonal within blocks of `dim` (section 2.4).
+
+    Args:
+        num_features: r
+        dim: D
+        generator: On the CPU; torch's global one by default.
+
+    Returns:
+        (r, D), float64, on the CPU.
+    """
+    normal = dict(generator=generator, dtype=torch.float64, device='cpu')
+    blocks = -(-num_features // dim)
+    q, r = torch.linalg.qr(torch.randn(blocks, dim, dim, **normal))
+    # LAPACK's own choice of signs would favour one side of the sphere (Mezzadri, 2007, arXiv math-ph/0609050).
+    directions = (q * r.diagonal(dim1=1, dim2=2).sgn()[:, None]).flatten(0, 1)[:num_features]
+    return directions * torch.randn(num_features, dim, **normal).norm(dim=1, keepdim=True)
+
+
+# A leaf for FX, where dtypes and devices are not known.
+@torch.fx.wrap
+@register_notrace_function
+def attend(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: float, fused: bool) -> Tensor:
+    """The equations of this module, in float32 at least: an exponential of rounded scores would be far off.
+
+    Args:
+        q, k, v: (B, H, N, D)
+        features: (r, D)
+        scale: 1 / √D
+        fused: Whether the queries' softmax may be `scaled_dot_product_attention`.
+
+    Returns:
+        (B, H, N, D), of the dtype of v.
+    """
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    with without_autocast(v):
+        w_BHrD = (features.to(dtype) * scale**0.5).expand(*k.shape[:2], -1, -1)
+
+        # w · k̂ − ‖k̂‖² / 2, as one product; the largest score of each feature is taken off, and given back to b.
+        k = k.to(dtype)
+        minus_half_square = k.square().sum(dim=-1, keepdim=True) * (-0.5 * scale)
+        scores_BHrN = F.pad(w_BHrD, (0, 1), value=1.0) @ torch.cat([k, minus_half_square], dim=-1).mT
+        largest = scores_BHrN.detach().amax(dim=-1, keepdim=True)
+        weights_BHrN = scores_BHrN.sub_(largest).exp_()
+        sums = weights_BHrN @ F.pad(v.to(dtype), (0, 1), value=1.0)
+        total = sums[..., -1:]
+        u_BHrD, b_BHr1 = sums[..., :-1] / total, total.log() + largest
+
+        # w · q̂ + b_w, as one product too. Fused kernels of GPUs want multiples of 4 channels.
+        more = 4 - q.shape[-1] % 4
+        q = F.pad(q.to(dtype), (0, more), value=1.0)
+        w_and_b = torch.cat([w_BHrD, F.pad(b_BHr1, (0, more - 1))], dim=-1)
+        if fused:
+            y = F.scaled_dot_product_attention(q, w_and_b, F.pad(u_BHrD, (0, more)), scale=1.0)[..., :-more]
+        else:
+            y = (q @ w_and_b.mT).softmax(dim=-1) @ u_BHrD
+    return y.to(v.dtype)

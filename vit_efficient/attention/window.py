@@ -1,0 +1,283 @@
+"""Window attention: patches attend inside windows of the patch grid, prefix tokens everywhere.
+
+Source: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021, arXiv
+2103.14030, section 3.2: windows of w × w patches, shifted by ⌊w/2⌋ rows and columns in every second layer, so that
+neighbours exchange what they know. Without the relative position bias and the hierarchy of resolutions of Swin.
+
+Swin keeps windows equal by cyclic shifts, padding and masks. Here the windows at the border are smaller, which is what
+its masks amount to: tokens are brought into window order once, windows of equal area attend together, and nothing is
+padded or masked. Where sizes are symbols (`torch.export` with an open height or width), how many windows are smaller is
+not known; there the grid is padded, and the padding is masked as keys.
+
+Letters: B batch, N tokens, P prefix, n windows, L patches of a window, S = P + L, C = H · D channels of H heads.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain, product
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import register_notrace_function, to_2tuple
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn import functional as F
+
+from vit_efficient.attention import base
+from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.registry import register_attention
+from vit_efficient.grid import PatchGrid, larger, smaller
+
+
+@register_attention('window')
+class WindowAttention(GridAttention):
+    """Attention inside windows of the patch grid.
+
+    A patch attends to the prefix tokens and to the patches of its window; a prefix token attends to all N tokens. With
+    one window over the whole grid this is exact attention. In a model the windows of odd layers are shifted, unless
+    `shift` is given.
+
+    Args:
+        dim, num_heads, **kwargs: As timm's `Attention`.
+        window_size: Side of the windows in patches, or the pair (rows, columns). A side that is not smaller than the
+            grid's is taken to be the grid's, and is not shifted.
+        shift: Whether windows are shifted: the first one along an axis has half the side, rounded down, and the next
+            begin from there.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+    """
+
+    def configure(self, *, window_size: int | tuple[int, int] = 7, shift: bool = False) -> None:
+        pair = isinstance(window_size, Sequence) and not isinstance(window_size, str)
+        sides = tuple(window_size) if pair else (window_size,)
+        if len(sides) != (2 if pair else 1) or any(type(side) is not int or side < 1 for side in sides):
+            raise ValueError(
+                f'window_size must be a positive integer or a pair (rows, columns) of them, got {window_size=}'
+            )
+        if type(shift) is not bool:
+            raise ValueError(f'shift must be True or False, got {shift=}')
+        self.window_size = sides if pair else window_size
+        self.shift = shift
+
+    @classmethod
+    def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
+        return {'shift': layer % 2 == 1, **options}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        pair = isinstance(self.window_size, tuple)
+        return dict(window_size=list(self.window_size) if pair else self.window_size, shift=self.shift)
+
+    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+        windows = (grid.height, grid.width, grid.prefix, to_2tuple(self.window_size), self.shift)
+        x = to_window_order(x, *windows)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        dropout = self.attn_drop.p if self.training else 0.0
+        y_BNC = attend_in_windows(q, k, v, *windows, self.scale, dropout, self.fused_attn)
+        y_BNC = self.norm(y_BNC)
+        if self.gate is not None:
+            y_BNC = y_BNC * self.gate(x).sigmoid()
+        return self.proj_drop(to_grid_order(self.proj(y_BNC), *windows))
+
+    def num_attended(self, grid: PatchGrid) -> int:
+        """The keys of a patch in a whole window; at the border there may be fewer. A prefix token attends to all."""
+        rows, columns = to_2tuple(self.window_size)
+        return grid.prefix + smaller(rows, grid.height) * smaller(columns, grid.width)
+
+    def extra_repr(self) -> str:
+        return f'window_size={self.window_size}, shift={self.shift}'
+
+
+# Leaves for FX, because what they do depends on the sizes.
+
+
+@torch.fx.wrap
+@register_notrace_function
+def to_window_order(x: Tensor, height, width, prefix: int, window: tuple[int, int], shift: bool) -> Tensor:
+    """(B, N, C) → (B, N, C): prefix tokens first, then window after window, those of equal area together.
+
+    Where sizes are symbols the order stays that of the grid.
+    """
+    if not _are_numbers(height, width):
+        return x
+    return x.index_select(1, _window_order(height, width, prefix, window, shift, x.device))
+
+
+@torch.fx.wrap
+@register_notrace_function
+def to_grid_order(y: Tensor, height, width, prefix: int, window: tuple[int, int], shift: bool) -> Tensor:
+    """(B, N, C) → (B, N, C): undoes `to_window_order`."""
+    if not _are_numbers(height, width):
+        return y
+    return y.index_select(1, _window_order(height, width, prefix, window, shift, y.device).argsort())
+
+
+@torch.fx.wrap
+@register_notrace_function
+def attend_in_windows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height,
+    width,
+    prefix: int,
+    window: tuple[int, int],
+    shift: bool,
+    scale: float,
+    dropout: float,
+    fused: bool,
+) -> Tensor:
+    """Softmax attention of the patches inside their windows, and of the prefix tokens among all.
+
+    Args:
+        q, k, v: (B, N, H, D), in the order of `to_window_order`.
+        height, width, prefix: Of the grid.
+        window, shift: Of the mechanism, `window` as (rows, columns).
+        scale: Of the scores.
+        dropout: Share of the weights that is dropped.
+        fused: Whether to use PyTorch's fused attention.
+
+    Returns:
+        (B, N, C), in the same order.
+    """
+    attend = partial(_attend, scale=scale, dropout=dropout, fused=fused)
+    known = _are_numbers(height, width)
+    windows = _count_by_area(height, width, window, shift) if known else {1: height * width}
+    sizes = [prefix, *(n * area for area, n in windows.items())]
+    # Split, not sliced: the gradient of a slice is as large as the whole.
+    (q_prefix, *q_patches), (k_prefix, *k_patches), (v_prefix, *v_patches) = (t.split(sizes, dim=1) for t in (q, k, v))
+
+    y = [attend(q_prefix, k, v)] if prefix else []
+    kv_prefix = (k_prefix, v_prefix) if prefix else None
+    for n, *patches in zip(windows.values(), q_patches, k_patches, v_patches, strict=True):
+        if known:
+            y.append(_attend_windows(*patches, n, kv_prefix, attend))
+        else:
+            y.append(_attend_padded(*patches, height, width, window, shift, kv_prefix, attend))
+    return torch.cat(y, dim=1)
+
+
+def _attend_windows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n: int,
+    kv_prefix: tuple[Tensor, Tensor] | None,
+    attend: Callable,
+    mask_nL: Tensor | None = None,
+) -> Tensor:
+    """The patches of n windows one after the other, (B, n · L, H, D) each → (B, n · L, C)
+
+    `kv_prefix` are keys and values that every window sees, (B, P, H, D); `mask_nL` the patches that may be seen.
+    """
+    q, k, v = (t.unflatten(1, (n, -1)) for t in (q, k, v))
+    if kv_prefix is not None:
+        k, v = (
+            torch.cat([seen.unsqueeze(1).expand(-1, n, -1, -1, -1), patches], dim=2)
+            for seen, patches in zip(kv_prefix, (k, v), strict=True)
+        )
+    mask = None
+    if mask_nL is not None:
+        mask_nS = F.pad(mask_nL, (k.shape[2] - mask_nL.shape[1], 0), value=True)
+        mask = mask_nS.expand(q.shape[0], -1, -1).flatten(0, 1)[:, None, None]
+    y = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
+    return y.unflatten(0, (-1, n)).flatten(1, 2)
+
+
+def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, attend) -> Tensor:
+    """The patches of a grid whose sides may be symbols, (B, H · W, H, D) each → (B, H · W, C)"""
+    (h, w), area = window, window[0] * window[1]
+    top, rows = _padding(height, h, shift)
+    left, columns = _padding(width, w, shift)
+
+    # One axis throughout: torch.export would compare symbolic sizes of several. And the first window once more at the
+    # end: it would take a number of one for fixed.
+    n = rows * columns + 1
+    place = torch.arange(n * area, device=q.device)
+    number, inside = place // area % (rows * columns), place % area
+    row, column = number // columns * h + inside // w - top, number % columns * w + inside % w - left
+    is_patch = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    patch = row.remainder(height) * width + column.remainder(width)  # any will do where it is masked
+    q, k, v = (t.index_select(1, patch) for t in (q, k, v))
+    y = _attend_windows(q, k, v, n, kv_prefix, attend, is_patch.unflatten(0, (n, area)))
+
+    patch = torch.arange(height * width, device=q.device)
+    row, column = patch // width + top, patch % width + left
+    place = (row // h * columns + column // w) * area + row % h * w + column % w
+    return y.index_select(1, place)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale, dropout, fused) -> Tensor:
+    """(B, tokens, H, D) each → (B, tokens, C)"""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if fused:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    else:
+        scores = (q * scale) @ k.mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        y = F.dropout(scores.softmax(dim=-1), dropout) @ v
+    return y.transpose(1, 2).flatten(2)
+
+
+class _Run(NamedTuple):
+    """Windows of the same side, one after the other along an axis."""
+
+    start: int
+    number: int
+    side: int
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.number * self.side)
+
+
+def _runs(length: int, side: int, shift: bool) -> list[_Run]:
+    """The windows along an axis; those at its ends may be smaller."""
+    if side >= length:
+        return [_Run(0, 1, length)]
+    first = side // 2 if shift else 0
+    number, last = divmod(length - first, side)
+    runs = _Run(0, 1, first), _Run(first, number, side), _Run(length - last, 1, last)
+    return [run for run in runs if run.number and run.side]
+
+
+def _blocks_by_area(height: int, width: int, window: tuple[int, int], shift: bool) -> dict[int, list]:
+    """The windows of a grid, as blocks (rows, columns) of equal ones, under the area of each window."""
+    by_area = defaultdict(list)
+    for rows, columns in product(_runs(height, window[0], shift), _runs(width, window[1], shift)):
+        by_area[rows.side * columns.side].append((rows, columns))
+    return by_area
+
+
+def _count_by_area(height: int, width: int, window: tuple[int, int], shift: bool) -> dict[int, int]:
+    """The number of windows of each area, in window order."""
+    by_area = _blocks_by_area(height, width, window, shift)
+    return {area: sum(rows.number * columns.number for rows, columns in blocks) for area, blocks in by_area.items()}
+
+
+def _window_order(height: int, width: int, prefix: int, window: tuple[int, int], shift: bool, device) -> Tensor:
+    """(N,): the token of the grid that stands at each place of the window order."""
+    patches = torch.arange(prefix, prefix + height * width, device=device).unflatten(0, (height, width))
+    order = [torch.arange(prefix, device=device)]
+    for rows, columns in chain(*_blocks_by_area(height, width, window, shift).values()):
+        block = patches[rows.span, columns.span]
+        block = block.unflatten(0, (rows.number, rows.side)).unflatten(2, (columns.number, columns.side))
+        order.append(block.transpose(1, 2).flatten())
+    return torch.cat(order)
+
+
+def _padding(length, side: int, shift: bool) -> tuple:
+    """What to put before an axis to make its windows whole, and their number; no branch on the length, a symbol."""
+    shifted = smaller(1, larger(0, length - side)) if shift else 0  # 1 where there are several windows
+    before = shifted * (side - side // 2)
+    return before, (before + length + side - 1) // side
+
+
+def _are_numbers(*sizes) -> bool:
+    # To torch.compile, a symbol is of type int too.
+    return all(type(size) is int and has_static_value(size) for size in sizes)
