@@ -8,6 +8,8 @@ VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'vit_efficient/version.py')
 
 DEMO = ['mlxtend', 'scikit-image']
 ONNX = ['onnx', 'onnxscript', 'onnxruntime']
+# Public implementations that tests compare with.
+PEERS = ['linformer', 'nystrom-attention', 'performer-pytorch']
 
 setup(
     name='vit-efficient',
@@ -35,7 +37,7 @@ setup(
     extras_require={
         'demo': DEMO,
         'onnx': ONNX,
-        'dev': [*DEMO, 'hypothesis', 'pytest', 'ruff>=0.17,<0.18', 'scipy'],
+        'dev': [*DEMO, *PEERS, 'hypothesis', 'pytest', 'ruff>=0.17,<0.18', 'scipy'],
     },
     entry_points={'console_scripts': ['vit-efficient = vit_efficient.cli:main']},
     classifiers=[
