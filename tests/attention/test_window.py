@@ -105,9 +105,12 @@ class TestAgainstDefinition:
         check(attention, PatchGrid(7, 13, prefix), batch=1)
 
     @pytest.mark.parametrize('window_size', (1, 2, (1, 9), (12, 1), (6, 12)))
-    def test_extreme_windows(self, shift, window_size):
+    @pytest.mark.parametrize('prefix', (0, 1))
+    def test_extreme_windows(self, shift, window_size, prefix):
         options = dict(window_size=window_size, shift=shift, qkv_bias=True, dtype=torch.float64)
-        check(randomised(create_attention('window', 12, 3, **options)), PatchGrid(7, 13, 1))
+        attention = randomised(create_attention('window', 12, 3, **options))
+        attention.fused_attn = prefix == 1  # without a key at all, fused attention would say 0 and hide it
+        check(attention, PatchGrid(7, 13, prefix))
 
 
 class TestAgainstSwin:

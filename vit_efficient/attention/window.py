@@ -146,7 +146,7 @@ def attend_in_windows(
     """
     attend = partial(_attend, scale=scale, dropout=dropout, fused=fused)
     known = _are_numbers(height, width)
-    windows = _count_by_area(height, width, window, shift) if known else {1: height * width}
+    windows = _count_by_area(height, width, window, shift) if known else {1: height * width}  # or all patches, uncut
     sizes = [prefix, *(n * area for area, n in windows.items())]
     # Split, not sliced: the gradient of a slice is as large as the whole.
     (q_prefix, *q_patches), (k_prefix, *k_patches), (v_prefix, *v_patches) = (t.split(sizes, dim=1) for t in (q, k, v))
@@ -274,7 +274,7 @@ def _window_order(height: int, width: int, prefix: int, window: tuple[int, int],
 def _padding(length, side: int, shift: bool) -> tuple:
     """What to put before an axis to make its windows whole, and their number; no branch on the length, a symbol."""
     shifted = smaller(1, larger(0, length - side)) if shift else 0  # 1 where there are several windows
-    before = shifted * (side - side // 2)
+    before = shifted * (-(side // 2) % side)
     return before, (before + length + side - 1) // side
 
 
