@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from vit_efficient.paired import compare, mcnemar
-from vit_efficient.tables import Column, Point, Table, plot_accuracy
+from vit_efficient.tables import Column, Panel, Point, Table, plot_accuracy, plot_panels
 
 TABLE = Table(
     [Column('model'), Column('gmacs', 'GMACs', 2), Column('top1', 'top-1', 1, spread='std'), Column('std'), 'seed'],
@@ -56,11 +56,25 @@ def test_plot(gmacs, tmp_path):
         assert np.asarray(image.convert('L')).std() > 5
 
 
+@pytest.mark.parametrize(('rows', 'models'), [(1, 2), (2, 23)])
+def test_panels(rows, models, tmp_path):
+    points = [Point(f'model {i}', 1 + i, 50 + i, i / 10 or None) for i in range(models)]
+    plot_panels([[Panel(points), Panel(points, 'images per second', 'mIoU (%)')]] * rows, tmp_path / 'plot.png')
+    with Image.open(tmp_path / 'plot.png') as image:
+        assert image.width == 1500 and image.height > 540 * rows
+        pixels = np.asarray(image.convert('RGB'))
+    for colour in (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00):  # the first two models, wherever they are
+        assert (pixels == colour).all(axis=2).any()
+
+
 def test_plot_refuses_what_a_logarithm_cannot_show(tmp_path):
-    with pytest.raises(ValueError, match='gmacs'):
+    with pytest.raises(ValueError, match='GMACs per image must be above 0'):
         plot_accuracy([Point('a', 0.0, 90)], tmp_path / 'plot.png')
     with pytest.raises(ValueError, match='points'):
         plot_accuracy([], tmp_path / 'plot.png')
+    with pytest.raises(ValueError, match='images per second must be above 0'):
+        panel = Panel([Point('a', 0.0, 90)], 'images per second')
+        plot_panels([[Panel([Point('a', 1.0, 90)]), panel]], tmp_path / 'plot.png')
     assert not list(tmp_path.iterdir())
 
 

@@ -83,8 +83,8 @@ def _attention(inputs: list, output: Shape) -> int:
 
 @register_flops('aten::linalg_pinv')
 def _pinv(inputs: list, output: Shape) -> int:
-    # Nominal, for square matrices: 21 n³ FLOPs, half as many MACs, for a singular value decomposition (Golub & Van Loan,
-    # "Matrix Computations", table of SVD work), and n³ for the product of its parts.
+    # Nominal, for square matrices: 21 n³ FLOPs, half as many MACs, for a singular value decomposition (Golub & Van
+    # Loan, "Matrix Computations"), and n³ for the product of its parts.
     return math.prod(output) * output[-1] * 23 // 2
 
 

@@ -61,6 +61,11 @@ class FlopCount:
     by_role: dict[str, int]
     uncounted: dict[str, int]
 
+    @property
+    def attention(self) -> int:
+        """What attention costs: its products and projections, and the transforms that make them fewer."""
+        return sum(self.by_role[role] for role in ('attention products', 'attention projections', 'transform'))
+
 
 def count_flops(
     model: nn.Module, input_size: Sequence[int] = (3, 224, 224), batch_size: int = 1, engine: str = 'meta'

@@ -1,4 +1,4 @@
-"""Tables as Markdown, CSV and JSON, and the plot of accuracy against FLOPs."""
+"""Tables as Markdown, CSV and JSON, and plots of accuracy against cost."""
 
 import csv
 import io
@@ -107,19 +107,34 @@ def _is_nothing(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Point:
-    """A model in the plot.
+    """A model in a plot.
 
     Args:
         label: Its name.
-        gmacs: Billions of multiply-accumulates of an image; above 0.
+        cost: Such as billions of multiply-accumulates of an image; above 0.
         accuracy: In percent.
         error: Half the length of the error bar, in points; None for no bar.
     """
 
     label: str
-    gmacs: float
+    cost: float
     accuracy: float
     error: float | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Accuracy against cost, one of several plots in a figure.
+
+    Args:
+        points: The models.
+        x: What the cost is.
+        y: What the accuracy is.
+    """
+
+    points: Sequence[Point]
+    x: str = 'GMACs per image'
+    y: str = 'top-1 accuracy (%)'
 
 
 # Okabe and Ito, "Color Universal Design", 2008: told apart with any colour vision. Markers differ as well.
@@ -133,21 +148,60 @@ def plot_accuracy(points: Sequence[Point], path: str | Path, title: str = '') ->
     Raises:
         ValueError: If there are no points, or GMACs are not above 0.
     """
+    _check([Panel(points)])
+    figure = _figure(7, 4.5)
+    axes = figure.add_subplot()
+    _draw(axes, Panel(points))
+    low, high = min(p.cost for p in points), max(p.cost for p in points)
+    axes.set_xlim(low / 1.3, high * 1.3 * (high / low) ** 0.35)  # room for the labels, to the right of the points
+    axes.set_title(title)
+    _label(figure, axes, points)
+    _save(figure, path)
+
+
+def plot_panels(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
+    """Saves a figure of rows of panels, with one legend for all: the same models, in the same order, in each.
+
+    Raises:
+        ValueError: If a panel has no points, or costs that are not above 0.
+    """
+    _check([panel for row in rows for panel in row])
+    labels = [point.label for point in rows[0][0].points]
+    columns = 2 if max(map(len, labels)) > 24 else 3
+    legend = 0.22 * -(-len(labels) // columns)  # inches
+    figure = _figure(5 * len(rows[0]), 3.6 * len(rows) + legend)
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for axes, panel in zip(grid.flat, (panel for row in rows for panel in row), strict=True):
+        lines = _draw(axes, panel)
+    figure.legend(lines, labels, loc='outside lower center', ncols=columns, frameon=False, fontsize='small')
+    _save(figure, path)
+
+
+def _check(panels: Sequence[Panel]) -> None:
+    for panel in panels:
+        if not panel.points:
+            raise ValueError('points must not be empty')
+        for point in panel.points:
+            if not point.cost > 0:
+                raise ValueError(f'{panel.x} must be above 0 on a logarithmic axis, got {point}')
+
+
+def _figure(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw(axes, panel: Panel) -> list:
+    """The points, with what the axes are; returns them, for a legend."""
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-    for point in points:
-        if not point.gmacs > 0:
-            raise ValueError(f'gmacs must be above 0 on a logarithmic axis, got {point}')
-    if not points:
-        raise ValueError('points must not be empty')
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for i, point in enumerate(points):
+    drawn = [
         axes.errorbar(
-            point.gmacs,
+            point.cost,
             point.accuracy,
             point.error,
             fmt=_MARKERS[i % len(_MARKERS)],
@@ -155,19 +209,22 @@ def plot_accuracy(points: Sequence[Point], path: str | Path, title: str = '') ->
             markersize=8,
             capsize=4,
         )
+        for i, point in enumerate(panel.points)
+    ]
     axes.set_xscale('log')
-    low, high = min(p.gmacs for p in points), max(p.gmacs for p in points)
-    axes.set_xlim(low / 1.3, high * 1.3 * (high / low) ** 0.35)  # room for the labels, to the right of the points
+    costs = [point.cost for point in panel.points]
     axes.margins(y=0.15)
     axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
     # Within one decade the tick marks between the powers of ten are all there is to read.
-    axes.xaxis.set_minor_formatter(StrMethodFormatter('{x:g}') if high / low < 5 else NullFormatter())
-    axes.set_xlabel('GMACs per image')
-    axes.set_ylabel('top-1 accuracy (%)')
+    axes.xaxis.set_minor_formatter(StrMethodFormatter('{x:g}') if max(costs) / min(costs) < 5 else NullFormatter())
+    axes.set_xlabel(panel.x)
+    axes.set_ylabel(panel.y)
     axes.grid(which='both', alpha=0.25)
-    axes.set_title(title)
     axes.spines[['top', 'right']].set_visible(False)
-    _label(figure, axes, points)
+    return drawn
+
+
+def _save(figure, path: str | Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format=Path(path).suffix.lstrip('.') or 'png')
     write_bytes(path, content.getvalue())
@@ -181,7 +238,7 @@ def _label(figure, axes, points: Sequence[Point]) -> None:
     taken: list[tuple[float, float, float]] = []  # left, right, middle
     for i in sorted(range(len(points)), key=lambda i: -points[i].accuracy):
         point = points[i]
-        x, y = axes.transData.transform((point.gmacs, point.accuracy)) / pixels
+        x, y = axes.transData.transform((point.cost, point.accuracy)) / pixels
         left, right, at = x + 9, x + 9 + width * len(point.label), y
         for other_left, other_right, other in sorted(taken, key=lambda t: -t[2]):
             if left < other_right and other_left < right and abs(at - other) < height:
@@ -189,7 +246,7 @@ def _label(figure, axes, points: Sequence[Point]) -> None:
         taken.append((left, right, at))
         axes.annotate(
             point.label,
-            (point.gmacs, point.accuracy),
+            (point.cost, point.accuracy),
             xytext=(9, at - y),
             textcoords='offset points',
             verticalalignment='center',

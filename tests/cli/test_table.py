@@ -7,7 +7,7 @@ import timm
 import torch
 from PIL import Image
 
-from vit_efficient.cli import main
+from vit_efficient.cli import main, table_accuracy
 from vit_efficient.flops import count_flops
 
 RECIPE = """
@@ -123,6 +123,93 @@ def test_accuracy_does_not_reuse_runs_of_another_recipe(override, trained, recip
     assert main(command(recipes, trained, override)) == 2
     err = capsys.readouterr().err
     assert override.split('=')[0].removesuffix('.depth') in err and '--runs' in err and err.count('\n') == 1
+
+
+PATCHES = """
+task: {task}
+model:
+  name: vit_{name}_tiny
+  args: {{img_size: 48, patch_size: {patch}, in_chans: 1, embed_dim: 16, depth: 1, num_heads: 2, global_pool: ''}}
+data:
+  dataset: megapixel_mnist
+  train: train
+  val: val
+  args: {{size: 48, digits: 3, digit_size: 16, length: 16}}
+  val_args: {{length: 6}}
+  batch_size: 8
+  workers: 0
+  crop_pct: 1.0
+  augment: {{crop_scale: null, hflip: 0, rand_ops: 0, erasing: 0, color_jitter: 0}}
+sched: {{epochs: 1, warmup_epochs: 0}}
+threads: {threads}
+"""
+
+
+@pytest.mark.parametrize('task', ['both', 'segmentation'])
+def test_accuracy_of_patches(task, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('mlxtend')
+    sizes = []
+    monkeypatch.setattr(table_accuracy, 'ROUNDS', 1)
+    monkeypatch.setattr(table_accuracy, 'BATCH_PATCHES', 5 * 12 * 12)
+    time = table_accuracy.take_turns
+    monkeypatch.setattr(
+        table_accuracy,
+        'take_turns',
+        lambda calls, *more: sizes.extend(c.args[0].shape for c in calls) or time(calls, *more),
+    )
+    for recipe, name, patch in (('full', 'full', 4), ('full_patch8', 'full', 8), ('dct', 'dct', 4)):
+        text = PATCHES.format(task=task, name=name, patch=patch, threads=torch.get_num_threads())
+        (tmp_path / f'{recipe}.yaml').write_text(text)
+    recipes = [str(tmp_path / f'{name}.yaml') for name in ('full', 'full_patch8', 'dct')]
+    runs = tmp_path / 'runs'
+    command = ['table', 'accuracy', *recipes, '--seeds', '0', '1', '--runs', str(runs)]
+    assert main(command) == 0
+    assert sizes == [(5, 1, 48, 48)] * 3  # the batch is that of the longest sequence
+    rows = list(csv.DictReader((runs / 'results.csv').open()))
+    assert [row['model'] for row in rows] == ['vit_full_tiny (full)', 'vit_full_tiny (full_patch8)', 'vit_dct_tiny']
+    results = [json.loads((runs / f'dct-s{seed}/result.json').read_text()) for seed in (0, 1)]
+    names = ['foreground_miou', 'miou'] if task == 'segmentation' else ['top1', 'foreground_miou', 'miou']
+    for name in names:
+        values = [result[name] for result in results]
+        assert float(rows[2][name]) == pytest.approx(np.mean(values))
+        assert float(rows[2][f'{name}_std']) == pytest.approx(np.std(values, ddof=1))
+    assert ('top1' in rows[0]) == (task == 'both')
+    text = (runs / 'results.md').read_text()
+    lines = text.splitlines()
+    assert '| foreground mIoU (%) |' in lines[0] and ('top-1 (%)' in lines[0]) == (task == 'both')
+    assert ('McNemar' in text) == (task == 'both') and 'batch 5' in text
+    assert ('Top-1 and mIoU on 6' if task == 'both' else 'mIoU on 6') in text
+
+    # What is paired: the patches of each image, averaged over the seeds.
+    start = next(i for i, line in enumerate(lines) if line.startswith('| patches, against vit_full_tiny (full)'))
+    cells = [cell.strip() for cell in lines[start + 3].strip('|').split('|')]
+    gains = []
+    for seed in (0, 1):
+        ours, theirs = (
+            [float(row['patch_accuracy']) for row in csv.DictReader((runs / f'{name}-s{seed}/predictions.csv').open())]
+            for name in ('full', 'dct')
+        )
+        gains.append(np.subtract(theirs, ours))
+    assert cells[:3] == ['vit_dct_tiny', '12', f'{np.mean(gains):.2f}']
+    low, high = map(float, cells[3].split(' … '))
+    assert low <= np.mean(gains) + 0.01 and np.mean(gains) - 0.01 <= high
+    with Image.open(runs / 'results.png') as plot:
+        assert plot.width == 1500 and plot.height > 550 * (1 + (task == 'both'))
+
+    # Other images, and other tasks, are not compared.
+    other = tmp_path / 'other.yaml'
+    other.write_text((tmp_path / 'dct.yaml').read_text().replace('val_args: {', 'val_args: {noise: 0.2, '))
+    assert main(['table', 'accuracy', recipes[0], str(other), '--seeds', '0', '--runs', str(runs)]) == 0
+    assert 'vit_dct_tiny was measured on other validation images' in capsys.readouterr().out
+    other.write_text((tmp_path / 'dct.yaml').read_text().replace('length: 6', 'length: 7'))
+    assert main(['table', 'accuracy', recipes[0], str(other), '--seeds', '0', '--runs', str(runs)]) == 2
+    assert 'data.val_args=' in capsys.readouterr().err
+    other.write_text(
+        PATCHES.format(task='classification', name='dct', patch=4, threads=1).replace("global_pool: ''", '')
+    )
+    assert main(['table', 'accuracy', recipes[0], str(other), '--runs', str(tmp_path / 'new')]) == 2
+    assert f'other.yaml has task=classification, {recipes[0]} has task={task}' in capsys.readouterr().err
+    assert not (tmp_path / 'new').exists()
 
 
 @pytest.mark.parametrize('override', ['seed=3', 'output=here', 'optim.learning_rate=1'])

@@ -125,6 +125,23 @@ def test_a_signal_saves_a_checkpoint(data, tmp_path, monkeypatch, number):
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
+@pytest.mark.parametrize('kind', ['train', 'val'])
+def test_a_signal_does_not_cut_a_line_of_the_log(data, tmp_path, monkeypatch, kind):
+    """TensorBoard's writer is another thread; a queue that is left half filled would stop it, and the run, for good."""
+    write = loop.MetricsLog.write
+
+    def signalled(self, this_kind, epoch, step, values):
+        if this_kind == kind:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(self, this_kind, epoch, step, values)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(loop.MetricsLog, 'write', signalled)
+        train(tiny_recipe(data, tmp_path / 'run'))
+    last = json.loads((tmp_path / 'run/metrics.jsonl').read_text().splitlines()[-1])
+    assert (last['kind'], last['step']) == (kind, 1 if kind == 'train' else 6)
+
+
 def test_an_interrupted_evaluation_is_made_up_for(data, tmp_path, monkeypatch):
     train(tiny_recipe(data, tmp_path / 'whole'))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):

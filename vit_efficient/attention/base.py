@@ -161,8 +161,8 @@ def check_tokens(mechanism: str, num_tokens, height, width, prefix, attn_mask, i
     for argument, given in (('attn_mask', attn_mask is not None), ('is_causal', bool(is_causal))):
         if given:
             raise ValueError(
-                f"attention {mechanism!r} does not compare all queries with all keys and cannot have {argument}; use 'full', or "
-                'crop the image to its valid patches and set dynamic_img_size=True'
+                f'attention {mechanism!r} does not compare all queries with all keys and cannot have {argument}; use '
+                "'full', or crop the image to its valid patches and set dynamic_img_size=True"
             )
     sizes = (num_tokens, height, width, prefix)
     if all(type(size) is int for size in sizes) and num_tokens != prefix + height * width:

@@ -1,11 +1,21 @@
 """`vit-efficient evaluate MODEL --data FOLDER`."""
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vit_efficient.train import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', help='a run folder, or a model folder (config.json and weights)')
-    parser.add_argument('--data', required=True, metavar='FOLDER', help='a folder of class folders')
+    parser.add_argument(
+        '--data',
+        required=True,
+        metavar='FOLDER',
+        help="a folder of class folders, or a split of the data set that the run's recipe names, such as val",
+    )
     parser.add_argument('--batch-size', type=int, default=64, help='images per batch (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=0, help='loader processes (default: %(default)s)')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, … (default: %(default)s)')
@@ -13,32 +23,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
+
     from vit_efficient.data import (
         EpochSampler,
         EvalTransform,
-        ImageTree,
         Preprocessing,
         Samples,
         check_same_classes,
+        class_names,
+        create_dataset,
         create_loader,
     )
     from vit_efficient.train import evaluate, load_model
     from vit_efficient.train.distributed import processes
+    from vit_efficient.train.evaluation import describe
+    from vit_efficient.train.tasks import Task
 
     for name in ('batch_size', 'workers'):
         if getattr(args, name) < (name == 'batch_size'):
             raise ValueError(f'--{name.replace("_", "-")} must be at least {int(name == "batch_size")}')
-    dataset = ImageTree(args.data)
+    config = _recipe(Path(args.model))
+    named = config.data.dataset and not Path(args.data).is_dir()
+    source = (config.data.dataset, config.data.root) if named else ()
+    options = {**config.data.args, **config.data.val_args} if named else None
+    dataset = create_dataset(args.data, *source, key='--data', args=options)
     model = load_model(args.model)
-    check_same_classes(model.pretrained_cfg.get('label_names'), dataset.classes, 'the model', args.data)
+    classes = class_names(dataset)
+    check_same_classes(model.pretrained_cfg.get('label_names'), classes, 'the model', args.data)
     preprocessing = Preprocessing.of(model)
-    samples = Samples(dataset, EvalTransform(preprocessing), preprocessing.input_size[0], model.num_classes)
+    task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight)
+    with torch.no_grad():
+        task.check_logits(model.eval()(torch.zeros(1, *preprocessing.input_size)))
+    samples = Samples(
+        dataset,
+        EvalTransform(preprocessing),
+        preprocessing.input_size[0],
+        model.num_classes,
+        check_target=task.check_target if task.of_patches else None,
+    )
     with processes(args.device) as team:
         sampler = EpochSampler(len(samples), shuffle=False, rank=team.rank, world_size=team.world_size, even=False)
         loader = create_loader(samples, sampler, args.batch_size, args.workers, pin=team.device.type == 'cuda')
-        found = evaluate(model.to(team.device), loader, team, args.amp)
+        found = evaluate(model.to(team.device), loader, team, args.amp, task)
     if team.is_first:
         print(
-            f'top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, loss {found.loss:.4f} on {found.images} images, '
+            f'{describe(found.accuracies)}, loss {found.loss:.4f} on {found.images} images, '
             f'{found.images_per_second:.0f} images/s'
         )
+
+
+def _recipe(folder: Path) -> 'Config':
+    """The recipe of a run, from its folder or that of its model; without a run, all defaults."""
+    from vit_efficient.train import Config, load_recipe
+
+    path = (folder.parent if folder.name == 'model' else folder) / 'recipe.yaml'
+    return load_recipe(path) if path.exists() else Config()

@@ -102,7 +102,7 @@ def flops_table(args: argparse.Namespace) -> None:
                     'tokens': _tokens(model),
                     'gmacs': count.total / 1e9,
                     'ratio': count.total / first,
-                    'attention_gmacs': attention_macs(count) / 1e9,
+                    'attention_gmacs': count.attention / 1e9,
                     **{_role_key(role): macs / 1e9 for role, macs in count.by_role.items()},
                 }
             )
@@ -124,11 +124,6 @@ def flops_table(args: argparse.Namespace) -> None:
 
 def _role_key(role: str) -> str:
     return f'{role.replace(" ", "_")}_gmacs'
-
-
-def attention_macs(count) -> int:
-    """What attention costs: the projections, the products, and the transforms that make them fewer."""
-    return sum(count.by_role[role] for role in ('attention products', 'attention projections', 'transform'))
 
 
 def _check_name(name: str) -> None:

@@ -10,23 +10,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from vit_efficient.benchmark import take_turns
-from vit_efficient.cli.table import attention_macs
 from vit_efficient.environment import describe_environment, one_line
 from vit_efficient.files import write_text
 from vit_efficient.flops import count_flops
 from vit_efficient.models import kept_tokens
 from vit_efficient.paired import compare
-from vit_efficient.tables import Column, Point, Table, plot_accuracy
+from vit_efficient.tables import Column, Panel, Point, Table, plot_accuracy, plot_panels
 from vit_efficient.train import Config, Interrupted, load_model, load_recipe, train
 from vit_efficient.train.config import flatten, identity
 
-# The speed measurement.
+# The speed measurement. Batches of long sequences are smaller: all patches of a batch together are at most so many.
 BATCH_SIZE = 64
+BATCH_PATCHES = 2**17
 ROUNDS = 9
+
+# The accuracies of the table: what its column is called, and an axis of the plot.
+ACCURACIES = {
+    'top1': ('top-1 (%)', 'top-1 accuracy (%)'),
+    'foreground_miou': ('foreground mIoU (%)', 'mIoU without the class none (%)'),
+    'miou': ('mIoU (%)', 'mIoU (%)'),
+}
 
 
 @dataclass
@@ -41,6 +49,10 @@ class Entry:
     @property
     def folders(self) -> list[Path]:
         return [Path(config.output) for config in self.configs]
+
+    @property
+    def task(self) -> str:
+        return self.configs[0].task
 
 
 def accuracy_table(
@@ -72,6 +84,11 @@ def accuracy_table(
         if stems.count(stem) > 1:
             raise ValueError(f'two recipes are called {stem}.yaml and would share runs; rename one')
     for entry in entries:
+        if entry.task != entries[0].task:
+            raise ValueError(
+                f'{entry.recipe} has task={entry.task}, {recipes[0]} has task={entries[0].task}: a table is of one task'
+            )
+    for entry in entries:
         for config in entry.configs:
             _check_reusable(config)
     try:
@@ -84,9 +101,11 @@ def accuracy_table(
     for entry, name in zip(entries, names, strict=True):
         entry.label = name if names.count(name) == 1 else f'{name} ({entry.recipe.stem})'
 
-    rows, device = _measure(entries)
-    table = _table(rows)
-    parts = [table.render(), _explanation(entries, device)]
+    results = [result for entry in entries for result in entry.results]
+    accuracies = [name for name in ACCURACIES if all(name in result for result in results)]
+    rows, device, batch_size = _measure(entries, accuracies)
+    table = _table(rows, accuracies)
+    parts = [table.render(), _explanation(entries, device, batch_size)]
     if len(entries) > 1:
         parts.append(_comparison(entries))
     parts.append(_environment(entries, device))
@@ -95,8 +114,7 @@ def accuracy_table(
     out = out or runs
     write_text(out / 'results.md', text)
     write_text(out / 'results.csv', table.render('csv'))
-    points = [Point(row['model'], row['gmacs'], row['top1'], row['top1_std']) for row in rows]
-    plot_accuracy(points, out / 'results.png')
+    _plot(rows, accuracies, out / 'results.png')
     print(f'saved {out / "results.md"}, results.csv, results.png', file=sys.stderr)
     return None
 
@@ -122,7 +140,7 @@ def _check_reusable(config: Config) -> None:
         return
     saved = load_recipe(folder / 'recipe.yaml')
     # Weights depend on the keys of the identity; what is measured, also on where the data lie.
-    keys = [*identity(config), 'data.train', 'data.val']
+    keys = [*identity(config), 'data.train', 'data.val', 'data.val_args']
     theirs, ours = flatten(saved), flatten(config)
     for key in keys:
         if theirs[key] != ours[key]:
@@ -146,8 +164,8 @@ def _result(config: Config) -> dict[str, Any]:
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-def _measure(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], torch.device]:
-    """The rows of the table, and the device that the speeds were measured on."""
+def _measure(entries: Sequence[Entry], accuracies: Sequence[str]) -> tuple[list[dict[str, Any]], torch.device, int]:
+    """The rows of the table, and the device and the batch size that the speeds were measured on."""
     config = entries[0].configs[0]
     name = config.device if config.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     device = torch.device(name)
@@ -155,26 +173,35 @@ def _measure(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], torch.devi
         torch.set_num_threads(config.threads)
     models = [load_model(entry.folders[0] / 'model').eval() for entry in entries]
     sizes = [tuple(model.pretrained_cfg['input_size']) for model in models]
-    speeds = images_per_second(models, sizes, device)
+    patches = max(getattr(getattr(model, 'patch_embed', None), 'num_patches', 1) for model in models)
+    batch_size = max(1, min(BATCH_SIZE, BATCH_PATCHES // patches))
+    speeds = images_per_second(models, sizes, device, batch_size)
     rows = []
     for entry, model, size, speed in zip(entries, models, sizes, speeds, strict=True):
         count = count_flops(model, size)
-        top1 = [result['top1'] for result in entry.results]
         rows.append(
             {
                 'model': entry.label,
                 'parameters_m': entry.results[0]['parameters'] / 1e6,
                 'gmacs': count.total / 1e9,
-                'attention_gmacs': attention_macs(count) / 1e9,
+                'attention_gmacs': count.attention / 1e9,
                 'kept_tokens': _kept(model, size[1:]),
                 'images_per_second': speed,
                 'speed_ratio': speed / speeds[0],
-                'top1': statistics.fmean(top1),
-                'top1_std': statistics.stdev(top1) if len(top1) > 1 else None,
+                **_mean_and_spread(entry.results, accuracies),
                 'seeds': ' '.join(str(config.seed) for config in entry.configs),
             }
         )
-    return rows, device
+    return rows, device, batch_size
+
+
+def _mean_and_spread(results: Sequence[dict[str, Any]], accuracies: Sequence[str]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for name in accuracies:
+        values = [result[name] for result in results]
+        found[name] = statistics.fmean(values)
+        found[f'{name}_std'] = statistics.stdev(values) if len(values) > 1 else None
+    return found
 
 
 def _kept(model: nn.Module, size: tuple[int, int]) -> int | str | None:
@@ -187,17 +214,20 @@ def _kept(model: nn.Module, size: tuple[int, int]) -> int | str | None:
 
 @torch.inference_mode()
 def images_per_second(
-    models: Sequence[nn.Module], sizes: Sequence[tuple[int, int, int]], device: torch.device
+    models: Sequence[nn.Module],
+    sizes: Sequence[tuple[int, int, int]],
+    device: torch.device,
+    batch_size: int = BATCH_SIZE,
 ) -> list[float]:
     """Speeds of the forward pass on random images: medians over rounds in which the models take turns."""
     calls = [
-        partial(model.to(device), torch.randn(BATCH_SIZE, *size, device=device))
+        partial(model.to(device), torch.randn(batch_size, *size, device=device))
         for model, size in zip(models, sizes, strict=True)
     ]
-    return [BATCH_SIZE / statistics.median(times) for times in take_turns(calls, device, ROUNDS)]
+    return [batch_size / statistics.median(times) for times in take_turns(calls, device, ROUNDS)]
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
+def _table(rows: Sequence[dict[str, Any]], accuracies: Sequence[str]) -> Table:
     columns = [
         Column('model'),
         Column('parameters_m', 'parameters (M)', 2),
@@ -206,22 +236,51 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         Column('kept_tokens', 'kept tokens'),
         Column('images_per_second', 'img/s', 0),
         Column('speed_ratio', '× first', 2),
-        Column('top1', 'top-1 (%)', 2, spread='top1_std'),
-        Column('top1_std', digits=2),
+        *(
+            column
+            for name in accuracies
+            for column in (
+                Column(name, ACCURACIES[name][0], 2, spread=f'{name}_std'),
+                Column(f'{name}_std', digits=2),
+            )
+        ),
         Column('seeds', 'seed' if all(' ' not in row['seeds'] for row in rows) else 'seeds'),
     ]
     return Table(columns, rows)
 
 
+def _plot(rows: Sequence[dict[str, Any]], accuracies: Sequence[str], path: Path) -> None:
+    """Classification: top-1 against GMACs. Tasks of patches: accuracies against what attention costs, and speed."""
+
+    def points(cost: str, accuracy: str) -> list[Point]:
+        return [Point(row['model'], row[cost], row[accuracy], row[f'{accuracy}_std']) for row in rows]
+
+    if 'miou' not in accuracies:
+        plot_accuracy(points('gmacs', 'top1'), path)
+        return
+    costs = {'attention_gmacs': 'GMACs in attention per image', 'images_per_second': 'images per second'}
+    shown = [name for name in accuracies if name != 'miou' or 'foreground_miou' not in accuracies]
+    plot_panels(
+        [[Panel(points(cost, name), x, ACCURACIES[name][1]) for cost, x in costs.items()] for name in shown], path
+    )
+
+
 # --- what stands below it ------------------------------------------------------------------------------------------
 
 
-def _explanation(entries: Sequence[Entry], device: torch.device) -> str:
+def _explanation(entries: Sequence[Entry], device: torch.device, batch_size: int) -> str:
     images = ' or '.join(sorted({str(result['val_images']) for entry in entries for result in entry.results}))
     spread = ', mean ± standard deviation over seeds' if len(entries[0].results) > 1 else ''
+    what = {'classification': 'Top-1', 'segmentation': 'mIoU', 'both': 'Top-1 and mIoU'}[entries[0].task]
+    patches = ''
+    if entries[0].task != 'classification':
+        patches = (
+            'mIoU: intersection over union of the patches of each class, all images together, averaged over the '
+            'classes; foreground mIoU: without the class none. '
+        )
     return (
-        f'Top-1 on {images} validation images{spread}. GMACs per image; in attention: projections, products and '
-        f'transforms. Kept tokens: what a query attends to. Speed: forward pass, batch {BATCH_SIZE}, float32, '
+        f'{what} on {images} validation images{spread}. {patches}GMACs per image; in attention: projections, products '
+        f'and transforms. Kept tokens: what a query attends to. Speed: forward pass, batch {batch_size}, float32, '
         f'{device.type}, median of {ROUNDS} rounds in which the models take turns.\n'
     )
 
@@ -229,29 +288,22 @@ def _explanation(entries: Sequence[Entry], device: torch.device) -> str:
 def _comparison(entries: Sequence[Entry]) -> str:
     """Every model against the first, on the same images with the same seeds."""
     first = entries[0]
-    rows, remarks = [], []
+    of_images, of_patches, remarks = [], [], []
     for other in entries[1:]:
-        answers = [_answers(first, other), _answers(other, first)]
-        if not answers[0]:
+        pairs = _paired_predictions(first, other)
+        if not pairs:
             remarks.append(f'{other.label} and {first.label} have no seed in common.\n')
             continue
-        if any(a[0] != b[0] for a, b in zip(*answers, strict=True)):
+        if any(_images(ours) != _images(theirs) for ours, theirs in pairs):
             remarks.append(f'{other.label} was measured on other validation images than {first.label}.\n')
             continue
-        found = compare(*([right for _, right in each] for each in answers))
-        rows.append(
-            {
-                'model': other.label,
-                'pairs': found.pairs,
-                'only_first': found.only_first,
-                'only_this': found.only_other,
-                'difference': found.difference,
-                'interval': f'{found.low:+.2f} … {found.high:+.2f}',
-                'p': f'{found.p:.2g}',
-            }
-        )
+        columns = pairs[0][0][0]
+        if 'predicted' in columns:
+            of_images.append({'model': other.label, **_compare_answers(pairs)})
+        if 'patch_accuracy' in columns:
+            of_patches.append({'model': other.label, **_compare_patches(pairs)})
     text = ''
-    if rows:
+    if of_images:
         columns = [
             Column('model', f'against {first.label}'),
             Column('pairs', 'images × seeds'),
@@ -261,24 +313,68 @@ def _comparison(entries: Sequence[Entry]) -> str:
             Column('interval', '95 % interval'),
             Column('p', 'p'),
         ]
-        text = Table(columns, rows).render() + (
+        text += Table(columns, of_images).render() + (
             '\nPaired by image and seed. p: exact McNemar test, pairs of all seeds pooled. Interval: bootstrap over '
             'images, each with all its seeds.\n'
         )
+    if of_patches:
+        columns = [
+            Column('model', f'patches, against {first.label}'),
+            Column('pairs', 'images × seeds'),
+            Column('difference', 'difference (points)', 2),
+            Column('interval', '95 % interval'),
+        ]
+        text += ('\n' if text else '') + Table(columns, of_patches).render()
+        text += '\nShare of patches that are right, paired by image and seed. Interval: bootstrap over images.\n'
     return text + ''.join(remarks)
 
 
-def _answers(entry: Entry, other: Entry) -> list[tuple[list[tuple[str, str, str]], list[bool]]]:
-    """For every seed that both have: the images with their labels, and whether the entry's answers are right."""
-    answers = []
-    seeds = {config.seed for config in other.configs}
-    for config in entry.configs:
-        if config.seed in seeds:
-            with open(Path(config.output) / 'predictions.csv', newline='', encoding='utf-8') as file:
-                rows = list(csv.DictReader(file))
-            images = [(row['index'], row['file'], row['label']) for row in rows]
-            answers.append((images, [row['label'] == row['predicted'] for row in rows]))
-    return answers
+Predictions = list[dict[str, str]]  # a run's predictions.csv
+
+
+def _paired_predictions(entry: Entry, other: Entry) -> list[tuple[Predictions, Predictions]]:
+    """What both predict, for every seed that both have."""
+    theirs = {config.seed: config for config in other.configs}
+    return [
+        (_predictions(config), _predictions(theirs[config.seed])) for config in entry.configs if config.seed in theirs
+    ]
+
+
+def _predictions(config: Config) -> Predictions:
+    # Images that are made up are told by what they are made with.
+    made_with = json.dumps({**config.data.args, **config.data.val_args}, sort_keys=True)
+    with open(Path(config.output) / 'predictions.csv', newline='', encoding='utf-8') as file:
+        return [{**row, 'made_with': made_with} for row in csv.DictReader(file)]
+
+
+def _images(rows: Predictions) -> list[tuple[str | None, ...]]:
+    return [(row['index'], row['file'], row.get('label'), row['made_with']) for row in rows]
+
+
+def _compare_answers(pairs: Sequence[tuple[Predictions, Predictions]]) -> dict[str, Any]:
+    ours, theirs = (
+        [[row['label'] == row['predicted'] for row in rows] for rows in runs] for runs in zip(*pairs, strict=True)
+    )
+    found = compare(ours, theirs)
+    return {
+        'pairs': found.pairs,
+        'only_first': found.only_first,
+        'only_this': found.only_other,
+        'difference': found.difference,
+        'interval': f'{found.low:+.2f} … {found.high:+.2f}',
+        'p': f'{found.p:.2g}',
+    }
+
+
+def _compare_patches(pairs: Sequence[tuple[Predictions, Predictions]], resamples: int = 2_000) -> dict[str, Any]:
+    ours, theirs = (
+        np.array([[float(row['patch_accuracy']) for row in rows] for rows in runs]) for runs in zip(*pairs, strict=True)
+    )
+    gains = (theirs - ours).mean(axis=0)
+    draw = np.random.default_rng(0)
+    means = [draw.choice(gains, len(gains)).mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {'pairs': ours.size, 'difference': float(gains.mean()), 'interval': f'{low:+.2f} … {high:+.2f}'}
 
 
 def _environment(entries: Sequence[Entry], device: torch.device) -> str:

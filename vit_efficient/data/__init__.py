@@ -11,6 +11,7 @@ from vit_efficient.data.datasets import (
     iterate,
 )
 from vit_efficient.data.images import read_image, to_array
+from vit_efficient.data.megapixel_mnist import MegapixelMnist
 from vit_efficient.data.sampler import EpochSampler, stable_seed
 from vit_efficient.data.transforms import EvalTransform, Preprocessing, TrainTransform
 
@@ -21,6 +22,7 @@ __all__ = [
     'EpochSampler',
     'EvalTransform',
     'ImageTree',
+    'MegapixelMnist',
     'Preprocessing',
     'Samples',
     'TrainTransform',

@@ -1,6 +1,7 @@
 """The options of data loading and augmentation, typed: the `data:` section of a recipe."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -35,8 +36,10 @@ class DataConfig:
 
     train: str = ''  # folder of class folders; with `dataset`, the name of the split
     val: str = ''
-    dataset: str = ''  # a data set that timm knows by name, such as `hfds/…` or `torch/cifar10`
+    dataset: str = ''  # megapixel_mnist, or a data set that timm knows by name, such as `hfds/…` or `torch/cifar10`
     root: str = ''  # with `dataset`: the folder that holds it
+    args: dict[str, Any] = field(default_factory=dict)  # with `dataset`: its further arguments
+    val_args: dict[str, Any] = field(default_factory=dict)  # what replaces some of them for validation
     batch_size: int = 128  # images per process and micro-batch
     eval_batch_size: int | None = None  # null: batch_size
     workers: int = 4  # loader processes; 0 loads in the training process

@@ -1,6 +1,7 @@
-"""Data sets: folders of class folders, what timm knows by name, and any torch data set of images and labels."""
+"""Data sets: folders of class folders, what is known by name, and any torch data set of images and labels."""
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import DatasetFolder
 
 from vit_efficient.data.images import EXTENSIONS, read_image, to_array
+from vit_efficient.data.megapixel_mnist import SPLITS, MegapixelMnist
 from vit_efficient.data.sampler import EpochSampler
 
 
@@ -78,24 +80,36 @@ class _TimmImages(Dataset):
         return str(self.reader.filename(index))
 
 
-def create_dataset(path: str, dataset: str = '', root: str = '', key: str = 'data.train') -> Dataset:
-    """Opens a data set of (image, label).
+def create_dataset(
+    path: str,
+    dataset: str = '',
+    root: str = '',
+    key: str = 'data.train',
+    args: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Opens a data set of (image, label), or of (image, label, target) where it has targets for patches.
 
     Args:
         path: A folder of class folders; with `dataset`, the name of the split.
-        dataset: A name that timm.data.create_dataset knows, such as `hfds/…` or `torch/cifar10`.
+        dataset: megapixel_mnist, or a name that timm.data.create_dataset knows, such as `hfds/…` or `torch/cifar10`.
         root: With `dataset`, the folder that holds it.
         key: The recipe's key for `path`, for messages.
+        args: With `dataset`, its further arguments.
 
     Raises:
-        ValueError: If there are no images there, or the data set is a stream.
+        ValueError: If there are no images there, the data set is a stream, or it does not take the arguments.
     """
+    args = dict(args or {})
     if not path:
         raise ValueError(f'{key} is not set: it names a folder of class folders')
     if not dataset:
+        if args:
+            raise ValueError(f'data.args={args} are for a data set with a name; set data.dataset')
         return ImageTree(path)
+    if dataset == 'megapixel_mnist':
+        return _create_megapixel_mnist(path, args, key)
     try:
-        opened = create_timm_dataset(dataset, root=root or None, split=path, input_img_mode=None)
+        opened = create_timm_dataset(dataset, root=root or None, split=path, input_img_mode=None, **args)
     # Readers raise whatever their libraries do; those that need a root trip over None.
     except Exception as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
@@ -104,6 +118,21 @@ def create_dataset(path: str, dataset: str = '', root: str = '', key: str = 'dat
     if isinstance(opened, IterableDataset):
         raise ValueError(f'data.dataset={dataset} is a stream, its samples have no index; use one with random access')
     return _TimmImages(opened) if isinstance(opened, ImageDataset) else opened
+
+
+def _create_megapixel_mnist(split: str, args: dict[str, Any], key: str) -> MegapixelMnist:
+    if split not in SPLITS:
+        raise ValueError(f'{key} must be a split of megapixel_mnist ({" or ".join(SPLITS)}), got {split!r}')
+    known = [name for name in inspect.signature(MegapixelMnist).parameters if name != 'split']
+    for name in args:
+        if name not in known:
+            raise ValueError(f'data.args.{name}: megapixel_mnist has no such argument; it has {", ".join(known)}')
+    try:
+        return MegapixelMnist(split, **args)
+    except ValueError as error:
+        raise ValueError(f'data.args: {error}') from error
+    except ImportError as error:
+        raise ValueError(f'data.dataset=megapixel_mnist: {error}') from error
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
@@ -127,12 +156,16 @@ def check_same_classes(ours: list[str] | None, theirs: list[str] | None, our_nam
 class Samples(Dataset):
     """What the loader reads: (tensor (C, H, W), label, index) for a key (epoch, index).
 
+    With `check_target` it is (tensor, label, target, index), the target (rows, columns) being the class of each patch.
+
     Args:
-        dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`).
+        dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`); with
+            `check_target`, of (image, label, array of integers).
         transform: (array, epoch, index) -> tensor.
         in_chans: Channels of the model.
         num_classes: Classes of the model.
         cache: Keep decoded images in memory. Every loader process holds its own.
+        check_target: Raises ValueError if a target does not fit its image: ((height, width), (rows, columns)) -> None.
     """
 
     def __init__(
@@ -142,12 +175,14 @@ class Samples(Dataset):
         in_chans: int,
         num_classes: int,
         cache: bool = False,
+        check_target: Callable[[tuple[int, int], tuple[int, int]], None] | None = None,
     ):
         self.dataset = dataset
         self.transform = transform
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.cached: dict[int, tuple[np.ndarray, int]] | None = {} if cache else None
+        self.check_target = check_target
+        self.cached: dict[int, tuple[Any, ...]] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -157,33 +192,48 @@ class Samples(Dataset):
         name = getattr(self.dataset, 'filename', None)
         return name(index) if name else str(index)
 
-    def decode(self, index: int) -> tuple[np.ndarray, int]:
-        """The image as an array (H, W, C) and its label.
+    def decode(self, index: int) -> tuple[Any, ...]:
+        """The image as an array (H, W, C), its label and, where it is read, its target as an int64 tensor.
 
         Raises:
-            ValueError: If either does not fit the model, or the image is corrupt. The message names the sample.
+            ValueError: If one of them does not fit the model, or the image is corrupt. The message names the sample.
         """
         if self.cached is not None and index in self.cached:
             return self.cached[index]
-        image, label = self.dataset[index][:2]
+        image, label, *rest = self.dataset[index]
         try:
             if not 0 <= int(label) < self.num_classes:
                 raise ValueError(f'its label {int(label)} is not among the {self.num_classes} classes of the model')
-            item = to_array(image, self.in_chans), int(label)
+            item: tuple[Any, ...] = (to_array(image, self.in_chans), int(label))
+            if self.check_target:
+                target = self._target(rest)
+                self.check_target(item[0].shape[:2], tuple(target.shape))
+                item += (target,)
         except (OSError, ValueError) as error:  # PIL decodes some images only now
             raise ValueError(f'{self._where(index)}: {error}') from error
         if self.cached is not None:
             self.cached[index] = item
         return item
 
+    def _target(self, rest: list[Any]) -> torch.Tensor:
+        if not rest:
+            raise ValueError('it has no target of patches; task=classification needs none')
+        target = np.asarray(rest[0])
+        if target.ndim != 2 or target.dtype.kind not in 'iu' or not target.size:
+            raise ValueError(f'its target must be integers (rows, columns), got {target.dtype} {target.shape}')
+        low, high = int(target.min()), int(target.max())
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(f'its target has {low} to {high}, the {self.num_classes} classes of the model begin at 0')
+        return torch.from_numpy(target.astype(np.int64))
+
     def _where(self, index: int) -> str:
         name, root = self.filename(index), getattr(self.dataset, 'root', None)
         return f'sample {name}' if name == str(index) else str(Path(root or '') / name)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         epoch, index = key
-        image, label = self.decode(index)
-        return self.transform(image, epoch, index), label, index
+        image, *truth = self.decode(index)
+        return self.transform(image, epoch, index), *truth, index
 
 
 def create_loader(
@@ -194,7 +244,7 @@ def create_loader(
     drop_last: bool = False,
     pin: bool = False,
 ) -> DataLoader:
-    """A loader of batches (images (B, C, H, W), labels (B,), indices (B,)).
+    """A loader of batches (images (B, C, H, W), labels (B,), indices (B,)), with targets before the indices if any.
 
     Args:
         samples: The data.

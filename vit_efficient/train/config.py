@@ -50,6 +50,7 @@ class LossConfig:
     mixup: float = 0.0  # alpha of its beta distribution; 0: off
     cutmix: float = 0.0  # alpha; with both on, each batch takes one of them at even odds
     bce: bool = False  # binary cross-entropy in the place of softmax cross-entropy
+    patch_weight: float = 1.0  # of the loss of patches beside that of images, for `task` both
 
 
 @dataclass
@@ -62,6 +63,7 @@ class EmaConfig:
 class Config:
     """A run. See `DataConfig` and the other sections for their keys."""
 
+    task: str = 'classification'  # of images; segmentation: of patches; both: one model for the two
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -85,6 +87,8 @@ class Config:
     recipe: str = ''  # the file; load_recipe fills it in
 
 
+TASKS = ('classification', 'segmentation', 'both')
+
 # What may change when a run goes on, because the weights do not depend on it beyond rounding.
 _FREE_KEYS = {
     'output',
@@ -101,9 +105,25 @@ _FREE_KEYS = {
     'data.train',
     'data.val',
     'data.root',
+    'data.val_args',
     'data.eval_batch_size',
     'data.workers',
     'data.cache',
+}
+
+# The values with which augmentation and mixing leave every pixel at its place.
+_STILL = {
+    'data.augment.crop_scale': None,
+    'data.augment.hflip': 0.0,
+    'data.augment.vflip': 0.0,
+    'data.augment.affine.rotate': 0.0,
+    'data.augment.affine.translate': 0.0,
+    'data.augment.affine.scale': 0.0,
+    'data.augment.affine.shear': 0.0,
+    'data.augment.rand_ops': 0,
+    'data.augment.erasing': 0.0,
+    'loss.mixup': 0.0,
+    'loss.cutmix': 0.0,
 }
 
 
@@ -242,11 +262,12 @@ def validate(config: Config) -> None:
     )
     check(
         'data.workers checkpoint_steps sched.warmup_epochs sched.warmup_lr sched.min_lr optim.weight_decay '
-        'loss.mixup loss.cutmix data.augment.color_jitter data.augment.rand_ops data.augment.affine.rotate '
-        'data.augment.affine.shear',
+        'loss.mixup loss.cutmix loss.patch_weight data.augment.color_jitter data.augment.rand_ops '
+        'data.augment.affine.rotate data.augment.affine.shear',
         'at least 0',
         lambda v: v >= 0,
     )
+    check('task', ', '.join(TASKS[:-1]) + f' or {TASKS[-1]}', lambda v: v in TASKS)
     check('seed', 'at least 0 and below 2**32', lambda v: 0 <= v < 2**32)
     check('optim.lr clip_grad', 'above 0', lambda v: v > 0)
     check('optim.layer_decay data.crop_pct', 'above 0 and at most 1', lambda v: 0 < v <= 1)
@@ -270,3 +291,10 @@ def validate(config: Config) -> None:
     check('sched.warmup_epochs', f'at most sched.epochs={config.sched.epochs}', lambda v: v <= config.sched.epochs)
     if (config.loss.mixup or config.loss.cutmix) and config.data.batch_size % 2:
         raise ValueError(f'data.batch_size must be even for mixup and cutmix, got {config.data.batch_size}')
+    if config.task != 'classification':
+        for key, still in _STILL.items():
+            if values[key] != still:
+                raise ValueError(
+                    f'{key} must be {"null" if still is None else still} for task={config.task}: the target of '
+                    f'patches does not move with the pixels; got {values[key]!r}'
+                )

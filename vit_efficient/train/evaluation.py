@@ -1,34 +1,88 @@
-"""Accuracy of a model on a labelled data set."""
+"""Accuracy of a model on a labelled data set: of images, of patches, or of both.
+
+Dimensions: B images, K classes, H × W patches of the target.
+"""
 
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vit_efficient.data import iterate
 from vit_efficient.train.distributed import Processes
+from vit_efficient.train.tasks import Task
+
+# The accuracies, in percent, in the order in which they are shown.
+ACCURACIES = {
+    'top1': 'top-1',
+    'top5': 'top-5',
+    'foreground_miou': 'foreground mIoU',
+    'miou': 'mIoU',
+    'patch_accuracy': 'patch accuracy',
+}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found: accuracies in percent, mean loss, and (index, label, predicted) for every image."""
+    """What `evaluate` found.
 
-    top1: float
-    top5: float
+    Attributes:
+        loss: Mean cross-entropy, without label smoothing.
+        images: Their number.
+        images_per_second: The rate of the whole loop, loading included, over all processes.
+        columns: What `predictions` hold: index; label and predicted class of tasks of images; patch_accuracy of those
+            of patches, in percent.
+        predictions: For every image, by index.
+        top1, top5: Images whose label is the first, or among the first five, of the classes, in percent.
+        miou: Intersection over union of the patches of each class, all images together, averaged over the classes that
+            occur in targets or predictions; in percent.
+        foreground_miou: Likewise, without the class none.
+        patch_accuracy: Patches that are right, in percent.
+    """
+
     loss: float
     images: int
     images_per_second: float
-    predictions: list[tuple[int, int, int]]
+    columns: tuple[str, ...] = field(repr=False)
+    predictions: list[tuple[int | float, ...]] = field(repr=False)
+    top1: float | None = None
+    top5: float | None = None
+    foreground_miou: float | None = None
+    miou: float | None = None
+    patch_accuracy: float | None = None
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """Those that the task has, by name."""
+        values = {name: getattr(self, name) for name in ACCURACIES}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def describe(accuracies: Mapping[str, float]) -> str:
+    """Accuracies as text: 'top-1 97.10 %, top-5 99.90 %'. What else the mapping holds is left out."""
+    return ', '.join(f'{title} {accuracies[name]:.2f} %' for name, title in ACCURACIES.items() if name in accuracies)
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     """The context of a forward pass: bf16 autocast for `amp` bf16, none otherwise."""
     return torch.autocast(device.type, torch.bfloat16) if amp == 'bf16' else nullcontext()
+
+
+def confusion_matrix(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
+    """(classes, classes), int64: how often a class, by row, was taken for another, by column."""
+    return torch.bincount((target * classes + predicted).flatten(), minlength=classes**2).view(classes, classes)
+
+
+def intersection_over_union(confusion: Tensor) -> Tensor:
+    """Of each class, (classes,), float64; NaN for those that occur neither in targets nor in predictions."""
+    both = confusion.diagonal().double()
+    return both / (confusion.sum(0) + confusion.sum(1) - both)
 
 
 @torch.inference_mode()
@@ -37,52 +91,83 @@ def evaluate(
     loader: DataLoader,
     processes: Processes | None = None,
     amp: str = 'none',
+    task: Task | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Counts how often the label is the first, or among the first five, of the model's classes.
+    """Measures a model.
 
     Args:
-        model: Images (B, C, H, W) -> logits (B, classes). It is put in eval mode, and back as it was.
-        loader: Batches (images, labels, indices); every process reads its own share.
+        model: Images (B, C, H, W) -> logits, as the task reads them. It is put in eval mode, and back as it was.
+        loader: Batches (images, labels, indices), of patch tasks (images, labels, targets, indices); every process
+            reads its own share.
         processes: Where the work is shared; by default, the model's device alone.
         amp: none or bf16.
+        task: By default, the classification of images.
         progress: Show a progress bar where there is a terminal.
 
     Returns:
-        The same Evaluation in every process. With fewer than six classes top-5 is 100 %. Images per second is the rate
-        of the whole loop, loading included, over all processes.
+        The same Evaluation in every process. With fewer than six classes top-5 is 100 %.
 
     Raises:
         ValueError: If there are no images, or one of them is corrupt.
     """
     processes = processes or Processes(next(model.parameters()).device)
+    task = task or Task()
     was_training = model.training
     model.eval()
-    rows: list[tuple[int, int, int]] = []
+    rows: list[tuple[int | float, ...]] = []
     top5 = total_loss = 0.0
+    confusion: Tensor | int = 0
     start = time.perf_counter()
     disable = None if progress and processes.is_first else True  # None: unless there is a terminal
-    for images, labels, indices in tqdm(iterate(loader), 'evaluate', len(loader), leave=False, disable=disable):
-        labels = labels.to(processes.device)
+    for images, *truth, indices in tqdm(iterate(loader), 'evaluate', len(loader), leave=False, disable=disable):
+        truth = [tensor.to(processes.device) for tensor in truth]
         with autocast(processes.device, amp):
             logits = model(images.to(processes.device, non_blocking=True))
-        logits = logits.float()
-        total_loss += F.cross_entropy(logits, labels, reduction='sum').item()
-        best = logits.topk(min(5, logits.shape[1])).indices
-        top5 += (best == labels[:, None]).sum().item()
-        rows += zip(indices.tolist(), labels.tolist(), best[:, 0].tolist(), strict=True)
+        logits = images_BK, patches_BKHW = task.split(logits.float(), truth)
+        total_loss += len(images) * task.loss(logits, truth, F.cross_entropy).item()
+        columns = [indices]
+        if task.of_images:
+            best = images_BK.topk(min(5, images_BK.shape[1])).indices
+            top5 += (best == truth[0][:, None]).sum().item()
+            columns += [truth[0], best[:, 0]]
+        if task.of_patches:
+            predicted_BHW = patches_BKHW.argmax(1)
+            confusion = confusion + confusion_matrix(predicted_BHW, truth[1], patches_BKHW.shape[1]).cpu()
+            columns.append(100 * (predicted_BHW == truth[1]).double().mean((1, 2)))
+        rows += zip(*(column.tolist() for column in columns), strict=True)
     seconds = time.perf_counter() - start
     model.train(was_training)
-    shares = processes.gather((rows, top5, total_loss, seconds))
+    shares = processes.gather((rows, top5, total_loss, confusion, seconds))
     rows = sorted(row for share in shares for row in share[0])
     if not rows:
         raise ValueError('there are no images to evaluate')
     count = len(rows)
+    columns, accuracies = ['index'], {}
+    if task.of_images:
+        columns += ['label', 'predicted']
+        accuracies['top1'] = 100 * sum(label == predicted for _, label, predicted, *_ in rows) / count
+        accuracies['top5'] = 100 * sum(share[1] for share in shares) / count
+    if task.of_patches:
+        columns.append('patch_accuracy')
+        accuracies.update(_patch_accuracies(sum(share[3] for share in shares), task.none))
     return Evaluation(
-        top1=100 * sum(label == predicted for _, label, predicted in rows) / count,
-        top5=100 * sum(share[1] for share in shares) / count,
         loss=sum(share[2] for share in shares) / count,
         images=count,
-        images_per_second=count / max(share[3] for share in shares),
+        images_per_second=count / max(share[4] for share in shares),
+        columns=tuple(columns),
         predictions=rows,
+        **accuracies,
     )
+
+
+def _patch_accuracies(confusion: Tensor, none: int | None) -> dict[str, float | None]:
+    found = intersection_over_union(confusion)
+    accuracies = {
+        'miou': 100 * found.nanmean().item(),
+        'patch_accuracy': 100 * (confusion.trace() / confusion.sum()).item(),
+    }
+    if none is not None:
+        foreground = torch.cat([found[:none], found[none + 1 :]]).nanmean()
+        accuracies['foreground_miou'] = None if foreground.isnan() else 100 * foreground.item()
+    return accuracies

@@ -18,8 +18,9 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """Turns the first SIGINT or SIGTERM into `Interrupted`; a second one has its usual effect.
 
-    Inside `held()` the exception waits until the block is done, so that weights, optimiser and counters agree. In
-    threads other than the main one signals are left as they are, as Python requires.
+    Inside `held()` the exception waits until the block is done, so that weights, optimiser and counters agree, and the
+    queue of TensorBoard's writer is not left in between. In threads other than the main one signals are left as they
+    are, as Python requires.
     """
 
     def __init__(self):

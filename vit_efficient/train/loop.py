@@ -46,10 +46,11 @@ from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
 from vit_efficient.train.config import Config, first_line, identity, to_yaml, validate
 from vit_efficient.train.distributed import Processes, processes
-from vit_efficient.train.evaluation import Evaluation, autocast, evaluate
+from vit_efficient.train.evaluation import Evaluation, autocast, describe, evaluate
 from vit_efficient.train.interrupts import Interrupted, Interrupts
 from vit_efficient.train.learning import create_loss, create_optimizer, create_scheduler
 from vit_efficient.train.log import MetricsLog
+from vit_efficient.train.tasks import Task
 
 CHECKPOINT = 'checkpoint.pt'
 RESULT = 'result.json'
@@ -65,7 +66,8 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
 
     Args:
         config: The recipe, from `load_recipe`.
-        train_set: Instead of `data.train`: any map-style data set of (PIL image or array, label).
+        train_set: Instead of `data.train`: any map-style data set of (PIL image or array, label), for tasks of patches
+            of (PIL image or array, label, target).
         val_set: Instead of `data.val`.
 
     Returns:
@@ -81,7 +83,12 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
         torch.set_num_threads(config.threads)
     with processes(config.device) as team:
         run = _Run(config, team, train_set, val_set)
-        return run.finished() or run.fit()
+        try:
+            return run.finished() or run.fit()
+        finally:
+            # DDP must not outlive its process group: its end would wait, holding the interpreter's lock, for a thread
+            # of gloo that waits for that lock (PyTorch 2.10).
+            run.step_model = run.model
 
 
 @dataclass
@@ -107,17 +114,23 @@ class _Run:
         self.made_folder = False
 
         if train_set is None:
-            train_set = create_dataset(data.train, data.dataset, data.root, 'data.train')
+            train_set = create_dataset(data.train, data.dataset, data.root, 'data.train', data.args)
         if val_set is None:
-            val_set = create_dataset(data.val, data.dataset, data.root, 'data.val')
+            args = {**data.args, **data.val_args}
+            val_set = create_dataset(data.val, data.dataset, data.root, 'data.val', args)
         self.classes = class_names(train_set)
         check_same_classes(self.classes, class_names(val_set), 'the training set', 'the validation set')
         self.model = create_model(config, self.classes)
         self.preprocessing = Preprocessing.of(self.model, data)
         in_chans, num_classes = self.preprocessing.input_size[0], self.model.num_classes
+        self.task = Task.of(config.task, self.model, self.preprocessing, self.classes, config.loss.patch_weight)
         augment = TrainTransform(self.preprocessing, data.augment, config.seed)
-        self.train_samples = Samples(train_set, augment, in_chans, num_classes, data.cache)
-        self.val_samples = Samples(val_set, EvalTransform(self.preprocessing), in_chans, num_classes, data.cache)
+        fixed = EvalTransform(self.preprocessing)
+        if self.task.of_patches and not (data.augment.color_jitter or data.augment.hue):
+            augment = fixed  # nothing is drawn: where images are resized, training sees what evaluation sees
+        options = in_chans, num_classes, data.cache, self.task.check_target if self.task.of_patches else None
+        self.train_samples = Samples(train_set, augment, *options)
+        self.val_samples = Samples(val_set, fixed, *options)
         if not len(self.val_samples):
             raise ValueError('the validation set is empty')
 
@@ -186,8 +199,9 @@ class _Run:
                 f'{self.folder} holds a result and no checkpoint; resume=restart replaces it, output=… starts another'
             )
         state = load_checkpoint(checkpoint, self.team.device)
+        defaults = identity(Config())  # of keys that are newer than the checkpoint
         for key, ours in self.identity.items():
-            theirs = state['identity'].get(key)
+            theirs = state['identity'].get(key, defaults.get(key))
             if theirs != json.loads(json.dumps(ours)):
                 raise ValueError(
                     f'{checkpoint} was written with {key}={theirs!r}, this run has {key}={ours!r}; set it back, or '
@@ -243,12 +257,13 @@ class _Run:
         try:
             # Not inference_mode: what a model caches in it could not be trained through.
             with torch.no_grad(), autocast(self.team.device, self.config.amp):
-                self.model(torch.zeros(1, channels, height, width, device=self.team.device))
+                logits = self.model(torch.zeros(1, channels, height, width, device=self.team.device))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f'model {self.config.model.name} does not take images of {height}×{width} pixels and {channels} '
                 f'channels (data.img_size, model.args): {first_line(error)}'
             ) from error
+        self.task.check_logits(logits)
 
     def fit(self) -> dict[str, Any]:
         """From where `progress` stands to the result. A folder made for a run without an update is removed again."""
@@ -286,7 +301,7 @@ class _Run:
             if last or (progress.epoch + 1) % config.checkpoint_every == 0:
                 self.save()
             if last or (progress.epoch + 1) % config.eval_every == 0:
-                evaluation = self._evaluate()
+                evaluation = self._evaluate(interrupts)
             if last:
                 return evaluation
             with interrupts.held():
@@ -315,26 +330,26 @@ class _Run:
                     now = time.perf_counter()
                     seconds, clock = now - clock, now
                     progress.train_seconds += seconds
+                    if progress.updates % config.log_every == 0:
+                        self._log_update(loss, self.images_per_update / seconds)
+                        bar.set_postfix(loss=f'{loss:.3f}')
                 bar.update()
-                if progress.updates % config.log_every == 0:
-                    self._log_update(loss, self.images_per_update / seconds)
-                    bar.set_postfix(loss=f'{loss:.3f}')
                 if config.checkpoint_steps and progress.updates % config.checkpoint_steps == 0:
                     self.save()
                     clock = time.perf_counter()
 
-    def _update(self, chunk: list[tuple[Tensor, Tensor, Tensor]]) -> float:
+    def _update(self, chunk: list[tuple[Tensor, ...]]) -> float:
         """One step of the optimiser on `grad_accum` micro-batches; their mean loss in this process."""
         config, team, update = self.config, self.team, self.progress.updates
         total = 0.0
-        for number, (images, labels, indices) in enumerate(chunk):
+        for number, (*tensors, indices) in enumerate(chunk):
             seed_everything(config.seed, update * config.grad_accum + number, team.rank)
-            images, labels = (tensor.to(team.device, non_blocking=True) for tensor in (images, labels))
+            images, *truth = (tensor.to(team.device, non_blocking=True) for tensor in tensors)
             if self.mixup:
-                images, labels = self.mixup(images, labels)
+                images, *truth = self.mixup(images, *truth)
             with autocast(team.device, config.amp):
                 logits = self.step_model(images)
-            loss = self.loss(logits.float(), labels)
+            loss = self.task.loss(self.task.split(logits.float(), truth), truth, self.loss)
             value = loss.item()
             if not math.isfinite(value):
                 raise ValueError(
@@ -372,22 +387,23 @@ class _Run:
     def _lr(self) -> float:
         return max(group['lr'] for group in self.optimizer.param_groups)
 
-    def _evaluate(self) -> Evaluation:
-        evaluation = evaluate(self.evaluated_model, self.val_loader, self.team, self.config.amp)
+    def _evaluate(self, interrupts: Interrupts) -> Evaluation:
+        evaluation = evaluate(self.evaluated_model, self.val_loader, self.team, self.config.amp, self.task)
         if self.log:
-            progress = self.progress
+            progress, accuracies = self.progress, dict(evaluation.accuracies)
             values = {
                 'train_loss': progress.loss_sum / self.updates_per_epoch,
                 'loss': evaluation.loss,
-                'top1': evaluation.top1,
-                'top5': evaluation.top5,
+                **accuracies,
                 'lr': self._lr(),
                 'train_seconds': progress.train_seconds,
             }
-            self.log.write('val', progress.epoch, progress.updates, values)
+            accuracies.pop('top5', None)
+            with interrupts.held():
+                self.log.write('val', progress.epoch, progress.updates, values)
             print(
                 f'epoch {progress.epoch + 1}/{self.config.sched.epochs}: train loss {values["train_loss"]:.3f}, '
-                f'val loss {evaluation.loss:.3f}, top-1 {evaluation.top1:.2f} %, {progress.train_seconds:.0f} s',
+                f'val loss {evaluation.loss:.3f}, {describe(accuracies)}, {progress.train_seconds:.0f} s',
                 file=sys.stderr,
             )
         return evaluation
@@ -398,9 +414,9 @@ class _Run:
         self._save_model()
         table = io.StringIO(newline='')
         writer = csv.writer(table, lineterminator='\n')
-        writer.writerow(['index', 'file', 'label', 'predicted'])
-        for index, label, predicted in evaluation.predictions:
-            writer.writerow([index, self.val_samples.filename(index), label, predicted])
+        writer.writerow(['index', 'file', *evaluation.columns[1:]])
+        for index, *prediction in evaluation.predictions:
+            writer.writerow([index, self.val_samples.filename(index), *prediction])
         write_text(self.folder / 'predictions.csv', table.getvalue())
         result = {
             'recipe': config.recipe,
@@ -409,8 +425,7 @@ class _Run:
             'seed': config.seed,
             'epochs': config.sched.epochs,
             'steps': progress.updates,
-            'top1': evaluation.top1,
-            'top5': evaluation.top5,
+            **evaluation.accuracies,
             'val_images': evaluation.images,
             'train_images': len(self.train_samples),
             'parameters': sum(parameter.numel() for parameter in self.model.parameters()),
@@ -439,7 +454,7 @@ class _Run:
 def _read_result(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text())
-        if 'top1' in result:
+        if 'environment' in result:  # the last entry
             return result
     except (TypeError, ValueError):
         pass
