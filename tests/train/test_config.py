@@ -90,6 +90,6 @@ def test_mixing_needs_even_batches(recipe):
         validate(config)
 
 
-@pytest.mark.parametrize('path', sorted(Path(__file__).parents[2].glob('recipes/*/*.yaml')), ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', sorted(Path(__file__).parents[2].glob('recipes/**/*.yaml')), ids=lambda p: p.stem)
 def test_the_recipes_of_this_repository_are_valid(path):
     load_recipe(path, ['model.name=any'] if path.stem == 'base' else [])

@@ -241,6 +241,14 @@ def test_going_on_mid_epoch_gives_the_same_weights(tmp_path, monkeypatch):
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
+@pytest.mark.parametrize('task', ['segmentation', 'both'])
+def test_from_the_command_line(tmp_path, capsys, task):
+    (tmp_path / 'recipe.yaml').write_text(to_yaml(patch_recipe(tmp_path / 'run', task)))
+    assert main(['train', str(tmp_path / 'recipe.yaml')]) == 0
+    printed = capsys.readouterr().out
+    assert 'foreground mIoU' in printed and ('top-1' in printed) == (task == 'both')
+
+
 def test_training_sees_what_evaluation_sees(tmp_path, monkeypatch):
     """Where nothing is drawn, images of half the resolution are resized alike."""
     runs = []

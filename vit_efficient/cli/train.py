@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     from vit_efficient.train import Interrupted, load_recipe, train
+    from vit_efficient.train.evaluation import describe
 
     config = load_recipe(args.recipe, args.overrides)
     try:
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> int | None:
         return 128 + stop.signal
     if result:  # under torchrun, the first process has it
         print(
-            f'{result["model"]}: top-1 {result["top1"]:.2f} %, top-5 {result["top5"]:.2f} % of {result["val_images"]} '
-            f'images after {result["epochs"]} epochs in {result["train_seconds"]:.0f} s; see {config.output}'
+            f'{result["model"]}: {describe(result)} of {result["val_images"]} images after {result["epochs"]} epochs '
+            f'in {result["train_seconds"]:.0f} s; see {config.output}'
         )
     return None
