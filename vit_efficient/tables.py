@@ -110,7 +110,7 @@ class Point:
     """A model in a plot.
 
     Args:
-        label: Its name.
+        label: Its name in the legend. Points of the same name are joined by a line, in their order.
         cost: Such as billions of multiply-accumulates of an image; above 0.
         accuracy: In percent.
         error: Half the length of the error bar, in points; None for no bar.
@@ -142,39 +142,31 @@ _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#
 _MARKERS = 'os^DvPX*'
 
 
-def plot_accuracy(points: Sequence[Point], path: str | Path, title: str = '') -> None:
-    """Saves a plot of accuracy against GMACs, on a logarithmic axis, as PNG (or by another suffix, PDF or SVG).
+def plot_accuracy(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
+    """Saves a figure of rows of panels as PNG (or by another suffix, PDF or SVG), costs on logarithmic axes.
 
-    Raises:
-        ValueError: If there are no points, or GMACs are not above 0.
-    """
-    _check([Panel(points)])
-    figure = _figure(7, 4.5)
-    axes = figure.add_subplot()
-    _draw(axes, Panel(points))
-    low, high = min(p.cost for p in points), max(p.cost for p in points)
-    axes.set_xlim(low / 1.3, high * 1.3 * (high / low) ** 0.35)  # room for the labels, to the right of the points
-    axes.set_title(title)
-    _label(figure, axes, points)
-    _save(figure, path)
-
-
-def plot_panels(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
-    """Saves a figure of rows of panels, with one legend for all: the same models, in the same order, in each.
+    One legend is for all: every panel has the same models in the same order.
 
     Raises:
         ValueError: If a panel has no points, or costs that are not above 0.
     """
-    _check([panel for row in rows for panel in row])
-    labels = [point.label for point in rows[0][0].points]
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [panel for row in rows for panel in row]
+    _check(panels)
+    labels = list(dict.fromkeys(point.label for point in panels[0].points))
     columns = 2 if max(map(len, labels)) > 24 else 3
     legend = 0.22 * -(-len(labels) // columns)  # inches
-    figure = _figure(5 * len(rows[0]), 3.6 * len(rows) + legend)
+    figure = Figure(figsize=(5 * len(rows[0]), 3.6 * len(rows) + legend), dpi=150, layout='constrained')
+    FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
-    for axes, panel in zip(grid.flat, (panel for row in rows for panel in row), strict=True):
-        lines = _draw(axes, panel)
+    for axes, panel in zip(grid.flat, panels, strict=True):
+        lines = _draw(axes, panel, labels)
     figure.legend(lines, labels, loc='outside lower center', ncols=columns, frameon=False, fontsize='small')
-    _save(figure, path)
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix.lstrip('.') or 'png')
+    write_bytes(path, content.getvalue())
 
 
 def _check(panels: Sequence[Panel]) -> None:
@@ -186,69 +178,33 @@ def _check(panels: Sequence[Panel]) -> None:
                 raise ValueError(f'{panel.x} must be above 0 on a logarithmic axis, got {point}')
 
 
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _draw(axes, panel: Panel) -> list:
-    """The points, with what the axes are; returns them, for a legend."""
+def _draw(axes, panel: Panel, labels: Sequence[str]) -> list:
+    """The points, with what the axes are; returns what stands for each label in a legend."""
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-    drawn = [
-        axes.errorbar(
-            point.cost,
-            point.accuracy,
-            point.error,
-            fmt=_MARKERS[i % len(_MARKERS)],
+    drawn = []
+    for i, label in enumerate(labels):
+        points = [point for point in panel.points if point.label == label]
+        line = axes.errorbar(
+            [point.cost for point in points],
+            [point.accuracy for point in points],
+            [point.error or 0 for point in points] if any(point.error is not None for point in points) else None,
+            marker=_MARKERS[i % len(_MARKERS)],
             color=_COLOURS[i % len(_COLOURS)],
-            markersize=8,
-            capsize=4,
+            markersize=7,
+            linewidth=1,
+            capsize=3,
         )
-        for i, point in enumerate(panel.points)
-    ]
+        drawn.append(line)
     axes.set_xscale('log')
     costs = [point.cost for point in panel.points]
     axes.margins(y=0.15)
     axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
     # Within one decade the tick marks between the powers of ten are all there is to read.
     axes.xaxis.set_minor_formatter(StrMethodFormatter('{x:g}') if max(costs) / min(costs) < 5 else NullFormatter())
+    axes.tick_params(axis='x', which='minor', labelsize='small')
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
     axes.grid(which='both', alpha=0.25)
     axes.spines[['top', 'right']].set_visible(False)
     return drawn
-
-
-def _save(figure, path: str | Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix.lstrip('.') or 'png')
-    write_bytes(path, content.getvalue())
-
-
-def _label(figure, axes, points: Sequence[Point]) -> None:
-    """Writes the names beside the points, from the highest down, none over another."""
-    figure.draw_without_rendering()  # the layout is settled now
-    height, width = 12, 7  # of a line and a letter, in typographic points
-    pixels = figure.dpi / 72
-    taken: list[tuple[float, float, float]] = []  # left, right, middle
-    for i in sorted(range(len(points)), key=lambda i: -points[i].accuracy):
-        point = points[i]
-        x, y = axes.transData.transform((point.cost, point.accuracy)) / pixels
-        left, right, at = x + 9, x + 9 + width * len(point.label), y
-        for other_left, other_right, other in sorted(taken, key=lambda t: -t[2]):
-            if left < other_right and other_left < right and abs(at - other) < height:
-                at = other - height
-        taken.append((left, right, at))
-        axes.annotate(
-            point.label,
-            (point.cost, point.accuracy),
-            xytext=(9, at - y),
-            textcoords='offset points',
-            verticalalignment='center',
-            color=_COLOURS[i % len(_COLOURS)],
-        )

@@ -20,7 +20,7 @@ from vit_efficient.files import write_text
 from vit_efficient.flops import count_flops
 from vit_efficient.models import kept_tokens
 from vit_efficient.paired import compare
-from vit_efficient.tables import Column, Panel, Point, Table, plot_accuracy, plot_panels
+from vit_efficient.tables import Column, Panel, Point, Table, plot_accuracy
 from vit_efficient.train import Config, Interrupted, load_model, load_recipe, train
 from vit_efficient.train.config import flatten, identity
 
@@ -63,6 +63,8 @@ def accuracy_table(
     out: Path | None = None,
 ) -> int | None:
     """Trains what is not trained yet, prints the table, and saves results.md, results.csv and results.png.
+
+    In the plot a line joins the recipes of files called NAME-ANYTHING: the same attention with other budgets.
 
     Args:
         recipes: YAML files; the first one is what the others are compared against.
@@ -114,7 +116,7 @@ def accuracy_table(
     out = out or runs
     write_text(out / 'results.md', text)
     write_text(out / 'results.csv', table.render('csv'))
-    _plot(rows, accuracies, out / 'results.png')
+    _plot(entries, rows, accuracies, out / 'results.png')
     print(f'saved {out / "results.md"}, results.csv, results.png', file=sys.stderr)
     return None
 
@@ -249,20 +251,29 @@ def _table(rows: Sequence[dict[str, Any]], accuracies: Sequence[str]) -> Table:
     return Table(columns, rows)
 
 
-def _plot(rows: Sequence[dict[str, Any]], accuracies: Sequence[str], path: Path) -> None:
-    """Classification: top-1 against GMACs. Tasks of patches: accuracies against what attention costs, and speed."""
-
-    def points(cost: str, accuracy: str) -> list[Point]:
-        return [Point(row['model'], row[cost], row[accuracy], row[f'{accuracy}_std']) for row in rows]
-
-    if 'miou' not in accuracies:
-        plot_accuracy(points('gmacs', 'top1'), path)
-        return
-    costs = {'attention_gmacs': 'GMACs in attention per image', 'images_per_second': 'images per second'}
-    shown = [name for name in accuracies if name != 'miou' or 'foreground_miou' not in accuracies]
-    plot_panels(
-        [[Panel(points(cost, name), x, ACCURACIES[name][1]) for cost, x in costs.items()] for name in shown], path
-    )
+def _plot(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], accuracies: Sequence[str], path: Path) -> None:
+    """Against GMACs (for tasks of patches, those of attention) and against speed."""
+    costs = {'gmacs': 'GMACs per image', 'images_per_second': 'images per second'}
+    if 'miou' in accuracies:
+        costs = {'attention_gmacs': 'GMACs in attention per image', 'images_per_second': 'images per second'}
+    series = [entry.recipe.stem.partition('-')[0] for entry in entries]
+    labels = series if len(set(series)) < len(series) else [entry.label for entry in entries]
+    panels = [
+        [
+            Panel(
+                [
+                    Point(label, row[cost], row[name], row[f'{name}_std'])
+                    for label, row in zip(labels, rows, strict=True)
+                ],
+                x,
+                ACCURACIES[name][1],
+            )
+            for cost, x in costs.items()
+        ]
+        for name in accuracies
+        if name != 'miou' or 'foreground_miou' not in accuracies
+    ]
+    plot_accuracy(panels, path)
 
 
 # --- what stands below it ------------------------------------------------------------------------------------------
