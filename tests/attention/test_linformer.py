@@ -171,6 +171,21 @@ class TestParameters:
             assert list(build(dict(projection=projection)).state_dict()) == list(plain.state_dict())
 
 
+    def test_defaults(self):
+        """64 tokens; E and F shared by the heads; keys and values of independent patches keep their scale."""
+        first, second = create_attention('linformer', 12, 3, grid_size=(16, 16)).compress.ways_down
+        assert first.weight.shape == second.weight.shape == (1, 64, 16, 16) and first is not second
+        assert first.weight.std().item() == pytest.approx(1 / 16, rel=0.05)
+
+    def test_a_convolution_begins_as_the_mean(self):
+        options = dict(grid_size=(8, 12), keep_ratio=0.25)
+        conv = create_attention('linformer', 12, 3, projection='conv', **options)
+        mean = create_attention('linformer', 12, 3, projection='mean', **options)
+        mean.load_state_dict({k: v for k, v in conv.state_dict().items() if 'compress' not in k})
+        x = torch.randn(1, 96, 12)
+        assert torch.allclose(conv(x, PatchGrid(8, 12)), mean(x, PatchGrid(8, 12)), atol=1e-6)
+
+
 class TestLayerwise:
     x = torch.randn(2, 3, 64, 64)
 
@@ -270,10 +285,19 @@ class TestNonUniform:
         x = torch.randn(1, 3, 64, 64)
         assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
 
+    def test_a_convolution_may_leave_fewer(self):
+        """20 tokens are (4, 5) of 8 × 8 patches: kernels of (2, 2), rounded up, leave 16."""
+        model = build(dict(projection='conv', num_tokens=20))
+        x = torch.randn(1, 3, 64, 64)
+        keys = model.blocks[0].attn._compressed_projections(model.patch_embed(x), PatchGrid(8, 8))[1]
+        assert keys.numel() == 16 * 32 and vit_efficient.kept_tokens(model) == [17] * 3
+
     def test_pairs_and_lists(self):
         assert vit_efficient.kept_tokens(build(dict(projection='mean', num_tokens=[(2, 3), 4, (1, 1)]))) == [7, 5, 2]
         assert vit_efficient.kept_tokens(build(dict(projection='mean', num_tokens=[2, 3]))) == [7, 7, 7]
         assert vit_efficient.kept_tokens(build(dict(num_tokens=[2, 3]), depth=2)) == [3, 4]
+        rows = dict(projection='mean', axes='1d', num_tokens=[2, 3])
+        assert vit_efficient.kept_tokens(build(rows, depth=2)) == [3, 4]
 
     def test_convert_counts_the_blocks_of_the_model(self):
         model = vit_efficient.convert(
@@ -326,6 +350,22 @@ class TestImageSize:
         on_the_fly = attention(larger, grid)
         attention.set_grid_size(12, 16)
         assert torch.allclose(attention(larger, grid), on_the_fly)
+
+    def test_a_turned_grid_of_as_many_patches(self):
+        attention = create_attention('linformer', 12, 3, grid_size=(6, 8), num_tokens=5).double()
+        x, grid = torch.randn(1, 48, 12, dtype=torch.float64), PatchGrid(8, 6)
+        on_the_fly = attention(x, grid)
+        before = attention(x, PatchGrid(6, 8))
+        attention.set_grid_size(8, 6)
+        assert torch.allclose(attention(x, grid), on_the_fly)
+        assert not torch.allclose(on_the_fly, before)
+
+    def test_frozen_maps_stay_frozen_and_keep_their_type(self):
+        maps = create_attention('linformer', 12, 3, grid_size=(6, 8), num_tokens=5).bfloat16().compress.down
+        maps.requires_grad_(False)
+        maps.follow((9, 7))
+        assert not maps.weight.requires_grad and maps.weight.dtype == torch.bfloat16
+        assert maps.adapt(torch.randn(1, 5, 3, 4, dtype=torch.float16)).dtype == torch.float16
 
     @pytest.mark.parametrize('sharing', learned.SHARING)
     def test_set_input_size(self, sharing):
