@@ -48,20 +48,19 @@ def compare(first: Sequence[Sequence[bool]], other: Sequence[Sequence[bool]], re
     if a.shape != b.shape or a.ndim != 2 or not a.size:
         raise ValueError(f'answers must be two equal (seeds, images), got {a.shape} and {b.shape}')
     only_first, only_other = int((a & ~b).sum()), int((b & ~a).sum())
-    gains = (b.astype(float) - a).mean(axis=0)
-    # The images with the same gain are alike: resampling them is drawing how many of each there are.
-    values, counts = np.unique(gains, return_counts=True)
-    draws = np.random.default_rng(0).multinomial(len(gains), counts / len(gains), size=resamples)
-    low, high = np.quantile(draws @ values / len(gains), [0.025, 0.975])
-    return Paired(
-        a.size,
-        only_first,
-        only_other,
-        mcnemar(only_first, only_other),
-        100 * float(gains.mean()),
-        100 * float(low),
-        100 * float(high),
-    )
+    gains = 100 * (b.astype(float) - a).mean(axis=0)
+    low, high = interval_of_mean(gains, resamples)
+    return Paired(a.size, only_first, only_other, mcnemar(only_first, only_other), float(gains.mean()), low, high)
+
+
+def interval_of_mean(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
+    """95 % interval of the mean of what was drawn independently: a percentile bootstrap, seeded."""
+    # Equal values are alike: resampling them is drawing how many of each there are.
+    distinct, counts = np.unique(values, return_counts=True)
+    n = len(values)
+    draws = np.random.default_rng(0).multinomial(n, counts / n, size=resamples)
+    low, high = np.quantile(draws @ distinct / n, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def mcnemar(only_first: int, only_other: int) -> float:

@@ -170,7 +170,6 @@ class TestParameters:
         for projection in ('mean', 'max'):
             assert list(build(dict(projection=projection)).state_dict()) == list(plain.state_dict())
 
-
     def test_defaults(self):
         """64 tokens; E and F shared by the heads; keys and values of independent patches keep their scale."""
         first, second = create_attention('linformer', 12, 3, grid_size=(16, 16)).compress.ways_down

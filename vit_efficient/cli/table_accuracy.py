@@ -19,7 +19,7 @@ from vit_efficient.environment import describe_environment, one_line
 from vit_efficient.files import write_text
 from vit_efficient.flops import count_flops
 from vit_efficient.models import kept_tokens
-from vit_efficient.paired import compare
+from vit_efficient.paired import compare, interval_of_mean
 from vit_efficient.tables import Column, Panel, Point, Table, plot_accuracy
 from vit_efficient.train import Config, Interrupted, load_model, load_recipe, train
 from vit_efficient.train.config import flatten, identity
@@ -377,14 +377,12 @@ def _compare_answers(pairs: Sequence[tuple[Predictions, Predictions]]) -> dict[s
     }
 
 
-def _compare_patches(pairs: Sequence[tuple[Predictions, Predictions]], resamples: int = 2_000) -> dict[str, Any]:
+def _compare_patches(pairs: Sequence[tuple[Predictions, Predictions]]) -> dict[str, Any]:
     ours, theirs = (
         np.array([[float(row['patch_accuracy']) for row in rows] for rows in runs]) for runs in zip(*pairs, strict=True)
     )
     gains = (theirs - ours).mean(axis=0)
-    draw = np.random.default_rng(0)
-    means = [draw.choice(gains, len(gains)).mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = interval_of_mean(gains)
     return {'pairs': ours.size, 'difference': float(gains.mean()), 'interval': f'{low:+.2f} … {high:+.2f}'}
 
 
