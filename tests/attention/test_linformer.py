@@ -254,6 +254,24 @@ class TestLayerwise:
         assert list(model.state_dict()) == list(plain.state_dict())
         assert torch.equal(model(self.x), plain(self.x))
 
+    def test_a_trained_matrix_stays(self):
+        """Whichever layers come to share it later."""
+        model = timm.create_model('vit_tiny_patch16_224', **SMALL)
+        options = dict(sharing='layerwise', num_tokens=9)
+        vit_efficient.convert(model, 'linformer', layers=[1, 2], **options)
+        trained = model.shared
+        vit_efficient.convert(model, 'linformer', layers=[0], **options)
+        assert model.shared is trained and model.blocks[0].attn.compress.down is trained
+
+    def test_pruned_with_its_layers(self):
+        model = timm.create_model('vit_tiny_patch16_224', **SMALL)
+        vit_efficient.convert(model, 'linformer', layers=[2], sharing='layerwise', num_tokens=9)
+        assert model.prune_intermediate_layers([1]) == [1]
+        assert not hasattr(model, 'shared') and len(model.blocks) == 2
+        model = self.model()
+        model.prune_intermediate_layers([1])
+        assert 'shared.weight' in model.state_dict()
+
     def test_alone(self):
         """An attention without a model owns its matrix."""
         attention = create_attention('linformer', 12, 3, grid_size=(7, 13), sharing='layerwise')
@@ -391,6 +409,28 @@ class TestImageSize:
         overlay = dict(file=str(tmp_path / 'small.pth'), num_classes=5)
         with pytest.raises(ValueError, match=r'\(1, 16, 8, 8\).*\(1, 9, 8, 8\).*num_tokens'):
             build(dict(num_tokens=9), pretrained=True, pretrained_cfg_overlay=overlay)
+
+    def test_checkpoint_of_other_sharing(self, tmp_path):
+        torch.save(build(dict(num_tokens=9, sharing='key-value')).state_dict(), tmp_path / 'small.pth')
+        overlay = dict(file=str(tmp_path / 'small.pth'), num_classes=5)
+        with pytest.raises(ValueError, match="lacks blocks.0.attn.compress.down_values.weight.*sharing='key-value'"):
+            build(dict(num_tokens=9), pretrained=True, pretrained_cfg_overlay=overlay)
+
+    def test_resampled_in_float32_at_least(self):
+        maps = torch.randn(3, 9, 8, 8)
+        expected = learned.follow(maps, (12, 10))
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.equal(learned.follow(maps, (12, 10)), expected)
+        half = maps.bfloat16()
+        assert torch.equal(learned.follow(half, (12, 10)), learned.follow(half.float(), (12, 10)).bfloat16())
+
+    def test_a_size_that_is_refused_changes_nothing(self):
+        model = build(dict(projection='conv', num_tokens=(6, 6)))
+        x = torch.randn(1, 3, 64, 64)
+        before = model(x)
+        with pytest.raises(ValueError, match=r'num_tokens=\(6, 6\)'):
+            model.set_input_size((32, 32))
+        assert torch.equal(model(x), before)
 
     def test_saved_after_a_change_of_size(self, tmp_path):
         model = build(dict(keep_ratio=0.25))

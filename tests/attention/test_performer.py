@@ -5,6 +5,7 @@ import math
 import pickle
 
 import pytest
+import timm
 import torch
 from timm.layers import Attention
 from torch import nn
@@ -467,3 +468,15 @@ class TestModule:
             attention(x, PatchGrid(2, 5), attn_mask=torch.zeros(10, 10))
         with pytest.raises(ValueError, match="'performer'.*is_causal"):
             attention(x, PatchGrid(2, 5), is_causal=True)
+
+
+def test_features_after_to_empty():
+    with torch.device('meta'):
+        model = timm.create_model('vit_performer_tiny', img_size=32, patch_size=8, depth=2)
+    model.to_empty(device='cpu')
+    model.init_weights()
+    for block in model.blocks:
+        features = block.attn.features
+        assert 0.8 < features.std() < 1.2
+        gram = nn.functional.normalize(features[:64].double()) @ nn.functional.normalize(features[:64].double()).T
+        assert torch.allclose(gram, torch.eye(64, dtype=torch.float64), atol=1e-5)

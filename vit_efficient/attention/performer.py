@@ -70,6 +70,10 @@ class PerformerAttention(GridAttention):
         if not self.features.is_meta:
             self.features.copy_(orthogonal_features(*self.features.shape, generator))
 
+    def init_weights(self) -> None:
+        """What timm's `init_weights` of a model calls, after `to_empty` too: features as at first."""
+        self.redraw_features()
+
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
@@ -93,6 +97,9 @@ class PerformerAttention(GridAttention):
 
 def redraw_features(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """Draws other features for every Performer attention of a model, in place.
+
+    An average of weights, such as timm's `ModelEmaV3`, averages features too, and those of different draws average to
+    none: after a call, copy the features to it.
 
     Args:
         model: Or any module.

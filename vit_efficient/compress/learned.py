@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_efficient import dct
-from vit_efficient.bases import along
+from vit_efficient.bases import along, without_autocast
 from vit_efficient.compress import budget as budgets
 from vit_efficient.compress import cells
 from vit_efficient.compress.base import Compressor, register_compressor
@@ -33,8 +33,11 @@ SHARING = ('none', 'headwise', 'key-value', 'layerwise')
 def follow(maps: Tensor, size: tuple) -> Tensor:
     """Maps (…, Y, X) resampled to another size of their two last axes, band-limited; their sums are kept."""
     old = plain_sizes(maps.shape[-2:])
-    resampled = dct.resample(maps, (size[0], size[1]), dims=(-2, -1))
-    return resampled * (old[0] * old[1] / (size[0] * size[1]))
+    # Rounded once, at the end, and not to a type that autocast has for products.
+    exact = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    with without_autocast(maps):
+        resampled = dct.resample(exact, (size[0], size[1]), dims=(-2, -1))
+    return (resampled * (old[0] * old[1] / (size[0] * size[1]))).to(maps.dtype)
 
 
 def _at_size(maps: Tensor, size: tuple) -> Tensor:
@@ -66,7 +69,7 @@ class Maps(nn.Module):
                 f'{tuple(self.weight.shape)}: only the two last axes, the patch grid, follow the image size; set '
                 'num_tokens and sharing as they were'
             )
-        return follow(weight, tuple(self.weight.shape[-2:])).to(weight.dtype)
+        return follow(weight, tuple(self.weight.shape[-2:]))
 
 
 @torch.fx.wrap

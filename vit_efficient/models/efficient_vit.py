@@ -28,6 +28,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as timm_checkpoi
 from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention, layer_options, list_attentions, swap_attention
+from vit_efficient.compress.base import Compressor
 from vit_efficient.compress.learned import Maps
 from vit_efficient.grid import PatchGrid, plain_sizes
 
@@ -97,8 +98,12 @@ def check_patch_dropout(model: VisionTransformer, layers: Sequence[tuple[str, di
         )
 
 
-def common_part(attentions: Sequence[nn.Module]) -> nn.Module | None:
-    """The part that the layers of a model share, of the first that has it; one model can have one.
+def common_part(attentions: Sequence[nn.Module], owned: nn.Module | None = None) -> nn.Module | None:
+    """The part that the layers of a model share; one model can have one.
+
+    Args:
+        attentions: Of the layers.
+        owned: The part that the model has. It stays, if it is of use; otherwise it is that of the first layer.
 
     Raises:
         ValueError: If the layers want parts of different shapes.
@@ -115,12 +120,12 @@ def common_part(attentions: Sequence[nn.Module]) -> nn.Module | None:
                 f'blocks {first} and {i} share their projection and want it in two shapes, {shapes[first]} and '
                 f"{shape}; give them the same num_tokens, or sharing='key-value'"
             )
-    return parts[first]
+    return next((part for part in parts.values() if part is owned), parts[first])
 
 
 def own_common_part(model: VisionTransformer) -> None:
     """Makes the model the one owner of what its layers share, under the name `shared`."""
-    part = common_part([block.attn for block in model.blocks])
+    part = common_part([block.attn for block in model.blocks], getattr(model, 'shared', None))
     if hasattr(model, 'shared'):
         del model.shared
     if part is not None:
@@ -214,14 +219,25 @@ class GridForward:
         """As timm's; weights that are maps over the patch grid follow it.
 
         Raises:
-            ValueError: If the patches do not divide the image.
+            ValueError: If the patches do not divide the image, or are too few for an attention's options. Nothing is
+                changed then.
         """
         pair = [(v, v) if isinstance(v, int) else v for v in (img_size, patch_size)]
+        size, patch = pair[0] or self.patch_embed.img_size, pair[1] or self.patch_embed.patch_size
         if not self.patch_embed.dynamic_img_pad:
-            check_image_size(*(pair[0] or self.patch_embed.img_size), pair[1] or self.patch_embed.patch_size)
+            check_image_size(*size, patch)
+        grid = PatchGrid(size[0] // patch[0], size[1] // patch[1], prefix=self.num_prefix_tokens)
+        for block in self.blocks:
+            block.attn.num_attended(grid)  # raises here rather than halfway
         super().set_input_size(img_size=pair[0], patch_size=pair[1])
         for block in self.blocks:
             block.attn.set_grid_size(*self.patch_embed.grid_size)
+
+    def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
+        """As timm's; what only the layers that go have shared goes with them."""
+        taken = super().prune_intermediate_layers(*args, **kwargs)
+        own_common_part(self)
+        return taken
 
     def attention_spec(self) -> list[tuple[str, dict[str, Any]]]:
         """The attention of each block as it stands: its registered name and its options."""
@@ -291,6 +307,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """
     state_dict = timm_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
     for name, module in model.named_modules():
+        if isinstance(module, Compressor):
+            _check_whole(name, module, state_dict)
+    for name, module in model.named_modules():
         if isinstance(module, Maps) and f'{name}.weight' in state_dict:
             state_dict[f'{name}.weight'] = module.adapt(state_dict[f'{name}.weight'])
         if isinstance(module, GridAttention):
@@ -302,6 +321,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         for key, value in added.items():
             state_dict.setdefault(key, value)
     return state_dict
+
+
+def _check_whole(name: str, compressor: Compressor, state_dict: dict[str, Tensor]) -> None:
+    """Raises ValueError if a checkpoint has some of a compressor's weights and not the others."""
+    own = compressor.state_dict(prefix=f'{name}.')
+    missing = sorted(own.keys() - state_dict.keys())
+    if missing and len(missing) < len(own):
+        raise ValueError(
+            f'the checkpoint lacks {", ".join(missing)} beside {", ".join(sorted(own.keys() & state_dict.keys()))}: it '
+            "was made with other options of the attention; set them as they were, such as sharing='key-value'"
+        )
 
 
 def build_model(model_cls, variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
