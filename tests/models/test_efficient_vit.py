@@ -25,7 +25,7 @@ VARIANTS = [
     ('dct', {}),
     ('dct', dict(domain='frequency', place='qkv', local=3)),
     ('dct', dict(place='kv', keep_ratio=0.1)),
-    ('dct1d', {}),
+    ('dct1d', dict(num_tokens=9)),
     ('linformer', dict(num_tokens=9)),
     ('linformer', dict(num_tokens=9, sharing='layerwise')),
     ('linformer', dict(keep_ratio=0.1, sharing='none', projection='conv')),
@@ -305,9 +305,10 @@ class TestModes:
             assert close(compiled(x), model(x))
         assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2
 
-    def test_compile_with_a_number_of_tokens_at_changing_sizes(self):
+    def test_compile_at_changing_sizes(self, variant):
+        """Sizes become symbols from the second on."""
         torch.compiler.reset()
-        model = build('dct', dict(num_tokens=9), dynamic_img_size=True)
+        model = build(*variant, dynamic_img_size=True, depth=1)
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
         for size in ((64, 64), (56, 104), (88, 40)):
             x = torch.randn(2, 3, *size)

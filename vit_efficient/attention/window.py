@@ -241,7 +241,7 @@ def _runs(length: int, side: int, shift: bool) -> list[_Run]:
     if side >= length:
         return [_Run(0, 1, length)]
     first = side // 2 if shift else 0
-    number, last = divmod(length - first, side)
+    number, last = (length - first) // side, (length - first) % side  # torch.compile has no divmod of symbols
     runs = _Run(0, 1, first), _Run(first, number, side), _Run(length - last, 1, last)
     return [run for run in runs if run.number and run.side]
 
