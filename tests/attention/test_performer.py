@@ -295,33 +295,6 @@ class TestStability:
 class TestDropout:
     grid = PatchGrid(7, 13, 1)
 
-    def test_in_training_only(self):
-        attention = create_attention('performer', 12, 3, attn_drop=0.5, proj_drop=0.5)
-        x = torch.randn(2, 92, 12)
-        assert not torch.equal(attention(x, self.grid), attention(x, self.grid))
-        assert 0.4 < (attention(x, self.grid) == 0).float().mean() < 0.6
-        attention.eval()
-        assert torch.equal(attention(x, self.grid), attention(x, self.grid))
-
-    def test_keys_are_dropped_from_all_queries_of_a_head(self):
-        """Without the key, the others keep their weights, scaled up: the mean over masks is the output without."""
-        attention = create_attention('performer', 12, 3, attn_drop=0.2, dtype=torch.float64)
-        x = torch.randn(1, 92, 12, dtype=torch.float64)
-        with torch.no_grad():
-            draws = torch.stack([attention(x, self.grid) for _ in range(1000)])
-            expected = attention.eval()(x, self.grid)
-        error = draws.mean(0) - expected
-        assert (error.abs() <= 5 * draws.std(0) / 1000**0.5 + 1e-12).all()
-
-    def test_all_channels_of_a_key_are_dropped_together(self):
-        attention = create_attention('performer', 12, 3, attn_drop=0.5, dtype=torch.float64)
-        with torch.no_grad():
-            attention.qkv.weight[24:] = attention.qkv.weight[24::4].repeat_interleave(4, dim=0)  # those of a head alike
-            attention.proj.weight.copy_(torch.eye(12))
-            attention.proj.bias.zero_()
-            heads = attention(torch.randn(1, 92, 12, dtype=torch.float64), self.grid).unflatten(2, (3, 4))
-        assert torch.allclose(heads, heads[..., :1].expand_as(heads))
-
     def test_noise_is_that_of_exact_attention(self):
         exact = Attention(64, 4, attn_drop=0.1)
         attention = swap_attention(exact, 'performer', num_features=1024)
@@ -458,16 +431,6 @@ class TestModule:
     def test_bad_options(self, options, message):
         with pytest.raises(ValueError, match=message):
             create_attention('performer', 12, **{'num_heads': 3, **options})
-
-    def test_bad_calls(self):
-        attention = create_attention('performer', 12, 3)
-        x = torch.randn(1, 10, 12)
-        with pytest.raises(ValueError, match='10 tokens.*height=3'):
-            attention(x, PatchGrid(3, 4))
-        with pytest.raises(ValueError, match="'performer'.*attn_mask.*'full'"):
-            attention(x, PatchGrid(2, 5), attn_mask=torch.zeros(10, 10))
-        with pytest.raises(ValueError, match="'performer'.*is_causal"):
-            attention(x, PatchGrid(2, 5), is_causal=True)
 
 
 def test_features_after_to_empty():

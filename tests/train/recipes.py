@@ -1,7 +1,14 @@
-"""A recipe for the tests: a model of a few thousand weights, random draws of every kind."""
+"""A recipe for the tests: a model of a few thousand weights, random draws of every kind; and runs of any recipe."""
 
-from vit_efficient.train import Config
-from vit_efficient.train.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, SchedConfig
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from vit_efficient.train import Config, train
+from vit_efficient.train.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, SchedConfig, to_yaml
+
+ROOT = Path(__file__).parents[2]
 
 TINY = {'img_size': 16, 'patch_size': 4, 'embed_dim': 12, 'depth': 2, 'num_heads': 2}
 
@@ -24,3 +31,20 @@ def tiny_recipe(folder, output, **options) -> Config:
     for key, value in options.items():
         setattr(config, key, value)
     return config
+
+
+def train_on_one_and_two_processes(recipe, tmp_path, batch_size) -> None:
+    """Trains what `recipe(output)` returns, less chance, in tmp_path/1 and in tmp_path/2, with the same batches."""
+    for count in (1, 2):
+        config = recipe(tmp_path / str(count))
+        config.loss, config.optim.opt = LossConfig(0.0), 'sgd'
+        config.data.batch_size = batch_size // count
+        if count == 1:
+            train(config)
+    (tmp_path / '2.yaml').write_text(to_yaml(config))
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'tools/train.py']
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [*launch, str(tmp_path / '2.yaml')], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr

@@ -2,8 +2,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,11 @@ import torch
 from PIL import Image
 
 from tests.data.trees import pixels, write_tree
-from tests.train.recipes import TINY, tiny_recipe
+from tests.train.recipes import TINY, tiny_recipe, train_on_one_and_two_processes
 from vit_efficient.data import EpochSampler, EvalTransform, ImageTree, Preprocessing, Samples, create_loader
 from vit_efficient.train import Interrupted, evaluate, load_model, loop, train
 from vit_efficient.train.checkpoint import load_checkpoint
-from vit_efficient.train.config import LossConfig, to_yaml
+from vit_efficient.train.config import LossConfig, ModelConfig, to_yaml
 
 
 @pytest.fixture(scope='module')
@@ -342,21 +340,9 @@ def test_a_damaged_result_is_named_and_made_again(data, tmp_path, content):
 
 
 def test_two_processes_reach_the_weights_of_one(data, tmp_path):
-    root = Path(__file__).parents[2]
-    for count in (1, 2):
-        config = tiny_recipe(data, tmp_path / str(count), loss=LossConfig(0.0))
-        config.model.args = dict(TINY)
-        config.optim.opt = 'sgd'
-        config.data.batch_size = 8 // count
-        (tmp_path / f'{count}.yaml').write_text(to_yaml(config))
-        if count == 1:
-            train(config)
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'tools/train.py']
-    environment = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [*launch, str(tmp_path / '2.yaml')], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    train_on_one_and_two_processes(
+        lambda output: tiny_recipe(data, output, model=ModelConfig('vit_dct_tiny', dict(TINY))), tmp_path, batch_size=8
     )
-    assert done.returncode == 0, done.stderr
     one, two = (load_checkpoint(tmp_path / count / 'checkpoint.pt')['model'] for count in '12')
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
     one, two = ((tmp_path / count / 'predictions.csv').read_text() for count in '12')

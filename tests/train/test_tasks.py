@@ -3,10 +3,6 @@
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +10,7 @@ import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
 
-from tests.train.recipes import TINY
+from tests.train.recipes import TINY, train_on_one_and_two_processes
 from tests.train.test_loop import assert_same_run, fail, stop_after
 from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler, EvalTransform, MegapixelMnist, Preprocessing, Samples, create_loader
@@ -267,20 +263,9 @@ def test_training_sees_what_evaluation_sees(tmp_path, monkeypatch):
 
 
 def test_two_processes_reach_the_weights_of_one(tmp_path):
-    root = Path(__file__).parents[2]
-    for count in (1, 2):
-        config = patch_recipe(tmp_path / str(count), loss=LossConfig(0.0))
-        config.optim.opt, config.sched.epochs = 'sgd', 1
-        config.data.batch_size = 4 // count
-        (tmp_path / f'{count}.yaml').write_text(to_yaml(config))
-        if count == 1:
-            train(config)
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'tools/train.py']
-    environment = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [*launch, str(tmp_path / '2.yaml')], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    train_on_one_and_two_processes(
+        lambda output: patch_recipe(output, sched=SchedConfig(epochs=1, warmup_epochs=1)), tmp_path, batch_size=4
     )
-    assert done.returncode == 0, done.stderr
     one, two = (load_checkpoint(tmp_path / count / 'checkpoint.pt')['model'] for count in '12')
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
     one, two = (json.loads((tmp_path / count / 'result.json').read_text()) for count in '12')

@@ -1,0 +1,71 @@
+"""What holds for every mechanism but exact attention: dropout, and calls that none of them can serve."""
+
+import pytest
+import torch
+
+from vit_efficient import PatchGrid, create_attention, list_attentions
+from vit_efficient.attention import layer_options
+
+GRID = PatchGrid(7, 13, 1)
+MECHANISMS = [name for name in list_attentions() if name != 'full']
+
+
+def build(name, **options):
+    return create_attention(name, 12, 3, **layer_options(name, options, 0, 1, (GRID.height, GRID.width)))
+
+
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('name', MECHANISMS)
+class TestDropout:
+    def test_in_training_only(self, name, fused):
+        x = torch.randn(2, 92, 12)
+        for dropout in ('attn_drop', 'proj_drop'):
+            attention = build(name, **{dropout: 0.5})
+            attention.fused_attn = fused
+            assert not torch.equal(attention(x, GRID), attention(x, GRID))
+            attention.eval()
+            assert torch.equal(attention(x, GRID), attention(x, GRID))
+
+    def test_after_the_output_projection(self, name, fused):
+        """At full resolution, as timm's."""
+        attention = build(name, proj_drop=0.5)
+        attention.fused_attn = fused
+        assert 0.4 < (attention(torch.randn(2, 92, 12), GRID) == 0).float().mean() < 0.6
+
+
+@pytest.mark.parametrize('name', ('nystrom', 'performer'))
+class TestDropoutWithoutAMatrix:
+    """There is no N × N matrix: keys are dropped, each from all queries of its head."""
+
+    @pytest.mark.parametrize('fused', [True, False])
+    def test_the_mean_over_masks_is_the_output_without(self, name, fused):
+        """The keys that stay keep their weights, scaled up."""
+        attention = build(name, attn_drop=0.2, dtype=torch.float64)
+        attention.fused_attn = fused
+        x = torch.randn(1, 92, 12, dtype=torch.float64)
+        with torch.no_grad():
+            draws = torch.stack([attention(x, GRID) for _ in range(1000)])
+            expected = attention.eval()(x, GRID)
+        error = draws.mean(0) - expected
+        assert (error.abs() <= 5 * draws.std(0) / 1000**0.5 + 1e-12).all()
+
+    def test_all_channels_of_a_key_are_dropped_together(self, name):
+        attention = build(name, attn_drop=0.5, dtype=torch.float64)
+        with torch.no_grad():
+            attention.qkv.weight[24:] = attention.qkv.weight[24::4].repeat_interleave(4, dim=0)  # those of a head alike
+            attention.proj.weight.copy_(torch.eye(12))
+            attention.proj.bias.zero_()
+            heads = attention(torch.randn(1, 92, 12, dtype=torch.float64), GRID).unflatten(2, (3, 4))
+        assert torch.allclose(heads, heads[..., :1].expand_as(heads))
+
+
+@pytest.mark.parametrize('name', MECHANISMS)
+def test_bad_calls(name):
+    attention = build(name)
+    x = torch.randn(1, 10, 12)
+    with pytest.raises(ValueError, match='10 tokens.*height=3'):
+        attention(x, PatchGrid(3, 4))
+    with pytest.raises(ValueError, match=f"'{name}'.*attn_mask.*'full'"):
+        attention(x, PatchGrid(2, 5), attn_mask=torch.zeros(10, 10))
+    with pytest.raises(ValueError, match=f"'{name}'.*is_causal"):
+        attention(x, PatchGrid(2, 5), is_causal=True)
