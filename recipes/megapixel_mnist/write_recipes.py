@@ -20,16 +20,18 @@ from vit_efficient.flops import count_flops
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 0.1
-#: The option that sets the cost, and how much of it there may be for N patches.
-KNOBS = {
-    'dct': ('num_tokens', lambda n: n),
-    'dct1d': ('num_tokens', lambda n: n),
-    'linformer': ('num_tokens', lambda n: n),
-    'pool': ('num_tokens', lambda n: n),
-    'subsample': ('num_tokens', lambda n: n),
-    'nystrom': ('num_landmarks', lambda n: n),
-    'performer': ('num_features', lambda n: n),
-    'window': ('window_size', math.isqrt),
+#: By the name of the recipe: the mechanism, its options, the one that sets the cost, and how much of it there may be for
+#: N patches.
+RIVALS = {
+    'dct': ('dct', {}, 'num_tokens', lambda n: n),
+    'frequency': ('dct', {'domain': 'frequency'}, 'num_tokens', lambda n: n),
+    'dct1d': ('dct1d', {}, 'num_tokens', lambda n: n),
+    'linformer': ('linformer', {}, 'num_tokens', lambda n: n),
+    'pool': ('pool', {}, 'num_tokens', lambda n: n),
+    'subsample': ('subsample', {}, 'num_tokens', lambda n: n),
+    'nystrom': ('nystrom', {}, 'num_landmarks', lambda n: n),
+    'performer': ('performer', {}, 'num_features', lambda n: n),
+    'window': ('window', {}, 'window_size', math.isqrt),
 }
 
 
@@ -39,19 +41,19 @@ def attention_gmacs(name: str, model_args: dict[str, Any]) -> float:
     return count_flops(model, (model_args['in_chans'], *model.patch_embed.img_size)).attention / 1e9
 
 
-def closest(name: str, budget: float, model_args: dict[str, Any]) -> tuple[dict[str, int], float]:
-    """The option of the mechanism that costs closest to the budget, and its GMACs: cost grows with it."""
-    option, most = KNOBS[name]
+def closest(rival: str, budget: float, model_args: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """The options with which a mechanism costs closest to the budget, and its GMACs: cost grows with the last one."""
+    name, options, knob, most = RIVALS[rival]
 
     def cost(value: int) -> float:
-        return attention_gmacs(name, {**model_args, 'attention_kwargs': {option: value}})
+        return attention_gmacs(name, {**model_args, 'attention_kwargs': {**options, knob: value}})
 
     low, high = 1, most((model_args['img_size'] // model_args['patch_size']) ** 2)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
     best = min((low, high), key=lambda value: abs(cost(value) - budget))
-    return {option: best}, cost(best)
+    return {**options, knob: best}, cost(best)
 
 
 def write(path: Path, about: str, name: str, args: dict[str, Any], size: int, img_size: int | None = None) -> None:
@@ -84,12 +86,12 @@ def main() -> None:
         write(folder / f'{name}.yaml', f'{about}: {gmacs:.4f} GMACs in attention', 'full', changes, args.size, img_size)
         print(f'{name}: {gmacs:.4f} GMACs')
     for budget in args.budgets:
-        for name in KNOBS:
-            options, gmacs = closest(name, budget, base)
+        for rival, (name, *_) in RIVALS.items():
+            options, gmacs = closest(rival, budget, base)
             if abs(gmacs / budget - 1) > TOLERANCE:
-                print(f'{name} cannot be had for {budget} GMACs: {gmacs:.4f} with {options}')
+                print(f'{rival} cannot be had for {budget} GMACs: {gmacs:.4f} with {options}')
                 continue
-            label = f'{name}-{round(1e3 * budget)}'
+            label = f'{rival}-{round(1e3 * budget)}'
             about = f'{gmacs:.4f} GMACs in attention, of a budget of {budget}'
             write(
                 folder / f'{label}.yaml', about, name, {'img_size': args.size, 'attention_kwargs': options}, args.size
