@@ -110,7 +110,7 @@ class Point:
     """A model in a plot.
 
     Args:
-        label: Its name in the legend. Points of the same name are joined by a line, in their order.
+        label: Its name in the legend. A line joins points of the same name.
         cost: Such as billions of multiply-accumulates of an image; above 0.
         accuracy: In percent.
         error: Half the length of the error bar, in points; None for no bar.
@@ -184,7 +184,7 @@ def _draw(axes, panel: Panel, labels: Sequence[str]) -> list:
 
     drawn = []
     for i, label in enumerate(labels):
-        points = [point for point in panel.points if point.label == label]
+        points = sorted((point for point in panel.points if point.label == label), key=lambda point: point.cost)
         line = axes.errorbar(
             [point.cost for point in points],
             [point.accuracy for point in points],
