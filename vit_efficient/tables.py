@@ -180,7 +180,7 @@ def _check(panels: Sequence[Panel]) -> None:
 
 def _draw(axes, panel: Panel, labels: Sequence[str]) -> list:
     """The points, with what the axes are; returns what stands for each label in a legend."""
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     drawn = []
     for i, label in enumerate(labels):
@@ -198,13 +198,16 @@ def _draw(axes, panel: Panel, labels: Sequence[str]) -> list:
         drawn.append(line)
     axes.set_xscale('log')
     costs = [point.cost for point in panel.points]
-    axes.margins(y=0.15)
+    ratio = max(costs) / min(costs)
+    axes.margins(x=0.08, y=0.15)
+    # Within a decade or two the powers of ten are too few marks to read.
+    axes.xaxis.set_major_locator(
+        LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ratio < 5 else (1, 2, 5) if ratio < 50 else (1,))
+    )
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
-    # Within one decade the tick marks between the powers of ten are all there is to read.
-    axes.xaxis.set_minor_formatter(StrMethodFormatter('{x:g}') if max(costs) / min(costs) < 5 else NullFormatter())
-    axes.tick_params(axis='x', which='minor', labelsize='small')
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
-    axes.grid(which='both', alpha=0.25)
+    axes.grid(alpha=0.25)
     axes.spines[['top', 'right']].set_visible(False)
     return drawn

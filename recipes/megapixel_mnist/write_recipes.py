@@ -20,8 +20,8 @@ from vit_efficient.flops import count_flops
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 0.1
-#: By the name of the recipe: the mechanism, its options, the one that sets the cost, and how much of it there may be for
-#: N patches.
+#: By the name of the recipe: the mechanism, its options, the one that sets the cost, and how much of it there may be
+#: for N patches.
 RIVALS = {
     'dct': ('dct', {}, 'num_tokens', lambda n: n),
     'frequency': ('dct', {'domain': 'frequency'}, 'num_tokens', lambda n: n),
