@@ -456,6 +456,9 @@ class TestImageSize:
         (dict(place='x'), "place='kv'.*place='x'"),
         (dict(place='qkv'), "place='qkv'"),
         (dict(grid_size=None), 'grid_size'),
+        (dict(grid_size=5), 'grid_size=5'),
+        (dict(grid_size=(5,)), r'grid_size=\(5,\)'),
+        (dict(grid_size=(0, 4)), r'grid_size=\(0, 4\)'),
         (dict(rank=3), 'rank'),
     ],
 )

@@ -6,10 +6,12 @@ import math
 import pickle
 
 import pytest
+import timm
 import torch
 from timm.layers import Attention
 from torch import nn
 
+import vit_efficient
 from vit_efficient import PatchGrid, count_flops, create_attention
 from vit_efficient.attention import swap_attention
 from vit_efficient.attention.nystrom import iterative_pinv, unmix
@@ -408,6 +410,8 @@ class TestModule:
             (dict(num_landmarks=True), 'num_landmarks=True'),
             (dict(num_landmarks=None), 'num_landmarks=None'),
             (dict(num_landmarks='64'), "num_landmarks='64'"),
+            (dict(residual_kernel=False), 'residual_kernel=False'),
+            (dict(residual_kernel=0.0), 'residual_kernel=0.0'),
             (dict(num_landmarks=(3, 0)), r'num_landmarks=\(3, 0\)'),
             (dict(num_landmarks=(3, 4, 5)), r'num_landmarks=\(3, 4, 5\)'),
             (dict(pinv='svd'), "pinv='svd'"),
@@ -432,3 +436,13 @@ class TestModule:
     def test_bad_calls(self):
         with pytest.raises(ValueError, match=r'num_landmarks=\(4, 4\).*2 × 5'):
             create_attention('nystrom', 12, 3, num_landmarks=(4, 4))(torch.randn(1, 10, 12), PatchGrid(2, 5))
+
+    def test_a_size_with_too_few_patches_is_refused(self):
+        """Before anything of the model is changed."""
+        args = dict(patch_size=4, embed_dim=24, depth=2, num_heads=2, img_size=32)
+        model = timm.create_model('vit_nystrom_tiny', **args, attention_kwargs=dict(num_landmarks=(8, 8)))
+        with pytest.raises(ValueError, match=r'num_landmarks=\(8, 8\).*4 × 4'):
+            model.set_input_size((16, 16))
+        assert model.patch_embed.grid_size == (8, 8) and model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+        with pytest.raises(ValueError, match='4 × 4'):
+            vit_efficient.kept_tokens(model, 16)

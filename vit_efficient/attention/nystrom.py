@@ -96,14 +96,15 @@ class NystromAttention(GridAttention):
         if pinv_iterations is not None and (type(pinv_iterations) is not int or pinv_iterations < 1):
             raise ValueError(f'pinv_iterations must be a positive integer, got {pinv_iterations=}')
         kernel = tuple(residual_kernel) if _is_pair(residual_kernel) else (residual_kernel,) * 2
-        if residual_kernel != 0 and any(type(side) is not int or side < 1 or side % 2 == 0 for side in kernel):
+        without = type(residual_kernel) is int and residual_kernel == 0
+        if not without and any(type(side) is not int or side < 1 or side % 2 == 0 for side in kernel):
             raise ValueError(
                 f'residual_kernel must be 0, odd, or a pair (height, width) of odd sizes, got {residual_kernel=}'
             )
         self.pinv = pinv
         self.pinv_iterations = (pinv_iterations or PINV_ITERATIONS) if pinv == 'iterative' else None
         self.local = None
-        if residual_kernel != 0:
+        if not without:
             like = self.qkv.weight
             self.local = ValueMixing(self.num_heads, kernel, device=like.device, dtype=like.dtype)
 
@@ -152,7 +153,12 @@ class NystromAttention(GridAttention):
         return ((q * self.scale) @ k.mT).softmax(dim=-1) @ v
 
     def num_attended(self, grid: PatchGrid) -> int:
-        """N: every query sees all keys, through the landmarks."""
+        """N: every query sees all keys, through the landmarks.
+
+        Raises:
+            ValueError: If the landmarks cannot be had on the grid.
+        """
+        check_landmarks(grid.height, grid.width, self.landmarks.budget.num_tokens)
         return grid.num_tokens
 
     def extra_repr(self) -> str:

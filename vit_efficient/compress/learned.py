@@ -213,9 +213,10 @@ class LearnedCompressor(Compressor):
             'layerwise', one for all layers, owned by the model, w.
         axes: '2d', cells of the grid, or '1d', the paper's, of the row-major sequence; 'linear' has none.
         keep_ratio: Share of the patches that k is. For 'linear', of those that it is made for: k stays at other sizes.
-        num_tokens: k, or (h, w) with axes '2d'. 64 if neither this nor `keep_ratio` is given. In the options of a model
-            also one for each block, as a list, or a mapping from `first` and `last` to those of the first and last
-            block, between which it changes linearly (the paper's "non-uniform projected dimension").
+        num_tokens: k, or (h, w) with axes '2d', of which an integer gives 'mean', 'max' and 'conv' the largest that has
+            no more tokens and the shape of the grid. 64 if neither this nor `keep_ratio` is given. In the options of a
+            model also one for each block, as a list, or a mapping from `first` and `last` to those of the first and
+            last block, between which it changes linearly (the paper's "non-uniform projected dimension").
         grid_size: Rows and columns of patches that the weights are made for; a model gives its own.
         num_heads, head_dim, device, dtype: Of the attention.
 
@@ -253,6 +254,10 @@ class LearnedCompressor(Compressor):
                 f'{projection=} has weights that are made for a grid: set grid_size=(rows, columns) of patches (a '
                 'model does)'
             )
+        if grid_size is not None:
+            sides = tuple(grid_size) if isinstance(grid_size, (list, tuple)) else ()
+            if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+                raise ValueError(f'grid_size must be rows and columns of patches, got {grid_size=}')
         if keep_ratio is None and num_tokens is None:
             num_tokens = 64
         self.budget = budgets.Budget(keep_ratio, num_tokens)

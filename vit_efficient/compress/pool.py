@@ -82,7 +82,7 @@ class PoolCompressor(Compressor):
 
     Args:
         keep_ratio: Share of the patches kept. 1/4 if neither this nor `num_tokens` is given.
-        num_tokens: Number of tokens kept, or (h, w).
+        num_tokens: (h, w), or a number: the largest h × w that is no larger and has the shape of the grid.
         count_bias: Whether a kept key weighs as many as the patches that it stands for. It matters beside prefix
             tokens, and where cells differ in size.
 
