@@ -93,3 +93,18 @@ def test_mixing_needs_even_batches(recipe):
 @pytest.mark.parametrize('path', sorted(Path(__file__).parents[2].glob('recipes/**/*.yaml')), ids=lambda p: p.stem)
 def test_the_recipes_of_this_repository_are_valid(path):
     load_recipe(path, ['model.name=any'] if path.stem == 'base' else [])
+
+
+@pytest.mark.parametrize(
+    ('path', 'folder'),
+    [
+        ('recipes/mnist5k/dct.yaml', 'runs/mnist5k/dct'),
+        ('a/recipes/megapixel_mnist/128px/full-51.yaml', 'runs/megapixel_mnist/128px/full-51'),
+        ('a/b/mine.yaml', 'runs/b/mine'),
+        ('recipes/mine.yaml', 'runs/mine'),
+    ],
+)
+def test_the_folder_of_a_run_is_that_of_its_recipe(path, folder, tmp_path):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text('model: {name: any}')
+    assert load_recipe(tmp_path / path).output == folder

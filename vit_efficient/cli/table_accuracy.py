@@ -22,7 +22,7 @@ from vit_efficient.models import kept_tokens
 from vit_efficient.paired import compare, interval_of_mean
 from vit_efficient.tables import Column, Panel, Point, Table, plot_accuracy
 from vit_efficient.train import Config, Interrupted, load_model, load_recipe, train
-from vit_efficient.train.config import flatten, identity
+from vit_efficient.train.config import default_output, flatten, identity
 
 # The speed measurement. Batches of long sequences are smaller: all patches of a batch together are at most so many.
 BATCH_SIZE = 64
@@ -70,7 +70,7 @@ def accuracy_table(
         recipes: YAML files; the first one is what the others are compared against.
         overrides: `key=value` for all recipes.
         seeds: One run of every recipe for each; by default the recipe's own.
-        runs: The runs are its folders RECIPE-sSEED; runs/FOLDER of the first recipe by default.
+        runs: The runs are its folders RECIPE-sSEED; by default the folder in which the first recipe would run.
         out: Where the results go; `runs` by default.
 
     Returns:
@@ -79,7 +79,7 @@ def accuracy_table(
     Raises:
         ValueError: For a recipe, a run or data that do not fit, before anything is trained where that can be known.
     """
-    runs = runs or Path('runs') / recipes[0].resolve().parent.name
+    runs = runs or default_output(recipes[0]).parent
     entries = [Entry(recipe, _configs(recipe, overrides, seeds, runs), []) for recipe in recipes]
     stems = [recipe.stem for recipe in recipes]
     for stem in stems:

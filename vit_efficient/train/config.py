@@ -71,7 +71,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     seed: int = 0  # weights, order, augmentation, mixing and dropout follow from it
-    output: str = ''  # the run's folder; by default runs/FOLDER/NAME for recipes/FOLDER/NAME.yaml
+    output: str = ''  # the run's folder; by default runs/FOLDER/NAME for recipes/FOLDER/NAME.yaml (FOLDER may be deep)
     resume: str = 'never'  # never: refuse a folder that holds a run; auto: go on with it; restart: replace it
     device: str = 'auto'  # auto: the GPU where there is one
     amp: str = 'none'  # none or bf16: the type of matrix products
@@ -156,9 +156,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f'{path}: {first_line(error)}') from error
     recipe.recipe = path.as_posix()
     if not recipe.output:
-        recipe.output = (Path('runs') / path.resolve().parent.name / path.stem).as_posix()
+        recipe.output = default_output(path).as_posix()
     validate(recipe)
     return recipe
+
+
+def default_output(path: Path) -> Path:
+    """runs/… where the recipe is recipes/…; of recipes elsewhere, their folder and name."""
+    parts = path.resolve().with_suffix('').parts
+    below = parts[::-1].index('recipes') if 'recipes' in parts else 2
+    return Path('runs', *parts[-below:])
 
 
 def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, Any]]:
