@@ -46,6 +46,8 @@ class GridAttention(Attention):
     def from_attention(cls, attention: Attention, **options) -> 'GridAttention':
         """This mechanism around the parameters of an existing timm `Attention`, which is left as it was.
 
+        What both mechanisms add to timm's under the same name and in the same shape is kept too.
+
         Args:
             attention: Any subclass of timm's `Attention` whose additions are registered here or none.
             **options: Of the mechanism.
@@ -60,7 +62,20 @@ class GridAttention(Attention):
             if name in new._own_names():
                 delattr(new, name)
         new._configure(options)
+        if isinstance(attention, GridAttention):
+            new._keep_additions(attention)
         return new.train(attention.training)
+
+    def _keep_additions(self, attention: 'GridAttention') -> None:
+        given = attention.added_state(keep_vars=True)
+        for name, own in self.added_state(keep_vars=True).items():
+            path, _, leaf = name.rpartition('.')
+            module = self.get_submodule(path)
+            if name not in given or given[name].shape != own.shape:
+                continue
+            if path and type(module) is not type(attention.get_submodule(path)):
+                continue
+            (module._parameters if leaf in module._parameters else module._buffers)[leaf] = given[name]
 
     @classmethod
     def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
@@ -133,9 +148,9 @@ class GridAttention(Attention):
         """Uses the common part that the model owns in the place of its own."""
         raise NotImplementedError
 
-    def added_state(self, prefix: str = '') -> dict[str, Tensor]:
+    def added_state(self, prefix: str = '', keep_vars: bool = False) -> dict[str, Tensor]:
         """The entries of the state dict that timm's `Attention` does not have."""
-        state = self.state_dict(prefix=prefix)
+        state = self.state_dict(prefix=prefix, keep_vars=keep_vars)
         return {key: value for key, value in state.items() if key[len(prefix) :].split('.')[0] in self._additions}
 
 

@@ -1,0 +1,391 @@
+"""Treeformer's two attentions against their definitions: paths as masks, and every pair of tokens compared."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention
+from torch import nn
+
+import vit_efficient
+from vit_efficient import PatchGrid, count_flops, create_attention
+from vit_efficient.attention import swap_attention, treeformer_tf, trees
+
+from .test_compressed import EVERYTHING, assert_same, randomised
+
+SMALL = dict(embed_dim=32, depth=3, num_heads=2, num_classes=5, img_size=64, patch_size=8)
+NAMES = ('treeformer_tc', 'treeformer_tf')
+
+
+# --- references: an image and a head at a time, a node at a time --------------------------------------------------
+
+
+def way_to(level, number):
+    """The nodes on the way to node `number` of a level, and whether the way goes right there."""
+    decisions = [bool(number >> (level - 1 - i) & 1) for i in range(level)]
+    node, way = 0, []
+    for right in decisions:
+        way.append((node, right))
+        node = 2 * node + (2 if right else 1)
+    return way
+
+
+def memberships(z, weight, bias, level):
+    """Of tokens (N, D) in the nodes of a level: hard, and the product of sigmoids; (N, 2^level) both."""
+    scores = z @ weight.T + bias
+    hard, soft = [], []
+    for number in range(2**level):
+        inside, product = torch.ones_like(z[:, 0]), torch.ones_like(z[:, 0])
+        for node, right in way_to(level, number):
+            s = scores[:, node]
+            inside = inside * ((s >= 0) if right else (s < 0))
+            product = product * torch.sigmoid(s if right else -s)
+        hard.append(inside)
+        soft.append(product)
+    return torch.stack(hard, 1).detach(), torch.stack(soft, 1)
+
+
+def straight_through(z, weight, bias, level):
+    hard, soft = memberships(z, weight, bias, level)
+    return hard + soft - soft.detach()
+
+
+def softmax_rows(q, k, v, log_weights=0.0):
+    scores = q @ k.T / q.shape[1] ** 0.5 + log_weights
+    return scores.softmax(dim=1) @ v
+
+
+def tc_head(attention, head, q, k, v, prefix):
+    """out = Σ_l α_l Σ_node m_node(q) · mean_node; with the masks m of each level written out."""
+    weight, bias, alpha = attention.tree.weight[head], attention.tree.bias[head], attention.level_weight[head]
+    out, means = 0, None
+    for level in range(attention.tree.height + 1):
+        mask_q, mask_k = (straight_through(z[prefix:], weight, bias, level) for z in (q, k))
+        next_means = []
+        for node in range(2**level):
+            sums = (mask_k[:, node, None] * v[prefix:]).sum(0) + v[:prefix].sum(0)
+            count = mask_k[:, node].sum() + prefix
+            if round(count.item()) == 0:  # the parent's mean stands in for the missing key
+                sums, count = sums + means[node // 2], count + 1
+            next_means.append(sums / count)
+        means = torch.stack(next_means)
+        out = out + alpha[level] * mask_q @ means
+    return torch.cat([softmax_rows(q[:prefix], k, v), out])
+
+
+def leaves_of_query(hard, soft, n):
+    own = hard.argmax().item()
+    others = sorted((leaf for leaf in range(len(soft)) if leaf != own), key=lambda leaf: -soft[leaf].item())
+    return {own, *others[: n - 1]}
+
+
+def tf_head(attention, head, q, k, v, prefix):
+    """N × N scores under a mask; the logarithm of memberships, zero by value, carries the predicates' gradient."""
+    weight, bias, height = attention.tree.weight[head], attention.tree.bias[head], attention.tree.height
+    m_q, m_k = (straight_through(z[prefix:].detach(), weight, bias, height) for z in (q, k))
+    hard_q, soft_q = memberships(q[prefix:], weight, bias, height)
+    leaf_k = memberships(k[prefix:], weight, bias, height)[0].argmax(1).tolist()
+    rows = []
+    for i in range(len(m_q)):
+        leaves = leaves_of_query(hard_q[i], soft_q[i], attention.num_leaves)
+        up, seen = 0, list(leaves)
+        while not prefix and not any(leaf >> up in seen for leaf in leaf_k):
+            up, seen = up + 1, [leaf >> (up + 1) for leaf in leaves]
+        log_weights = [torch.zeros((), dtype=q.dtype)] * prefix
+        for j, leaf in enumerate(leaf_k):
+            if leaf >> up not in seen:
+                log_weights.append(torch.tensor(-torch.inf, dtype=q.dtype))
+            else:
+                member = 1 + (m_q[i, leaf] - 1 if leaf in leaves else 0)
+                log_weights.append(torch.log(member * m_k[j, leaf]))
+        rows.append(softmax_rows(q[prefix + i :][:1], k, v, torch.stack(log_weights)))
+    return torch.cat([softmax_rows(q[:prefix], k, v), *rows])
+
+
+def reference(attention, x, grid):
+    head_output = tc_head if attention.mechanism == 'treeformer_tc' else tf_head
+    dim, images = attention.head_dim, []
+    for image in x:
+        qkv, heads = attention.qkv(image), []
+        for head in range(attention.num_heads):
+            q, k, v = (qkv[:, (part * attention.num_heads + head) * dim :][:, :dim] for part in range(3))
+            heads.append(head_output(attention, head, attention.q_norm(q), attention.k_norm(k), v, grid.prefix))
+        y = attention.norm(torch.cat(heads, dim=1))
+        if attention.gate is not None:
+            y = y * torch.sigmoid(attention.gate(image))
+        images.append(attention.proj(y))
+    return torch.stack(images)
+
+
+def build(name, fused=True, **options):
+    attention = randomised(create_attention(name, 12, 3, dtype=torch.float64, **{'qkv_bias': True, **options}))
+    attention.fused_attn = fused
+    return attention
+
+
+def occupancy(attention, x, grid, part=1):
+    """Keys (or, `part` 0, queries) in each leaf: (B, H, L)"""
+    with torch.no_grad():
+        z = attention.qkv(x[:, grid.prefix :]).unflatten(-1, (3, 3, -1))[:, :, part].transpose(1, 2)
+        z = (attention.q_norm, attention.k_norm)[part](z)
+        leaf = trees.route(z, attention.tree.weight, attention.tree.bias)
+    return nn.functional.one_hot(leaf, 2**attention.tree.height).sum(2)
+
+
+def parameters(attention):
+    return [p for p in attention.parameters() if p.numel()]
+
+
+def check(attention, grid, batch=1):
+    x = torch.randn(batch, grid.num_tokens, 12, dtype=torch.float64, requires_grad=True)
+    y, expected = attention(x, grid), reference(attention, x, grid)
+    assert (y - expected).abs().max() <= 1e-9
+    with torch.no_grad():
+        assert (attention(x, grid) - expected).abs().max() <= 1e-9
+    used = [x, *parameters(attention)]
+    if attention.mechanism == 'treeformer_tf' and not attention.tree.height:
+        used = [t for t in used if t is not attention.tree.weight and t is not attention.tree.bias]
+    assert_same(y, expected, used, 1e-9)
+    return x
+
+
+VARIANTS = [
+    ('treeformer_tc', dict(tree_height=3)),
+    ('treeformer_tf', dict(tree_height=3)),
+    ('treeformer_tf', dict(tree_height=3, num_leaves=3)),
+]
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda v: '-'.join([v[0], *map(str, v[1].values())]))
+def variant(request):
+    return request.param
+
+
+class TestAgainstDefinition:
+    @pytest.mark.parametrize('prefix', (0, 5))
+    @pytest.mark.parametrize('grid', ((7, 13), (1, 9)))
+    def test_plain(self, variant, grid, prefix):
+        name, options = variant
+        check(build(name, **options), PatchGrid(*grid, prefix))
+
+    @pytest.mark.parametrize('fused', [True, False])
+    @pytest.mark.parametrize(
+        'extra', [EVERYTHING, dict(proj_bias=False, qkv_bias=False), dict(gated=True), dict(attn_head_dim=6)], ids=str
+    )
+    def test_options_of_timm(self, variant, extra, fused):
+        name, options = variant
+        check(build(name, fused, **options, **extra), PatchGrid(3, 7, 2))
+
+    def test_batch(self, variant):
+        name, options = variant
+        check(build(name, **options), PatchGrid(3, 7, 1), batch=3)
+
+    @pytest.mark.parametrize('prefix', (0, 5))
+    @pytest.mark.parametrize('name', NAMES)
+    def test_more_leaves_than_tokens(self, name, prefix):
+        attention, grid = build(name, tree_height=5), PatchGrid(3, 7, prefix)
+        x = check(attention, grid)
+        keys, queries = (occupancy(attention, x, grid, part) for part in (1, 0))
+        assert ((keys == 0) & (queries > 0)).any()
+
+    @pytest.mark.parametrize('num_leaves', (1, 2, 8))
+    @pytest.mark.parametrize('prefix', (0, 5))
+    @pytest.mark.parametrize('name', NAMES)
+    def test_queries_where_no_keys_are(self, name, prefix, num_leaves):
+        options = dict(num_leaves=num_leaves) if name == 'treeformer_tf' else {}
+        attention, grid = build(name, tree_height=3, **options), PatchGrid(3, 7, prefix)
+        with torch.no_grad():
+            attention.qkv.bias[:12], attention.qkv.bias[12:24] = 3, -3
+        x = check(attention, grid)
+        assert ((occupancy(attention, x, grid, 1) == 0) & (occupancy(attention, x, grid, 0) > 0)).any()
+
+    @pytest.mark.parametrize('right', [True, False])
+    @pytest.mark.parametrize('prefix', (0, 5))
+    def test_every_token_in_one_leaf(self, variant, prefix, right):
+        name, options = variant
+        attention, grid = build(name, **options), PatchGrid(3, 7, prefix)
+        with torch.no_grad():
+            attention.tree.weight *= 0.01
+            attention.tree.bias.fill_(1.0 if right else -1.0)
+        x = check(attention, grid)
+        assert (occupancy(attention, x, grid)[..., 7 if right else 0] == 21).all()
+        if name == 'treeformer_tf':
+            exact = swap_attention(attention, 'full')
+            assert (attention(x, grid) - exact(x, grid)).abs().max() <= 1e-9
+
+    @pytest.mark.parametrize('prefix', (0, 5))
+    @pytest.mark.parametrize('name', NAMES)
+    def test_a_single_leaf(self, name, prefix):
+        attention, grid = build(name, tree_height=0), PatchGrid(7, 13, prefix)
+        x = check(attention, grid, batch=2)
+        exact = swap_attention(attention, 'full')
+        y, expected = attention(x, grid), exact(x, grid)
+        if name == 'treeformer_tc':  # the mean; prefix tokens compare
+            with torch.no_grad():
+                attention.level_weight.fill_(1)
+            mean = attention.qkv(x)[..., 24:].mean(dim=1, keepdim=True)
+            expected = torch.cat([expected[:, :prefix], attention.proj(mean).expand(-1, 91, -1)], dim=1)
+            y = attention(x, grid)
+        assert (y - expected).abs().max() <= 1e-9
+
+    def test_all_leaves_are_exact_attention(self):
+        attention, grid = build('treeformer_tf', tree_height=3, num_leaves=8), PatchGrid(7, 13, 1)
+        x = check(attention, PatchGrid(3, 7, 1))
+        x = torch.randn(2, 92, 12, dtype=torch.float64)
+        assert (attention(x, grid) - swap_attention(attention, 'full')(x, grid)).abs().max() <= 1e-9
+
+    @pytest.mark.parametrize('name', NAMES)
+    def test_chunks(self, name, monkeypatch):
+        """Of tokens, in the routing and its gradient; the last one may be smaller."""
+        monkeypatch.setattr(trees, 'CHUNK', 8)
+        monkeypatch.setattr(treeformer_tf, 'CHUNK', 8)
+        check(build(name, False, tree_height=2), PatchGrid(3, 7, 1), batch=2)
+
+
+class TestTrees:
+    def test_ties_go_right(self):
+        z = torch.randn(1, 3, 9, 4)
+        assert (trees.route(z, torch.zeros(3, 7, 4), torch.zeros(3, 7)) == 7).all()
+        assert (trees.route(z, torch.zeros(3, 7, 4), -torch.zeros(3, 7)) == 7).all()
+
+    def test_leaves_by_hand(self):
+        weight = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
+        z = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])[None, None]
+        assert trees.route(z, weight, torch.zeros(1, 3)).tolist() == [[[0, 1, 2, 3]]]
+        assert trees.route(z, weight, torch.tensor([[0.0, 5.0, -5.0]])).tolist() == [[[1, 1, 2, 2]]]
+
+    def test_best_leaves_by_hand(self):
+        """The root is undecided and goes right, where both leaves are as likely; the left side is sure of one."""
+        weight, bias = torch.zeros(1, 3, 2), torch.tensor([[0.1, 4.0, 1.0]])
+        z = torch.randn(1, 1, 1, 2)
+        assert [trees.best_leaves(z, weight, bias, n).tolist()[0][0][0] for n in (1, 2, 3)] == [[3], [1, 3], [1, 2, 3]]
+
+    @pytest.mark.parametrize('prefix', (0, 1))
+    @pytest.mark.parametrize('height', (1, 4, 6))
+    def test_every_predicate_has_a_gradient_under_tc(self, height, prefix):
+        """From a random start, in float32, on a batch of two."""
+        attention = create_attention('treeformer_tc', 48, 3, tree_height=height)
+        grid = PatchGrid(14, 14, prefix)
+        attention(torch.randn(2, grid.num_tokens, 48), grid).square().sum().backward()
+        assert attention.tree.weight.grad.abs().amin() > 0 and attention.tree.bias.grad.abs().amin() > 0
+        assert attention.level_weight.grad.abs().amin() > 0 and attention.qkv.weight.grad.abs().amin() > 0
+
+    def test_every_predicate_of_a_model_has_a_gradient_under_tc(self):
+        """The class token of the last block reads no leaf, so patches must be what the head sees."""
+        model = timm.create_model('vit_treeformer_tc_tiny', global_pool='avg', **SMALL)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.arange(4)).backward()
+            for block in model.blocks:
+                assert block.attn.tree.weight.grad.abs().amin() > 0 and block.attn.tree.bias.grad.abs().amin() > 0
+            optimizer.step()
+
+    def test_dense_gradient_reaches_off_the_path(self):
+        """All keys and queries are right of the root; the nodes on its left have a gradient all the same."""
+        attention, grid = build('treeformer_tc', tree_height=3), PatchGrid(3, 7)
+        with torch.no_grad():
+            attention.tree.bias[:, 0] = 2.0
+            attention.tree.weight[:, 0] = 0
+            attention.qkv.bias[:12] = 2.0  # queries differ from keys, so that some read what no key is in
+        x = torch.randn(1, 21, 12, dtype=torch.float64)
+        assert not occupancy(attention, x, grid)[..., :4].any()
+        attention(x, grid).square().sum().backward()
+        assert (attention.tree.bias.grad[:, [0, 2]].abs() > 0).all()
+
+
+class TestHandOver:
+    """The trees of one attention are those of the other."""
+
+    @pytest.mark.parametrize(('first', 'second'), [NAMES, NAMES[::-1]])
+    def test_swap_keeps_trees(self, first, second):
+        old = build(first, tree_height=3)
+        new = swap_attention(old, second, tree_height=3)
+        assert new.tree.weight is old.tree.weight and new.tree.bias is old.tree.bias
+        assert new.mechanism == second and old.mechanism == first
+        again = swap_attention(new, second, tree_height=3)
+        assert again.tree.weight is old.tree.weight
+
+    def test_another_height_begins_anew(self):
+        old = build('treeformer_tc', tree_height=3)
+        new = swap_attention(old, 'treeformer_tf', tree_height=2)
+        assert new.tree.weight.shape == (3, 3, 4) and old.tree.weight.shape == (3, 7, 4)
+        assert not hasattr(swap_attention(new, 'full'), 'tree')
+
+    def test_load_state_dict(self):
+        old = build('treeformer_tc', tree_height=3)
+        new = build('treeformer_tf', tree_height=3)
+        missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
+        assert not missing and unexpected == ['level_weight'] and torch.equal(new.tree.weight, old.tree.weight)
+
+    def test_convert(self):
+        model = timm.create_model('vit_full_tiny', **SMALL)
+        vit_efficient.convert(model, 'treeformer_tc', layers=[-1], tree_height=2)
+        last = model.blocks[-1].attn.tree.weight
+        vit_efficient.convert(model, 'treeformer_tc', tree_height=2)
+        assert model.blocks[-1].attn.tree.weight is last
+        before = [block.attn.tree.weight for block in model.blocks]
+        vit_efficient.convert(model, 'treeformer_tf', tree_height=2, num_leaves=2)
+        assert all(block.attn.tree.weight is kept for block, kept in zip(model.blocks, before, strict=True))
+        assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
+class TestModule:
+    grid = PatchGrid(7, 13, 1)
+    x = torch.randn(2, 92, 12, generator=torch.Generator().manual_seed(0))
+
+    def test_parameters_are_shared_and_left_alone(self, variant):
+        exact = Attention(12, 3, qkv_bias=True)
+        attention = swap_attention(exact, variant[0], **variant[1])
+        shapes = {key: tuple(value.shape) for key, value in attention.added_state().items()}
+        tc = {'level_weight': (3, 4)} if variant[0] == 'treeformer_tc' else {}
+        assert shapes == {'tree.weight': (3, 7, 4), 'tree.bias': (3, 7), **tc}
+        assert attention.qkv.weight is exact.qkv.weight
+        back = swap_attention(attention, 'full')
+        assert list(back.state_dict()) == list(exact.state_dict()) and not hasattr(back, 'num_leaves')
+
+    def test_copies(self, variant):
+        attention = create_attention(variant[0], 12, 3, **variant[1])
+        for copied in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+            assert torch.equal(copied(self.x, self.grid), attention(self.x, self.grid))
+
+    def test_options_and_repr_tell_the_truth(self, variant):
+        attention = create_attention(variant[0], 12, 3, **variant[1])
+        default = dict(num_leaves=1) if variant[0] == 'treeformer_tf' else {}
+        assert json.loads(json.dumps(attention.options)) == {**default, **variant[1]}
+        assert create_attention(variant[0], 12, 3, **attention.options).options == attention.options
+        assert ', '.join(f'{key}={value}' for key, value in attention.options.items()) in repr(attention)
+
+    def test_num_attended(self):
+        assert create_attention('treeformer_tc', 12, 3).num_attended(self.grid) == 92
+        for options, expected in ((dict(tree_height=3), 1 + 12), (dict(tree_height=3, num_leaves=8), 92)):
+            assert create_attention('treeformer_tf', 12, 3, **options).num_attended(self.grid) == expected
+
+    def test_weights_after_to_empty(self):
+        with torch.device('meta'):
+            model = timm.create_model('vit_treeformer_tc_tiny', **SMALL)
+        model.to_empty(device='cpu')
+        model.init_weights()
+        for block in model.blocks:
+            assert 0.8 < block.attn.tree.weight.std() * 4 < 1.2 and not block.attn.tree.bias.any()
+            assert (block.attn.level_weight == 1 / 5).all()
+
+    @pytest.mark.parametrize(
+        ('name', 'options', 'message'),
+        [
+            ('treeformer_tc', dict(tree_height=-1), 'tree_height=-1'),
+            ('treeformer_tc', dict(tree_height=2.5), r'tree_height=2\.5'),
+            ('treeformer_tf', dict(tree_height=True), 'tree_height=True'),
+            ('treeformer_tf', dict(num_leaves=0), 'num_leaves=0'),
+            ('treeformer_tf', dict(num_leaves=3, tree_height=1), 'num_leaves=3, tree_height=1'),
+            ('treeformer_tf', dict(num_leaves=True), 'num_leaves=True'),
+            ('treeformer_tc', dict(num_leaves=2), "no option 'num_leaves'; it has tree_height"),
+        ],
+        ids=str,
+    )
+    def test_bad_options(self, name, options, message):
+        with pytest.raises(ValueError, match=message):
+            create_attention(name, 12, 3, **options)

@@ -1,0 +1,221 @@
+"""The trees of Treeformer: which leaf a token falls into, and how a hard decision is learned.
+
+A head has one complete binary tree of height h, which its queries and keys share. Node j holds a linear predicate,
+s_j(z) = ⟨w_j, z⟩ + b_j, and sends z right where s_j(z) ≥ 0, left otherwise (a tie goes right, NaN left).
+
+Decisions are hard forward and dense backward, as in the trees of Karthikeyan et al., "Learning Accurate Decision Trees
+with Bandit Feedback via Quantized Gradient Descent", TMLR 2022. The straight-through surrogate is the product of
+sigmoids along the path: whether z is in a leaf, 0 or 1, has the gradient of
+
+    m_leaf(z) = Π σ(± s_j(z)) over the nodes j on the way to the leaf, + where the way goes right
+
+which is positive for all leaves, so that every predicate hears of every token, on its path or off it.
+
+Nodes are numbered level by level: the children of node j are 2j + 1 (left) and 2j + 2 (right). A leaf's number is that
+of its decisions in binary, right being 1.
+
+Letters: B batch, H heads, N tokens, D channels of a head, h height, J = 2^h − 1 nodes, L = 2^h leaves.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Tokens that are routed at a time: what the nodes say about them stays in the cache.
+CHUNK = 512
+
+
+class Trees(nn.Module):
+    """The predicates of one tree per head.
+
+    Args:
+        num_heads: H
+        head_dim: D
+        height: h; 0 for a single leaf.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, height: int, device=None, dtype=None):
+        super().__init__()
+        nodes = 2**height - 1
+        self.height = height
+        self.weight = nn.Parameter(torch.empty(num_heads, nodes, head_dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_heads, nodes, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random directions through the origin: a score has the spread of a channel."""
+        nn.init.normal_(self.weight, std=self.weight.shape[-1] ** -0.5)
+        nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f'num_heads={self.weight.shape[0]}, head_dim={self.weight.shape[2]}, height={self.height}'
+
+
+def height_of(weight: Tensor) -> int:
+    """h, from the predicates (H, J, D)."""
+    return (weight.shape[1] + 1).bit_length() - 1
+
+
+def chunks(num_tokens) -> list[slice]:
+    """Slices of `CHUNK` tokens; a single one where a graph is made, and where the number is a symbol."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(num_tokens) is not int:
+        return [slice(None)]
+    return [slice(start, start + CHUNK) for start in range(0, num_tokens, CHUNK)]
+
+
+def products(z: Tensor, weight: Tensor) -> Tensor:
+    """⟨w_j, z⟩ of all tokens and nodes, as one product: (B, H, N, D), (H, J, D) → (B, H, N, J)"""
+    z_HMD = z.transpose(0, 1).flatten(1, 2)
+    return torch.bmm(z_HMD, weight.mT).unflatten(1, (z.shape[0], -1)).transpose(0, 1)
+
+
+def scores(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """s_j(z): (B, H, N, D), (H, J, D), (H, J) → (B, H, N, J)"""
+    return products(z, weight) + bias[:, None]
+
+
+def route(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The leaf of each token: (B, H, N, D), (H, J, D), (H, J) → (B, H, N), int64. No gradient."""
+    leaves = []
+    for chunk in chunks(z.shape[2]):
+        right = products(z[:, :, chunk], weight) >= -bias[:, None]
+        leaf = torch.zeros_like(z[:, :, chunk, :1], dtype=torch.int64)
+        for level in range(height_of(weight)):
+            leaf = 2 * leaf + right.gather(-1, leaf + (2**level - 1))
+        leaves.append(leaf.squeeze(-1))
+    return torch.cat(leaves, dim=2)
+
+
+def best_leaves(z: Tensor, weight: Tensor, bias: Tensor, num_leaves: int) -> Tensor:
+    """Each token's own leaf and the others of largest m, in ascending order: → (B, H, N, num_leaves), int64.
+
+    The own leaf need not be the one of largest m, but is always among them.
+    """
+    own = route(z, weight, bias).unsqueeze(-1)
+    if num_leaves == 1:
+        return own
+    best = []
+    for chunk in chunks(z.shape[2]):
+        s = scores(z[:, :, chunk], weight, bias)
+        log_m = torch.zeros_like(s[..., :1])
+        for level in range(height_of(weight)):
+            s_level = s[..., 2**level - 1 : 2 ** (level + 1) - 1]
+            log_m = torch.stack([log_m + F.logsigmoid(-s_level), log_m + F.logsigmoid(s_level)], dim=-1).flatten(-2)
+        best.append(log_m.scatter(-1, own[:, :, chunk], torch.inf).topk(num_leaves, dim=-1).indices)
+    return torch.cat(best, dim=2).sort(dim=-1).values
+
+
+def membership(z: Tensor, weight: Tensor, bias: Tensor, leaves: Tensor) -> Tensor:
+    """What is zero and has the gradient of m: (B, H, N, D), …, leaves (B, H, N, n) → (B, H, N, n)"""
+    height = height_of(weight)
+    level = torch.arange(height, device=z.device)
+    node = 2**level - 1 + (leaves[..., None] >> (height - level))
+    right = (leaves[..., None] >> (height - 1 - level)) & 1
+    s = scores(z, weight, bias).gather(-1, node.flatten(-2)).unflatten(-1, node.shape[-2:])
+    m = F.logsigmoid(torch.where(right == 1, s, -s)).sum(dim=-1).exp()
+    return m - m.detach()
+
+
+def sum_by_leaf(leaf: Tensor, v: Tensor, num_leaves: int) -> Tensor:
+    """The sum of the values in each leaf: (B, H, N), (B, H, N, D) → (B, H, L, D)"""
+    sums = v.new_zeros(*v.shape[:2], num_leaves, v.shape[3])
+    for chunk in chunks(v.shape[2]):
+        v_chunk = v[:, :, chunk].contiguous()
+        sums = sums.scatter_add_(2, leaf[:, :, chunk, None].expand_as(v_chunk), v_chunk)
+    return sums
+
+
+def read_leaves(leaf: Tensor, table: Tensor) -> Tensor:
+    """The row of each token's leaf: (B, H, N), (B, H, L, D) → (B, N, H, D)"""
+    leaf_BNH = leaf.transpose(1, 2)
+    tree = torch.arange(table.shape[0] * table.shape[1], device=leaf.device).view(-1, 1, table.shape[1])
+    row = leaf_BNH + table.shape[2] * tree
+    return table.flatten(0, 2).index_select(0, row.flatten()).view(*leaf_BNH.shape, table.shape[3])
+
+
+class LeafSums(torch.autograd.Function):
+    """Sums of values, and numbers of keys, by the leaves of the keys.
+
+        sums, counts = LeafSums.apply(k, v, weight, bias)
+
+    (B, H, N, D), (B, H, N, D), (H, J, D), (H, J) → (B, H, L, D), (B, H, L, 1). The gradient is that of Σ m_leaf(k) v
+    and Σ m_leaf(k). Backward, scores are computed again rather than kept: they are J / D times the keys.
+    """
+
+    @staticmethod
+    def forward(ctx, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = route(k, weight, bias)
+        ctx.save_for_backward(k, v, weight, bias, leaf)
+        num_leaves = weight.shape[1] + 1
+        return sum_by_leaf(leaf, v, num_leaves), sum_by_leaf(leaf, torch.ones_like(v[..., :1]), num_leaves)
+
+    @staticmethod
+    def backward(ctx, d_sums: Tensor, d_counts: Tensor) -> tuple[Tensor, ...]:
+        k, v, weight, bias, leaf = ctx.saved_tensors
+
+        def d_membership(chunk: slice) -> Tensor:
+            return v[:, :, chunk] @ d_sums.mT + d_counts.mT
+
+        d_k, d_weight, d_bias = _straight_through(k, weight, bias, d_membership)
+        return d_k, read_leaves(leaf, d_sums).transpose(1, 2), d_weight, d_bias
+
+
+class LeafReads(torch.autograd.Function):
+    """What queries read in their leaves.
+
+        y = LeafReads.apply(q, table, weight, bias)
+
+    (B, H, N, D), (B, H, L, D), (H, J, D), (H, J) → (B, N, H, D). The gradient is that of Σ_leaf m_leaf(q) table_leaf.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, table: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        leaf = route(q, weight, bias)
+        ctx.save_for_backward(q, table, weight, bias, leaf)
+        return read_leaves(leaf, table)
+
+    @staticmethod
+    def backward(ctx, d_y: Tensor) -> tuple[Tensor, ...]:
+        q, table, weight, bias, leaf = ctx.saved_tensors
+        d_y = d_y.transpose(1, 2)
+
+        def d_membership(chunk: slice) -> Tensor:
+            return d_y[:, :, chunk] @ table.mT
+
+        d_q, d_weight, d_bias = _straight_through(q, weight, bias, d_membership)
+        return d_q, sum_by_leaf(leaf, d_y, table.shape[2]), d_weight, d_bias
+
+
+def _straight_through(
+    z: Tensor, weight: Tensor, bias: Tensor, d_membership: Callable[[slice], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of tokens and predicates, from those of the memberships, (B, H, N, L), a chunk of tokens each."""
+    d_z, d_weight, d_bias = [], torch.zeros_like(weight), torch.zeros_like(bias)
+    for chunk in chunks(z.shape[2]):
+        z_chunk = z[:, :, chunk]
+        d_scores = _through_paths(scores(z_chunk, weight, bias), d_membership(chunk))
+        d_z.append(d_scores @ weight)
+        d_weight = d_weight + (d_scores.mT @ z_chunk).sum(dim=0)
+        d_bias = d_bias + d_scores.sum(dim=(0, 2))
+    return torch.cat(d_z, dim=2), d_weight, d_bias
+
+
+def _through_paths(s: Tensor, d_m: Tensor) -> Tensor:
+    """The gradient of scores (…, J) from that of m (…, L), in O(J): d_j = reach_j σ'(s_j) (right_j − left_j).
+
+    reach_j is the product of sigmoids on the way to node j; right_j and left_j are what m below its children would be
+    worth if they were reached for sure.
+    """
+    levels = [s[..., 2**level - 1 : 2 ** (level + 1) - 1].sigmoid() for level in range(d_m.shape[-1].bit_length() - 1)]
+    worth, gains = d_m, []
+    for p in reversed(levels):
+        left, right = worth.unflatten(-1, (-1, 2)).unbind(-1)
+        gains.append(right - left)
+        worth = left + p * gains[-1]
+    reach, d_s = torch.ones_like(s[..., :1]) if levels else s, []
+    for p, gain in zip(levels, reversed(gains), strict=True):
+        d_s.append(reach * p * (1 - p) * gain)
+        reach = torch.stack([reach * (1 - p), reach * p], dim=-1).flatten(-2)
+    return torch.cat(d_s, dim=-1) if d_s else s
