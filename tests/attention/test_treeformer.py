@@ -85,11 +85,12 @@ def leaves_of_query(hard, soft, n):
 def tf_head(attention, head, q, k, v, prefix):
     """N × N scores under a mask; the logarithm of memberships, zero by value, carries the predicates' gradient."""
     weight, bias, height = attention.tree.weight[head], attention.tree.bias[head], attention.tree.height
-    m_q, m_k = (straight_through(z[prefix:].detach(), weight, bias, height) for z in (q, k))
-    hard_q, soft_q = memberships(q[prefix:], weight, bias, height)
+    hard_q, soft_q = memberships(q[prefix:].detach(), weight, bias, height)
+    m_q = 1 + soft_q - soft_q.detach()  # in the leaves that a query reads
+    m_k = straight_through(k[prefix:].detach(), weight, bias, height)
     leaf_k = memberships(k[prefix:], weight, bias, height)[0].argmax(1).tolist()
     rows = []
-    for i in range(len(m_q)):
+    for i in range(len(hard_q)):
         leaves = leaves_of_query(hard_q[i], soft_q[i], attention.num_leaves)
         up, seen = 0, list(leaves)
         while not prefix and not any(leaf >> up in seen for leaf in leaf_k):
@@ -99,8 +100,7 @@ def tf_head(attention, head, q, k, v, prefix):
             if leaf >> up not in seen:
                 log_weights.append(torch.tensor(-torch.inf, dtype=q.dtype))
             else:
-                member = 1 + (m_q[i, leaf] - 1 if leaf in leaves else 0)
-                log_weights.append(torch.log(member * m_k[j, leaf]))
+                log_weights.append(torch.log((m_q[i, leaf] if leaf in leaves else 1) * m_k[j, leaf]))
         rows.append(softmax_rows(q[prefix + i :][:1], k, v, torch.stack(log_weights)))
     return torch.cat([softmax_rows(q[:prefix], k, v), *rows])
 
