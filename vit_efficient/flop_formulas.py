@@ -2,7 +2,8 @@
 
 A formula sees an operator's positional arguments as a list, and its result, with a tuple, the shape, in place of every
 tensor. The conventions are fvcore's: a bias is free, a layer norm costs 5 per element, bilinear interpolation 4 per
-output element. Pooling costs 1 per input element, and so does a mean, which is what global pooling often is.
+output element. Pooling costs 1 per input element, and so does a mean, which is what global pooling often is, and a sum
+of rows that are picked or scattered by an index.
 """
 
 import math
@@ -111,6 +112,17 @@ def _pool(inputs: list, output: Shape) -> int:
     return math.prod(inputs[0])
 
 
+@register_flops('aten::scatter_add', 'aten::scatter_add_', product=False)
+def _scatter_add(inputs: list, output: Shape) -> int:
+    return math.prod(inputs[2])  # indices; a sum by leaf
+
+
+@register_flops('aten::embedding_bag', product=False)
+def _embedding_bag(inputs: list, output: Any) -> int:
+    weight, indices = inputs[:2]
+    return math.prod(indices) * weight[-1]  # sums of rows
+
+
 @register_flops('aten::upsample_nearest2d', product=False)
 def _nearest(inputs: list, output: Shape) -> int:
     return math.prod(output)
@@ -161,7 +173,7 @@ _MOVES = re.compile(
     r'|_?(to|to_copy|copy|conj|clone|contiguous|detach|alias|lift_fresh|type_as|real|imag|resolve_conj|resolve_neg)'
     r'|(broadcast_|expand|repeat|tile).*|(un)?squeeze|(un)?flatten|(un)?fold|(un)?bind|as_strided|t|transpose|permute'
     r'|movedim|swapaxes|(unsafe_|tensor_)?split.*|chunk|slice|select|narrow|index(_select|_put)?|gather|diagonal'
-    r'|cat|concat|stack|pad|constant_pad_nd|roll|flip|meshgrid|pixel_(un)?shuffle|channel_shuffle|tri[lu]|masked_fill'
+    r'|cat|concat|stack|pad|constant_pad_nd|roll|flip|scatter|meshgrid|pixel_(un)?shuffle|channel_shuffle|tri[lu]|masked_fill'
     r'|fill|zero|arange|linspace|scalar_tensor|(feature_)?dropout|size|is_nonzero|item|_assert.*|Int|ScalarImplicit'
 )
 

@@ -33,7 +33,10 @@ __all__ = ['ROLES', 'FlopCount', 'count_flops', 'register_flops']
 
 ROLES = ('attention products', 'attention projections', 'transform', 'mlp', 'patch embedding', 'rest')
 # In an attention, what two activations meet in; a weight comes in by `linear`.
-_BATCHED = {'scaled_dot_product_attention', 'matmul', 'bmm', 'baddbmm', 'einsum', 'linalg_pinv'}
+_BATCHED = {
+    *('scaled_dot_product_attention', 'matmul', 'bmm', 'baddbmm', 'einsum', 'linalg_pinv'),
+    'vit_efficient::attend_in_leaves',
+}
 _MLPS = (Mlp, GluMlp, SwiGLU, GlobalResponseNormMlp, ConvMlp)
 
 
@@ -68,23 +71,31 @@ class FlopCount:
 
 
 def count_flops(
-    model: nn.Module, input_size: Sequence[int] = (3, 224, 224), batch_size: int = 1, engine: str = 'meta'
+    model: nn.Module,
+    input_size: Sequence[int] = (3, 224, 224),
+    batch_size: int = 1,
+    engine: str = 'meta',
+    images: Tensor | None = None,
 ) -> FlopCount:
     """Counts the multiply-accumulates of one forward pass in evaluation mode.
 
     The model itself is never run or changed: a copy of its modules is, whose tensors are on the meta device (engine
-    `'meta'`) or the model's own (`'fvcore'`). Attention is counted in full whether or not it is masked or causal.
+    `'meta'`) or the model's own (`'fvcore'`). Attention is counted in full whether or not it is masked or causal. What
+    depends on the data ('treeformer_tf') is counted in expectation, or, given `images`, as these have it.
 
     Args:
         model: A module that takes one batch of images, on any device and in any dtype.
         input_size: Channels, height and width of an image.
         batch_size: Images in the batch.
         engine: `'meta'` executes nothing; `'fvcore'` runs the model on its device.
+        images: A batch, on which the model is run where it is; in the place of `input_size`, `batch_size` and `engine`.
 
     Raises:
         ValueError: If an argument is out of range, the model refuses the input, or an operator that multiplies
             matrices has no formula (`register_flops` gives it one).
     """
+    if images is not None:
+        return _count_of_images(_plain_model(model), images)
     input_size = tuple(input_size) if isinstance(input_size, Sequence) else (input_size,)
     if len(input_size) != 3 or any(type(n) is not int or n < 1 for n in input_size):
         raise ValueError(f'count_flops: input_size must be three positive integers (C, H, W), got {input_size=}')
@@ -92,9 +103,7 @@ def count_flops(
         raise ValueError(f'count_flops: batch_size must be a positive integer, got {batch_size=}')
     if engine not in ('meta', 'fvcore'):
         raise ValueError(f"count_flops: engine must be 'meta' or 'fvcore', got {engine=}")
-    model = getattr(model, '_orig_mod', model)  # a compiled model runs the same operators as the module it wraps
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    model = _plain_model(model)
     example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     device = torch.device('meta') if engine == 'meta' else example.device
     if engine == 'fvcore' and device.type == 'meta':
@@ -103,13 +112,27 @@ def count_flops(
     x = torch.zeros(batch_size, *input_size, dtype=example.dtype, device=device)
     with _quiet(device):
         try:
-            counts, uncounted = (_count_on_meta if engine == 'meta' else _count_with_fvcore)(replica, x)
+            counts, uncounted = (_count_operators if engine == 'meta' else _count_with_fvcore)(replica, x)
         except (AssertionError, RuntimeError) as error:
             # Such as `.item()`, or a tensor in the model's code that stayed on another device.
             needs_values = engine == 'meta' and 'meta' in str(error)
             hint = "; engine='fvcore' runs models that need values and not only shapes" if needs_values else ''
             raise ValueError(f'count_flops: the model fails on {input_size=}: {error}{hint}') from error
     return _summarise(replica, counts, uncounted)
+
+
+def _count_of_images(model: nn.Module, images: Tensor) -> FlopCount:
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f'count_flops: images must be a tensor (B, C, H, W), got {shape}')
+    replica = _replicate(model, meta=False).eval()
+    with _quiet(images.device):
+        return _summarise(replica, *_count_operators(replica, images))
+
+
+def _plain_model(model: nn.Module) -> nn.Module:
+    model = getattr(model, '_orig_mod', model)  # a compiled model runs the same operators as the module it wraps
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 # --- the engines: (module path, operator) -> MACs, and uncounted operator -> calls ---------------------------------
@@ -161,7 +184,7 @@ def _shapes(value: Any) -> Any:
     return [_shapes(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _count_on_meta(model: nn.Module, x: Tensor) -> tuple[dict, dict]:
+def _count_operators(model: nn.Module, x: Tensor) -> tuple[dict, dict]:
     counter = _Counter()
 
     def leave(*_) -> None:

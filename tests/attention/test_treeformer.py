@@ -389,3 +389,80 @@ class TestModule:
     def test_bad_options(self, name, options, message):
         with pytest.raises(ValueError, match=message):
             create_attention(name, 12, 3, **options)
+
+
+class TestFlops:
+    """Models of one block, H = 2 heads of D = 16, 64 patches and a class token."""
+
+    n, p, c, heads, leaves = 64, 1, 32, 2, 8
+
+    def model(self, name, **options):
+        return timm.create_model(f'vit_{name}_tiny', attention_kwargs=options, **{**SMALL, 'depth': 1}).eval()
+
+    def count(self, name, **options):
+        return count_flops(self.model(name, **options), (3, 64, 64))
+
+    def test_tc_folded(self):
+        """Each patch passes 7 predicates twice; the class token attends to all, and sums x for each head apart. All
+        project queries and keys; leaves, and the class token, values (the latter twice) and outputs."""
+        n, p, c, heads, leaves = self.n, self.p, self.c, self.heads, self.leaves
+        count = self.count('treeformer_tc', tree_height=3)
+        routing, of_class_token = 2 * n * (leaves - 1) * c, p * (n + p) * c * (1 + heads)
+        assert count.by_role['attention products'] == routing + of_class_token
+        assert count.by_role['attention projections'] == ((n + p) * 2 + leaves * 2 + p * 3) * c * c
+        assert count.by_operator['scatter_add_'] == n * heads * (c + 1)
+        assert count.by_operator['embedding_bag'] == n * heads * c
+
+    def test_tc_with_more_leaves_than_patches(self):
+        n, p, c = self.n, self.p, self.c
+        count = self.count('treeformer_tc', tree_height=6)
+        assert count.by_role['attention products'] == 2 * n * 63 * c + 2 * p * (n + p) * c
+        assert count.by_role['attention projections'] == 4 * (n + p) * c * c
+        assert count.by_operator['scatter_add_'] == n * (c + self.heads)
+
+    def test_tc_against_exact_attention(self):
+        """Issue: 30 × fewer at 4,096 tokens, with 128 leaves."""
+        for size in (1024, 2048):
+            attention = {}
+            for name, options in (('full', {}), ('treeformer_tc', dict(tree_height=7))):
+                model = timm.create_model(
+                    f'vit_{name}_base', depth=1, img_size=size, attention_kwargs=options, device='meta'
+                )
+                attention[name] = count_flops(model, (3, size, size)).by_role['attention products']
+            assert attention['full'] >= 30 * attention['treeformer_tc']
+
+    @pytest.mark.parametrize('num_leaves', (1, 3))
+    def test_tf_in_expectation(self, num_leaves):
+        n, p, c = self.n, self.p, self.c
+        count = self.count('treeformer_tf', tree_height=3, num_leaves=num_leaves)
+        routing = (2 if num_leaves == 1 else 3) * n * (self.leaves - 1) * c  # the best leaves take all scores once more
+        pairs = n * n * num_leaves // self.leaves + n * p + p * (n + p)
+        assert count.by_role['attention products'] == routing + 2 * pairs * c
+        assert count.by_role['attention projections'] == 4 * (n + p) * c * c
+
+    @pytest.mark.parametrize('name', NAMES)
+    def test_of_a_batch(self, name):
+        """TC costs what it costs; TF what the sizes of its leaves say."""
+        model, images = self.model(name, tree_height=3), torch.randn(2, 3, 64, 64)
+        of_batch = count_flops(model, images=images)
+        expected = count_flops(model, (3, 64, 64), batch_size=2)
+        assert of_batch.by_role['attention projections'] == expected.by_role['attention projections']
+        if name == 'treeformer_tc':
+            assert of_batch == expected
+            return
+        attention, inputs = model.blocks[0].attn, []
+        attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        model(images)
+        with torch.no_grad():
+            q, k = attention.qkv(inputs[0][:, 1:]).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)[:2]
+            sizes = [
+                nn.functional.one_hot(trees.route(z, attention.tree.weight, attention.tree.bias), 8).sum(2)
+                for z in (q, k)
+            ]
+        n, p, c = self.n, self.p, self.c
+        pairs = (sizes[0] * (sizes[1] + p)).sum().item() + 2 * 2 * p * (n + p)
+        assert of_batch.by_role['attention products'] == 2 * 2 * n * (self.leaves - 1) * c + 2 * pairs * 16
+
+    def test_bad_images(self):
+        with pytest.raises(ValueError, match='images must be a tensor'):
+            count_flops(self.model('treeformer_tf'), images=(3, 64, 64))

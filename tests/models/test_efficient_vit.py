@@ -19,7 +19,7 @@ from vit_efficient.models import SIZES
 
 MECHANISMS = vit_efficient.list_attentions()
 SMALL = dict(embed_dim=32, depth=2, num_heads=2, num_classes=5, img_size=64, patch_size=8)
-HAVE_STATE = {'linformer', 'performer'}  # with their default options
+HAVE_STATE = {'linformer', 'performer', 'treeformer_tc', 'treeformer_tf'}  # with their default options
 VARIANTS = [
     ('full', {}),
     ('dct', {}),
@@ -36,6 +36,11 @@ VARIANTS = [
     ('nystrom', dict(num_landmarks=(2, 3), pinv='exact')),
     ('performer', {}),
     ('window', dict(window_size=3)),
+    ('treeformer_tc', dict(tree_height=3)),
+]
+NO_GRAPH = [  # what they do depends on the data
+    ('treeformer_tf', dict(tree_height=2)),
+    ('treeformer_tf', dict(tree_height=3, num_leaves=2)),
 ]
 
 
@@ -44,8 +49,17 @@ def build(name='dct', options=None, **arguments):
     return timm.create_model(f'vit_{name}_tiny', attention_kwargs=options or {}, **{**SMALL, **arguments}).eval()
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda v: '-'.join([v[0], *map(str, v[1].values())]))
+def name_of(variant):
+    return '-'.join([variant[0], *map(str, variant[1].values())])
+
+
+@pytest.fixture(params=VARIANTS + NO_GRAPH, ids=name_of)
 def variant(request):
+    return request.param
+
+
+@pytest.fixture(params=VARIANTS, ids=name_of)
+def graph_variant(request):
     return request.param
 
 
@@ -295,51 +309,65 @@ class TestModes:
         model.float().load_state_dict(build(*variant).state_dict())
         assert torch.equal(model(self.x), expected)
 
-    def test_compile_without_breaks(self, variant):
+    def test_compile_without_breaks(self, graph_variant):
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
-        model = build(*variant, dynamic_img_size=True)
+        model = build(*graph_variant, dynamic_img_size=True)
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager', dynamic=False)
         for size in ((64, 64), (56, 104)):
             x = torch.randn(2, 3, *size)
             assert close(compiled(x), model(x))
         assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2
 
-    def test_compile_at_changing_sizes(self, variant):
+    def test_compile_at_changing_sizes(self, graph_variant):
         """Sizes become symbols from the second on."""
         torch.compiler.reset()
-        model = build(*variant, dynamic_img_size=True, depth=1)
+        model = build(*graph_variant, dynamic_img_size=True, depth=1)
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
         for size in ((64, 64), (56, 104), (88, 40)):
             x = torch.randn(2, 3, *size)
             assert close(compiled(x), model(x))
 
-    def test_compiled_training_step(self, variant):
+    def test_compiled_training_step(self, graph_variant):
         torch.compiler.reset()
-        model = build(*variant).train()
+        model = build(*graph_variant).train()
         torch.compile(model, fullgraph=True, backend='aot_eager')(self.x).square().sum().backward()
         compiled = [p.grad for p in model.parameters()]
         model.zero_grad()
         model(self.x).square().sum().backward()
         assert all(close(a, p.grad, 1e-4) for a, p in zip(compiled, model.parameters(), strict=True))
 
-    def test_export(self, variant):
-        model = build(*variant)
+    def test_export(self, graph_variant):
+        model = build(*graph_variant)
         assert close(torch.export.export(model, (self.x,)).module()(self.x), model(self.x))
 
-    def test_export_with_open_image_size(self, variant):
-        model = build(*variant, dynamic_img_size=True)
+    def test_export_with_open_image_size(self, graph_variant):
+        model = build(*graph_variant, dynamic_img_size=True)
         height, width = (torch.export.Dim(name, min=7, max=64) for name in ('height', 'width'))
         program = torch.export.export(model, (self.x,), dynamic_shapes={'x': {2: 8 * height, 3: 8 * width}})
         for size in ((64, 64), (56, 104), (104, 200)):
             x = torch.randn(2, 3, *size)
             assert close(program.module()(x), model(x))
 
-    def test_jit_trace(self, variant):
-        model = build(*variant)
+    def test_jit_trace(self, graph_variant):
+        model = build(*graph_variant)
         traced = torch.jit.trace(model, self.x, check_trace=False)
         assert close(traced(self.x), model(self.x), 1e-6)
         assert close(traced(self.x[:1]), model(self.x[:1]), 1e-6)
+
+    @pytest.mark.parametrize('variant', NO_GRAPH, ids=name_of)
+    def test_no_graph(self, variant):
+        model = build(*variant)
+        for make in (
+            lambda: torch.jit.trace(model, self.x, check_trace=False),
+            lambda: torch.export.export(model, (self.x,)),
+            lambda: torch.compile(model, fullgraph=True, backend='aot_eager')(self.x),
+        ):
+            torch.compiler.reset()
+            with pytest.raises(Exception, match=f"'{variant[0]}' .* cannot be compiled as one graph, traced or exported"):
+                make()
+        torch.compiler.reset()
+        assert close(torch.compile(model, backend='aot_eager')(self.x), model(self.x))
 
     def test_inference_mode_and_back(self, variant):
         model = build(*variant)

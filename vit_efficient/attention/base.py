@@ -187,6 +187,11 @@ def check_tokens(mechanism: str, num_tokens, height, width, prefix, attn_mask, i
         )
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer does what its weight says: no adapter, pruning or parametrisation."""
+    return type(module) is nn.Linear and 'weight' in module._parameters and 'forward' not in vars(module)
+
+
 def layer_options(
     name: str, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]
 ) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_efficient.attention import base
-from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.base import GridAttention, is_plain
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.compress import COMPRESSORS
 from vit_efficient.grid import PatchGrid
@@ -144,7 +144,7 @@ class CompressedAttention(GridAttention):
             qkv = self._with_constant(self.qkv(self._down(x, grid)), self.qkv.bias, grid)
             return self._heads(qkv).unbind(2)
         down_k, down_v = self.compress.ways_down
-        if self.compress.commutes and _is_plain(self.qkv):  # its rows can be used apart
+        if self.compress.commutes and is_plain(self.qkv):  # its rows can be used apart
             q = self._heads(self._rows(x, 0, 1)).squeeze(2)
             if down_k is down_v:
                 k, v = self._down_and_project(x, grid, down_k, 1, 3).unbind(2)
@@ -233,8 +233,3 @@ class CompressedAttention(GridAttention):
 @register_notrace_function
 def add_bias(scores: Tensor, bias: Tensor | None) -> Tensor:
     return scores if bias is None else scores + bias
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a linear layer does what its weight says: no adapter, pruning or parametrisation."""
-    return type(module) is nn.Linear and 'weight' in module._parameters and 'forward' not in vars(module)

@@ -19,12 +19,23 @@ from typing import Any
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional as F
 
 from vit_efficient.attention import base
-from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.base import GridAttention, is_plain
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.attention.trees import LeafReads, LeafSums, Trees, read_leaves, route, sum_by_leaf
+from vit_efficient.attention.trees import (
+    LeafReads,
+    LeafSums,
+    Trees,
+    count_by_leaf,
+    leaves_of,
+    read_leaves,
+    route,
+    rows_of,
+    sum_by_leaf,
+)
 from vit_efficient.bases import without_autocast
 
 
@@ -52,6 +63,9 @@ class TreeMeanAttention(TreeAttention):
     There is no N × N matrix that `attn_drop` could act on. In training it drops keys instead, each from all queries of
     its head, and the values that stay are scaled up.
 
+    Where no gradient is wanted and neither gate nor norm stands between, the projections of values and output are taken
+    through the tree: they act on 2^h sums instead of N tokens. This is exact; hooks on `qkv` and `proj` are not called.
+
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
         tree_height: h. There are 2^h leaves.
@@ -77,6 +91,8 @@ class TreeMeanAttention(TreeAttention):
 
     def forward(self, x: Tensor, grid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+        if self._folds(x, grid):
+            return self.proj_drop(self._folded(x, grid))
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -88,6 +104,62 @@ class TreeMeanAttention(TreeAttention):
         if self.gate is not None:
             y_BNC = y_BNC * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y_BNC))
+
+    def _folds(self, x: Tensor, grid) -> bool:
+        return (
+            not torch.is_grad_enabled()
+            and isinstance(x, Tensor)  # and not a proxy, whose graph may be trained
+            and not torch.compiler.is_exporting()
+            and self.gate is None
+            and isinstance(self.norm, nn.Identity)
+            and not (self.training and self.attn_drop.p)
+            and is_plain(self.qkv)
+            and is_plain(self.proj)
+            and type(grid.num_patches) is int
+            and has_static_value(grid.num_patches)  # to torch.compile, a symbol is of type int too
+            and 2**self.tree.height < grid.num_patches
+        )
+
+    def _folded(self, x: Tensor, grid) -> Tensor:
+        """The same with L tokens to project instead of N: x is summed by leaf, and then projected to values; what the
+        leaves answer goes through the output projection, and is then read."""
+        heads, num_leaves = (self.num_heads, self.head_dim), 2**self.tree.height
+        rows = 2 * self.attn_dim
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if bias is None:
+            bias = torch.zeros_like(weight[:, 0])
+        q, k = F.linear(x, weight[:rows], bias[:rows]).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        to_values = list(zip(weight[rows:].unflatten(0, heads), bias[rows:].unflatten(0, heads), strict=True))
+        from_values = self.proj.weight.unflatten(1, heads).unbind(1)
+
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x_prefix, x_patches = x.split([grid.prefix, grid.num_patches], dim=1)
+        with without_autocast(x):
+            trees = (self.tree.weight.to(dtype), self.tree.bias.to(dtype))
+            leaf_q, leaf_k = (route(z[:, :, grid.prefix :].to(dtype), *trees) for z in (q, k))
+            counts = sum_by_leaf(leaf_k, torch.ones_like(leaf_k[..., None], dtype=dtype), num_leaves)
+        sums = []
+        for head, (w, b) in enumerate(to_values):
+            x_BLC = sum_by_leaf(leaf_k[:, head : head + 1], x_patches[:, None].to(dtype), num_leaves)[:, 0]
+            sums.append(F.linear(x_BLC.to(w.dtype), w).to(dtype) + counts[:, head] * b.to(dtype))
+        v_prefix = F.linear(x_prefix, weight[rows:], bias[rows:]).unflatten(-1, heads).transpose(1, 2).to(dtype)
+        with without_autocast(x):
+            table = node_table(torch.stack(sums, dim=1), counts, v_prefix, self.level_weight.to(dtype))
+        answers = [F.linear(t.to(w.dtype), w) for t, w in zip(table.unbind(1), from_values, strict=True)]
+        answers_BHLC = torch.stack(answers, dim=1).to(dtype)
+        row_BNH = rows_of(leaf_q, num_leaves)
+        y = F.embedding_bag(row_BNH.flatten(0, 1), answers_BHLC.flatten(0, 2), mode='sum')
+        y = y.unflatten(0, row_BNH.shape[:2])
+        if self.proj.bias is not None:
+            y = y + self.proj.bias
+        y = y.to(answers[0].dtype)
+        if not grid.prefix:
+            return y
+        shares_BHPN = ((q[:, :, : grid.prefix] * self.scale) @ k.mT).softmax(dim=-1)
+        x_BHPC = shares_BHPN.to(x.dtype) @ x[:, None]
+        y_prefix = [F.linear(t, w, b) for t, (w, b) in zip(x_BHPC.unbind(1), to_values, strict=True)]
+        return torch.cat([self.proj(torch.cat(y_prefix, dim=-1)), y], dim=1)
 
     def num_attended(self, grid) -> int:
         """N: every query sees all keys, in the mean of the root."""
@@ -136,9 +208,7 @@ def average_over_nodes(
             sums, counts = LeafSums.apply(k, v_patches, weight, bias)
             y = LeafReads.apply(q, node_table(sums, counts, v_prefix, level_weight), weight, bias)
         else:
-            leaf, num_leaves = route(k, weight, bias), weight.shape[1] + 1
-            sums = sum_by_leaf(leaf, v_patches, num_leaves)
-            counts = sum_by_leaf(leaf, torch.ones_like(v_patches[..., :1]), num_leaves)
+            sums, counts = count_by_leaf(route(k, weight, bias), v_patches, leaves_of(weight))
             y = read_leaves(route(q, weight, bias), node_table(sums, counts, v_prefix, level_weight))
     y = y.to(v[0].dtype)
     return (torch.cat([*y_prefix, y], dim=1) if prefix else y).flatten(2)
@@ -158,14 +228,14 @@ def node_table(sums: Tensor, counts: Tensor, v_prefix: Tensor, level_weight: Ten
     Returns:
         (B, H, L, D)
     """
+    alphas = level_weight[:, :, None, None].unbind(1)
     levels = [(sums, counts)]
-    for _ in range(level_weight.shape[1] - 1):
+    for _ in alphas[1:]:
         levels.append(tuple(t.unflatten(2, (-1, 2)).sum(dim=3) for t in levels[-1]))
     common = v_prefix.sum(dim=2, keepdim=True)
 
     sums, counts = levels.pop()
     mean = (sums + common) / (counts + v_prefix.shape[2])
-    alphas = level_weight[:, :, None, None].unbind(1)
     table = alphas[0] * mean
     for alpha in alphas[1:]:
         sums, counts = levels.pop()

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from vit_efficient.attention import base
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.attention.treeformer_tc import TreeAttention, attend
-from vit_efficient.attention.trees import CHUNK, best_leaves, membership, products, route
+from vit_efficient.attention.trees import CHUNK, best_leaves, leaves_of, membership, products, route
 from vit_efficient.bases import without_autocast
 from vit_efficient.flop_formulas import register_flops
 
@@ -152,7 +152,7 @@ def _attend_patches(
         if q.is_meta:  # where there are no data
             for t in to_route:
                 products(t, trees[0])
-            return torch.ops.vit_efficient.attend_in_leaves(q, k, v, prefix, num_leaves, weight.shape[1] + 1)
+            return torch.ops.vit_efficient.attend_in_leaves(q, k, v, prefix, num_leaves, leaves_of(weight))
         leaves_q, leaf_k = best_leaves(to_route[0], *trees, num_leaves), route(to_route[1], *trees)
 
     if torch.is_grad_enabled() and weight.requires_grad:
@@ -169,9 +169,9 @@ def _attend_patches(
         of_leaf = slice(dim, dim + num_leaves)
         k_prefix, v_prefix, v = (F.pad(t, (0, q.shape[-1] - t.shape[-1])) for t in (k_prefix, v_prefix, v))
 
-    key_pieces, value_pieces = _by_leaf(leaf_k, weight.shape[1] + 1, k, v)
+    key_pieces, value_pieces = _by_leaf(leaf_k, leaves_of(weight), k, v)
     k_prefix, v_prefix = (t.flatten(0, 1).unbind(0) for t in (k_prefix, v_prefix))
-    groups, order, counts = _queries_together(leaves_q, weight.shape[1] + 1)
+    groups, order, counts = _queries_together(leaves_q, leaves_of(weight))
     y = []
     for q_group, (head, leaves) in zip(q.flatten(0, 2).index_select(0, order).split(counts), groups, strict=True):
         read = list(_leaves_with_keys(leaves, key_pieces[head])) if not prefix else leaves

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vit_efficient.grid import plain_sizes
+
 # Tokens that are routed at a time: what the nodes say about them stays in the cache.
 CHUNK = 512
 
@@ -53,9 +55,14 @@ class Trees(nn.Module):
         return f'num_heads={self.weight.shape[0]}, head_dim={self.weight.shape[2]}, height={self.height}'
 
 
+def leaves_of(weight: Tensor) -> int:
+    """L, from the predicates (H, J, D)."""
+    return plain_sizes(weight.shape)[1] + 1
+
+
 def height_of(weight: Tensor) -> int:
     """h, from the predicates (H, J, D)."""
-    return (weight.shape[1] + 1).bit_length() - 1
+    return leaves_of(weight).bit_length() - 1
 
 
 def chunks(num_tokens) -> list[slice]:
@@ -127,12 +134,21 @@ def sum_by_leaf(leaf: Tensor, v: Tensor, num_leaves: int) -> Tensor:
     return sums
 
 
+def count_by_leaf(leaf: Tensor, v: Tensor, num_leaves: int) -> tuple[Tensor, Tensor]:
+    """The same, and the number of tokens in each leaf, (B, H, L, 1)."""
+    return sum_by_leaf(leaf, v, num_leaves), sum_by_leaf(leaf, torch.ones_like(v[..., :1]), num_leaves)
+
+
+def rows_of(leaf: Tensor, num_leaves: int) -> Tensor:
+    """Where each token's leaf is in a table of all leaves, (B · H · L, …): (B, H, N) → (B, N, H)"""
+    tree = torch.arange(leaf.shape[0] * leaf.shape[1], device=leaf.device).view(-1, 1, leaf.shape[1])
+    return leaf.transpose(1, 2) + num_leaves * tree
+
+
 def read_leaves(leaf: Tensor, table: Tensor) -> Tensor:
     """The row of each token's leaf: (B, H, N), (B, H, L, D) → (B, N, H, D)"""
-    leaf_BNH = leaf.transpose(1, 2)
-    tree = torch.arange(table.shape[0] * table.shape[1], device=leaf.device).view(-1, 1, table.shape[1])
-    row = leaf_BNH + table.shape[2] * tree
-    return table.flatten(0, 2).index_select(0, row.flatten()).view(*leaf_BNH.shape, table.shape[3])
+    row = rows_of(leaf, table.shape[2])
+    return table.flatten(0, 2).index_select(0, row.flatten()).view(*row.shape, table.shape[3])
 
 
 class LeafSums(torch.autograd.Function):
@@ -148,8 +164,7 @@ class LeafSums(torch.autograd.Function):
     def forward(ctx, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         leaf = route(k, weight, bias)
         ctx.save_for_backward(k, v, weight, bias, leaf)
-        num_leaves = weight.shape[1] + 1
-        return sum_by_leaf(leaf, v, num_leaves), sum_by_leaf(leaf, torch.ones_like(v[..., :1]), num_leaves)
+        return count_by_leaf(leaf, v, leaves_of(weight))
 
     @staticmethod
     def backward(ctx, d_sums: Tensor, d_counts: Tensor) -> tuple[Tensor, ...]:
