@@ -435,7 +435,7 @@ class TestFlops:
     def test_tf_in_expectation(self, num_leaves):
         n, p, c = self.n, self.p, self.c
         count = self.count('treeformer_tf', tree_height=3, num_leaves=num_leaves)
-        routing = (2 if num_leaves == 1 else 3) * n * (self.leaves - 1) * c  # the best leaves take all scores once more
+        routing = 2 * n * (self.leaves - 1) * c
         pairs = n * n * num_leaves // self.leaves + n * p + p * (n + p)
         assert count.by_role['attention products'] == routing + 2 * pairs * c
         assert count.by_role['attention projections'] == 4 * (n + p) * c * c

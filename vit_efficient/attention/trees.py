@@ -87,12 +87,18 @@ def route(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The leaf of each token: (B, H, N, D), (H, J, D), (H, J) → (B, H, N), int64. No gradient."""
     leaves = []
     for chunk in chunks(z.shape[2]):
-        right = products(z[:, :, chunk], weight) >= -bias[:, None]
-        leaf = torch.zeros_like(z[:, :, chunk, :1], dtype=torch.int64)
-        for level in range(height_of(weight)):
-            leaf = 2 * leaf + right.gather(-1, leaf + (2**level - 1))
-        leaves.append(leaf.squeeze(-1))
-    return torch.cat(leaves, dim=2)
+        z_chunk = z[:, :, chunk]
+        # Not the sum of both: that would be one more copy of the products.
+        leaves.append(_descend(products(z_chunk, weight) >= -bias[:, None], z_chunk, height_of(weight)))
+    return torch.cat(leaves, dim=2).squeeze(-1)
+
+
+def _descend(right: Tensor, z: Tensor, height: int) -> Tensor:
+    """The leaves (B, H, N, 1) that decisions (B, H, N, J) lead tokens z to."""
+    leaf = torch.zeros_like(z[..., :1], dtype=torch.int64)
+    for level in range(height):
+        leaf = 2 * leaf + right.gather(-1, leaf + (2**level - 1))
+    return leaf
 
 
 def best_leaves(z: Tensor, weight: Tensor, bias: Tensor, num_leaves: int) -> Tensor:
@@ -100,17 +106,17 @@ def best_leaves(z: Tensor, weight: Tensor, bias: Tensor, num_leaves: int) -> Ten
 
     The own leaf need not be the one of largest m, but is always among them.
     """
-    own = route(z, weight, bias).unsqueeze(-1)
     if num_leaves == 1:
-        return own
+        return route(z, weight, bias).unsqueeze(-1)
     best = []
     for chunk in chunks(z.shape[2]):
         s = scores(z[:, :, chunk], weight, bias)
+        own = _descend(s >= 0, z[:, :, chunk], height_of(weight))
         log_m = torch.zeros_like(s[..., :1])
         for level in range(height_of(weight)):
             s_level = s[..., 2**level - 1 : 2 ** (level + 1) - 1]
             log_m = torch.stack([log_m + F.logsigmoid(-s_level), log_m + F.logsigmoid(s_level)], dim=-1).flatten(-2)
-        best.append(log_m.scatter(-1, own[:, :, chunk], torch.inf).topk(num_leaves, dim=-1).indices)
+        best.append(log_m.scatter(-1, own, torch.inf).topk(num_leaves, dim=-1).indices)
     return torch.cat(best, dim=2).sort(dim=-1).values
 
 
