@@ -143,6 +143,7 @@ def check(attention, grid, batch=1):
     x = torch.randn(batch, grid.num_tokens, 12, dtype=torch.float64, requires_grad=True)
     y, expected = attention(x, grid), reference(attention, x, grid)
     assert (y - expected).abs().max() <= 1e-9
+    attention.eval()
     with torch.no_grad():
         assert (attention(x, grid) - expected).abs().max() <= 1e-9
     used = [x, *parameters(attention)]

@@ -25,5 +25,7 @@ __all__ = [
     'performer',
     'register_attention',
     'swap_attention',
+    'treeformer_tc',
+    'treeformer_tf',
     'window',
 ]

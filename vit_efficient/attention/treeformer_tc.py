@@ -63,8 +63,9 @@ class TreeMeanAttention(TreeAttention):
     There is no N × N matrix that `attn_drop` could act on. In training it drops keys instead, each from all queries of
     its head, and the values that stay are scaled up.
 
-    Where no gradient is wanted and neither gate nor norm stands between, the projections of values and output are taken
-    through the tree: they act on 2^h sums instead of N tokens. This is exact; hooks on `qkv` and `proj` are not called.
+    In evaluation, where no gradient is wanted and neither gate nor norm stands between, the projections of values and
+    output are taken through the tree: they act on 2^h sums instead of N tokens. This is exact; hooks on `qkv` and
+    `proj` are not called.
 
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
@@ -92,7 +93,7 @@ class TreeMeanAttention(TreeAttention):
     def forward(self, x: Tensor, grid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
         if self._folds(x, grid):
-            return self.proj_drop(self._folded(x, grid))
+            return self._folded(x, grid)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -107,12 +108,12 @@ class TreeMeanAttention(TreeAttention):
 
     def _folds(self, x: Tensor, grid) -> bool:
         return (
-            not torch.is_grad_enabled()
+            not self.training  # checkpointing trains without gradients, at first
+            and not torch.is_grad_enabled()
             and isinstance(x, Tensor)  # and not a proxy, whose graph may be trained
             and not torch.compiler.is_exporting()
             and self.gate is None
             and isinstance(self.norm, nn.Identity)
-            and not (self.training and self.attn_drop.p)
             and is_plain(self.qkv)
             and is_plain(self.proj)
             and type(grid.num_patches) is int

@@ -59,7 +59,7 @@ class LeafAttention(TreeAttention):
     def configure(self, *, tree_height: int = 4, num_leaves: int = 1) -> None:
         self.add_trees(tree_height)
         if type(num_leaves) is not int or not 1 <= num_leaves <= 2**tree_height:
-            raise ValueError(f'num_leaves must be an integer from 1 to 2^tree_height, got {num_leaves=}, {tree_height=}')
+            raise ValueError(f'num_leaves must be from 1 to 2^tree_height, got {num_leaves=}, {tree_height=}')
         self.num_leaves = num_leaves
 
     @property
@@ -201,7 +201,7 @@ def _by_leaf(leaf: Tensor, num_leaves: int, *tokens: Tensor) -> Iterator[list[tu
 def _queries_together(leaves: Tensor, num_leaves: int) -> tuple[list[tuple[int, list[int]]], Tensor, list[int]]:
     """The groups of queries that read the same leaves (B, H, N, n): image and head, and leaves, of each group; the
     order that brings the queries together; and how many there are of each group."""
-    batch, heads, num_tokens, n = leaves.shape
+    batch, heads, num_tokens = leaves.shape[:3]
     group = torch.arange(batch * heads, device=leaves.device).repeat_interleave(num_tokens)
     for column in leaves.flatten(0, 2).unbind(1):
         group = (group * num_leaves + column).unique(return_inverse=True)[1]

@@ -95,7 +95,7 @@ def route(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _descend(right: Tensor, z: Tensor, height: int) -> Tensor:
     """The leaves (B, H, N, 1) that decisions (B, H, N, J) lead tokens z to."""
-    leaf = torch.zeros_like(z[..., :1], dtype=torch.int64)
+    leaf = z.new_zeros(*z.shape[:-1], 1, dtype=torch.int64)
     for level in range(height):
         leaf = 2 * leaf + right.gather(-1, leaf + (2**level - 1))
     return leaf
