@@ -178,8 +178,8 @@ def _attend_patches(
         keys = [key_pieces[head][leaf] for leaf in read]
         if of_leaf is not None:
             keys = [_mark(piece, of_leaf, leaves, leaf) for piece, leaf in zip(keys, read, strict=True)]
-        keys = torch.cat([k_prefix[head], *keys])[None, None]
-        values = torch.cat([v_prefix[head], *(value_pieces[head][leaf] for leaf in read)])[None, None]
+        keys = _together(k_prefix[head], keys)
+        values = _together(v_prefix[head], [value_pieces[head][leaf] for leaf in read])
         # In parts where scores are written out, so that a leaf with all tokens has no N × N matrix either.
         parts = (q_group,) if fused else q_group.split(CHUNK)
         y += [attend(part[None, None], keys, values, scale, dropout, fused)[0, 0] for part in parts]
@@ -219,6 +219,12 @@ def _leaves_with_keys(leaves: list[int], pieces: tuple[Tensor, ...]) -> list[int
         nodes = sorted({leaf >> level for leaf in leaves})
         leaves = [leaf for node in nodes for leaf in range(node << level, (node + 1) << level)]
     return leaves
+
+
+def _together(prefix: Tensor, pieces: list[Tensor]) -> Tensor:
+    """(P, D), and (n, D) of each leaf that is read → (1, 1, P + …, D)"""
+    alone = len(pieces) == 1 and not len(prefix)
+    return (pieces[0] if alone else torch.cat([prefix, *pieces]))[None, None]
 
 
 def _mark(k: Tensor, channels: slice, leaves: list[int], leaf: int) -> Tensor:

@@ -229,14 +229,18 @@ def _through_paths(s: Tensor, d_m: Tensor) -> Tensor:
     reach_j is the product of sigmoids on the way to node j; right_j and left_j are what m below its children would be
     worth if they were reached for sure.
     """
-    levels = [s[..., 2**level - 1 : 2 ** (level + 1) - 1].sigmoid() for level in range(d_m.shape[-1].bit_length() - 1)]
+    height = d_m.shape[-1].bit_length() - 1
+    if not height:
+        return s
+    levels = [s[..., 2**level - 1 : 2 ** (level + 1) - 1] for level in range(height)]
+    levels = [((-s_level).sigmoid(), s_level.sigmoid()) for s_level in levels]  # 1 − σ(s) would be 0 for large s
     worth, gains = d_m, []
-    for p in reversed(levels):
+    for _, p in reversed(levels):
         left, right = worth.unflatten(-1, (-1, 2)).unbind(-1)
         gains.append(right - left)
         worth = left + p * gains[-1]
-    reach, d_s = torch.ones_like(s[..., :1]) if levels else s, []
-    for p, gain in zip(levels, reversed(gains), strict=True):
-        d_s.append(reach * p * (1 - p) * gain)
-        reach = torch.stack([reach * (1 - p), reach * p], dim=-1).flatten(-2)
-    return torch.cat(d_s, dim=-1) if d_s else s
+    reach, d_s = torch.ones_like(s[..., :1]), []
+    for (not_p, p), gain in zip(levels, reversed(gains), strict=True):
+        d_s.append(reach * p * not_p * gain)
+        reach = torch.stack([reach * not_p, reach * p], dim=-1).flatten(-2)
+    return torch.cat(d_s, dim=-1)
