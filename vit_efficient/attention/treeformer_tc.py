@@ -35,8 +35,10 @@ from vit_efficient.attention.trees import (
     route,
     rows_of,
     sum_by_leaf,
+    sum_tokens_by_leaf,
 )
 from vit_efficient.bases import without_autocast
+from vit_efficient.grid import PatchGrid
 
 
 class TreeAttention(GridAttention):
@@ -90,7 +92,7 @@ class TreeMeanAttention(TreeAttention):
         super().init_weights()
         nn.init.constant_(self.level_weight, 1 / self.level_weight.shape[1])
 
-    def forward(self, x: Tensor, grid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
         if self._folds(x, grid):
             return self._folded(x, grid)
@@ -106,12 +108,11 @@ class TreeMeanAttention(TreeAttention):
             y_BNC = y_BNC * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y_BNC))
 
-    def _folds(self, x: Tensor, grid) -> bool:
+    def _folds(self, x: Tensor, grid: PatchGrid) -> bool:
         return (
             not self.training  # checkpointing trains without gradients, at first
             and not torch.is_grad_enabled()
             and isinstance(x, Tensor)  # and not a proxy, whose graph may be trained
-            and not torch.compiler.is_exporting()
             and self.gate is None
             and isinstance(self.norm, nn.Identity)
             and is_plain(self.qkv)
@@ -121,32 +122,29 @@ class TreeMeanAttention(TreeAttention):
             and 2**self.tree.height < grid.num_patches
         )
 
-    def _folded(self, x: Tensor, grid) -> Tensor:
+    def _folded(self, x: Tensor, grid: PatchGrid) -> Tensor:
         """The same with L tokens to project instead of N: x is summed by leaf, and then projected to values; what the
         leaves answer goes through the output projection, and is then read."""
         heads, num_leaves = (self.num_heads, self.head_dim), 2**self.tree.height
-        rows = 2 * self.attn_dim
-        weight, bias = self.qkv.weight, self.qkv.bias
-        if bias is None:
-            bias = torch.zeros_like(weight[:, 0])
-        q, k = F.linear(x, weight[:rows], bias[:rows]).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        rows, bias = [2 * self.attn_dim, self.attn_dim], self.qkv.bias
+        (w_qk, w_v), (b_qk, b_v) = self.qkv.weight.split(rows), (None, None) if bias is None else bias.split(rows)
+        q, k = F.linear(x, w_qk, b_qk).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        to_values = list(zip(weight[rows:].unflatten(0, heads), bias[rows:].unflatten(0, heads), strict=True))
+        b_v = torch.zeros_like(w_v[:, 0]) if b_v is None else b_v
+        to_values = list(zip(w_v.unflatten(0, heads), b_v.unflatten(0, heads), strict=True))
         from_values = self.proj.weight.unflatten(1, heads).unbind(1)
 
         dtype = torch.promote_types(x.dtype, torch.float32)
-        x_prefix, x_patches = x.split([grid.prefix, grid.num_patches], dim=1)
         with without_autocast(x):
             trees = (self.tree.weight.to(dtype), self.tree.bias.to(dtype))
             leaf_q, leaf_k = (route(z[:, :, grid.prefix :].to(dtype), *trees) for z in (q, k))
             counts = sum_by_leaf(leaf_k, torch.ones_like(leaf_k[..., None], dtype=dtype), num_leaves)
-        sums = []
-        for head, (w, b) in enumerate(to_values):
-            x_BLC = sum_by_leaf(leaf_k[:, head : head + 1], x_patches[:, None].to(dtype), num_leaves)[:, 0]
-            sums.append(F.linear(x_BLC.to(w.dtype), w).to(dtype) + counts[:, head] * b.to(dtype))
-        v_prefix = F.linear(x_prefix, weight[rows:], bias[rows:]).unflatten(-1, heads).transpose(1, 2).to(dtype)
+        x_BHLC = sum_tokens_by_leaf(leaf_k, counts, x.to(dtype), grid.prefix).to(w_v.dtype)
+        sums = [F.linear(t, w).to(dtype) for t, (w, _) in zip(x_BHLC.unbind(1), to_values, strict=True)]
+        sums_BHLD = torch.stack(sums, dim=1) + counts * b_v.unflatten(0, heads)[:, None].to(dtype)
+        v_prefix = F.linear(x[:, : grid.prefix], w_v, b_v).unflatten(-1, heads).transpose(1, 2).to(dtype)
         with without_autocast(x):
-            table = node_table(torch.stack(sums, dim=1), counts, v_prefix, self.level_weight.to(dtype))
+            table = node_table(sums_BHLD, counts, v_prefix, self.level_weight.to(dtype))
         answers = [F.linear(t.to(w.dtype), w) for t, w in zip(table.unbind(1), from_values, strict=True)]
         answers_BHLC = torch.stack(answers, dim=1).to(dtype)
         row_BNH = rows_of(leaf_q, num_leaves)
@@ -162,7 +160,7 @@ class TreeMeanAttention(TreeAttention):
         y_prefix = [F.linear(t, w, b) for t, (w, b) in zip(x_BHPC.unbind(1), to_values, strict=True)]
         return torch.cat([self.proj(torch.cat(y_prefix, dim=-1)), y], dim=1)
 
-    def num_attended(self, grid) -> int:
+    def num_attended(self, grid: PatchGrid) -> int:
         """N: every query sees all keys, in the mean of the root."""
         return grid.num_tokens
 
@@ -205,7 +203,7 @@ def average_over_nodes(
         q, k, v = (t.split([prefix, num_patches], dim=2) for t in (q, k, v))
         v_prefix, v_patches = (t.to(dtype) for t in v)
         q, k, weight, bias, level_weight = (t.to(dtype) for t in (q[1], k[1], weight, bias, level_weight))
-        if torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_exporting():
+        if torch.is_grad_enabled() and not torch.jit.is_tracing():
             sums, counts = LeafSums.apply(k, v_patches, weight, bias)
             y = LeafReads.apply(q, node_table(sums, counts, v_prefix, level_weight), weight, bias)
         else:

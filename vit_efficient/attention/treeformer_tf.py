@@ -33,6 +33,7 @@ from vit_efficient.attention.treeformer_tc import TreeAttention, attend
 from vit_efficient.attention.trees import CHUNK, best_leaves, leaves_of, membership, products, route
 from vit_efficient.bases import without_autocast
 from vit_efficient.flop_formulas import register_flops
+from vit_efficient.grid import PatchGrid
 
 NO_GRAPH = (
     "attention 'treeformer_tf' reads the sizes of its leaves from the data and cannot be compiled as one graph, traced "
@@ -66,7 +67,7 @@ class LeafAttention(TreeAttention):
     def options(self) -> dict[str, Any]:
         return dict(tree_height=self.tree.height, num_leaves=self.num_leaves)
 
-    def forward(self, x: Tensor, grid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -90,7 +91,7 @@ class LeafAttention(TreeAttention):
             y_BNC = y_BNC * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y_BNC))
 
-    def num_attended(self, grid) -> int:
+    def num_attended(self, grid: PatchGrid) -> int:
         """The keys of a patch in expectation, under uniform leaves, rounded up. A prefix token attends to all."""
         return grid.prefix - (-grid.num_patches * self.num_leaves // 2**self.tree.height)
 

@@ -145,6 +145,21 @@ def count_by_leaf(leaf: Tensor, v: Tensor, num_leaves: int) -> tuple[Tensor, Ten
     return sum_by_leaf(leaf, v, num_leaves), sum_by_leaf(leaf, torch.ones_like(v[..., :1]), num_leaves)
 
 
+def sum_tokens_by_leaf(leaf: Tensor, counts: Tensor, x: Tensor, first: int) -> Tensor:
+    """The sum of the tokens in each leaf of each head: (B, H, n), (B, H, L, 1), (B, N, C) → (B, H, L, C)
+
+    Tokens in order of their leaves, as bags: several times faster than to scatter them, once for each head. Those
+    before number `first` are in no leaf.
+    """
+    heads, n = leaf.shape[1:]
+    place = rows_of(leaf, counts.shape[2]).transpose(1, 2).flatten()
+    order = place.argsort(stable=True)
+    token = order // (heads * n) * x.shape[1] + first + order % n
+    ends = counts.flatten().to(torch.int64).cumsum(dim=0)
+    offsets = F.pad(ends[:-1], (1, 0))
+    return F.embedding_bag(token, x.flatten(0, 1), offsets, mode='sum').view(*counts.shape[:3], x.shape[2])
+
+
 def rows_of(leaf: Tensor, num_leaves: int) -> Tensor:
     """Where each token's leaf is in a table of all leaves, (B · H · L, …): (B, H, N) → (B, N, H)"""
     tree = torch.arange(leaf.shape[0] * leaf.shape[1], device=leaf.device).view(-1, 1, leaf.shape[1])
