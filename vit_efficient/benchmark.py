@@ -4,7 +4,6 @@ A machine has faster and slower phases. Taking turns, all candidates see the sam
 time of the code, and what lies above it is the machine's.
 """
 
-import io
 import math
 import statistics
 import time
@@ -19,7 +18,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention, create_attention, layer_options
-from vit_efficient.files import write_bytes
+from vit_efficient.files import save_figure
 from vit_efficient.flops import count_flops
 from vit_efficient.grid import PatchGrid
 from vit_efficient.peak_memory import Killed, one_line, peak_in_child, peak_on_cuda
@@ -370,7 +369,6 @@ def plot_times(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
         rows: Of `benchmark_layer`; those without times are left out.
         path: Of the file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
@@ -382,7 +380,6 @@ def plot_times(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
         line = _STYLES[i // len(_COLOURS) % len(_STYLES)]
         styles[label] = dict(color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)], linestyle=line)
     figure = Figure(figsize=(11, 5), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, max(1, len(works)), sharey=True, squeeze=False)[0]
     handles = {}
     for axes, work in zip(panels, works, strict=False):
@@ -408,6 +405,4 @@ def plot_times(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     ends = {row['attention']: (row['tokens'], row['milliseconds']) for row in sorted(rows, key=lambda r: r['tokens'])}
     order = sorted(handles, key=ends.get, reverse=True)
     figure.legend([handles[label] for label in order], order, loc='outside right center', frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, format='png')
-    write_bytes(path, content.getvalue())
+    save_figure(figure, path)

@@ -1,11 +1,15 @@
 """Files that are either whole or not there."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -42,6 +46,13 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file, atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def save_figure(figure: 'Figure', path: str | Path) -> None:
+    """Writes a figure of matplotlib, in the format of the path's suffix (PNG without one), atomically."""
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix.lstrip('.') or 'png')
+    write_bytes(path, content.getvalue())
 
 
 def write_text(path: str | Path, text: str) -> None:

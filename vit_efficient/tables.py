@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vit_efficient.files import write_bytes
+from vit_efficient.files import save_figure
 
 FORMATS = ('markdown', 'csv', 'json')
 NOTHING = '–'  # an empty cell, where a reader is to see that it is empty
@@ -150,7 +150,6 @@ def plot_accuracy(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
     Raises:
         ValueError: If a panel has no points, or costs that are not above 0.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = [panel for row in rows for panel in row]
@@ -159,14 +158,11 @@ def plot_accuracy(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
     columns = 2 if max(map(len, labels)) > 24 else 3
     legend = 0.22 * -(-len(labels) // columns)  # inches
     figure = Figure(figsize=(5 * len(rows[0]), 3.6 * len(rows) + legend), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=True):
         lines = _draw(axes, panel, labels)
     figure.legend(lines, labels, loc='outside lower center', ncols=columns, frameon=False, fontsize='small')
-    content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix.lstrip('.') or 'png')
-    write_bytes(path, content.getvalue())
+    save_figure(figure, path)
 
 
 def _check(panels: Sequence[Panel]) -> None:

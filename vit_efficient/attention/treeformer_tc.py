@@ -54,6 +54,21 @@ class TreeAttention(GridAttention):
         """What timm's `init_weights` of a model calls, after `to_empty` too."""
         self.tree.reset_parameters()
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: (B, N, C) → (B, H, N, D), three times."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def leaves(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
+        """The leaves of the patches as queries and as keys: (B, N, C) → (B, H, N − P), int64, twice. No gradient."""
+        q, k, _ = self.project(x)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        with without_autocast(x):
+            trees = (self.tree.weight.to(dtype), self.tree.bias.to(dtype))
+            leaf_q, leaf_k = (route(z[:, :, grid.prefix :].detach().to(dtype), *trees) for z in (q, k))
+        return leaf_q, leaf_k
+
 
 @register_attention('treeformer_tc')
 class TreeMeanAttention(TreeAttention):
@@ -96,9 +111,7 @@ class TreeMeanAttention(TreeAttention):
         base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
         if self._folds(x, grid):
             return self._folded(x, grid)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x)
         if self.training and self.attn_drop.p:
             v = v * self.attn_drop(torch.ones_like(v[..., :1]))
         trees = (self.tree.weight, self.tree.bias, self.level_weight)

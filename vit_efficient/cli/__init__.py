@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     'train': 'train the model of a recipe',
     'evaluate': 'measure the accuracy of a trained model',
+    'leaves': "draw which leaf of Treeformer's trees each patch of an image falls into",
     'table': 'print tables: FLOPs of models, or FLOPs and accuracy of runs',
     'benchmark': 'time a mechanism against exact attention, in one run',
 }

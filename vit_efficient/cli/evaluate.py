@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
     from vit_efficient.train import Config
 
 
@@ -32,7 +34,6 @@ def run(args: argparse.Namespace) -> None:
         Samples,
         check_same_classes,
         class_names,
-        create_dataset,
         create_loader,
     )
     from vit_efficient.train import evaluate, load_model
@@ -43,11 +44,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ('batch_size', 'workers'):
         if getattr(args, name) < (name == 'batch_size'):
             raise ValueError(f'--{name.replace("_", "-")} must be at least {int(name == "batch_size")}')
-    config = _recipe(Path(args.model))
-    named = config.data.dataset and not Path(args.data).is_dir()
-    source = (config.data.dataset, config.data.root) if named else ()
-    options = {**config.data.args, **config.data.val_args} if named else None
-    dataset = create_dataset(args.data, *source, key='--data', args=options)
+    config = recipe_of(args.model)
+    dataset = open_data(args.data, config)
     model = load_model(args.model)
     classes = class_names(dataset)
     check_same_classes(model.pretrained_cfg.get('label_names'), classes, 'the model', args.data)
@@ -73,9 +71,20 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _recipe(folder: Path) -> 'Config':
+def recipe_of(model: str) -> 'Config':
     """The recipe of a run, from its folder or that of its model; without a run, all defaults."""
     from vit_efficient.train import Config, load_recipe
 
+    folder = Path(model)
     path = (folder.parent if folder.name == 'model' else folder) / 'recipe.yaml'
     return load_recipe(path) if path.exists() else Config()
+
+
+def open_data(data: str, config: 'Config') -> 'Dataset':
+    """A folder of class folders, or a split of the data set of a recipe."""
+    from vit_efficient.data import create_dataset
+
+    if not config.data.dataset or Path(data).is_dir():
+        return create_dataset(data, key='--data')
+    options = {**config.data.args, **config.data.val_args}
+    return create_dataset(data, config.data.dataset, config.data.root, '--data', options)

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from torch import nn
 
+from vit_efficient.attention.treeformer_tf import LeafAttention
 from vit_efficient.benchmark import take_turns
+from vit_efficient.data import EvalTransform, Preprocessing, Samples, create_dataset
 from vit_efficient.environment import describe_environment, one_line
 from vit_efficient.files import write_text
 from vit_efficient.flops import count_flops
@@ -23,11 +26,14 @@ from vit_efficient.paired import compare, interval_of_mean
 from vit_efficient.tables import Column, Panel, Point, Table, plot_accuracy
 from vit_efficient.train import Config, Interrupted, load_model, load_recipe, train
 from vit_efficient.train.config import default_output, flatten, identity
+from vit_efficient.train.stages import list_stages
 
 # The speed measurement. Batches of long sequences are smaller: all patches of a batch together are at most so many.
 BATCH_SIZE = 64
 BATCH_PATCHES = 2**17
 ROUNDS = 9
+# For costs that depend on the data.
+COUNTED_IMAGES = 16
 
 # The accuracies of the table: what its column is called, and an axis of the plot.
 ACCURACIES = {
@@ -107,7 +113,9 @@ def accuracy_table(
     accuracies = [name for name in ACCURACIES if all(name in result for result in results)]
     rows, device, batch_size = _measure(entries, accuracies)
     table = _table(rows, accuracies)
-    parts = [table.render(), _explanation(entries, device, batch_size)]
+    parts = [table.render(), _explanation(entries, device, batch_size) + _costs_of_images(entries)]
+    if any(config.stages for entry in entries for config in entry.configs):
+        parts.append(_stages(entries, accuracies))
     if len(entries) > 1:
         parts.append(_comparison(entries))
     parts.append(_environment(entries, device))
@@ -233,22 +241,26 @@ def _table(rows: Sequence[dict[str, Any]], accuracies: Sequence[str]) -> Table:
     columns = [
         Column('model'),
         Column('parameters_m', 'parameters (M)', 2),
-        Column('gmacs', 'GMACs', 4),
-        Column('attention_gmacs', 'in attention', 4),
+        *_cost_columns(),
         Column('kept_tokens', 'kept tokens'),
         Column('images_per_second', 'img/s', 0),
         Column('speed_ratio', '× first', 2),
-        *(
-            column
-            for name in accuracies
-            for column in (
-                Column(name, ACCURACIES[name][0], 2, spread=f'{name}_std'),
-                Column(f'{name}_std', digits=2),
-            )
-        ),
+        *_accuracy_columns(accuracies),
         Column('seeds', 'seed' if all(' ' not in row['seeds'] for row in rows) else 'seeds'),
     ]
     return Table(columns, rows)
+
+
+def _cost_columns() -> list[Column]:
+    return [Column('gmacs', 'GMACs', 4), Column('attention_gmacs', 'in attention', 4)]
+
+
+def _accuracy_columns(accuracies: Sequence[str]) -> list[Column]:
+    pairs = (
+        (Column(name, ACCURACIES[name][0], 2, spread=f'{name}_std'), Column(f'{name}_std', digits=2))
+        for name in accuracies
+    )
+    return [column for pair in pairs for column in pair]
 
 
 def _plot(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], accuracies: Sequence[str], path: Path) -> None:
@@ -338,6 +350,61 @@ def _comparison(entries: Sequence[Entry]) -> str:
         text += ('\n' if text else '') + Table(columns, of_patches).render()
         text += '\nShare of patches that are right, paired by image and seed. Interval: bootstrap over images.\n'
     return text + ''.join(remarks)
+
+
+def _costs_of_images(entries: Sequence[Entry]) -> str:
+    """A line for each model whose cost depends on the data; the table has it in expectation."""
+    lines = []
+    for entry in entries:
+        model = load_model(entry.folders[0] / 'model').eval()
+        if not any(isinstance(module, LeafAttention) for module in model.modules()):
+            continue
+        data, preprocessing = entry.configs[0].data, Preprocessing.of(model)
+        dataset = create_dataset(data.val, data.dataset, data.root, 'data.val', {**data.args, **data.val_args})
+        samples = Samples(dataset, EvalTransform(preprocessing), preprocessing.input_size[0], model.num_classes)
+        images = samples.spread(COUNTED_IMAGES)
+        count = count_flops(model, images=images)
+        lines.append(
+            f'{entry.label}: GMACs as if all leaves held as many patches; as {len(images)} validation images fall into '
+            f'those of seed {entry.configs[0].seed}, {count.total / len(images) / 1e9:.4f}, of which in attention '
+            f'{count.attention / len(images) / 1e9:.4f}.\n'
+        )
+    return ''.join(lines)
+
+
+def _stages(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
+    """What the models of recipes with stages cost, and how good they were, at the end of each."""
+    rows = []
+    for entry in entries:
+        config = entry.configs[0]
+        if not config.stages:
+            continue
+        trained = load_model(entry.folders[0] / 'model')
+        size = tuple(trained.pretrained_cfg['input_size'])
+        with torch.device('meta'):
+            model = timm.create_model(config.model.name, **{**config.model.args, 'num_classes': trained.num_classes})
+            for number, stage in enumerate(list_stages(config)):
+                stage.begin(model)
+                count = count_flops(model, size)
+                at_end = [result['stages'][number] for result in entry.results]
+                rows.append(
+                    {
+                        'model': entry.label if not number else '',
+                        'stage': str(stage),
+                        'epochs': stage.end - stage.start,
+                        'gmacs': count.total / 1e9,
+                        'attention_gmacs': count.attention / 1e9,
+                        **_mean_and_spread(at_end, accuracies),
+                    }
+                )
+    columns = [
+        Column('model', 'stage by stage'),
+        Column('stage', 'begins with'),
+        Column('epochs'),
+        *_cost_columns(),
+        *_accuracy_columns(accuracies),
+    ]
+    return Table(columns, rows).render()
 
 
 Predictions = list[dict[str, str]]  # a run's predictions.csv

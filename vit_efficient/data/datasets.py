@@ -235,6 +235,11 @@ class Samples(Dataset):
         image, *truth = self.decode(index)
         return self.transform(image, epoch, index), *truth, index
 
+    def spread(self, count: int) -> torch.Tensor:
+        """That many images (at most all), evenly spread over the set, as in epoch 0: (count, C, H, W)"""
+        count = min(count, len(self))
+        return torch.stack([self[0, i * len(self) // count][0] for i in range(count)])
+
 
 def create_loader(
     samples: Samples,

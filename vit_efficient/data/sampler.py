@@ -5,15 +5,15 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-_STREAMS = ('order', 'sample', 'step', 'canvas')
+_STREAMS = ('order', 'sample', 'step', 'canvas', 'stage')
 
 
 def stable_seed(stream: str, *key: int) -> np.random.SeedSequence:
     """Hashes a key to a seed that is the same on every machine and in every process.
 
     Args:
-        stream: What the draws are for: order (of an epoch), sample (its augmentation), step (of the training loop) or
-            canvas (of an image that is made up).
+        stream: What the draws are for: order (of an epoch), sample (its augmentation), step (of the training loop),
+            canvas (of an image that is made up) or stage (of what is new in the model).
         *key: Integers ≥ 0, always as many for one stream.
     """
     return np.random.SeedSequence((_STREAMS.index(stream), *key))

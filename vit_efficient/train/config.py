@@ -45,6 +45,18 @@ class SchedConfig:
 
 
 @dataclass
+class StageConfig:
+    """A part of a run. Weights go on from one to the next; optimiser, schedule and average of weights start anew."""
+
+    epochs: int = 1  # of sched.epochs, which is their sum
+    attention: str = ''  # that its layers change to where the stage begins, as by `convert`; none: all stays
+    attention_kwargs: dict[str, Any] = field(default_factory=dict)
+    layers: list[int] | None = None  # blocks, negative ones from the end; null: all
+    lr: float | None = None  # null: optim.lr
+    warmup_epochs: float | None = None  # null: sched.warmup_epochs
+
+
+@dataclass
 class LossConfig:
     smoothing: float = 0.1
     mixup: float = 0.0  # alpha of its beta distribution; 0: off
@@ -68,6 +80,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sched: SchedConfig = field(default_factory=SchedConfig)
+    stages: list[StageConfig] = field(default_factory=list)  # one after the other; none: a single one
     loss: LossConfig = field(default_factory=LossConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     seed: int = 0  # weights, order, augmentation, mixing and dropout follow from it
@@ -232,7 +245,8 @@ def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
         if is_dataclass(value):
             leaves.update(flatten(value, f'{prefix}{item.name}.'))
         else:
-            leaves[prefix + item.name] = value
+            several = isinstance(value, list) and value and is_dataclass(value[0])
+            leaves[prefix + item.name] = [asdict(part) for part in value] if several else value
     return leaves
 
 
@@ -295,7 +309,10 @@ def validate(config: Config) -> None:
     check('sched.sched', 'a schedule that needs no metric', lambda v: v != 'plateau')
     check('resume', 'never, auto or restart', lambda v: v in ('never', 'auto', 'restart'))
     check('amp', 'none or bf16', lambda v: v in ('none', 'bf16'))
-    check('sched.warmup_epochs', f'at most sched.epochs={config.sched.epochs}', lambda v: v <= config.sched.epochs)
+    if config.stages:
+        _check_stages(config)
+    else:
+        check('sched.warmup_epochs', f'at most sched.epochs={config.sched.epochs}', lambda v: v <= config.sched.epochs)
     if (config.loss.mixup or config.loss.cutmix) and config.data.batch_size % 2:
         raise ValueError(f'data.batch_size must be even for mixup and cutmix, got {config.data.batch_size}')
     if config.task != 'classification':
@@ -305,3 +322,20 @@ def validate(config: Config) -> None:
                     f'{key} must be {"null" if still is None else still} for task={config.task}: the target of '
                     f'patches does not move with the pixels; got {values[key]!r}'
                 )
+
+
+def _check_stages(config: Config) -> None:
+    for number, stage in enumerate(config.stages):
+        warmup = config.sched.warmup_epochs if stage.warmup_epochs is None else stage.warmup_epochs
+        for key, value, requirement, holds in (
+            ('epochs', stage.epochs, 'at least 1', stage.epochs >= 1),
+            ('lr', stage.lr, 'above 0', stage.lr is None or 0 < stage.lr < math.inf),
+            ('warmup_epochs', warmup, f'from 0 to the {stage.epochs} epochs of the stage', 0 <= warmup <= stage.epochs),
+        ):
+            if not holds:
+                raise ValueError(f'stages[{number}].{key} must be {requirement}, got {value!r}')
+        if not stage.attention and (stage.attention_kwargs or stage.layers is not None):
+            raise ValueError(f'stages[{number}] has attention_kwargs or layers, and no attention to give them to')
+    epochs = sum(stage.epochs for stage in config.stages)
+    if epochs != config.sched.epochs:
+        raise ValueError(f'sched.epochs must be {epochs}, as all stages together have, got {config.sched.epochs}')

@@ -6,6 +6,7 @@ epoch too, reaches the same weights as one that was never interrupted (on the CP
 """
 
 import csv
+import gc
 import io
 import json
 import math
@@ -14,7 +15,7 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from vit_efficient.data import (
 )
 from vit_efficient.environment import describe_environment
 from vit_efficient.files import write_json, write_text
+from vit_efficient.leaves import has_trees, leaf_occupancy
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
 from vit_efficient.train.config import Config, first_line, identity, to_yaml, validate
@@ -50,10 +52,12 @@ from vit_efficient.train.evaluation import Evaluation, autocast, describe, evalu
 from vit_efficient.train.interrupts import Interrupted, Interrupts
 from vit_efficient.train.learning import create_loss, create_optimizer, create_scheduler
 from vit_efficient.train.log import MetricsLog
+from vit_efficient.train.stages import check_stages, list_stages, stage_of
 from vit_efficient.train.tasks import Task
 
 CHECKPOINT = 'checkpoint.pt'
 RESULT = 'result.json'
+OCCUPANCY_IMAGES = 16  # of the validation set, for what is logged of Treeformer's leaves
 
 
 def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | None = None) -> dict[str, Any]:
@@ -100,6 +104,7 @@ class _Progress:
     updates: int = 0
     loss_sum: float = 0.0  # over the updates of the epoch
     train_seconds: float = 0.0
+    stages: list[dict[str, float]] = field(default_factory=list)  # accuracies at the end of each that is done
 
 
 class _Run:
@@ -160,21 +165,35 @@ class _Run:
             'training images': len(train_set),
             'classes': self.classes,
         }
-        self._build_learning()
-
-    def _build_learning(self) -> None:
-        """Optimiser, schedule, losses, average of weights: all that learns, on the device."""
-        config = self.config
+        self.stages = list_stages(config)
+        check_stages(self.model, self.stages)
         self.model.to(self.team.device)
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing()
-        self.optimizer = create_optimizer(self.model, config.optim)
-        self.scheduler = create_scheduler(self.optimizer, config.sched, self.updates_per_epoch)
+        self.stage = -1
+        self._enter_stage(0)
+
+    def _enter_stage(self, number: int) -> None:
+        """The model as this stage has it, after those between; and all that learns, anew."""
+        for between in range(self.stage + 1, number + 1):
+            seed_everything('stage', self.config.seed, between)  # what a conversion adds is drawn
+            self.stages[between].begin(self.model)
+        self.stage = number
+        self._build_learning()
+
+    def _build_learning(self) -> None:
+        """Optimiser, schedule, losses, average of weights: all that learns."""
+        config, stage = self.config, self.stages[self.stage]
+        self.step_model: nn.Module = self.model
+        if self.stage:
+            gc.collect()  # DDP of the stage before has hooks on the parameters until it is gone
+            torch.compiler.reset()
+        self.optimizer = create_optimizer(self.model, stage.optim)
+        self.scheduler = create_scheduler(self.optimizer, stage.sched, self.updates_per_epoch)
         self.mixup, self.loss = create_loss(config.loss, self.model.num_classes)
         self.ema = None
         if config.ema.decay:
             self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup)
-        self.step_model: nn.Module = self.model
         if self.team.world_size > 1:
             self.step_model = DistributedDataParallel(self.model)
         if config.compile:
@@ -209,11 +228,15 @@ class _Run:
                 )
         if result.exists():
             return _read_result(result)
+        progress = _Progress(**state['progress'])
+        stage = stage_of(self.stages, progress.epoch)
+        if stage != self.stage:
+            self._enter_stage(stage)
         self.model.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
         if self.ema:
             self.ema.module.load_state_dict(state['ema'])
-        self.progress = _Progress(**state['progress'])
+        self.progress = progress
         return None
 
     def save(self) -> None:
@@ -281,6 +304,7 @@ class _Run:
             self.log = MetricsLog(self.folder, self.progress.epoch, self.progress.updates)
         else:
             self.log = None
+        self._announce_stage()
         with Interrupts() as interrupts:
             try:
                 evaluation = self._epochs(interrupts)
@@ -297,15 +321,24 @@ class _Run:
         config, progress = self.config, self.progress
         while True:
             self._epoch(interrupts)
-            last = progress.epoch + 1 == config.sched.epochs
-            if last or (progress.epoch + 1) % config.checkpoint_every == 0:
+            stage_ends = progress.epoch + 1 == self.stages[self.stage].end
+            if stage_ends or (progress.epoch + 1) % config.checkpoint_every == 0:
                 self.save()
-            if last or (progress.epoch + 1) % config.eval_every == 0:
+            if stage_ends or (progress.epoch + 1) % config.eval_every == 0:
                 evaluation = self._evaluate(interrupts)
-            if last:
+            if progress.epoch + 1 == config.sched.epochs:
                 return evaluation
             with interrupts.held():
                 progress.epoch, progress.batches, progress.loss_sum = progress.epoch + 1, 0, 0.0
+                if stage_ends:
+                    progress.stages.append(evaluation.accuracies)
+                    self._enter_stage(self.stage + 1)
+            if stage_ends:
+                self._announce_stage()
+
+    def _announce_stage(self) -> None:
+        if self.team.is_first and self.config.stages:
+            print(f'stage {self.stage + 1}/{len(self.stages)}: {self.stages[self.stage]}', file=sys.stderr)
 
     def _epoch(self, interrupts: Interrupts) -> None:
         """The updates of an epoch that are still to be done."""
@@ -343,7 +376,7 @@ class _Run:
         config, team, update = self.config, self.team, self.progress.updates
         total = 0.0
         for number, (*tensors, indices) in enumerate(chunk):
-            seed_everything(config.seed, update * config.grad_accum + number, team.rank)
+            seed_everything('step', config.seed, update * config.grad_accum + number, team.rank)
             images, *truth = (tensor.to(team.device, non_blocking=True) for tensor in tensors)
             if self.mixup:
                 images, *truth = self.mixup(images, *truth)
@@ -365,10 +398,11 @@ class _Run:
                 raise ValueError(f'the gradient is not finite at update {update}; the weights are unchanged')
         self.optimizer.step()
         self.optimizer.zero_grad()
+        of_stage = update + 1 - self.stages[self.stage].start * self.updates_per_epoch
         if self.ema:
-            self.ema.update(self.model, step=update + 1)
+            self.ema.update(self.model, step=of_stage)
         if self.scheduler:
-            self.scheduler.step_update(update + 1)
+            self.scheduler.step_update(of_stage)
         return total / len(chunk)
 
     def _without_sync(self, more_to_come: bool) -> Any:
@@ -397,16 +431,33 @@ class _Run:
                 **accuracies,
                 'lr': self._lr(),
                 'train_seconds': progress.train_seconds,
+                **({'stage': self.stage} if self.config.stages else {}),
             }
+            leaves = self._leaf_occupancy()
             accuracies.pop('top5', None)
             with interrupts.held():
                 self.log.write('val', progress.epoch, progress.updates, values)
+                if leaves:
+                    self.log.write('leaves', progress.epoch, progress.updates, leaves)
             print(
                 f'epoch {progress.epoch + 1}/{self.config.sched.epochs}: train loss {values["train_loss"]:.3f}, '
                 f'val loss {evaluation.loss:.3f}, {describe(accuracies)}, {progress.train_seconds:.0f} s',
                 file=sys.stderr,
             )
         return evaluation
+
+    def _leaf_occupancy(self) -> dict[str, float]:
+        """Of Treeformer's trees, on a few validation images spread over the set."""
+        if not has_trees(self.evaluated_model):
+            return {}
+        images = self.val_samples.spread(OCCUPANCY_IMAGES).to(self.team.device)
+        with autocast(self.team.device, self.config.amp):
+            occupancies = leaf_occupancy(self.evaluated_model, images)
+        return {
+            f'block{layer}/{name}': value
+            for layer, occupancy in occupancies.items()
+            for name, value in vars(occupancy).items()
+        }
 
     def _finish(self, evaluation: Evaluation) -> dict[str, Any]:
         """Writes model, predictions and, last, the result: it tells that the run is complete."""
@@ -432,6 +483,7 @@ class _Run:
             'train_seconds': progress.train_seconds,
             'images_per_second_train': progress.updates * self.images_per_update / progress.train_seconds,
             'images_per_second_eval': evaluation.images_per_second,
+            **({'stages': [*progress.stages, evaluation.accuracies]} if config.stages else {}),
             'environment': self.environment,
         }
         write_json(self.folder / RESULT, result)
@@ -461,9 +513,9 @@ def _read_result(path: Path) -> dict[str, Any]:
     raise ValueError(f'{path}: not a readable result; delete it, and resume=auto writes it anew from the checkpoint')
 
 
-def seed_everything(seed: int, *key: int) -> None:
-    """Seeds the generators of PyTorch, NumPy and Python from (seed, *key): for one step, whatever came before it."""
-    torch_seed, numpy_seed, python_seed = stable_seed('step', seed, *key).generate_state(3).tolist()
+def seed_everything(stream: str, *key: int) -> None:
+    """Seeds the generators of PyTorch, NumPy and Python (see `stable_seed`), whatever was drawn before."""
+    torch_seed, numpy_seed, python_seed = stable_seed(stream, *key).generate_state(3).tolist()
     torch.manual_seed(torch_seed)
     np.random.seed(numpy_seed)  # timm's Mixup draws from the global generator
     random.seed(python_seed)

@@ -1,0 +1,201 @@
+"""A run in stages: exact attention, trees in the last layer, trees in all, and softmax inside their leaves."""
+
+import copy
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+
+from tests.data.trees import write_tree
+from tests.train.recipes import TINY, tiny_recipe, train_on_one_and_two_processes
+from tests.train.test_loop import assert_same_run, fail
+from vit_efficient.train import Interrupted, load_model, load_recipe, loop, train
+from vit_efficient.train.checkpoint import load_checkpoint
+from vit_efficient.train.config import ModelConfig, StageConfig, to_yaml, validate
+
+TREES = {'tree_height': 2}
+STAGES = [
+    StageConfig(1),
+    StageConfig(1, 'treeformer_tc', TREES, layers=[-1]),
+    StageConfig(1, 'treeformer_tc', TREES, layers=[0], lr=2e-3),
+    StageConfig(1, 'treeformer_tf', TREES, warmup_epochs=0.5),
+]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp('data'))
+
+
+def staged_recipe(data, output, stages=STAGES, **options):
+    """Four epochs of six updates."""
+    config = tiny_recipe(data, output, **options)
+    config.model = ModelConfig('vit_full_tiny', {**TINY, 'drop_path_rate': 0.2, 'global_pool': 'avg'})
+    config.sched.epochs, config.sched.warmup_epochs = sum(stage.epochs for stage in stages), 0
+    config.stages = stages
+    return config
+
+
+def attentions(model):
+    return [block.attn.mechanism for block in model.blocks]
+
+
+def lines_of(folder, kind):
+    return [line for line in map(json.loads, (folder / 'metrics.jsonl').open()) if line['kind'] == kind]
+
+
+def test_a_run_goes_through_its_stages(data, tmp_path, capsys, monkeypatch):
+    seen = []
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, 'evaluate', lambda model, *args: seen.append(attentions(model)) or evaluate(model, *args))
+    result = train(staged_recipe(data, tmp_path / 'run', eval_every=9))
+    tc, tf = 'treeformer_tc', 'treeformer_tf'
+    assert seen == [['full', 'full'], ['full', tc], [tc, tc], [tf, tf]]
+    val = lines_of(tmp_path / 'run', 'val')
+    assert [line['stage'] for line in val] == [0, 1, 2, 3]
+    assert [stage['top1'] for stage in result['stages']] == [line['top1'] for line in val]
+    assert result['top1'] == result['stages'][-1]['top1']
+    said = re.findall(r'stage \S+: .*', capsys.readouterr().err)
+    assert said == [
+        'stage 1/4: as built',
+        'stage 2/4: treeformer_tc in layers -1',
+        'stage 3/4: treeformer_tc in layers 0',
+        'stage 4/4: treeformer_tf',
+    ]
+    # Each stage has its schedule and its learning rate; the last one begins with a warm-up.
+    rates = [line['lr'] for line in lines_of(tmp_path / 'run', 'train')]
+    assert len(rates) == 24
+    assert max(rates[:12]) <= 1e-3 < max(rates[12:18]) <= 2e-3
+    assert rates[5] < 1e-4 > rates[11]
+    assert rates[18] < rates[19] > rates[20]
+    # What the trees hold is logged for the layers that have some.
+    leaves = lines_of(tmp_path / 'run', 'leaves')
+    assert [len(line) for line in leaves] == [3 + 3, 3 + 6, 3 + 6]
+    assert all(0 <= line['block1/entropy'] <= 2 for line in leaves)
+
+    model = load_model(tmp_path / 'run')
+    assert attentions(model) == [tf, tf]
+    state = load_checkpoint(tmp_path / 'run/checkpoint.pt')
+    assert all(torch.equal(value, state['ema'][key]) for key, value in model.state_dict().items())
+    assert train(load_recipe(tmp_path / 'run/recipe.yaml', ['resume=auto'])) == result
+
+
+def test_trees_are_handed_over(data, tmp_path, monkeypatch):
+    """From one stage to the next every weight goes on that both have, the trees of TC among them."""
+    enter, pairs = loop._Run._enter_stage, []
+
+    def entering(run, number):
+        before = copy.deepcopy(run.model.state_dict())
+        enter(run, number)
+        pairs.append((before, copy.deepcopy(run.model.state_dict())))
+
+    monkeypatch.setattr(loop._Run, '_enter_stage', entering)
+    train(staged_recipe(data, tmp_path / 'run'))
+    assert len(pairs) == 4
+    for before, after in pairs:
+        assert all(torch.equal(before[key], after[key]) for key in before.keys() & after.keys())
+    before, after = pairs[-1]
+    assert {'blocks.0.attn.tree.weight', 'blocks.1.attn.tree.bias'} < set(after)
+    assert set(before) - set(after) == {f'blocks.{layer}.attn.level_weight' for layer in (0, 1)}
+
+
+@pytest.mark.parametrize('stop', range(1, 24, 4))
+def test_going_on_inside_a_stage_gives_the_same_weights(data, tmp_path, monkeypatch, stop):
+    train(staged_recipe(data, tmp_path / 'whole'))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        iterate, done = loop.iterate, iter(range(24))
+        patch.setattr(loop, 'iterate', lambda loader: (fail() if next(done) == stop else b for b in iterate(loader)))
+        train(staged_recipe(data, tmp_path / 'parts', checkpoint_steps=1))
+    assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['updates'] == stop
+    torch.rand(3)
+    train(staged_recipe(data, tmp_path / 'parts', checkpoint_steps=1, resume='auto'))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+
+
+@pytest.mark.parametrize('moment', ['_evaluate', '_enter_stage', '_announce_stage'])
+@pytest.mark.parametrize('how', ['power', signal.SIGTERM])
+def test_going_on_between_stages_gives_the_same_weights(data, tmp_path, monkeypatch, moment, how):
+    train(staged_recipe(data, tmp_path / 'whole'))
+    with monkeypatch.context() as patch, pytest.raises((Interrupted, RuntimeError)):
+        unpatched = getattr(loop._Run, moment)
+
+        def stopping(run, *args):
+            if run.progress.updates == 12:
+                fail() if how == 'power' else os.kill(os.getpid(), how)
+            return unpatched(run, *args)
+
+        patch.setattr(loop._Run, moment, stopping)
+        train(staged_recipe(data, tmp_path / 'parts'))
+    assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['updates'] == 12
+    train(staged_recipe(data, tmp_path / 'parts', resume='auto'))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+
+
+def test_a_first_stage_may_convert(data, tmp_path):
+    train(staged_recipe(data, tmp_path / 'run', [StageConfig(1, 'dct', {'keep_ratio': 0.5})]))
+    model = load_model(tmp_path / 'run')
+    assert [block.attn.options['keep_ratio'] for block in model.blocks] == [0.5, 0.5]
+
+
+def test_two_processes_reach_the_weights_of_one(data, tmp_path):
+    def recipe(output):
+        config = staged_recipe(data, output, STAGES[:3], clip_grad=1.0)
+        config.model.args['drop_path_rate'] = 0.0
+        return config
+
+    train_on_one_and_two_processes(recipe, tmp_path, batch_size=4)
+    one, two = (load_checkpoint(tmp_path / count / 'checkpoint.pt')['model'] for count in '12')
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('stages', 'message'),
+    [
+        ([StageConfig(1), StageConfig(1, 'treeformer')], r"stages\[1\]: .*'treeformer'"),
+        ([StageConfig(1, 'treeformer_tc', {'height': 3})], r'stages\[0\]: .*height'),
+        ([StageConfig(1, 'treeformer_tc', layers=[2])], r'stages\[0\]: layers: the model has blocks 0 … 1, got 2'),
+    ],
+)
+def test_stages_that_the_model_does_not_take(data, tmp_path, stages, message):
+    with pytest.raises(ValueError, match=message):
+        train(staged_recipe(data, tmp_path / 'run', stages))
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('stages', 'message'),
+    [
+        ([StageConfig(0)], r'stages\[0\].epochs must be at least 1, got 0'),
+        ([StageConfig(1), StageConfig(1, lr=-1.0)], r'stages\[1\].lr must be above 0, got -1.0'),
+        ([StageConfig(2, warmup_epochs=3)], r'stages\[0\].warmup_epochs must be from 0 to the 2 epochs .*got 3'),
+        ([StageConfig(1, layers=[0])], r'stages\[0\] has attention_kwargs or layers, and no attention'),
+        ([StageConfig(1), StageConfig(2)], 'sched.epochs must be 3, as all stages together have, got 2'),
+    ],
+)
+def test_stages_out_of_range(data, tmp_path, stages, message):
+    config = staged_recipe(data, tmp_path / 'run', stages)
+    config.sched.epochs = 2
+    with pytest.raises(ValueError, match=message):
+        validate(config)
+
+
+def test_a_run_of_other_stages_is_not_gone_on_with(data, tmp_path):
+    train(staged_recipe(data, tmp_path / 'run'))
+    others = [*STAGES[:3], StageConfig(1)]
+    with pytest.raises(ValueError, match='was written with stages='):
+        train(staged_recipe(data, tmp_path / 'run', others, resume='auto'))
+
+
+def test_stages_in_yaml(data, tmp_path):
+    config = staged_recipe(data, tmp_path / 'run')
+    (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
+    assert load_recipe(tmp_path / 'recipe.yaml').stages == config.stages
+    override = 'stages=[{epochs: 3, attention: dct, layers: [1]}, {epochs: 1}]'
+    stages = load_recipe(tmp_path / 'recipe.yaml', [override]).stages
+    assert stages == [StageConfig(3, 'dct', layers=[1]), StageConfig(1)]
+    with pytest.raises(ValueError, match='command line: unknown key .*epoch'):
+        load_recipe(tmp_path / 'recipe.yaml', ['stages=[{epoch: 3}]'])

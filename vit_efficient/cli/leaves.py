@@ -1,0 +1,46 @@
+"""`vit-efficient leaves MODEL IMAGE --out FILE.png`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('model', help='a run folder, or a model folder, of a model with Treeformer attention')
+    parser.add_argument('image', help='a file; with --data, the number of an image of it')
+    parser.add_argument(
+        '--data',
+        metavar='FOLDER',
+        help="a folder of class folders, or a split of the data set that the run's recipe names, such as val",
+    )
+    parser.add_argument('--queries', action='store_true', help='of the patches as queries (default: as keys)')
+    parser.add_argument('--out', type=Path, default=Path('leaves.png'), help='(default: %(default)s)')
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from vit_efficient.cli.evaluate import open_data, recipe_of
+    from vit_efficient.data import EvalTransform, Preprocessing, read_image, to_array
+    from vit_efficient.leaves import find_leaves, occupancy, plot_leaves
+    from vit_efficient.train import load_model
+
+    model = load_model(args.model)
+    if args.data is None:
+        image = read_image(args.image)
+    else:
+        dataset = open_data(args.data, recipe_of(args.model))
+        if not args.image.isdecimal() or int(args.image) >= len(dataset):
+            raise ValueError(f'IMAGE must be a number from 0 to {len(dataset) - 1} with --data, got {args.image!r}')
+        image = dataset[int(args.image)][0]
+    preprocessing = Preprocessing.of(model)
+    tensor = EvalTransform(preprocessing)(to_array(image, preprocessing.input_size[0]), 0, 0)
+    found = find_leaves(model, tensor[None])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    plot_leaves(tensor * std + mean, found, args.out, args.queries)
+    for layer, leaves in found.items():
+        full = occupancy(leaves.queries if args.queries else leaves.keys, leaves.num_leaves)
+        print(
+            f'block {layer}: entropy {full.entropy:.2f} bits of {leaves.num_leaves.bit_length() - 1}, '
+            f'{100 * full.empty:.0f} % of the leaves empty, {100 * full.largest:.0f} % of the patches in the largest'
+        )
+    print(f'saved {args.out}')

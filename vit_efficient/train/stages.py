@@ -1,0 +1,76 @@
+"""The stages of a run: what the model is converted to, part after part, while its weights go on."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from vit_efficient.conversion import convert
+from vit_efficient.train.config import Config, OptimConfig, SchedConfig, StageConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run: its epochs, of those of the run, and how it learns.
+
+    Attributes:
+        config: As the recipe has it.
+        start, end: Its epochs are start ≤ epoch < end.
+        optim, sched: The recipe's, with what the stage has of its own.
+    """
+
+    config: StageConfig
+    start: int
+    end: int
+    optim: OptimConfig
+    sched: SchedConfig
+
+    def begin(self, model: nn.Module) -> None:
+        """Converts the layers of the stage, in place.
+
+        Raises:
+            ValueError: As `convert` does; the model is then as it was.
+        """
+        if self.config.attention:
+            convert(model, self.config.attention, self.config.layers, **self.config.attention_kwargs)
+
+    def __str__(self) -> str:
+        """What begins with it, such as 'treeformer_tc in layers -2 -1'."""
+        if not self.config.attention:
+            return 'as built' if not self.start else 'on'
+        layers = self.config.layers
+        return self.config.attention + (' in layers ' + ' '.join(map(str, layers)) if layers is not None else '')
+
+
+def list_stages(config: Config) -> list[Stage]:
+    """The stages of a recipe; without any, a single one that is the whole run."""
+    stages, start = [], 0
+    for stage in config.stages or [StageConfig(config.sched.epochs)]:
+        optim = config.optim if stage.lr is None else replace(config.optim, lr=stage.lr)
+        warmup = config.sched.warmup_epochs if stage.warmup_epochs is None else stage.warmup_epochs
+        sched = replace(config.sched, epochs=stage.epochs, warmup_epochs=warmup)
+        stages.append(Stage(stage, start, start + stage.epochs, optim, sched))
+        start += stage.epochs
+    return stages
+
+
+def stage_of(stages: Sequence[Stage], epoch: int) -> int:
+    """The number of the stage that an epoch is in."""
+    return next(number for number, stage in enumerate(stages) if epoch < stage.end)
+
+
+def check_stages(model: nn.Module, stages: Sequence[Stage]) -> None:
+    """Tries all conversions on a copy of the model that has no data.
+
+    Raises:
+        ValueError: Naming the first stage that does not fit.
+    """
+    if not any(stage.config.attention for stage in stages):
+        return
+    model = copy.deepcopy(model).to('meta')
+    for number, stage in enumerate(stages):
+        try:
+            stage.begin(model)
+        except ValueError as error:
+            raise ValueError(f'stages[{number}]: {error}') from error
