@@ -25,6 +25,7 @@ from timm.layers import Attention, ConvMlp, GlobalResponseNormMlp, GluMlp, Mlp, 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vit_efficient.attention.treeformer_tf import LeafAttention
 from vit_efficient.compress import Compressor
 from vit_efficient.compress.learned import Maps
 from vit_efficient.flop_formulas import FORMULAS, FVCORE_IS_RIGHT, PRODUCTS, is_listed, register_flops, short_name
@@ -126,6 +127,9 @@ def _count_of_images(model: nn.Module, images: Tensor) -> FlopCount:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f'count_flops: images must be a tensor (B, C, H, W), got {shape}')
     replica = _replicate(model, meta=False).eval()
+    for module in replica.modules():
+        if isinstance(module, LeafAttention):
+            module.pad_groups = False
     with _quiet(images.device):
         return _summarise(replica, *_count_operators(replica, images))
 

@@ -258,8 +258,12 @@ def node_table(sums: Tensor, counts: Tensor, v_prefix: Tensor, level_weight: Ten
     return table
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, fused: bool) -> Tensor:
-    """Softmax attention: (…, queries, D), (…, keys, D) twice → (…, queries, D)"""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, fused: bool, mask: Tensor | None = None
+) -> Tensor:
+    """Softmax attention: (…, queries, D), (…, keys, D) twice, and which of them count → (…, queries, D)"""
     if fused:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-    return F.dropout(((q * scale) @ k.mT).softmax(dim=-1), dropout) @ v
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    scores = (q * scale) @ k.mT
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v

@@ -12,15 +12,16 @@ the softmax is taken to weigh each key that a query reads by m(q) · m(k), the m
 key, whose value is 1 and whose gradient the straight-through one of `trees.py`. Leaves that a query does not read would
 take N² scores, and say nothing: that is why TF needs trees that TC has trained.
 
-Tokens are sorted by leaf, and queries that read the same leaves attend together, one after the other in a plain loop:
-how many there are, the data say, so that there is no single graph to compile or to export.
+Tokens are sorted by leaf, and queries that read the same leaves attend together. Small groups of them are padded to a
+batch, with groups of about their size; on the CPU large ones come one after the other. How many there are, the data
+say, so that there is no single graph to compile or to export.
 
 Letters: B batch, N tokens, P prefix, C channels, H heads, D = C / H, h height, L = 2^h leaves.
 """
 
 from collections.abc import Iterator
-from itertools import accumulate
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import register_notrace_function
@@ -34,6 +35,9 @@ from vit_efficient.attention.trees import CHUNK, best_leaves, leaves_of, members
 from vit_efficient.bases import without_autocast
 from vit_efficient.flop_formulas import register_flops
 from vit_efficient.grid import PatchGrid
+
+# Queries × keys of the largest group that the CPU pads: what is saved by one call for many pays for the padding.
+PADDED = 64 * 64
 
 NO_GRAPH = (
     "attention 'treeformer_tf' reads the sizes of its leaves from the data and cannot be compiled as one graph, traced "
@@ -56,6 +60,8 @@ class LeafAttention(TreeAttention):
     Raises:
         ValueError: If an option is unknown or out of range; in `forward`, under `torch.jit.trace` and `torch.export`.
     """
+
+    pad_groups = True  # False to count what each group takes
 
     def configure(self, *, tree_height: int = 4, num_leaves: int = 1) -> None:
         self.add_trees(tree_height)
@@ -83,6 +89,7 @@ class LeafAttention(TreeAttention):
             self.scale,
             dropout,
             self.fused_attn,
+            self.pad_groups,
         )
         y_BNC = self.norm(y_BNC)
         if self.gate is not None:
@@ -112,6 +119,7 @@ def attend_in_leaves(
     scale: float,
     dropout: float,
     fused: bool,
+    pad: bool = True,
 ) -> Tensor:
     """Softmax attention of the patches inside their leaves, and of the prefix tokens among all.
 
@@ -123,6 +131,7 @@ def attend_in_leaves(
         scale: Of the scores.
         dropout: Share of the attention weights that is dropped.
         fused: Whether to use PyTorch's fused attention.
+        pad: Whether small groups of queries may be padded to a batch.
 
     Returns:
         (B, N, C), of the dtype of v.
@@ -133,13 +142,13 @@ def attend_in_leaves(
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise ValueError(NO_GRAPH)
     y = [attend(q[:, :, :prefix], k, v, scale, dropout, fused)] if prefix else []
-    y.append(_attend_patches(q, k, v, weight, bias, prefix, num_patches, num_leaves, scale, dropout, fused))
+    y.append(_attend_patches(q, k, v, weight, bias, prefix, num_patches, num_leaves, scale, dropout, fused, pad))
     return torch.cat(y, dim=2).to(v.dtype).transpose(1, 2).flatten(2)
 
 
 @torch.compiler.disable(reason=NO_GRAPH)
 def _attend_patches(
-    q: Tensor, k: Tensor, v: Tensor, weight, bias, prefix, num_patches, num_leaves, scale, dropout, fused
+    q: Tensor, k: Tensor, v: Tensor, weight, bias, prefix, num_patches, num_leaves, scale, dropout, fused, pad
 ) -> Tensor:
     """(B, H, N, D) three times, of all tokens → (B, H, N − P, D), of the patches"""
     # Split, not sliced: the gradient of a slice is as large as the whole.
@@ -168,69 +177,148 @@ def _attend_patches(
         of_leaf = slice(dim, dim + num_leaves)
         k_prefix, v_prefix, v = (F.pad(t, (0, q.shape[-1] - t.shape[-1])) for t in (k_prefix, v_prefix, v))
 
-    key_pieces, value_pieces = _by_leaf(leaf_k, leaves_of(weight), k, v)
-    k_prefix, v_prefix = (t.flatten(0, 1).unbind(0) for t in (k_prefix, v_prefix))
-    groups, order, counts = _queries_together(leaves_q, leaves_of(weight))
+    reads = Reads.of(leaves_q, leaf_k, leaves_of(weight), prefix)
+    q = q.flatten(0, 2).index_select(0, reads.queries)
+    k, v = (torch.cat([t.flatten(0, 2), t_prefix.flatten(0, 2)]) for t, t_prefix in ((k, k_prefix), (v, v_prefix)))
+    k, v = (t.index_select(0, reads.keys) for t in (k, v))
+    if of_leaf is not None:
+        k = k + F.pad(F.one_hot(reads.pieces, num_leaves + 1)[:, 1:].to(k.dtype), (dim, 1))
     y = []
-    for q_group, (head, leaves) in zip(q.flatten(0, 2).index_select(0, order).split(counts), groups, strict=True):
-        read = list(_leaves_with_keys(leaves, key_pieces[head])) if not prefix else leaves
-        keys = [key_pieces[head][leaf] for leaf in read]
-        if of_leaf is not None:
-            keys = [_mark(piece, of_leaf, leaves, leaf) for piece, leaf in zip(keys, read, strict=True)]
-        keys = _together(k_prefix[head], keys)
-        values = _together(v_prefix[head], [value_pieces[head][leaf] for leaf in read])
-        # In parts where scores are written out, so that a leaf with all tokens has no N × N matrix either.
-        parts = (q_group,) if fused else q_group.split(CHUNK)
-        y += [attend(part[None, None], keys, values, scale, dropout, fused)[0, 0] for part in parts]
-    y = torch.cat(y).index_select(0, order.argsort())
+    for part in reads.split(q, k, v):
+        if pad and (q.is_cuda or part.num_queries.amax() * part.num_keys.amax() <= PADDED):
+            y.append(_attend_padded(part, scale, dropout, fused))
+            continue
+        tokens = (t.split(n.tolist()) for t, n in zip(part[:3], (part.num_queries, *[part.num_keys] * 2), strict=True))
+        for q_group, k_group, v_group in zip(*tokens, strict=True):
+            # In parts where scores are written out, so that a leaf with all tokens has no N × N matrix either.
+            rows = (q_group,) if fused else q_group.split(CHUNK)
+            y += [
+                attend(r[None, None], k_group[None, None], v_group[None, None], scale, dropout, fused)[0, 0]
+                for r in rows
+            ]
+    y = torch.cat(y).index_select(0, reads.queries.argsort())
     return y[..., :dim].unflatten(0, leaf_k.shape)
 
 
-def _by_leaf(leaf: Tensor, num_leaves: int, *tokens: Tensor) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Of (B, H, N, D) each: for each image and head, one after the other, the tokens (n, D) of each leaf."""
-    heads = torch.arange(leaf.shape[0] * leaf.shape[1], device=leaf.device)
-    place = (leaf.flatten(0, 1) + num_leaves * heads[:, None]).flatten()
-    order = place.argsort(stable=True)
-    sizes = place.bincount(minlength=num_leaves * len(heads)).tolist()
-    for t in tokens:
-        pieces = t.flatten(0, 2).index_select(0, order).split(sizes)
-        yield [pieces[start : start + num_leaves] for start in range(0, len(pieces), num_leaves)]
+class Part(NamedTuple):
+    """Groups of queries, one after the other, and the keys that each group reads.
+
+    Attributes:
+        q: (Σ num_queries, D)
+        k, v: (Σ num_keys, D)
+        num_queries, num_keys: Of each group, (G,).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    num_queries: Tensor
+    num_keys: Tensor
 
 
-def _queries_together(leaves: Tensor, num_leaves: int) -> tuple[list[tuple[int, list[int]]], Tensor, list[int]]:
-    """The groups of queries that read the same leaves (B, H, N, n): image and head, and leaves, of each group; the
-    order that brings the queries together; and how many there are of each group."""
-    batch, heads, num_tokens = leaves.shape[:3]
-    group = torch.arange(batch * heads, device=leaves.device).repeat_interleave(num_tokens)
-    for column in leaves.flatten(0, 2).unbind(1):
-        group = (group * num_leaves + column).unique(return_inverse=True)[1]
-    order, counts = group.argsort(stable=True), group.bincount().tolist()
-    first = order[torch.tensor([0, *accumulate(counts[:-1])], device=order.device)]
-    groups = zip((first // num_tokens).tolist(), leaves.flatten(0, 2)[first].tolist(), strict=True)
-    return list(groups), order, counts
+@dataclass(frozen=True)
+class Reads:
+    """Who reads what: queries of one head that read the same leaves are a group.
+
+    Groups are in the order of the powers of two up to which they can be padded, so that those of one size are together.
+
+    Attributes:
+        queries: Rows of (B · H · N) queries, group by group.
+        keys: Rows of (B · H · N) patches, and (B · H · P) prefix tokens after them, that the groups read, likewise.
+        pieces: Of each key, which of the leaves of its group it is in, from 1; 0 if it is in none.
+        num_queries, num_keys: Of each group.
+        groups: How many of them are of each size.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    pieces: Tensor
+    num_queries: Tensor
+    num_keys: Tensor
+    groups: list[int]
+
+    @classmethod
+    def of(cls, leaves_q: Tensor, leaf_k: Tensor, num_leaves: int, prefix: int) -> 'Reads':
+        """From the leaves that queries read, (B, H, N, n), ascending, and those that keys are in, (B, H, N)."""
+        batch, heads, n = leaf_k.shape
+        trees = torch.arange(batch * heads, device=leaf_k.device)
+        place = (leaf_k.flatten(0, 1) + num_leaves * trees[:, None]).flatten()
+        sizes = place.bincount(minlength=num_leaves * len(trees))
+        ends = sizes.cumsum(0)
+        patches = place.argsort(stable=True)
+
+        group = trees.repeat_interleave(n)
+        for column in leaves_q.flatten(0, 2).unbind(1):
+            group = (group * num_leaves + column).unique(return_inverse=True)[1]
+        queries, num_queries = group.argsort(stable=True), group.bincount()
+        first = queries[num_queries.cumsum(0) - num_queries]
+        tree, leaves = first // n, leaves_q.flatten(0, 2)[first]
+
+        # A group reads n ranges of the sorted patches; without any key in them, those of the nodes above.
+        low = leaves + num_leaves * tree[:, None]
+        size, start, level = sizes[low], ends[low] - sizes[low], 0
+        piece = torch.arange(1, leaves.shape[1] + 1, device=leaf_k.device).expand_as(leaves)
+        while not prefix and (empty := (size.sum(1) == 0).nonzero()[:, 0]).numel():
+            level += 1
+            node = leaves[empty] >> level
+            low = (node << level) + num_leaves * tree[empty, None]
+            start[empty] = ends[low] - sizes[low]
+            repeated = F.pad(node[:, 1:] == node[:, :-1], (1, 0))
+            size[empty] = torch.where(repeated, 0, ends[low + 2**level - 1] - start[empty])
+            piece = piece.index_fill(0, empty, 0)
+
+        start = torch.cat([len(patches) + prefix * tree[:, None], start], dim=1)
+        size = torch.cat([torch.full_like(tree[:, None], prefix), size], dim=1)
+        num_keys, piece = size.sum(1), F.pad(piece, (1, 0))
+        powers = [torch.log2(count.double()).ceil().long() for count in (num_keys, num_queries)]
+        _, in_order, groups = _sorted_counts(64 * powers[0] + powers[1])
+        rows = torch.cat([patches, torch.arange(len(trees) * prefix, device=leaf_k.device) + len(patches)])
+        size_in_order = size[in_order].flatten()
+        return cls(
+            queries[_ranges((num_queries.cumsum(0) - num_queries)[in_order], num_queries[in_order])],
+            rows[_ranges(start[in_order].flatten(), size_in_order)],
+            piece[in_order].flatten().repeat_interleave(size_in_order),
+            num_queries[in_order],
+            num_keys[in_order],
+            groups,
+        )
+
+    def split(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Part]:
+        """Groups of one size at a time."""
+        num_queries, num_keys = self.num_queries.split(self.groups), self.num_keys.split(self.groups)
+        of_q, of_k = ([count.sum().item() for count in counts] for counts in (num_queries, num_keys))
+        tokens = (q.split(of_q), k.split(of_k), v.split(of_k))
+        return (Part(*part) for part in zip(*tokens, num_queries, num_keys, strict=True))
 
 
-def _leaves_with_keys(leaves: list[int], pieces: tuple[Tensor, ...]) -> list[int]:
-    """These leaves, if one of them holds a key, or those below their parents, or below theirs, and so on."""
-    level = 0
-    while not any(len(pieces[leaf]) for leaf in leaves):
-        level += 1
-        nodes = sorted({leaf >> level for leaf in leaves})
-        leaves = [leaf for node in nodes for leaf in range(node << level, (node + 1) << level)]
-    return leaves
+def _sorted_counts(values: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """The values in order, the order, and how often each of them occurs."""
+    values, order = values.sort(stable=True)
+    return values, order, values.unique_consecutive(return_counts=True)[1].tolist()
 
 
-def _together(prefix: Tensor, pieces: list[Tensor]) -> Tensor:
-    """(P, D), and (n, D) of each leaf that is read → (1, 1, P + …, D)"""
-    alone = len(pieces) == 1 and not len(prefix)
-    return (pieces[0] if alone else torch.cat([prefix, *pieces]))[None, None]
+def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
+    """start, start + 1, … of each range, one after the other."""
+    shift = (starts - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
+    return shift + torch.arange(len(shift), device=shift.device)
 
 
-def _mark(k: Tensor, channels: slice, leaves: list[int], leaf: int) -> Tensor:
-    """Keys (n, D + …) with a one in that of the channels which is the leaf's among those that a query reads."""
-    mark = k.new_zeros(k.shape[1])
-    mark[channels] = torch.tensor([float(own == leaf) for own in leaves])
-    return k + mark
+def _attend_padded(part: Part, scale: float, dropout: float, fused: bool) -> Tensor:
+    """All groups as one batch, with keys that are masked and queries that are dropped again: → (Σ num_queries, D)"""
+    (rows_q, is_query), (rows_k, is_key) = _padding(part.num_queries), _padding(part.num_keys)
+    q = part.q.index_select(0, rows_q.flatten()).unflatten(0, rows_q.shape)[:, None]
+    k, v = (t.index_select(0, rows_k.flatten()).unflatten(0, rows_k.shape)[:, None] for t in (part.k, part.v))
+    y = attend(q, k, v, scale, dropout, fused, is_key[:, None, None])
+    return y.flatten(0, 2).index_select(0, is_query.flatten().nonzero()[:, 0])
+
+
+def _padding(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Of groups of rows, one after the other: rows (G, longest), padded with some row of another group, and which of
+    them are the group's own."""
+    place = torch.arange(counts.amax(), device=counts.device)
+    starts = counts.cumsum(0) - counts
+    own = place < counts[:, None]
+    return torch.where(own, starts[:, None] + place, 0), own
 
 
 # On the meta device there are no leaves. One operator stands for the attention inside them, as long as it takes when
