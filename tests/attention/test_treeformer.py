@@ -239,6 +239,15 @@ class TestAgainstDefinition:
         monkeypatch.setattr(treeformer_tf, 'CHUNK', 8)
         check(build(name, False, tree_height=2), PatchGrid(3, 7, 1), batch=2)
 
+    @pytest.mark.parametrize('fused', (False, True))
+    @pytest.mark.parametrize('num_leaves', (1, 3))
+    @pytest.mark.parametrize('prefix', (0, 1))
+    def test_groups_one_after_the_other(self, prefix, num_leaves, fused, monkeypatch):
+        """As large ones are; the other tests have small ones, which are padded."""
+        monkeypatch.setattr(treeformer_tf, 'PADDED', 0)
+        monkeypatch.setattr(treeformer_tf, '_attend_padded', None)
+        check(build('treeformer_tf', fused, tree_height=4, num_leaves=num_leaves), PatchGrid(3, 7, prefix), batch=2)
+
 
 class TestTrees:
     def test_ties_go_right(self):
