@@ -111,6 +111,39 @@ def test_accuracy_trains_compares_and_saves(trained):
         assert plot.format == 'PNG'
 
 
+def test_accuracy_stage_by_stage(trained, recipes, tmp_path, capsys):
+    """What each stage cost and brought; what TF-Attention costs as the validation images fall into its leaves."""
+    stages = """
+      - {epochs: 1}
+      - {epochs: 1, attention: treeformer_tc, attention_kwargs: {tree_height: 2}}
+      - {epochs: 2, attention: treeformer_tf, attention_kwargs: {tree_height: 2}}"""
+    staged = tmp_path / 'staged.yaml'
+    text = (recipes / 'full.yaml').read_text().replace('epochs: 1', 'epochs: 4', 1)
+    staged.write_text(text + f'stages: {stages}\neval_every: 9\n')
+    command = ['table', 'accuracy', str(recipes / 'full.yaml'), str(staged), '--runs', str(trained), '--seeds', '0', '1']
+    assert main([*command, '--out', str(tmp_path)]) == 0
+    results = [json.loads((trained / f'staged-s{seed}/result.json').read_text()) for seed in (0, 1)]
+    table = [line.split('|')[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+    head = next(i for i, cells in enumerate(table) if cells[0].strip() == 'stage by stage')
+    rows = [[cell.strip() for cell in cells] for cells in table[head + 2 : head + 5]]
+    assert [row[:3] for row in rows] == [
+        ['vit_full_tiny (staged)', 'as built', '1'],
+        ['', 'treeformer_tc', '1'],
+        ['', 'treeformer_tf', '2'],
+    ]
+    assert [row[5].split(' ± ')[0] for row in rows] == [
+        f'{np.mean([result["stages"][number]["top1"] for result in results]):.2f}' for number in range(3)
+    ]
+    size = dict(img_size=16, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    models = [timm.create_model('vit_full_tiny', **size)]
+    for name in ('treeformer_tc', 'treeformer_tf'):
+        models.append(timm.create_model(f'vit_{name}_tiny', **size, attention_kwargs={'tree_height': 2}))
+    counts = [count_flops(model, (1, 16, 16)) for model in models]
+    assert [row[3:5] for row in rows] == [[f'{n / 1e9:.4f}' for n in (c.total, c.attention)] for c in counts]
+    remark = 'vit_full_tiny (staged): GMACs as if all leaves held as many patches; as 12 validation images fall into'
+    assert remark in (tmp_path / 'results.md').read_text()
+
+
 def test_accuracy_reuses_finished_runs(trained, recipes, tmp_path):
     before = [(trained / f'{name}-s0/result.json').stat().st_mtime_ns for name in ('full', 'dct')]
     assert main(command(recipes, trained, '--out', str(tmp_path), 'log_every=7')) == 0
