@@ -120,8 +120,8 @@ def test_accuracy_stage_by_stage(trained, recipes, tmp_path, capsys):
     staged = tmp_path / 'staged.yaml'
     text = (recipes / 'full.yaml').read_text().replace('epochs: 1', 'epochs: 4', 1)
     staged.write_text(text + f'stages: {stages}\neval_every: 9\n')
-    command = ['table', 'accuracy', str(recipes / 'full.yaml'), str(staged), '--runs', str(trained), '--seeds', '0', '1']
-    assert main([*command, '--out', str(tmp_path)]) == 0
+    command = ['table', 'accuracy', str(recipes / 'full.yaml'), str(staged), '--runs', str(trained)]
+    assert main([*command, '--seeds', '0', '1', '--out', str(tmp_path)]) == 0
     results = [json.loads((trained / f'staged-s{seed}/result.json').read_text()) for seed in (0, 1)]
     table = [line.split('|')[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
     head = next(i for i, cells in enumerate(table) if cells[0].strip() == 'stage by stage')

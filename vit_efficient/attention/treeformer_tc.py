@@ -160,11 +160,11 @@ class TreeMeanAttention(TreeAttention):
             table = node_table(sums_BHLD, counts, v_prefix, self.level_weight.to(dtype))
         answers = [F.linear(t.to(w.dtype), w) for t, w in zip(table.unbind(1), from_values, strict=True)]
         answers_BHLC = torch.stack(answers, dim=1).to(dtype)
+        if self.proj.bias is not None:  # a patch reads one row of each head
+            answers_BHLC[:, 0] += self.proj.bias
         row_BNH = rows_of(leaf_q, num_leaves)
         y = F.embedding_bag(row_BNH.flatten(0, 1), answers_BHLC.flatten(0, 2), mode='sum')
         y = y.unflatten(0, row_BNH.shape[:2])
-        if self.proj.bias is not None:
-            y = y + self.proj.bias
         y = y.to(answers[0].dtype)
         if not grid.prefix:
             return y

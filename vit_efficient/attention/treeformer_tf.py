@@ -179,7 +179,9 @@ def _attend_patches(
 
     reads = Reads.of(leaves_q, leaf_k, leaves_of(weight), prefix)
     q = q.flatten(0, 2).index_select(0, reads.queries)
-    k, v = (torch.cat([t.flatten(0, 2), t_prefix.flatten(0, 2)]) for t, t_prefix in ((k, k_prefix), (v, v_prefix)))
+    k, v = (t.flatten(0, 2) for t in (k, v))
+    if prefix:
+        k, v = (torch.cat([t, of_prefix.flatten(0, 2)]) for t, of_prefix in ((k, k_prefix), (v, v_prefix)))
     k, v = (t.index_select(0, reads.keys) for t in (k, v))
     if of_leaf is not None:
         k = k + F.pad(F.one_hot(reads.pieces, num_leaves + 1)[:, 1:].to(k.dtype), (dim, 1))

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from vit_efficient.grid import plain_sizes
 
 # Tokens that are routed at a time: what the nodes say about them stays in the cache.
-CHUNK = 512
+CHUNK = 1024
 
 
 class Trees(nn.Module):
@@ -85,20 +85,21 @@ def scores(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def route(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The leaf of each token: (B, H, N, D), (H, J, D), (H, J) → (B, H, N), int64. No gradient."""
-    leaves = []
-    for chunk in chunks(z.shape[2]):
-        z_chunk = z[:, :, chunk]
-        # Not the sum of both: that would be one more copy of the products.
-        leaves.append(_descend(products(z_chunk, weight) >= -bias[:, None], z_chunk, height_of(weight)))
+    height = height_of(weight)
+    leaves = [_descend(products(z[:, :, chunk], weight), -bias, z[:, :, chunk], height) for chunk in chunks(z.shape[2])]
     return torch.cat(leaves, dim=2).squeeze(-1)
 
 
-def _descend(right: Tensor, z: Tensor, height: int) -> Tensor:
-    """The leaves (B, H, N, 1) that decisions (B, H, N, J) lead tokens z to."""
-    leaf = z.new_zeros(*z.shape[:-1], 1, dtype=torch.int64)
-    for level in range(height):
-        leaf = 2 * leaf + right.gather(-1, leaf + (2**level - 1))
-    return leaf
+def _descend(s: Tensor, threshold: Tensor, z: Tensor, height: int) -> Tensor:
+    """The leaves (B, H, N, 1) that tokens z get to: right where s (B, H, N, J) is at least the threshold (H, J).
+
+    Thresholds are gathered like the scores. To compare them all would take longer than the products.
+    """
+    node = z.new_zeros(*z.shape[:-1], 1, dtype=torch.int64)
+    threshold = threshold[:, None].expand(s.shape)
+    for _ in range(height):
+        node = torch.add(s.gather(-1, node) >= threshold.gather(-1, node), node, alpha=2) + 1
+    return node - (2**height - 1)
 
 
 def best_leaves(z: Tensor, weight: Tensor, bias: Tensor, num_leaves: int) -> Tensor:
@@ -111,7 +112,7 @@ def best_leaves(z: Tensor, weight: Tensor, bias: Tensor, num_leaves: int) -> Ten
     best = []
     for chunk in chunks(z.shape[2]):
         s = scores(z[:, :, chunk], weight, bias)
-        own = _descend(s >= 0, z[:, :, chunk], height_of(weight))
+        own = _descend(s, torch.zeros_like(bias), z[:, :, chunk], height_of(weight))
         log_m = torch.zeros_like(s[..., :1])
         for level in range(height_of(weight)):
             s_level = s[..., 2**level - 1 : 2 ** (level + 1) - 1]
