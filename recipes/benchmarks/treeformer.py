@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/treeformer.py
 
-d = 768, 12 heads, trees of height 7, forward, float32. Leaves are balanced by placing each predicate at the median of the
-keys that reach it (queries are made to fall as keys do), or so that one leaf holds a fifth of all.
+d = 768, 12 heads, trees of height 7, forward, float32. Leaves are balanced by placing each predicate at the median of
+the keys that reach it (queries are made to fall as keys do), or so that one leaf holds a fifth of all.
 """
 
 import argparse
