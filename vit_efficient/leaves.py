@@ -124,8 +124,8 @@ def plot_leaves(image: Tensor, found: dict[int, Leaves], path: str | Path, queri
         maps = (leaves.queries if queries else leaves.keys)[0].unflatten(1, (leaves.grid.height, leaves.grid.width))
         for head, axes in enumerate(axes_of_row[1:]):
             axes.imshow(maps[head].cpu().numpy(), cmap='turbo', vmin=0, vmax=max(1, leaves.num_leaves - 1))
-            if axes_of_row is grid[0]:
-                axes.set_title(f'head {head}', fontsize='small')
+    for head, axes in enumerate(grid[0, 1:]):
+        axes.set_title(f'head {head}', fontsize='small')
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
     save_figure(figure, path)
