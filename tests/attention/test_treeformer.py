@@ -248,6 +248,31 @@ class TestAgainstDefinition:
         monkeypatch.setattr(treeformer_tf, '_attend_padded', None)
         check(build('treeformer_tf', fused, tree_height=4, num_leaves=num_leaves), PatchGrid(3, 7, prefix), batch=2)
 
+    @pytest.mark.parametrize('name', NAMES)
+    def test_an_empty_batch(self, name):
+        attention, grid = build(name), PatchGrid(3, 7, 1)
+        for context in (torch.no_grad(), torch.enable_grad()):
+            with context:
+                y = attention(torch.zeros(0, 22, 12, dtype=torch.float64), grid)
+            assert y.shape == (0, 22, 12)
+
+    def test_large_leaves_in_half_precision(self):
+        """The sum of a leaf is beyond what float16 holds; its mean is not."""
+        attention, grid = create_attention('treeformer_tc', 12, 3, tree_height=1).half().eval(), PatchGrid(128, 128)
+        x = torch.randn(1, 128 * 128, 12)
+        x[..., 0] += 8
+        with torch.no_grad():
+            y = attention(x.half(), grid)
+        assert y.isfinite().all()
+        assert (y - attention(x.half(), grid)).abs().max() < 0.05
+
+    @pytest.mark.parametrize('name', NAMES)
+    def test_a_bias_is_trained_alone(self, name):
+        attention, grid = build(name), PatchGrid(3, 7)
+        attention.tree.weight.requires_grad_(False)
+        attention(torch.randn(1, 21, 12, dtype=torch.float64), grid).square().sum().backward()
+        assert attention.tree.bias.grad.abs().max() > 0
+
 
 class TestTrees:
     def test_ties_go_right(self):
@@ -418,6 +443,7 @@ class TestModule:
         ('name', 'options', 'message'),
         [
             ('treeformer_tc', dict(tree_height=-1), 'tree_height=-1'),
+            ('treeformer_tc', dict(tree_height=17), 'from 0 to 16, got tree_height=17'),
             ('treeformer_tc', dict(tree_height=2.5), r'tree_height=2\.5'),
             ('treeformer_tf', dict(tree_height=True), 'tree_height=True'),
             ('treeformer_tf', dict(num_leaves=0), 'num_leaves=0'),

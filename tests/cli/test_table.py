@@ -40,6 +40,12 @@ def test_flops_prints_what_count_flops_counts(capsys):
     assert row['parameters_m'] == sum(p.numel() for p in model.parameters()) / 1e6
 
 
+def test_flops_says_what_is_an_expectation(capsys):
+    models = ['vit_treeformer_tc_tiny', 'vit_treeformer_tf_tiny']
+    assert main(['table', 'flops', '--models', *models, '--img-sizes', '64', '128']) == 0
+    assert 'In expectation, as if all leaves held as many patches: vit_treeformer_tf_tiny.\n' in capsys.readouterr().out
+
+
 def test_flops_writes_what_it_prints(tmp_path, capsys):
     out = tmp_path / 'new' / 'table.csv'
     assert main(['table', 'flops', '--models', 'vit_full_tiny', '--format', 'csv', '--out', str(out)]) == 0

@@ -40,13 +40,16 @@ from vit_efficient.attention.trees import (
 from vit_efficient.bases import without_autocast
 from vit_efficient.grid import PatchGrid
 
+# There are 2^h leaves, and as many weights for each channel of a head.
+MAX_HEIGHT = 16
+
 
 class TreeAttention(GridAttention):
     """What both attentions of Treeformer have: a tree per head. A change from one to the other keeps the trees."""
 
     def add_trees(self, tree_height: int) -> None:
-        if type(tree_height) is not int or tree_height < 0:
-            raise ValueError(f'tree_height must be a non-negative integer, got {tree_height=}')
+        if type(tree_height) is not int or not 0 <= tree_height <= MAX_HEIGHT:
+            raise ValueError(f'tree_height must be an integer from 0 to {MAX_HEIGHT}, got {tree_height=}')
         like = self.qkv.weight
         self.tree = Trees(self.num_heads, self.head_dim, tree_height, device=like.device, dtype=like.dtype)
 
@@ -152,9 +155,11 @@ class TreeMeanAttention(TreeAttention):
             trees = (self.tree.weight.to(dtype), self.tree.bias.to(dtype))
             leaf_q, leaf_k = (route(z[:, :, grid.prefix :].to(dtype), *trees) for z in (q, k))
             counts = sum_by_leaf(leaf_k, torch.ones_like(leaf_k[..., None], dtype=dtype), num_leaves)
-        x_BHLC = sum_tokens_by_leaf(leaf_k, counts, x.to(dtype), grid.prefix).to(w_v.dtype)
-        sums = [F.linear(t, w).to(dtype) for t, (w, _) in zip(x_BHLC.unbind(1), to_values, strict=True)]
-        sums_BHLD = torch.stack(sums, dim=1) + counts * b_v.unflatten(0, heads)[:, None].to(dtype)
+        # Means are projected, since sums may be too large for half precision.
+        x_BHLC = sum_tokens_by_leaf(leaf_k, counts, x.to(dtype), grid.prefix) / counts.clamp(min=1)
+        means = zip(x_BHLC.to(w_v.dtype).unbind(1), to_values, strict=True)
+        sums = [F.linear(t, w).to(dtype) for t, (w, _) in means]
+        sums_BHLD = torch.stack(sums, dim=1) * counts + counts * b_v.unflatten(0, heads)[:, None].to(dtype)
         v_prefix = F.linear(x[:, : grid.prefix], w_v, b_v).unflatten(-1, heads).transpose(1, 2).to(dtype)
         with without_autocast(x):
             table = node_table(sums_BHLD, counts, v_prefix, self.level_weight.to(dtype))

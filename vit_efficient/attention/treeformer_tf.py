@@ -163,7 +163,7 @@ def _attend_patches(
             return torch.ops.vit_efficient.attend_in_leaves(q, k, v, prefix, num_leaves, leaves_of(weight))
         leaves_q, leaf_k = best_leaves(to_route[0], *trees, num_leaves), route(to_route[1], *trees)
 
-    if torch.is_grad_enabled() and weight.requires_grad:
+    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
         # Channels more, which add nothing to a score and carry the gradient of m(q) · m(k): (m(q) of each leaf, 1)
         # against (which leaf it is, m(k)).
         with without_autocast(v):
@@ -185,7 +185,7 @@ def _attend_patches(
     k, v = (t.index_select(0, reads.keys) for t in (k, v))
     if of_leaf is not None:
         k = k + F.pad(F.one_hot(reads.pieces, num_leaves + 1)[:, 1:].to(k.dtype), (dim, 1))
-    y = []
+    y = [v[:0]]  # of an empty batch, all
     for part in reads.split(q, k, v):
         if pad and (q.is_cuda or part.num_queries.amax() * part.num_keys.amax() <= PADDED):
             y.append(_attend_padded(part, scale, dropout, fused))

@@ -75,6 +75,7 @@ def _accuracy_table(args: argparse.Namespace) -> int | None:
 def flops_table(args: argparse.Namespace) -> None:
     from vit_efficient.cli.options import parse_option
     from vit_efficient.files import write_text
+    from vit_efficient.attention.treeformer_tf import LeafAttention
     from vit_efficient.flops import ROLES, count_flops
     from vit_efficient.tables import Column, Table
 
@@ -85,6 +86,7 @@ def flops_table(args: argparse.Namespace) -> None:
     for name in args.models:
         _check_name(name)
     rows: list[dict[str, Any]] = []
+    expected: list[str] = []  # models whose cost depends on the data
     for size in args.img_sizes:
         first = None
         for name in args.models:
@@ -94,6 +96,7 @@ def flops_table(args: argparse.Namespace) -> None:
             except ValueError as error:
                 raise ValueError(f'{name} at {size} px: {error}') from error
             first = first or count.total
+            expected += [name] * any(isinstance(module, LeafAttention) for module in model.modules())
             rows.append(
                 {
                     'model': name,
@@ -117,6 +120,8 @@ def flops_table(args: argparse.Namespace) -> None:
         *(Column(_role_key(role), role, 3) for role in ROLES),
     ]
     text = Table(columns, rows).render(args.format)
+    if args.format == 'markdown' and expected:
+        text += f'\nIn expectation, as if all leaves held as many patches: {", ".join(dict.fromkeys(expected))}.\n'
     print(text, end='')
     if args.out:
         write_text(args.out, text)

@@ -208,6 +208,8 @@ def _merge(config: Any, layer: Any, source: str) -> Any:
     except (ConfigKeyError, ConfigAttributeError) as error:
         key = str(error.full_key)
         raise ValueError(f'{source}: unknown key {key}{_suggestion(key)}') from error
+    except TypeError as error:  # a list under a mapping, or the other way round
+        raise ValueError(f'{source}: {first_line(error)}; a list is replaced as a whole') from error
     except OmegaConfBaseException as error:
         key = f'{error.full_key}: ' if error.full_key else ''
         raise ValueError(f'{source}: {key}{first_line(error)}') from error
