@@ -73,9 +73,9 @@ def _accuracy_table(args: argparse.Namespace) -> int | None:
 
 
 def flops_table(args: argparse.Namespace) -> None:
+    from vit_efficient.attention.treeformer_tf import LeafAttention
     from vit_efficient.cli.options import parse_option
     from vit_efficient.files import write_text
-    from vit_efficient.attention.treeformer_tf import LeafAttention
     from vit_efficient.flops import ROLES, count_flops
     from vit_efficient.tables import Column, Table
 
