@@ -75,7 +75,7 @@ def chunks(num_tokens) -> list[slice]:
 def products(z: Tensor, weight: Tensor) -> Tensor:
     """⟨w_j, z⟩ of all tokens and nodes, as one product: (B, H, N, D), (H, J, D) → (B, H, N, J)"""
     z_HMD = z.transpose(0, 1).flatten(1, 2)
-    return torch.bmm(z_HMD, weight.mT).unflatten(1, plain_sizes((z.shape[0], z.shape[2]))).transpose(0, 1)
+    return torch.bmm(z_HMD, weight.mT).unflatten(1, (z.shape[0], z.shape[2])).transpose(0, 1)
 
 
 def scores(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
