@@ -84,8 +84,8 @@ class TreeMeanAttention(TreeAttention):
     its head, and the values that stay are scaled up.
 
     In evaluation, where no gradient is wanted and neither gate nor norm stands between, the projections of values and
-    output are taken through the tree: they act on 2^h sums instead of N tokens. This is exact; hooks on `qkv` and
-    `proj` are not called.
+    output are taken through the tree: they act on one row for each leaf instead of N tokens. This is exact; hooks on
+    `qkv` and `proj` are not called.
 
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
