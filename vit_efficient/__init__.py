@@ -5,20 +5,23 @@ Importing the package registers its models with timm.
 
 from vit_efficient import dct
 from vit_efficient.attention import create_attention, list_attentions, register_attention
-from vit_efficient.conversion import convert
+from vit_efficient.conversion import convert, convert_patch_embed
 from vit_efficient.flops import FlopCount, count_flops
 from vit_efficient.grid import PatchGrid
-from vit_efficient.models import kept_tokens, save_model
+from vit_efficient.models import DctPatchEmbed, freeze_truncation, kept_tokens, save_model
 from vit_efficient.version import __version__
 
 __all__ = [
+    'DctPatchEmbed',
     'FlopCount',
     'PatchGrid',
     '__version__',
     'convert',
+    'convert_patch_embed',
     'count_flops',
     'create_attention',
     'dct',
+    'freeze_truncation',
     'kept_tokens',
     'list_attentions',
     'register_attention',

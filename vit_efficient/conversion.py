@@ -25,6 +25,7 @@ from vit_efficient.models.efficient_vit import (
     common_part,
     own_common_part,
 )
+from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
 
 # A class of timm's, and ours that adds the grid to its forward pass and nothing to its state.
 MODELS = {
@@ -91,6 +92,33 @@ def convert(
     return model
 
 
+def convert_patch_embed(model: nn.Module, keep: Keep = None, **options) -> nn.Module:
+    """Swaps the patch embedding of a model for a `DctPatchEmbed`, in place, keeping its weights.
+
+        model = timm.create_model('vit_base_patch16_224', pretrained=True)
+        convert_patch_embed(model, keep=8)  # the 8 × 8 lowest frequencies of each patch: a quarter of the products
+
+    Args:
+        model: As for `convert`; one that has a `DctPatchEmbed` gets another.
+        keep, **options: As `DctPatchEmbed.from_conv`. With `keep` None, the outputs stay as they are.
+
+    Returns:
+        The model itself. Its attention is as it was.
+
+    Raises:
+        ValueError: If the model cannot be served, or an option is out of range. The model is then as it was.
+    """
+    check_convertible(model)
+    embedding = model.patch_embed
+    if isinstance(embedding, DctPatchEmbed):
+        embedding = embedding.to_conv()
+    embedding = DctPatchEmbed.from_conv(embedding, keep, **options)
+    convert(model, 'full', layers=[])
+    model.patch_embed = embedding
+    model._model_args = model_arguments(model)
+    return model
+
+
 def check_convertible(model: nn.Module) -> None:
     """Raises ValueError, naming the module, if `convert` cannot serve the model."""
     if type(model) not in MODELS:
@@ -124,17 +152,26 @@ def vit_converted(
     base: str | None = None,
     attention: AttentionSpec = 'full',
     attention_kwargs: dict[str, Any] | None = None,
+    patch_embed: str = 'conv',
+    patch_keep: Keep = None,
+    patch_color: str = 'rgb',
+    patch_input: str = 'pixels',
+    patch_window: bool = False,
     **kwargs,
 ) -> nn.Module:
     """The timm model `base`, converted: what a saved converted model is rebuilt by.
 
     Raises:
-        ValueError: If `base` is missing, or cannot be converted.
+        ValueError: If `base` is missing, or cannot be converted, or an option is out of range.
     """
+    patch_embed_layer(patch_embed, patch_keep, patch_color, patch_input, patch_window)
     if not base or not timm.is_model(base):
         raise ValueError(f"vit_converted: base must name a timm ViT, such as 'vit_base_patch16_224', got {base=}")
 
     def build(**arguments) -> nn.Module:
-        return convert(model_entrypoint(base)(pretrained=False, **arguments), attention, **(attention_kwargs or {}))
+        model = model_entrypoint(base)(pretrained=False, **arguments)
+        if patch_embed == 'dct':
+            convert_patch_embed(model, patch_keep, color=patch_color, input=patch_input, window=patch_window)
+        return convert(model, attention, **(attention_kwargs or {}))
 
     return build_model(build, 'vit_converted', pretrained, **kwargs)

@@ -29,10 +29,19 @@ from vit_efficient.attention.treeformer_tf import LeafAttention
 from vit_efficient.compress import Compressor
 from vit_efficient.compress.learned import Maps
 from vit_efficient.flop_formulas import FORMULAS, FVCORE_IS_RIGHT, PRODUCTS, is_listed, register_flops, short_name
+from vit_efficient.models.patch_embed import PatchDct
 
 __all__ = ['ROLES', 'FlopCount', 'count_flops', 'register_flops']
 
-ROLES = ('attention products', 'attention projections', 'transform', 'mlp', 'patch embedding', 'rest')
+ROLES = (
+    'attention products',
+    'attention projections',
+    'transform',
+    'mlp',
+    'patch embedding',
+    'patch transform',
+    'rest',
+)
 # In an attention, what two activations meet in; a weight comes in by `linear`.
 _BATCHED = {
     *('scaled_dot_product_attention', 'matmul', 'bmm', 'baddbmm', 'einsum', 'linalg_pinv'),
@@ -50,10 +59,11 @@ class FlopCount:
         products: Matrix products, convolutions and attention only: half of what `FlopCounterMode` reports.
         by_module: MACs of every module that computes something, its submodules included; the model is `''`.
         by_operator: MACs of every operator.
-        by_role: MACs of the six roles in `ROLES`, which sum to `total`. Within an attention, a multiplication by a
+        by_role: MACs of the seven roles in `ROLES`, which sum to `total`. Within an attention, a multiplication by a
             weight is a projection and one of two activations a product; `transform` is what a compressor does to
-            shorten the sequence and to restore it. Only the transform holds anything but products: norms, pooling
-            and the like are `rest` wherever they occur, and so is the head.
+            shorten the sequence and to restore it, and `patch transform` the DCT before a patch embedding. Only these
+            two hold anything but products: norms, pooling and the like are `rest` wherever they occur, and so is the
+            head.
         uncounted: Calls of operators that count nothing: element-wise arithmetic, softmax, reductions. Operators that
             only move, make or view data are left out. (The fvcore engine also leaves out what fvcore ignores.)
     """
@@ -284,7 +294,9 @@ def _role(path: str, operator: str, modules: dict[str, nn.Module]) -> str:
         return 'attention products' if own and operator in _BATCHED else 'attention projections'
     if any(name == 'mlp' or isinstance(module, _MLPS) for name, module in zip(names, chain, strict=True)):
         return 'mlp'
-    return 'patch embedding' if 'patch_embed' in names else 'rest'
+    if 'patch_embed' in names:
+        return 'patch transform' if any(isinstance(module, PatchDct) for module in chain) else 'patch embedding'
+    return 'rest'
 
 
 def _summarise(model: nn.Module, counts: dict[tuple[str, str], int], uncounted: dict[str, int]) -> FlopCount:

@@ -15,17 +15,29 @@ from torch.nn import functional as F
 from vit_efficient import dct
 from vit_efficient.compress import budget as budgets
 from vit_efficient.compress.base import Compressor, register_compressor
+from vit_efficient.frequency_window import FrequencyWindow
 from vit_efficient.grid import PatchGrid
 
 
 class _Way(nn.Module):
-    """One way of the compressor; it has no weights, and exists so that profiles and FLOPs carry its name."""
+    """One way of the compressor; it owns no weights, and exists so that profiles and FLOPs carry its name."""
 
-    def __init__(self, axes: str, domain: str, budget: budgets.Budget):
+    def __init__(self, axes: str, domain: str, budget: budgets.Budget, window: FrequencyWindow | None):
         super().__init__()
         self.axes = axes
         self.budget = budget
         self.frequency = domain == 'frequency'
+        self.windows = (window,)  # in a tuple, since it is the compressor's: it appears once in a state dict
+
+    def windowed(self, y_hwD: Tensor, h, w) -> Tensor:
+        """The kept coefficients, or the grid that they make, with each coefficient times its gain."""
+        (window,) = self.windows
+        if window is None:
+            return y_hwD
+        gains = window(h, w)[..., None].to(y_hwD.dtype)
+        if self.frequency:
+            return y_hwD * gains
+        return dct.idct2(dct.dct2(y_hwD, dims=(-3, -2)) * gains, dims=(-3, -2))
 
 
 class Down(_Way):
@@ -36,7 +48,7 @@ class Down(_Way):
         size = budgets.kept_grid(grid.height, grid.width, self.budget)
         x_HWD = x.unflatten(-2, (grid.height, grid.width))
         y_hwD = (dct.dct2 if self.frequency else dct.resample)(x_HWD, (size[0], size[1]), dims=(-3, -2))
-        return y_hwD.flatten(-3, -2)
+        return self.windowed(y_hwD, *size).flatten(-3, -2)
 
     def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:
         """y (…, m, D) + the coefficients of the image that is `constant` (D,) at every patch; of `frequency`."""
@@ -50,7 +62,7 @@ class Up(_Way):
             n = grid.height * grid.width
             return dct.idct(y, n, dim=-2) if self.frequency else dct.resample(y, n, dims=-2)
         size = budgets.kept_grid(grid.height, grid.width, self.budget)
-        y_hwD = y.unflatten(-2, (size[0], size[1]))
+        y_hwD = self.windowed(y.unflatten(-2, (size[0], size[1])), *size)
         if self.frequency:
             x_HWD = dct.idct2(y_hwD, (grid.height, grid.width), dims=(-3, -2))
         else:
@@ -69,6 +81,9 @@ class DctCompressor(Compressor):
             downsampling; constants keep their value, and with nothing truncated it is the identity.
         keep_ratio: Share of the patches kept. 1/4 if neither this nor `num_tokens` is given.
         num_tokens: Number of tokens kept, or (h, w) with axes '2d'.
+        learned: Learn how many of these are needed: their frequencies are weighed by a `FrequencyWindow`, down and up,
+            and so are the keys of the domain 'frequency'. `vit_efficient.freeze_truncation` turns it into a hard one.
+            With axes '2d'.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -82,6 +97,7 @@ class DctCompressor(Compressor):
         domain: str = 'space',
         keep_ratio: float | None = None,
         num_tokens: int | tuple[int, int] | None = None,
+        learned: bool = False,
     ):
         super().__init__()
         if axes not in ('1d', '2d'):
@@ -96,12 +112,28 @@ class DctCompressor(Compressor):
         self.budget = budgets.Budget(keep_ratio, num_tokens)
         if axes == '1d' and isinstance(self.budget.num_tokens, tuple):
             raise ValueError(f"num_tokens must be an integer with axes='1d', got {num_tokens=}")
-        self.down = Down(axes, domain, self.budget)
-        self.up = Up(axes, domain, self.budget)
+        if learned and axes == '1d':
+            raise ValueError("learned=True needs axes='2d', got axes='1d'")
+        self.window = FrequencyWindow() if learned else None
+        self.down = Down(axes, domain, self.budget, self.window)
+        self.up = Up(axes, domain, self.budget, self.window)
+
+    @classmethod
+    def of_attention(cls, attention: nn.Module, **options) -> 'DctCompressor':
+        weight = attention.qkv.weight
+        return cls(**options).to(device=weight.device, dtype=weight.dtype)
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(axes=self.axes, domain=self.domain, **self.budget.options)
+        learned = {'learned': True} if self.window is not None else {}
+        return dict(axes=self.axes, domain=self.domain, **self.budget.options, **learned)
+
+    def log_counts(self, grid: PatchGrid, like: Tensor) -> Tensor | None:
+        """The logarithms of the gains, by which a coefficient that is faded out is faded out as a key."""
+        if self.window is None or self.domain == 'space':
+            return None
+        gains = self.window(*budgets.kept_grid(grid.height, grid.width, self.budget)).flatten()
+        return F.pad(gains.clamp(min=1e-6).log(), (grid.prefix, 0))[None].to(like.dtype)
 
     def num_kept(self, grid: PatchGrid) -> int:
         if self.axes == '1d':

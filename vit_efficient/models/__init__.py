@@ -9,15 +9,19 @@ from vit_efficient.models.efficient_vit import (
     attention_per_layer,
     kept_tokens,
 )
+from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.models.saving import model_arguments, save_model
+from vit_efficient.models.truncation import freeze_truncation
 
 __all__ = [
     'SIZES',
+    'DctPatchEmbed',
     'EfficientVisionTransformer',
     'EfficientVisionTransformerDistilled',
     'GridBlock',
     'GridForward',
     'attention_per_layer',
+    'freeze_truncation',
     'kept_tokens',
     'model_arguments',
     'save_model',

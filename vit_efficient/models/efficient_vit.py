@@ -15,6 +15,7 @@ from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import Attention, PatchDropout, register_notrace_function
 from timm.models import (
     VisionTransformer,
+    adapt_input_conv,
     build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
@@ -31,6 +32,7 @@ from vit_efficient.attention import GridAttention, layer_options, list_attention
 from vit_efficient.compress.base import Compressor
 from vit_efficient.compress.learned import Maps
 from vit_efficient.grid import PatchGrid, plain_sizes
+from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
 
 LayerSpec = str | tuple[str, dict[str, Any]]  # a name, or a name and its options
 AttentionSpec = LayerSpec | Sequence[LayerSpec]  # of all layers, or of each
@@ -154,6 +156,8 @@ class GridForward:
     def _embed(self, x: Tensor) -> tuple[Tensor, PatchGrid]:
         """Images (B, channels, height, width) → tokens (B, N, C), and where they lie."""
         height, width = plain_sizes((x.shape[-2], x.shape[-1]))
+        if isinstance(self.patch_embed, DctPatchEmbed):
+            height, width = self.patch_embed.pixel_size(height, width)
         if self.dynamic_img_size and not self.patch_embed.dynamic_img_pad:
             check_image_size(height, width, self.patch_embed.patch_size)
         grid = PatchGrid(*self.patch_embed.dynamic_feat_size((height, width)), prefix=self.num_prefix_tokens)
@@ -251,17 +255,31 @@ class EfficientVisionTransformer(GridForward, VisionTransformer):
         *args, **kwargs: As timm's `VisionTransformer`.
         attention: A registered attention's name, or (name, options), or a list with one of these per layer.
         attention_kwargs: Options of a single attention, such as `keep_ratio`.
+        patch_embed: 'conv', timm's, or 'dct', a `DctPatchEmbed`, whose arguments are
+        patch_keep, patch_color, patch_input, patch_window: its `keep`, `color`, `input` and `window`.
 
     Raises:
-        ValueError: If an attention or option is unknown or out of range, or the patches do not divide the image.
+        ValueError: If an attention, a patch embedding or an option of theirs is unknown or out of range, or the patches
+            do not divide the image.
     """
 
     def __init__(
-        self, *args, attention: AttentionSpec = 'full', attention_kwargs: dict[str, Any] | None = None, **kwargs
+        self,
+        *args,
+        attention: AttentionSpec = 'full',
+        attention_kwargs: dict[str, Any] | None = None,
+        patch_embed: str = 'conv',
+        patch_keep: Keep = None,
+        patch_color: str = 'rgb',
+        patch_input: str = 'pixels',
+        patch_window: bool = False,
+        **kwargs,
     ):
         dim, heads = kwargs.get('embed_dim', 768), kwargs.get('num_heads', 12)
         if heads < 1 or dim % heads:
             raise ValueError(f'num_heads must divide embed_dim, got embed_dim={dim}, num_heads={heads}')
+        if patch_embed != 'conv' or 'embed_layer' not in kwargs:
+            kwargs['embed_layer'] = patch_embed_layer(patch_embed, patch_keep, patch_color, patch_input, patch_window)
         super().__init__(*args, block_fn=kwargs.pop('block_fn', GridBlock), **kwargs)
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*self.patch_embed.img_size, self.patch_embed.patch_size)
@@ -305,7 +323,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     Raises:
         ValueError: If what a mechanism adds was made with other options.
     """
-    state_dict = timm_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
+    state_dict = _filter_like_timm(state_dict, model)
     for name, module in model.named_modules():
         if isinstance(module, Compressor):
             _check_whole(name, module, state_dict)
@@ -320,6 +338,43 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             continue
         for key, value in added.items():
             state_dict.setdefault(key, value)
+    return state_dict
+
+
+class _SeenByTimm:
+    """A model as timm's filter expects it: its patch embedding a convolution over pixels."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self.patch_embed = model.patch_embed.empty_conv(device='meta')
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's filter, for a patch embedding of pixels or of coefficients; kernels of pixels load into the latter."""
+    embedding = model.patch_embed
+    if not isinstance(embedding, DctPatchEmbed):
+        return timm_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
+    own = {key: value for key, value in state_dict.items() if key.startswith('patch_embed.linear.')}
+    if own:
+        embedding.check_weight(own.get('patch_embed.linear.weight'))
+        # From its shape timm knows the patch grid that position embeddings are for.
+        state_dict = {**state_dict, 'patch_embed.proj.weight': embedding.empty_conv(device='meta').proj.weight}
+    seen = _SeenByTimm(model)
+    state_dict = timm_checkpoint_filter_fn(state_dict, seen, adapt_layer_scale=True)
+    kernel = state_dict.pop('patch_embed.proj.weight', None)
+    if own:
+        state_dict.update(own)
+    elif kernel is not None:
+        if kernel.shape[1] != embedding.in_chans:
+            kernel = adapt_input_conv(embedding.in_chans, kernel, base_chans=kernel.shape[1])
+        state_dict['patch_embed.linear.weight'] = embedding.coefficients_of(kernel)
+        if 'patch_embed.proj.bias' in state_dict:
+            state_dict['patch_embed.linear.bias'] = state_dict.pop('patch_embed.proj.bias')
+    if embedding.window is not None:
+        state_dict.setdefault('patch_embed.window.share', embedding.window.share.detach())
     return state_dict
 
 
@@ -383,23 +438,38 @@ DEFAULT_CFG = dict(
     license='apache-2.0',
 )
 
+# Variants of a mechanism: what they add to its name, its description and the arguments.
+VARIANTS = {
+    '': ('ViT-{size}/16 with attention {attention!r}.', {}),
+    '_dctpatch32': (
+        'ViT-{size}/32 with attention {attention!r} and an embedding of the 16 × 16 lowest frequencies of each patch.',
+        dict(patch_size=32, patch_embed='dct', patch_keep=16),
+    ),
+}
+NAMES = [
+    (attention, size, suffix)
+    for suffix, attentions in (('', list_attentions()), ('_dctpatch32', ('full', 'dct')))
+    for attention in attentions
+    for size in SIZES
+]
+
 default_cfgs = generate_default_cfgs(
-    {f'vit_{attention}_{size}': DEFAULT_CFG for attention in list_attentions() for size in SIZES}
+    {f'vit_{attention}_{size}{suffix}': DEFAULT_CFG for attention, size, suffix in NAMES}
 )
 
 
-def _register(attention: str, size: str) -> None:
-    variant = f'vit_{attention}_{size}'
+def _register(attention: str, size: str, suffix: str) -> None:
+    variant = f'vit_{attention}_{size}{suffix}'
+    description, own = VARIANTS[suffix]
 
     def entry_point(pretrained: bool = False, **kwargs) -> EfficientVisionTransformer:
         arguments = dict(patch_size=16, **SIZES[size], attention=attention)
-        return build_model(EfficientVisionTransformer, variant, pretrained, **{**arguments, **kwargs})
+        return build_model(EfficientVisionTransformer, variant, pretrained, **{**arguments, **own, **kwargs})
 
     entry_point.__name__ = entry_point.__qualname__ = variant
-    entry_point.__doc__ = f'ViT-{size.capitalize()}/16 with attention {attention!r}.'
+    entry_point.__doc__ = description.format(size=size.capitalize(), attention=attention)
     register_model(entry_point)
 
 
-for _attention in list_attentions():
-    for _size in SIZES:
-        _register(_attention, _size)
+for _name in NAMES:
+    _register(*_name)

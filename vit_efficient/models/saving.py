@@ -14,6 +14,7 @@ from torch import nn
 
 from vit_efficient.files import replacing
 from vit_efficient.models.efficient_vit import GridForward
+from vit_efficient.models.patch_embed import DctPatchEmbed, describe_patch_embed
 
 
 def model_arguments(model: nn.Module) -> dict[str, Any]:
@@ -23,10 +24,15 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
         model: A registered or converted model; of other timm models, what timm recorded.
 
     Raises:
-        ValueError: If an attention in it is not a registered one.
+        ValueError: If an attention in it is not a registered one, or it is timm's with a patch embedding of ours.
     """
     arguments = dict(getattr(model, '_model_args', {}))
     if not isinstance(model, GridForward):
+        if isinstance(getattr(model, 'patch_embed', None), DctPatchEmbed):
+            raise ValueError(
+                f'{type(model).__name__} has a DctPatchEmbed, of which timm knows nothing; convert_patch_embed() makes '
+                'it a model that can be saved'
+            )
         return arguments
     spec = model.attention_spec()
     for i, (name, _) in enumerate(spec):
@@ -49,6 +55,7 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
         global_pool=model.global_pool,
         dynamic_img_size=model.dynamic_img_size,
         dynamic_img_pad=model.patch_embed.dynamic_img_pad,
+        **describe_patch_embed(model.patch_embed),
         class_token=model.has_class_token,
         reg_tokens=model.num_reg_tokens,
         no_embed_class=model.no_embed_class,

@@ -66,6 +66,14 @@ class LossConfig:
 
 
 @dataclass
+class TruncationConfig:
+    """The price of truncations that are learned (`patch_window`, `learned`). At the end of a run they are frozen."""
+
+    penalty: float = 0.0  # times what they cost above the budget, as a share of the uncut cost, is added to the loss
+    budget: float = 0.0  # the share of the multiply-accumulates of the parts that have one which is free
+
+
+@dataclass
 class EmaConfig:
     decay: float = 0.0  # of an exponential moving average of the weights, which is then what is evaluated; 0: off
     warmup: bool = False  # raise the decay from 0 at the start
@@ -82,6 +90,7 @@ class Config:
     sched: SchedConfig = field(default_factory=SchedConfig)
     stages: list[StageConfig] = field(default_factory=list)  # one after the other; none: a single one
     loss: LossConfig = field(default_factory=LossConfig)
+    truncation: TruncationConfig = field(default_factory=TruncationConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     seed: int = 0  # weights, order, augmentation, mixing and dropout follow from it
     output: str = ''  # the run's folder; by default runs/FOLDER/NAME for recipes/FOLDER/NAME.yaml (FOLDER may be deep)
@@ -285,7 +294,7 @@ def validate(config: Config) -> None:
     )
     check(
         'data.workers checkpoint_steps sched.warmup_epochs sched.warmup_lr sched.min_lr optim.weight_decay '
-        'loss.mixup loss.cutmix loss.patch_weight data.augment.color_jitter data.augment.rand_ops '
+        'loss.mixup loss.cutmix loss.patch_weight truncation.penalty data.augment.color_jitter data.augment.rand_ops '
         'data.augment.affine.rotate data.augment.affine.shear',
         'at least 0',
         lambda v: v >= 0,
@@ -300,6 +309,7 @@ def validate(config: Config) -> None:
         'at least 0 and below 1',
         lambda v: 0 <= v < 1,
     )
+    check('truncation.budget', 'at least 0 and below 1', lambda v: 0 <= v < 1)
     check('data.augment.hue', 'between 0 and 0.5', lambda v: 0 <= v <= 0.5)
     check('data.augment.rand_magnitude', 'between 0 and 10', lambda v: 0 <= v <= 10)
     check(

@@ -5,6 +5,7 @@ Everything random is a function of the recipe's seed and a counter: the order of
 epoch too, reaches the same weights as one that was never interrupted (on the CPU, bit by bit).
 """
 
+import copy
 import csv
 import gc
 import io
@@ -44,6 +45,7 @@ from vit_efficient.data import (
 from vit_efficient.environment import describe_environment
 from vit_efficient.files import write_json, write_text
 from vit_efficient.leaves import has_trees, leaf_occupancy
+from vit_efficient.models.truncation import freeze_truncation, has_windows, soft_cost
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
 from vit_efficient.train.config import Config, first_line, identity, to_yaml, validate
@@ -170,6 +172,12 @@ class _Run:
         self.model.to(self.team.device)
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing()
+        if config.truncation.penalty and not config.stages and not has_windows(self.model):
+            raise ValueError(
+                f'truncation.penalty={config.truncation.penalty:g}: the model learns no truncation; set '
+                'model.args.patch_window=true (with patch_embed=dct) or attention_kwargs.learned=true (attention dct)'
+            )
+        self.frozen: nn.Module | None = None
         self.stage = -1
         self._enter_stage(0)
 
@@ -191,6 +199,7 @@ class _Run:
         self.optimizer = create_optimizer(self.model, stage.optim)
         self.scheduler = create_scheduler(self.optimizer, stage.sched, self.updates_per_epoch)
         self.mixup, self.loss = create_loss(config.loss, self.model.num_classes)
+        self.penalised = config.truncation.penalty > 0 and has_windows(self.model)
         self.ema = None
         if config.ema.decay:
             self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup)
@@ -308,7 +317,8 @@ class _Run:
         with Interrupts() as interrupts:
             try:
                 evaluation = self._epochs(interrupts)
-                return self._finish(evaluation) if self.team.is_first else {}
+                evaluation, frozen = self._freeze(evaluation, interrupts)
+                return self._finish(evaluation, frozen) if self.team.is_first else {}
             except Interrupted as stop:
                 self.save()
                 message = f'stopped by {stop} after update {self.progress.updates}'
@@ -383,6 +393,9 @@ class _Run:
             with autocast(team.device, config.amp):
                 logits = self.step_model(images)
             loss = self.task.loss(self.task.split(logits.float(), truth), truth, self.loss)
+            if self.penalised:
+                excess = (soft_cost(self.model) - config.truncation.budget).clamp(min=0)
+                loss = loss + config.truncation.penalty * excess
             value = loss.item()
             if not math.isfinite(value):
                 raise ValueError(
@@ -411,7 +424,7 @@ class _Run:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        return self.ema.module if self.ema else self.model
+        return self.frozen or (self.ema.module if self.ema else self.model)
 
     def _log_update(self, loss: float, images_per_second: float) -> None:
         if self.log:
@@ -422,7 +435,7 @@ class _Run:
         return max(group['lr'] for group in self.optimizer.param_groups)
 
     def _evaluate(self, interrupts: Interrupts) -> Evaluation:
-        evaluation = evaluate(self.evaluated_model, self.val_loader, self.team, self.config.amp, self.task)
+        evaluation = self._measure()
         if self.log:
             progress, accuracies = self.progress, dict(evaluation.accuracies)
             values = {
@@ -446,6 +459,9 @@ class _Run:
             )
         return evaluation
 
+    def _measure(self) -> Evaluation:
+        return evaluate(self.evaluated_model, self.val_loader, self.team, self.config.amp, self.task)
+
     def _leaf_occupancy(self) -> dict[str, float]:
         """Of Treeformer's trees, on a few validation images spread over the set."""
         if not has_trees(self.evaluated_model):
@@ -459,7 +475,22 @@ class _Run:
             for name, value in vars(occupancy).items()
         }
 
-    def _finish(self, evaluation: Evaluation) -> dict[str, Any]:
+    def _freeze(self, evaluation: Evaluation, interrupts: Interrupts) -> tuple[Evaluation, dict[str, Any]]:
+        """Makes truncations that were learned hard ones, and measures what that costs."""
+        if not has_windows(self.evaluated_model):
+            return evaluation, {}
+        # A copy: what an interrupted run saves is the model as it learns.
+        frozen = copy.deepcopy(self.evaluated_model)
+        kept = freeze_truncation(frozen)
+        self.frozen = frozen
+        learned, evaluation = evaluation.accuracies, self._measure()
+        if self.log:
+            with interrupts.held():
+                self.log.write('frozen', self.progress.epoch, self.progress.updates, evaluation.accuracies)
+            print(f'truncations frozen: {describe(learned)} before, {describe(evaluation.accuracies)}', file=sys.stderr)
+        return evaluation, {'truncation': {'kept': kept, 'learned': learned}}
+
+    def _finish(self, evaluation: Evaluation, frozen: dict[str, Any]) -> dict[str, Any]:
         """Writes model, predictions and, last, the result: it tells that the run is complete."""
         config, progress = self.config, self.progress
         self._save_model()
@@ -479,10 +510,11 @@ class _Run:
             **evaluation.accuracies,
             'val_images': evaluation.images,
             'train_images': len(self.train_samples),
-            'parameters': sum(parameter.numel() for parameter in self.model.parameters()),
+            'parameters': sum(parameter.numel() for parameter in self.evaluated_model.parameters()),
             'train_seconds': progress.train_seconds,
             'images_per_second_train': progress.updates * self.images_per_update / progress.train_seconds,
             'images_per_second_eval': evaluation.images_per_second,
+            **frozen,
             **({'stages': [*progress.stages, evaluation.accuracies]} if config.stages else {}),
             'environment': self.environment,
         }

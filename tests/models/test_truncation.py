@@ -1,0 +1,178 @@
+"""Learned truncations: the window, what it costs, and what it becomes when it is frozen."""
+
+import pytest
+import timm
+import torch
+
+from vit_efficient import DctPatchEmbed, count_flops, freeze_truncation
+from vit_efficient.frequency_window import FrequencyWindow
+from vit_efficient.models.truncation import has_windows, soft_cost
+
+SMALL = dict(embed_dim=32, depth=2, num_heads=2, num_classes=5, img_size=(56, 104), patch_size=8)
+LEARNED = dict(learned=True)
+
+
+def build(domain='space', place='x', patch=True, **options):
+    torch.manual_seed(0)
+    patch = dict(patch_embed='dct', patch_window=True) if patch else {}
+    options = dict(LEARNED, domain=domain, place=place, **options)
+    return timm.create_model('vit_dct_tiny', **SMALL, **patch, attention_kwargs=options).eval()
+
+
+def set_shares(model, value):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith('window.share'):
+                parameter.copy_(torch.tensor(value))
+
+
+def test_gains_by_hand():
+    window = FrequencyWindow(smoothness=2.0, share=(0.5, 1.25))
+    # L = 4 of 8: half height between frequencies 3 and 4, a slope of two.
+    assert window.gains(0, 8).tolist() == [1, 1, 1, 0.75, 0.25, 0, 0, 0]
+    assert window.gains(1, 4).tolist() == [1, 1, 1, 1]
+    assert window(8, 4).shape == (8, 4) and window.hard_size(8, 4) == (4, 4)
+    height, width = window.soft_size(8, 4)
+    assert (height.item(), width.item()) == (4.0, 4.0)
+    height.backward()
+    assert window.share.grad.tolist() == [8.0, 0.0]  # the sum of the gains is share · n
+
+
+@pytest.mark.parametrize('share', [1e-3, 0.1, 0.9])
+@pytest.mark.parametrize('n', [1, 2, 7, 32])
+def test_one_frequency_is_always_left(share, n):
+    window = FrequencyWindow(share=(share, share))
+    assert window.gains(0, n)[0] == 1 and window.hard_size(n, n)[0] == max(1, round(share * n + 1e-9))
+
+
+@pytest.mark.parametrize(
+    'options', [dict(smoothness=0), dict(smoothness=True), dict(share=(0.0, 1.0)), dict(share=(1.0, 'a'))]
+)
+def test_bad_windows(options):
+    with pytest.raises(ValueError, match='of a frequency window must be above 0'):
+        FrequencyWindow(**options)
+
+
+@pytest.mark.parametrize('domain', ['space', 'frequency'])
+@pytest.mark.parametrize('place', ['x', 'qkv', 'kv'])
+def test_an_open_window_changes_nothing(domain, place):
+    model = build(domain, place)
+    set_shares(model, (2.0, 2.0))
+    plain = timm.create_model('vit_dct_tiny', **SMALL, attention_kwargs=dict(domain=domain, place=place)).eval()
+    plain.patch_embed = model.patch_embed
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if '.compress.' not in name})
+    x = torch.randn(2, 3, 56, 104)
+    torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
+    assert soft_cost(model).item() == 1
+
+
+@pytest.mark.parametrize('domain', ['space', 'frequency'])
+@pytest.mark.parametrize('place', ['x', 'qkv', 'kv'])
+def test_sizes_are_learned_from_loss_and_cost(domain, place):
+    model = build(domain, place)
+    set_shares(model, (0.5, 0.7))
+    windows = [p for name, p in model.named_parameters() if name.endswith('window.share')]
+    assert len(windows) == 3 and len(model.state_dict()) == len(set(model.state_dict()))
+    for loss in (model(torch.randn(2, 3, 56, 104)).square().sum(), soft_cost(model)):
+        model.zero_grad()
+        loss.backward()
+        assert all(p.grad.isfinite().all() and p.grad.abs().min() > 0 for p in windows)
+
+
+@pytest.mark.parametrize('place', ['x', 'qkv', 'kv'])
+def test_the_cost_is_that_of_flops(place):
+    """At sizes with no frequency on a slope, soft cost and counted cost are one."""
+    model = build('frequency', place, keep_ratio=1)
+    full = count_flops(
+        timm.create_model(
+            'vit_dct_tiny',
+            **SMALL,
+            attention_kwargs=dict(place=place, domain='frequency', keep_ratio=1),
+            patch_embed='dct',
+        ),
+        (3, 56, 104),
+    )
+    for window in (model.patch_embed.window, *(block.attn.compress.window for block in model.blocks)):
+        window.smoothness = 1e-3
+    set_shares(model, (4 / 7, 6 / 13))
+    with torch.no_grad():
+        model.patch_embed.window.share.fill_(0.5)
+    share = soft_cost(model).item()
+    assert freeze_truncation(model) == {
+        'patch_embed': [(4, 4)] * 3,
+        'blocks.0.attn': (4, 6),
+        'blocks.1.attn': (4, 6),
+    }
+    cut = count_flops(model, (3, 56, 104))
+
+    def cost(count):
+        return count.attention + count.by_role['patch embedding'] + count.by_role['patch transform']
+
+    assert share == pytest.approx(cost(cut) / cost(full), rel=1e-5)
+
+
+@pytest.mark.parametrize('domain', ['space', 'frequency'])
+def test_frozen_without_a_slope_is_the_same(domain):
+    """With no coefficient between in and out, freezing changes nothing in the patch embedding, and nothing among
+    coefficients; in the domain `space` tokens become fewer, and the softmax is over those."""
+    model = build(domain, patch=True)
+    for window in (model.patch_embed.window, *(block.attn.compress.window for block in model.blocks)):
+        window.smoothness = 1e-3
+    set_shares(model, (0.67, 0.6))
+    x = torch.randn(2, 3, 56, 104)
+    before = model(x)
+    assert has_windows(model)
+    freeze_truncation(model)
+    assert not has_windows(model)
+    if domain == 'frequency':
+        torch.testing.assert_close(model(x), before, atol=1e-4, rtol=1e-4)
+    else:
+        assert 0 < (model(x) - before).abs().max() < 0.5
+
+
+def test_a_frozen_embedding_keeps_its_gains():
+    module = DctPatchEmbed((16, 24), 8, 3, 16, keep=[8, 6, 5], window=True)
+    with torch.no_grad():
+        module.window.share.copy_(torch.tensor([0.55, 0.8]))
+    frozen = module.freeze()
+    assert frozen.window is None and frozen.kept == [module.window.hard_size(f, f) for f in (8, 6, 5)]
+    cut = DctPatchEmbed((16, 24), 8, 3, 16, keep=[8, 6, 5])
+    with torch.no_grad():
+        gains = [module.window(f, f) for f in (8, 6, 5)]
+        hard = torch.cat([(g * (g >= 0.5)).flatten() for g in gains])
+        axes = torch.cat(
+            [  # a coefficient stays if it is inside along both axes
+                ((module.window.gains(0, f) >= 0.5)[:, None] & (module.window.gains(1, f) >= 0.5)).flatten()
+                for f in (8, 6, 5)
+            ]
+        )
+        hard = torch.cat([g.flatten() for g in gains]) * axes
+        cut.linear.weight.copy_(module.linear.weight * hard)
+        cut.linear.bias.copy_(module.linear.bias)
+    x = torch.randn(2, 3, 16, 24)
+    torch.testing.assert_close(frozen(x), cut(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match='no window to freeze'):
+        frozen.freeze()
+
+
+def test_errors():
+    plain = timm.create_model('vit_dct_tiny', **SMALL)
+    for function in (soft_cost, freeze_truncation):
+        with pytest.raises(ValueError, match='learns no truncation'):
+            function(plain)
+    with pytest.raises(ValueError, match="learned=True needs axes='2d'"):
+        timm.create_model('vit_dct1d_tiny', **SMALL, attention_kwargs=LEARNED)
+
+
+@pytest.mark.parametrize('domain', ['space', 'frequency'])
+def test_compiles_exports_and_saves(domain, tmp_path):
+    from vit_efficient import save_model
+
+    model = build(domain)
+    set_shares(model, (0.6, 0.7))
+    x = torch.randn(2, 3, 56, 104)
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    save_model(model, tmp_path)
+    assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), expected)

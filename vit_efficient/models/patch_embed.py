@@ -1,0 +1,425 @@
+"""Patch embedding from the lowest frequencies of each patch.
+
+A patch embedding is one linear map of the p × p pixels of a patch. The orthonormal 2-D DCT keeps inner products, so the
+same map can be written in DCT coefficients, and cut to the f × f lowest of them: C · f² instead of C · p² products with
+each output channel, after a transform of C · p · f · (p + f). To give a network coefficients in the place of pixels is
+the idea of Gueguen et al., "Faster Neural Networks Straight from JPEG", NeurIPS 2018, and, for ViTs, of Park and
+Johnson, "RGB no more: Minimally-decoded JPEG Vision Transformers", CVPR 2023, arXiv 2211.16421.
+
+Letters: B images, C channels, H × W pixels, h × w patches of p × q pixels, f × g coefficients kept, K of all channels,
+E output channels.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import Format, PatchEmbed, nchw_to, register_notrace_function, resample_patch_embed, to_2tuple
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vit_efficient import dct
+from vit_efficient.frequency_window import FrequencyWindow
+from vit_efficient.grid import plain_sizes
+
+__all__ = ['DctPatchEmbed', 'patch_embed_layer']
+
+#: Red, green, blue to luma and the two chroma differences: JFIF 1.02, without its offset of 128.
+YCBCR = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
+
+SMOOTHNESS = 2.0  # of a window: patches have few frequencies along an axis
+
+Keep = int | Sequence[int | Sequence[int]] | None
+
+# What timm's PatchEmbed is told, and keeps under the same name.
+_LAYOUT = ('img_size', 'patch_size', 'strict_img_size', 'dynamic_img_pad', 'flatten')
+
+
+def _kept(keep: Keep, patch_size: tuple[int, int], in_chans: int) -> list[tuple[int, int]]:
+    """Coefficients kept of each channel, rows and columns.
+
+    Raises:
+        ValueError: If they are not numbers from 1 to the patch size, for all channels or for each.
+    """
+    several = isinstance(keep, Sequence) and not isinstance(keep, str)
+    values = list(keep) if several else [patch_size if keep is None else keep] * in_chans
+    if len(values) != in_chans:
+        raise ValueError(f'patch_keep must be an integer or one for each of the {in_chans} channels, got {keep!r}')
+    pairs = [tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else (v, v) for v in values]
+    for pair in pairs:
+        fits = len(pair) == 2 and all(type(f) is int and 1 <= f <= p for f, p in zip(pair, patch_size, strict=True))
+        if not fits:
+            raise ValueError(
+                f'patch_keep={keep!r}: coefficients kept are integers from 1 to the {patch_size[0]}×{patch_size[1]} '
+                'pixels of a patch, for all channels or for each'
+            )
+    return pairs
+
+
+# A leaf for FX, where sizes are not yet numbers.
+@torch.fx.wrap
+@register_notrace_function
+def _check_input(height, width, unit: tuple, expected: tuple | None, padded: bool, kind: str) -> None:
+    """Raises ValueError if images of pixels or coefficients do not have whole patches, of `unit`."""
+    for side, size, step, wanted in zip(
+        ('height', 'width'), (height, width), unit, expected or (None, None), strict=True
+    ):
+        if type(size) is not int:
+            continue
+        if wanted is not None and size != wanted:
+            raise ValueError(
+                f'the {side} of the input is {size} {kind}, the model was built for {wanted}; set img_size, or '
+                'dynamic_img_size=True'
+            )
+        if size < 1 or (size % step and not padded):
+            raise ValueError(f'the {side} of the input is {size} {kind}, which is not a multiple of {step} for a patch')
+
+
+class PatchDct(nn.Module):
+    """The lowest DCT coefficients of each patch. It has no weights, and exists so that FLOPs carry its name."""
+
+    def forward(self, x: Tensor, patch_size: tuple[int, int], keep: tuple[int, int]) -> Tensor:
+        """(B, C, H, W) → (B, C, h, f, w, g)"""
+        return dct.dct2(_in_patches(x, patch_size), keep, dims=(3, 5))
+
+
+def _in_patches(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) → (B, C, h, p, w, q)"""
+    B, C, H, W = x.shape
+    p, q = patch_size
+    return x.reshape(B, C, H // p, p, W // q, q)
+
+
+class DctPatchEmbed(PatchEmbed):
+    """timm's `PatchEmbed` on the lowest DCT coefficients of each patch.
+
+    `linear.weight` (E, K) has the coefficients of the first channel, row by row, then those of the next.
+
+    Args:
+        img_size, patch_size, in_chans, embed_dim, **kwargs: As timm's `PatchEmbed`.
+        keep: Coefficients kept along each axis, for all channels or a list of one for each, which may be a number or a
+            pair; all by default.
+        color: What the channels are: 'rgb', as they come; 'ycbcr', JPEG's luma and chroma, which are made of red, green
+            and blue after the transform, so that `keep=[16, 8, 8]` spends less on chroma.
+        input: 'pixels', or 'coefficients': the module is then given a coefficient image (B, C, h · f, w · g), each
+            patch of it the coefficients of the patch that lies there, such as `vit_efficient.data` reads off JPEGs.
+            f and g are the largest that a channel keeps. Sizes in arguments remain those in pixels.
+        window: Learn how many are kept: they are weighed by a `FrequencyWindow`, which `freeze` turns into a hard
+            truncation.
+
+    Raises:
+        ValueError: If an argument is out of range. By `forward`, if an image does not fit.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] | None = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        *,
+        keep: Keep = None,
+        color: str = 'rgb',
+        input: str = 'pixels',
+        window: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ):
+        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, device=device, dtype=dtype, **kwargs)
+        if color not in ('rgb', 'ycbcr'):
+            raise ValueError(f"patch_color must be 'rgb' or 'ycbcr', got {color!r}")
+        if color == 'ycbcr' and in_chans != 3:
+            raise ValueError(f"patch_color='ycbcr' needs the 3 channels red, green and blue, got {in_chans=}")
+        if input not in ('pixels', 'coefficients'):
+            raise ValueError(f"patch_input must be 'pixels' or 'coefficients', got {input!r}")
+        if input == 'coefficients' and self.dynamic_img_pad:
+            raise ValueError("patch_input='coefficients' cannot be padded; set dynamic_img_pad=False")
+        self.in_chans = in_chans
+        self.color = color
+        self.input = input
+        self.kept = _kept(keep, self.patch_size, in_chans)
+        self.dct = PatchDct()
+        self.window = None
+        if window:
+            undamped = tuple(1 + SMOOTHNESS / (2 * f) for f in self.keep)
+            self.window = FrequencyWindow(SMOOTHNESS, undamped, device=device, dtype=dtype)
+        del self.proj
+        self.linear = nn.Linear(sum(f * g for f, g in self.kept), embed_dim, bias=bias, device=device, dtype=dtype)
+        self.init_weights()
+
+    @property
+    def keep(self) -> tuple[int, int]:
+        """f and g: the most coefficients that a channel keeps."""
+        return max(f for f, _ in self.kept), max(g for _, g in self.kept)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that timm's `PatchEmbed` does not have, in types that JSON has."""
+        keep = [f if f == g else [f, g] for f, g in self.kept]
+        same = all(kept == keep[0] for kept in keep) and isinstance(keep[0], int)
+        return dict(keep=keep[0] if same else keep, color=self.color, input=self.input, window=self.window is not None)
+
+    def init_weights(self) -> None:
+        """Draws what the equal convolution would have: timm's linear layers have another distribution."""
+        bound = (self.in_chans * self.patch_size[0] * self.patch_size[1]) ** -0.5
+        nn.init.uniform_(self.linear.weight, -bound, bound)
+        if self.linear.bias is not None:
+            nn.init.uniform_(self.linear.bias, -bound, bound)
+
+    # --- from a convolution, and back ---
+
+    @classmethod
+    def from_conv(cls, embedding: PatchEmbed, keep: Keep = None, **options) -> 'DctPatchEmbed':
+        """The patch embedding that a convolutional one is in DCT coefficients.
+
+        With nothing truncated the outputs are equal. Truncated, they are those of the convolution on an image whose
+        patches have no other coefficients (`dct.truncate`): of all maps of the coefficients kept, the one whose kernel
+        is nearest.
+
+        Args:
+            embedding: Its `proj` a convolution of stride and kernel equal to the patch size. It is not changed, and
+                shares its norm, if it has one.
+            keep, **options: As the constructor's.
+
+        Raises:
+            ValueError: If it is another kind of embedding, or an option is out of range.
+        """
+        check_convolution(embedding)
+        conv = embedding.proj
+        new = cls(
+            **_layout(embedding),
+            in_chans=conv.in_channels,
+            embed_dim=conv.out_channels,
+            keep=keep,
+            bias=conv.bias is not None,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **options,
+        )
+        new.norm = embedding.norm
+        with torch.no_grad():
+            new.linear.weight.copy_(new.coefficients_of(conv.weight))
+            if conv.bias is not None:
+                new.linear.bias.copy_(conv.bias)
+        return new.train(embedding.training)
+
+    def to_conv(self) -> PatchEmbed:
+        """The convolutional patch embedding that computes the same from pixels; it shares the norm, if there is one."""
+        new = self.empty_conv(self.linear.weight.device)
+        new.norm = self.norm
+        with torch.no_grad():
+            new.proj.weight.copy_(self.kernel())
+            if self.linear.bias is not None:
+                new.proj.bias.copy_(self.linear.bias)
+        return new.train(self.training)
+
+    def empty_conv(self, device: torch.device | str) -> PatchEmbed:
+        """A convolutional patch embedding of the same shape."""
+        weight, bias = self.linear.weight, self.linear.bias is not None
+        return PatchEmbed(
+            **_layout(self),
+            in_chans=self.in_chans,
+            embed_dim=weight.shape[0],
+            bias=bias,
+            device=device,
+            dtype=weight.dtype,
+        )
+
+    def check_weight(self, weight: Tensor | None) -> None:
+        """Raises ValueError if what a checkpoint has as `linear.weight` is not of these coefficients."""
+        if weight is None or weight.shape != self.linear.weight.shape:
+            shape = None if weight is None else tuple(weight.shape)
+            raise ValueError(
+                f'the checkpoint has a patch embedding {shape} (output channels, coefficients), the model one of '
+                f'{tuple(self.linear.weight.shape)}; set patch_keep={self.options["keep"]} to what it was'
+            )
+
+    def coefficients_of(self, kernel: Tensor) -> Tensor:
+        """What `linear.weight` (E, K) is for the kernel (E, C, p, q) of a convolution; computed in float64."""
+        y_ECpq = dct.dct2(kernel.detach().double())
+        if self.color == 'ycbcr':
+            y_ECpq = torch.einsum('ic,eipq->ecpq', torch.linalg.inv(_ycbcr(y_ECpq)), y_ECpq)
+        parts = [y_ECpq[:, c, :f, :g].flatten(1) for c, (f, g) in enumerate(self.kept)]
+        return torch.cat(parts, dim=1).to(kernel.dtype)
+
+    def kernel(self) -> Tensor:
+        """The kernel (E, C, p, q) of the convolution that computes the same; computed in float64."""
+        return self._kernel_of(self._weight())
+
+    def _kernel_of(self, weight: Tensor) -> Tensor:
+        parts = weight.detach().double().split([f * g for f, g in self.kept], dim=1)
+        y_ECpq = parts[0].new_zeros(weight.shape[0], self.in_chans, *self.patch_size)
+        for c, (part, (f, g)) in enumerate(zip(parts, self.kept, strict=True)):
+            y_ECpq[:, c, :f, :g] = part.unflatten(1, (f, g))
+        if self.color == 'ycbcr':
+            y_ECpq = torch.einsum('ci,ecpq->eipq', _ycbcr(y_ECpq), y_ECpq)
+        return dct.idct2(y_ECpq).to(weight.dtype)
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """As timm's. With another patch size the kernel is resampled as timm does, and as many coefficients are kept.
+
+        Raises:
+            ValueError: If a patch would have fewer pixels than coefficients kept. Nothing is changed then.
+        """
+        patch_size = self.patch_size if patch_size is None else to_2tuple(patch_size)
+        if patch_size != self.patch_size:
+            whole = all(pair == self.patch_size for pair in self.kept)
+            kept = _kept(None if whole else self.kept, patch_size, self.in_chans)
+            kernel = resample_patch_embed(self._kernel_of(self.linear.weight), patch_size)
+            self.patch_size, self.kept = patch_size, kept
+            self.linear.in_features = sum(f * g for f, g in kept)
+            weight = self.coefficients_of(kernel)
+            self.linear.weight = nn.Parameter(weight, requires_grad=self.linear.weight.requires_grad)
+            img_size = img_size or self.img_size
+            self.img_size = None  # the grid is made anew, even if the image stays
+        super().set_input_size(img_size)
+
+    # --- learned truncation ---
+
+    def macs(self, kept: Sequence[tuple]) -> Any:
+        """Multiply-accumulates per patch with these coefficients of each channel, rows and columns."""
+        p, q = self.patch_size
+        return sum(f * p * q + f * g * q + f * g * self.linear.out_features for f, g in kept)
+
+    def freeze(self) -> 'DctPatchEmbed':
+        """The same without a window: coefficients with a gain below one half are cut, the others keep theirs.
+
+        Raises:
+            ValueError: If there is no window.
+        """
+        if self.window is None:
+            raise ValueError('this patch embedding has no window to freeze; build it with window=True')
+        weight = self._weight().detach()
+        new = type(self)(
+            **_layout(self),
+            in_chans=self.in_chans,
+            embed_dim=weight.shape[0],
+            keep=[self.window.hard_size(f, g) for f, g in self.kept],
+            color=self.color,
+            input=self.input,
+            bias=self.linear.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        new.norm = self.norm
+        parts = []
+        for part, (f, g), (kept_f, kept_g) in zip(
+            weight.split([f * g for f, g in self.kept], dim=1), self.kept, new.kept, strict=True
+        ):
+            parts.append(part.unflatten(1, (f, g))[:, :kept_f, :kept_g].flatten(1))
+        with torch.no_grad():
+            new.linear.weight.copy_(torch.cat(parts, dim=1))
+            if self.linear.bias is not None:
+                new.linear.bias.copy_(self.linear.bias)
+        return new.train(self.training)
+
+    # --- forward ---
+
+    def pixel_size(self, height, width) -> tuple:
+        """Height and width in pixels of an image that the module is given, which may be one of coefficients."""
+        if self.input == 'pixels':
+            return height, width
+        return height // self.keep[0] * self.patch_size[0], width // self.keep[1] * self.patch_size[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W), or coefficient images (B, C, h · f, w · g) → tokens, in the layout of timm's module."""
+        height, width = plain_sizes((x.shape[-2], x.shape[-1]))
+        unit = self.patch_size if self.input == 'pixels' else self.keep
+        _check_input(height, width, unit, self._expected(unit), self.dynamic_img_pad, self.input)
+        if self.dynamic_img_pad:
+            x = F.pad(x, (0, -width % unit[1], 0, -height % unit[0]))
+        y = self.dct(x, self.patch_size, self.keep) if self.input == 'pixels' else _in_patches(x, self.keep)
+        x_BhwE = F.linear(self._together(y), self._weight(), self.linear.bias)
+        if self.flatten:
+            return self.norm(x_BhwE.flatten(1, 2))
+        if self.output_fmt != Format.NHWC:
+            x_BhwE = nchw_to(x_BhwE.permute(0, 3, 1, 2), self.output_fmt)
+        return self.norm(x_BhwE)
+
+    def _expected(self, unit: tuple[int, int]) -> tuple[int, int] | None:
+        if not self.strict_img_size or self.grid_size is None:
+            return None
+        return self.grid_size[0] * unit[0], self.grid_size[1] * unit[1]
+
+    def _together(self, y_BChfwg: Tensor) -> Tensor:
+        """The coefficients of a patch side by side: (B, h, w, K)"""
+        if self.color == 'rgb' and len(set(self.kept)) == 1:
+            return y_BChfwg.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        channels = y_BChfwg.unbind(1)
+        parts = []
+        for c, (f, g) in enumerate(self.kept):
+            if self.color == 'ycbcr':
+                low = [channel[:, :, :f, :, :g] * share for channel, share in zip(channels, YCBCR[c], strict=True)]
+                part = low[0] + low[1] + low[2]
+            else:
+                part = channels[c][:, :, :f, :, :g]
+            parts.append(part.permute(0, 1, 3, 2, 4).flatten(3))
+        return torch.cat(parts, dim=3)
+
+    def _weight(self) -> Tensor:
+        """(E, K), each coefficient weighed by its gain."""
+        if self.window is None:
+            return self.linear.weight
+        gains = torch.cat([self.window(f, g).flatten() for f, g in self.kept])
+        return self.linear.weight * gains.to(self.linear.weight.dtype)
+
+    def extra_repr(self) -> str:
+        options = self.options
+        return f'keep={options["keep"]}, ' + ', '.join(f"{name}='{options[name]}'" for name in ('color', 'input'))
+
+
+def _layout(embedding: PatchEmbed) -> dict[str, Any]:
+    """The arguments that place the patches of an embedding and its tokens."""
+    layout = {name: getattr(embedding, name) for name in _LAYOUT}
+    if not embedding.flatten and embedding.output_fmt != Format.NCHW:
+        layout['output_fmt'] = embedding.output_fmt.value
+    return layout
+
+
+def _ycbcr(like: Tensor) -> Tensor:
+    return torch.tensor(YCBCR, dtype=like.dtype, device=like.device)
+
+
+def patch_embed_layer(
+    kind: str, keep: Keep = None, color: str = 'rgb', input: str = 'pixels', window: bool = False
+) -> Callable[..., PatchEmbed]:
+    """What builds the patch embedding of a model: timm's for 'conv', ours for 'dct'.
+
+    Raises:
+        ValueError: If there is no such kind, or 'conv' is given options of 'dct'.
+    """
+    options = dict(keep=keep, color=color, input=input, window=window)
+    if kind == 'dct':
+        return partial(DctPatchEmbed, **options)
+    if kind != 'conv':
+        raise ValueError(f"patch_embed must be 'conv' or 'dct', got patch_embed={kind!r}")
+    for name, default in dict(keep=None, color='rgb', input='pixels', window=False).items():
+        if options[name] != default:
+            raise ValueError(
+                f"patch_{name}={options[name]!r} is an option of patch_embed='dct', got patch_embed='conv'"
+            )
+    return PatchEmbed
+
+
+def describe_patch_embed(embedding: nn.Module) -> dict[str, Any]:
+    """The arguments by which a model is built with such a patch embedding."""
+    if not isinstance(embedding, DctPatchEmbed):
+        return {}
+    return dict(patch_embed='dct', **{f'patch_{name}': value for name, value in embedding.options.items()})
+
+
+def check_convolution(embedding: nn.Module) -> None:
+    """Raises ValueError if it is not a patch embedding by one convolution."""
+    conv = getattr(embedding, 'proj', None)
+    if not isinstance(embedding, PatchEmbed) or not isinstance(conv, nn.Conv2d):
+        raise ValueError(f'patch_embed: {type(embedding).__name__} is not a PatchEmbed of timm, with one convolution')
+    plain = conv.kernel_size == conv.stride == tuple(embedding.patch_size) and conv.groups == 1
+    if not plain or conv.padding not in ((0, 0), 'valid') or conv.dilation != (1, 1):
+        raise ValueError(f'patch_embed.proj: {conv} is not one convolution over each {embedding.patch_size} patch')

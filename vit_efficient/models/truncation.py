@@ -1,0 +1,104 @@
+"""Truncations whose size is learned: what they cost, and what they become once they are.
+
+See `vit_efficient.frequency_window`. Two parts of a model can have one: its patch embedding
+(`patch_embed='dct', patch_window=True`) and the DCT compressor of each layer (`attention_kwargs=dict(learned=True)`).
+
+Letters: N tokens, m kept, C channels, H × W patches.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from vit_efficient.attention import CompressedAttention, swap_attention
+from vit_efficient.compress.budget import kept_grid
+from vit_efficient.grid import PatchGrid
+from vit_efficient.models.patch_embed import DctPatchEmbed
+
+
+def has_windows(model: nn.Module) -> bool:
+    """Whether a part of the model has a truncation whose size is learned."""
+    return _learns(getattr(model, 'patch_embed', None)) or any(True for _ in _layers(model))
+
+
+def _learns(embedding: nn.Module | None) -> bool:
+    return isinstance(embedding, DctPatchEmbed) and embedding.window is not None
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[int, CompressedAttention]]:
+    for i, block in enumerate(getattr(model, 'blocks', ())):
+        attention = getattr(block, 'attn', None)
+        if isinstance(attention, CompressedAttention) and getattr(attention.compress, 'window', None) is not None:
+            yield i, attention
+
+
+def soft_cost(model: nn.Module) -> Tensor:
+    """The multiply-accumulates of the parts with a learned truncation, as a share of those that they would have whole.
+
+    Differentiable in the sizes that are learned: a frequency counts by its gain. Where patch embedding and attention
+    both learn, it is the share of their sum, at the image size of the model.
+
+    Args:
+        model: A registered or converted model.
+
+    Returns:
+        A scalar, at most 1.
+
+    Raises:
+        ValueError: If no part of the model has a learned truncation.
+    """
+    if not has_windows(model):
+        raise ValueError('the model learns no truncation; set patch_window=True, or learned=True of the attention dct')
+    embedding = model.patch_embed
+    grid = PatchGrid(*embedding.grid_size, prefix=model.num_prefix_tokens)
+    parts = []
+    if _learns(embedding):
+        soft = embedding.macs([embedding.window.soft_size(f, g) for f, g in embedding.kept])
+        parts.append((grid.num_patches * soft, grid.num_patches * embedding.macs(embedding.kept)))
+    for _, attention in _layers(model):
+        size = kept_grid(grid.height, grid.width, attention.compress.budget)
+        soft = attention.compress.window.soft_size(*size)
+        parts.append((_attention_macs(attention, grid, *soft), _attention_macs(attention, grid, *size)))
+    return sum(soft for soft, _ in parts) / sum(full for _, full in parts)
+
+
+def _attention_macs(attention: CompressedAttention, grid: PatchGrid, h, w):
+    """Multiply-accumulates of an attention among h × w coefficients."""
+    N, C, m = grid.num_tokens, attention.attn_dim, grid.prefix + h * w
+    down = C * (grid.num_patches * h + h * grid.width * w)
+    if attention.place == 'kv':
+        return 2 * N * C**2 + 2 * m * C**2 + 2 * N * m * C + down
+    return 4 * m * C**2 + 2 * m**2 * C + 2 * down
+
+
+def freeze_truncation(model: nn.Module) -> dict[str, tuple[int, int] | list[tuple[int, int]]]:
+    """Turns each learned truncation of a model into a hard one, in place: what has a gain below one half is cut.
+
+    A patch embedding keeps the gains of the coefficients that are left, in its weights. An attention keeps its
+    weights, and gives the coefficients that are left a gain of 1.
+
+    Args:
+        model: A registered or converted model.
+
+    Returns:
+        By the name of each part the coefficients left: of each channel, or of the patch grid.
+
+    Raises:
+        ValueError: If no part of the model has a learned truncation.
+    """
+    if not has_windows(model):
+        raise ValueError('the model learns no truncation that could be frozen')
+    kept = {}
+    with torch.no_grad():
+        if _learns(model.patch_embed):
+            model.patch_embed = model.patch_embed.freeze()
+            kept['patch_embed'] = model.patch_embed.kept
+        for i, attention in list(_layers(model)):
+            budget = attention.compress.budget
+            size = attention.compress.window.hard_size(*kept_grid(*model.patch_embed.grid_size, budget))
+            dropped = ('learned', 'keep_ratio', 'num_tokens')
+            options = {name: value for name, value in attention.options.items() if name not in dropped}
+            model.blocks[i].attn = swap_attention(attention, attention.mechanism, **options, num_tokens=size)
+            kept[f'blocks.{i}.attn'] = size
+    return kept
