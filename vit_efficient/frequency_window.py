@@ -24,8 +24,9 @@ class FrequencyWindow(nn.Module):
 
         g(k) = clamp(1/2 + (L - 1/2 - k) / smoothness, 0, 1),      g(0) = 1
 
-    `share` (2,) is learned. At 1 the last frequency has a gain of at least one half; from 1 + smoothness / (2 n) on,
-    nothing is damped. Frozen, the frequencies whose gain is at least one half are kept: round(L) of them.
+    `share` (2,) is learned. At 1, where it starts, only the last frequencies are damped a little, so that there is a
+    gradient; from 1 + smoothness / (2 n) on there is none. Frozen, the frequencies whose gain is at least one half are
+    kept: round(L) of them.
 
     Args:
         smoothness: Frequencies on the slope, above 0. Only those have a gradient; the paper has 4.

@@ -75,6 +75,15 @@ def test_truncated_is_the_convolution_of_the_truncated_image(keep, color):
     torch.testing.assert_close(module.to_conv()(x), module(x), atol=1e-10, rtol=0)
 
 
+def test_a_window_that_starts_changes_nothing():
+    conv = PatchEmbed(32, 8, 3, 24)
+    module = DctPatchEmbed.from_conv(conv, [8, 4, 5], color='ycbcr', window=True)
+    assert 0 < module.window(8, 8).min() < 1
+    x = torch.randn(2, 3, 32, 32)
+    expected = DctPatchEmbed.from_conv(conv, [8, 4, 5], color='ycbcr')(x)
+    torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_coefficient_image_gives_the_same_tokens():
     pixels = DctPatchEmbed((16, 40), 8, 3, 24, keep=[5, 3, 2], color='ycbcr')
     module = DctPatchEmbed((16, 40), 8, 3, 24, keep=[5, 3, 2], color='ycbcr', input='coefficients')

@@ -28,8 +28,6 @@ __all__ = ['DctPatchEmbed', 'patch_embed_layer']
 #: Red, green, blue to luma and the two chroma differences: JFIF 1.02, without its offset of 128.
 YCBCR = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
 
-SMOOTHNESS = 2.0  # of a window: patches have few frequencies along an axis
-
 Keep = int | Sequence[int | Sequence[int]] | None
 
 # What timm's PatchEmbed is told, and keeps under the same name.
@@ -142,10 +140,7 @@ class DctPatchEmbed(PatchEmbed):
         self.input = input
         self.kept = _kept(keep, self.patch_size, in_chans)
         self.dct = PatchDct()
-        self.window = None
-        if window:
-            undamped = tuple(1 + SMOOTHNESS / (2 * f) for f in self.keep)
-            self.window = FrequencyWindow(SMOOTHNESS, undamped, device=device, dtype=dtype)
+        self.window = FrequencyWindow(device=device, dtype=dtype) if window else None
         del self.proj
         self.linear = nn.Linear(sum(f * g for f, g in self.kept), embed_dim, bias=bias, device=device, dtype=dtype)
         self.init_weights()
@@ -242,8 +237,11 @@ class DctPatchEmbed(PatchEmbed):
         y_ECpq = dct.dct2(kernel.detach().double())
         if self.color == 'ycbcr':
             y_ECpq = torch.einsum('ic,eipq->ecpq', torch.linalg.inv(_ycbcr(y_ECpq)), y_ECpq)
-        parts = [y_ECpq[:, c, :f, :g].flatten(1) for c, (f, g) in enumerate(self.kept)]
-        return torch.cat(parts, dim=1).to(kernel.dtype)
+        weight = torch.cat([y_ECpq[:, c, :f, :g].flatten(1) for c, (f, g) in enumerate(self.kept)], dim=1)
+        if self.window is not None:
+            gains = self._gains().detach().double()
+            weight = torch.where(gains > 0, weight / gains, 0.0)
+        return weight.to(kernel.dtype)
 
     def kernel(self) -> Tensor:
         """The kernel (E, C, p, q) of the convolution that computes the same; computed in float64."""
@@ -367,8 +365,11 @@ class DctPatchEmbed(PatchEmbed):
         """(E, K), each coefficient weighed by its gain."""
         if self.window is None:
             return self.linear.weight
-        gains = torch.cat([self.window(f, g).flatten() for f, g in self.kept])
-        return self.linear.weight * gains.to(self.linear.weight.dtype)
+        return self.linear.weight * self._gains().to(self.linear.weight.dtype)
+
+    def _gains(self) -> Tensor:
+        """(K,), of the window."""
+        return torch.cat([self.window(f, g).flatten() for f, g in self.kept])
 
     def extra_repr(self) -> str:
         options = self.options

@@ -1,0 +1,89 @@
+"""A run that learns its truncations: they cost what the recipe says, and are hard when it ends."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from tests.data.trees import write_tree
+from tests.train.recipes import TINY, tiny_recipe
+from tests.train.test_loop import assert_same_run
+from vit_efficient.train import load_model, train
+from vit_efficient.train.config import ModelConfig
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp('data'))
+
+
+def learning_recipe(data, output, penalty=0.0, budget=0.0, **options):
+    config = tiny_recipe(data, output, **options)
+    args = dict(patch_embed='dct', patch_window=True, attention_kwargs={'learned': True, 'keep_ratio': 1.0})
+    config.model = ModelConfig('vit_dct_tiny', {**TINY, **args})
+    config.truncation.penalty, config.truncation.budget = penalty, budget
+    return config
+
+
+def shares(folder):
+    state = torch.load(folder / 'checkpoint.pt', weights_only=True)['model']
+    return {name: value for name, value in state.items() if name.endswith('window.share')}
+
+
+def test_what_is_learned_is_frozen_and_reported(data, tmp_path, capsys):
+    result = train(learning_recipe(data, tmp_path / 'run', penalty=30.0, budget=0.3))
+    kept = result['truncation']['kept']
+    assert set(kept) == {'patch_embed', 'blocks.0.attn', 'blocks.1.attn'}
+    assert set(result['truncation']['learned']) >= {'top1'}
+    assert 'truncations frozen: top-1' in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').open()]
+    assert lines[-1]['kind'] == 'frozen' and lines[-1]['top1'] == result['top1']
+    assert lines[-2]['kind'] == 'val' and lines[-2]['top1'] == result['truncation']['learned']['top1']
+    model = load_model(tmp_path / 'run')
+    assert model.patch_embed.window is None
+    assert [list(pair) for pair in model.patch_embed.kept] == [list(pair) for pair in kept['patch_embed']]
+    assert model.blocks[0].attn.options['num_tokens'] == list(kept['blocks.0.attn'])
+    assert result['parameters'] == sum(p.numel() for p in model.parameters())
+
+
+def test_the_penalty_stops_at_the_budget(data, tmp_path):
+    free, dear, budgeted = tmp_path / 'free', tmp_path / 'dear', tmp_path / 'budgeted'
+    for folder, penalty, budget in ((free, 0, 0), (dear, 100, 0), (budgeted, 100, 0.95)):
+        config = learning_recipe(data, folder, penalty=float(penalty), budget=budget)
+        config.optim.lr = 0.05
+        train(config)
+    mean = {folder: sum(share.mean() for share in shares(folder).values()) for folder in (free, dear, budgeted)}
+    assert mean[dear] < mean[budgeted] - 0.05 and mean[dear] < mean[free] - 0.05
+
+
+def test_a_penalty_needs_something_that_learns(data, tmp_path):
+    config = tiny_recipe(data, tmp_path / 'run')
+    config.truncation.penalty = 1.0
+    with pytest.raises(ValueError, match='truncation.penalty=1: the model learns no truncation'):
+        train(config)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_that_ends_while_it_is_measured_goes_on(data, tmp_path, monkeypatch):
+    from vit_efficient.train import loop
+
+    train(learning_recipe(data, tmp_path / 'whole', penalty=30.0))
+
+    def stop(self, evaluation, frozen):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, '_finish', stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(learning_recipe(data, tmp_path / 'again', penalty=30.0))
+    train(learning_recipe(data, tmp_path / 'again', penalty=30.0, resume='auto'))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'again')
+
+
+def test_with_an_average_of_weights(data, tmp_path):
+    config = learning_recipe(data, tmp_path / 'run', penalty=30.0)
+    config.ema.decay = 0.9
+    train(config)
+    model = timm.create_model(f'local-dir:{tmp_path / "run" / "model"}', pretrained=True)
+    assert model.patch_embed.window is None
