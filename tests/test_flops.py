@@ -106,6 +106,7 @@ def test_roles_of_a_vit_by_hand(fused):
         'transform': 0,
         'mlp': 12 * 8 * n * d * d,
         'patch embedding': 196 * d * 3 * 256,
+        'patch transform': 0,
         'rest': 25 * 5 * n * d + d * 1000,
     }
     assert tuple(count.by_role) == ROLES

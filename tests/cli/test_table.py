@@ -284,3 +284,23 @@ def test_accuracy_compares_only_answers_to_the_same_images(trained, recipes, tmp
         path.write_text(whole)
     out = capsys.readouterr().out
     assert 'other validation images' in out and 'McNemar' not in out
+
+
+def test_flops_of_models_with_arguments(capsys):
+    specs = [
+        'vit_full_tiny',
+        'vit_full_tiny:patch_embed=dct,patch_color=ycbcr,patch_keep=[16,8,8]',
+        'vit_full_tiny:depth=3',
+    ]
+    assert main(['table', 'flops', '--format', 'json', '--models', *specs]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row['model'] for row in rows] == specs
+    plain, cut, shallow = rows
+    assert cut['patch_embedding_gmacs'] == pytest.approx(plain['patch_embedding_gmacs'] * (256 + 64 + 64) / 768)
+    assert cut['patch_transform_gmacs'] > 0 == plain['patch_transform_gmacs']
+    assert cut['attention_gmacs'] == plain['attention_gmacs'] == pytest.approx(4 * shallow['attention_gmacs'])
+
+
+def test_flops_of_a_model_without_the_argument(capsys):
+    assert main(['table', 'flops', '--models', 'vit_full_tiny:patch_kept=3']) != 0
+    assert 'vit_full_tiny: ' in (error := capsys.readouterr().err) and "'patch_kept'" in error

@@ -1,7 +1,6 @@
 """`vit-efficient benchmark layer …`."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,13 +90,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _candidate(text: str):
-    """'name:key=value,…'"""
     from vit_efficient.benchmark import Candidate
-    from vit_efficient.cli.options import parse_option
+    from vit_efficient.cli.options import parse_spec
 
-    name, _, options = text.partition(':')
-    parts = re.split(r',(?![^(]*\))', options) if options else []  # not at the comma of a pair
-    return Candidate(name, dict(parse_option(part) for part in parts))
+    return Candidate(*parse_spec(text))
 
 
 def render(rows: Sequence[dict[str, Any]], format: str, setup: str = '') -> str:

@@ -1,4 +1,4 @@
-"""Options of a mechanism as they are written on the command line."""
+"""Options of a mechanism or model as they are written on the command line."""
 
 import ast
 import re
@@ -21,3 +21,14 @@ def parse_option(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
+    """'name:key=value,…' as a name and its options; commas within brackets belong to a value.
+
+    Raises:
+        ValueError: If an option has no `=`.
+    """
+    name, _, options = text.partition(':')
+    parts = re.split(r',(?![^([{]*[)\]}])', options) if options else []
+    return name, dict(parse_option(part) for part in parts)

@@ -27,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     about = 'multiply-accumulates of models at several image sizes; nothing is executed'
     flops = tables.add_parser('flops', help=about, description=about)
-    flops.add_argument('--models', nargs='+', required=True, metavar='MODEL', help='names as in timm.create_model')
+    flops.add_argument(
+        '--models',
+        nargs='+',
+        required=True,
+        metavar='NAME[:KEY=VALUE,…]',
+        help='names as in timm.create_model, and its further arguments, such as patch_embed=dct,patch_keep=8',
+    )
     flops.add_argument(
         '--img-sizes', nargs='+', type=int, default=[224], metavar='PX', help='heights of square images (default: 224)'
     )
@@ -74,7 +80,7 @@ def _accuracy_table(args: argparse.Namespace) -> int | None:
 
 def flops_table(args: argparse.Namespace) -> None:
     from vit_efficient.attention.treeformer_tf import LeafAttention
-    from vit_efficient.cli.options import parse_option
+    from vit_efficient.cli.options import parse_option, parse_spec
     from vit_efficient.files import write_text
     from vit_efficient.flops import ROLES, count_flops
     from vit_efficient.tables import Column, Table
@@ -83,23 +89,24 @@ def flops_table(args: argparse.Namespace) -> None:
     for size in args.img_sizes:
         if size < 1:
             raise ValueError(f'--img-sizes must be at least 1, got {size}')
-    for name in args.models:
+    models = [(spec, *parse_spec(spec)) for spec in args.models]
+    for _, name, _ in models:
         _check_name(name)
     rows: list[dict[str, Any]] = []
     expected: list[str] = []  # models whose cost depends on the data
     for size in args.img_sizes:
         first = None
-        for name in args.models:
-            model = _create_on_meta(name, size, options)
+        for spec, name, arguments in models:
+            model = _create_on_meta(name, size, options, arguments)
             try:
                 count = count_flops(model, (getattr(model, 'in_chans', 3), size, size))
             except ValueError as error:
-                raise ValueError(f'{name} at {size} px: {error}') from error
+                raise ValueError(f'{spec} at {size} px: {error}') from error
             first = first or count.total
-            expected += [name] * any(isinstance(module, LeafAttention) for module in model.modules())
+            expected += [spec] * any(isinstance(module, LeafAttention) for module in model.modules())
             rows.append(
                 {
-                    'model': name,
+                    'model': spec,
                     'img_size': size,
                     'parameters_m': sum(p.numel() for p in model.parameters()) / 1e6,
                     'tokens': _tokens(model),
@@ -141,16 +148,16 @@ def _check_name(name: str) -> None:
         raise ValueError(f'no model {name!r}' + (f'; did you mean {", ".join(near)}?' if near else ''))
 
 
-def _create_on_meta(name: str, size: int, options: dict[str, Any]):
+def _create_on_meta(name: str, size: int, options: dict[str, Any], arguments: dict[str, Any]):
     """The model for images of one size, without data.
 
     Raises:
-        ValueError: If its patches do not divide the image, or its attention does not have the options.
+        ValueError: If its patches do not divide the image, or it does not have the arguments or options.
     """
     import timm
     import torch
 
-    kwargs: dict[str, Any] = {}
+    kwargs = dict(arguments)
     ours = timm.models.model_entrypoint(name).__module__.startswith('vit_efficient.')
     if options and ours and not name.startswith('vit_full_'):  # exact attention has no options
         kwargs['attention_kwargs'] = options
@@ -159,7 +166,7 @@ def _create_on_meta(name: str, size: int, options: dict[str, Any]):
             model = timm.create_model(name, img_size=size, **kwargs)
         except TypeError as error:
             if 'img_size' not in str(error):
-                raise
+                raise ValueError(f'{name}: {error}') from error
             model = timm.create_model(name, **kwargs)  # convolutional: any size will do
         except AssertionError as error:
             raise ValueError(f'{name} at {size} px: {error}') from error
