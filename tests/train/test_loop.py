@@ -26,8 +26,8 @@ def stop_after(monkeypatch, batches, action):
     """Lets the loader fail, or a signal arrive, before the given micro-batch."""
     iterate = loop.iterate
 
-    def stopping(loader):
-        for number, batch in enumerate(iterate(loader)):
+    def stopping(*args):
+        for number, batch in enumerate(iterate(*args)):
             if number == batches:
                 action()
             yield batch

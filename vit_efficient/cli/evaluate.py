@@ -1,6 +1,7 @@
 """`vit-efficient evaluate MODEL --data FOLDER`."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--workers', type=int, default=0, help='loader processes (default: %(default)s)')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, … (default: %(default)s)')
     parser.add_argument('--amp', choices=('none', 'bf16'), default='none', help='(default: %(default)s)')
+    parser.add_argument(
+        '--on-error',
+        choices=('error', 'skip'),
+        help="end at a file that cannot be read, or leave it out (default: as the run's recipe says, else error)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -59,15 +65,19 @@ def run(args: argparse.Namespace) -> None:
         preprocessing.input_size[0],
         model.num_classes,
         check_target=task.check_target if task.of_patches else None,
+        on_error=args.on_error or config.data.on_error,
     )
     with processes(args.device) as team:
         sampler = EpochSampler(len(samples), shuffle=False, rank=team.rank, world_size=team.world_size, even=False)
         loader = create_loader(samples, sampler, args.batch_size, args.workers, pin=team.device.type == 'cuda')
         found = evaluate(model.to(team.device), loader, team, args.amp, task)
     if team.is_first:
+        for reason in found.skipped.values():
+            print(f'skipped: {reason}', file=sys.stderr)
+        skipped = f'; skipped {len(found.skipped)} images that cannot be read' if samples.on_error == 'skip' else ''
         print(
             f'{describe(found.accuracies)}, loss {found.loss:.4f} on {found.images} images, '
-            f'{found.images_per_second:.0f} images/s'
+            f'{found.images_per_second:.0f} images/s{skipped}'
         )
 
 

@@ -294,6 +294,13 @@ def _plot(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], accuracies: 
 def _explanation(entries: Sequence[Entry], device: torch.device, batch_size: int) -> str:
     images = ' or '.join(sorted({str(result['val_images']) for entry in entries for result in entry.results}))
     spread = ', mean ± standard deviation over seeds' if len(entries[0].results) > 1 else ''
+    skipped = [
+        max(result.get(name, 0) for entry in entries for result in entry.results)
+        for name in ('train_skipped', 'val_skipped')
+    ]
+    unread = ''
+    if any(skipped):
+        unread = f'A run skipped up to {skipped[0]} training and {skipped[1]} validation images that cannot be read. '
     what = {'classification': 'Top-1', 'segmentation': 'mIoU', 'both': 'Top-1 and mIoU'}[entries[0].task]
     patches = ''
     if entries[0].task != 'classification':
@@ -302,9 +309,9 @@ def _explanation(entries: Sequence[Entry], device: torch.device, batch_size: int
             'classes; foreground mIoU: without the class none. '
         )
     return (
-        f'{what} on {images} validation images{spread}. {patches}GMACs per image; in attention: projections, products '
-        f'and transforms. Kept tokens: what a query attends to. Speed: forward pass, batch {batch_size}, float32, '
-        f'{device.type}, median of {ROUNDS} rounds in which the models take turns.\n'
+        f'{what} on {images} validation images{spread}. {unread}{patches}GMACs per image; in attention: projections, '
+        f'products and transforms. Kept tokens: what a query attends to. Speed: forward pass, batch {batch_size}, '
+        f'float32, {device.type}, median of {ROUNDS} rounds in which the models take turns.\n'
     )
 
 
@@ -361,7 +368,13 @@ def _costs_of_images(entries: Sequence[Entry]) -> str:
             continue
         data, preprocessing = entry.configs[0].data, Preprocessing.of(model)
         dataset = create_dataset(data.val, data.dataset, data.root, 'data.val', {**data.args, **data.val_args})
-        samples = Samples(dataset, EvalTransform(preprocessing), preprocessing.input_size[0], model.num_classes)
+        samples = Samples(
+            dataset,
+            EvalTransform(preprocessing),
+            preprocessing.input_size[0],
+            model.num_classes,
+            on_error=data.on_error,
+        )
         images = samples.spread(COUNTED_IMAGES)
         count = count_flops(model, images=images)
         lines.append(

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+ON_ERROR = ('error', 'skip')
+
 
 @dataclass
 class AffineConfig:
@@ -44,6 +46,9 @@ class DataConfig:
     eval_batch_size: int | None = None  # null: batch_size
     workers: int = 4  # loader processes; 0 loads in the training process
     cache: bool = False  # keep decoded images in memory (each worker its own)
+    # What a file does that cannot be read. error: it ends the run. skip: it is named, counted and done without; in
+    # training another image of its batch takes its place. What can be read and does not fit ends the run either way.
+    on_error: str = 'error'
     img_size: list[int] | None = None  # height, width; null: the model's own
     mean: list[float] | None = None  # per channel, of pixels in [0, 1]; null: the model's own
     std: list[float] | None = None

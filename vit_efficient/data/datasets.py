@@ -1,9 +1,12 @@
 """Data sets: folders of class folders, what is known by name, and any torch data set of images and labels."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -12,12 +15,16 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data import create_dataset as create_timm_dataset
 from timm.utils.misc import natural_key
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from torchvision.datasets import DatasetFolder
 
+from vit_efficient.data.config import ON_ERROR
 from vit_efficient.data.images import EXTENSIONS, read_image, to_array
 from vit_efficient.data.megapixel_mnist import SPLITS, MegapixelMnist
 from vit_efficient.data.sampler import EpochSampler
+
+# What data sets raise where a file is damaged or gone; PIL has the last two as well.
+_READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError)
 
 
 class ImageTree(DatasetFolder):
@@ -153,10 +160,20 @@ def check_same_classes(ours: list[str] | None, theirs: list[str] | None, our_nam
     )
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a sample that cannot be read. `reason` names it."""
+
+    index: int
+    reason: str
+
+
 class Samples(Dataset):
     """What the loader reads: (tensor (C, H, W), label, index) for a key (epoch, index).
 
     With `check_target` it is (tensor, label, target, index), the target (rows, columns) being the class of each patch.
+    With `on_error` skip it is Unreadable if the data set cannot read the sample. A sample that is read and does not fit
+    the model (its label, channels, type or range, its target) is an error all the same.
 
     Args:
         dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`); with
@@ -166,6 +183,10 @@ class Samples(Dataset):
         num_classes: Classes of the model.
         cache: Keep decoded images in memory. Every loader process holds its own.
         check_target: Raises ValueError if a target does not fit its image: ((height, width), (rows, columns)) -> None.
+        on_error: error or skip, see `DataConfig`.
+
+    Raises:
+        ValueError: For any other `on_error`.
     """
 
     def __init__(
@@ -176,13 +197,17 @@ class Samples(Dataset):
         num_classes: int,
         cache: bool = False,
         check_target: Callable[[tuple[int, int], tuple[int, int]], None] | None = None,
+        on_error: str = 'error',
     ):
+        if on_error not in ON_ERROR:
+            raise ValueError(f'on_error must be {" or ".join(ON_ERROR)}, got {on_error!r}')
         self.dataset = dataset
         self.transform = transform
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.check_target = check_target
-        self.cached: dict[int, tuple[Any, ...]] | None = {} if cache else None
+        self.on_error = on_error
+        self.cached: dict[int, tuple[Any, ...] | Unreadable] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -192,15 +217,31 @@ class Samples(Dataset):
         name = getattr(self.dataset, 'filename', None)
         return name(index) if name else str(index)
 
-    def decode(self, index: int) -> tuple[Any, ...]:
+    def decode(self, index: int) -> tuple[Any, ...] | Unreadable:
         """The image as an array (H, W, C), its label and, where it is read, its target as an int64 tensor.
 
         Raises:
-            ValueError: If one of them does not fit the model, or the image is corrupt. The message names the sample.
+            ValueError: If one of them does not fit the model, or the image is corrupt and `on_error` is not skip. The
+                message names the sample.
         """
         if self.cached is not None and index in self.cached:
             return self.cached[index]
-        image, label, *rest = self.dataset[index]
+        item = self._read(index)
+        if self.cached is not None:
+            self.cached[index] = item
+        return item
+
+    def _read(self, index: int) -> tuple[Any, ...] | Unreadable:
+        try:
+            image, label, *rest = self.dataset[index]
+            if isinstance(image, Image.Image):
+                image.load()  # PIL decodes some images only now
+        except _READ_ERRORS as error:
+            where = self._where(index)
+            what = ' '.join(str(error).removeprefix(f'{where}: ').split()) or type(error).__name__
+            if self.on_error == 'skip':
+                return Unreadable(index, f'{where}: {what}')
+            raise ValueError(f'{where}: {what}; on_error=skip goes on without it') from error
         try:
             if not 0 <= int(label) < self.num_classes:
                 raise ValueError(f'its label {int(label)} is not among the {self.num_classes} classes of the model')
@@ -209,10 +250,8 @@ class Samples(Dataset):
                 target = self._target(rest)
                 self.check_target(item[0].shape[:2], tuple(target.shape))
                 item += (target,)
-        except (OSError, ValueError) as error:  # PIL decodes some images only now
+        except ValueError as error:
             raise ValueError(f'{self._where(index)}: {error}') from error
-        if self.cached is not None:
-            self.cached[index] = item
         return item
 
     def _target(self, rest: list[Any]) -> torch.Tensor:
@@ -230,15 +269,55 @@ class Samples(Dataset):
         name, root = self.filename(index), getattr(self.dataset, 'root', None)
         return f'sample {name}' if name == str(index) else str(Path(root or '') / name)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...] | Unreadable:
         epoch, index = key
-        image, *truth = self.decode(index)
+        item = self.decode(index)
+        if isinstance(item, Unreadable):
+            return item
+        image, *truth = item
         return self.transform(image, epoch, index), *truth, index
 
-    def spread(self, count: int) -> torch.Tensor:
-        """That many images (at most all), evenly spread over the set, as in epoch 0: (count, C, H, W)"""
+    def readable(self, count: int) -> Iterator[tuple[Any, ...]]:
+        """That many samples (at most all), evenly spread over the set, as in epoch 0, less those that are skipped.
+
+        Raises:
+            ValueError: If a sample does not fit, or all would be skipped.
+        """
         count = min(count, len(self))
-        return torch.stack([self[0, i * len(self) // count][0] for i in range(count)])
+        skipped = []
+        for i in range(count):
+            item = self[0, i * len(self) // count]
+            if isinstance(item, Unreadable):
+                skipped.append(item.reason)
+            else:
+                yield item
+        if skipped and len(skipped) == count:
+            raise ValueError(f'none of {count} samples can be read; the first one: {skipped[0]}')
+
+    def spread(self, count: int) -> torch.Tensor:
+        """The images of `readable(count)`: (count, C, H, W), or fewer."""
+        return torch.stack([image for image, *_ in self.readable(count)])
+
+
+class _Batch(NamedTuple):
+    """What loader processes send where samples may be skipped."""
+
+    tensors: list[torch.Tensor] | None  # None: nothing of it can be read
+    unreadable: dict[int, str]
+
+
+def _collate(items: Sequence[tuple[Any, ...] | Unreadable], full: bool) -> _Batch:
+    """Leaves out what cannot be read; in a full batch the others take its places, in turn."""
+    unreadable = {item.index: item.reason for item in items if isinstance(item, Unreadable)}
+    readable = [item for item in items if not isinstance(item, Unreadable)]
+    if not readable:
+        if full:
+            raise ValueError(f'nothing in a batch of {len(items)} can be read; the first one: {items[0].reason}')
+        return _Batch(None, unreadable)
+    if full:
+        others = cycle(readable)
+        readable = [next(others) if isinstance(item, Unreadable) else item for item in items]
+    return _Batch(default_collate(readable), unreadable)
 
 
 def create_loader(
@@ -251,12 +330,15 @@ def create_loader(
 ) -> DataLoader:
     """A loader of batches (images (B, C, H, W), labels (B,), indices (B,)), with targets before the indices if any.
 
+    `iterate` gives these batches. If samples are skipped, what the loader itself gives holds them.
+
     Args:
         samples: The data.
         sampler: Their order. Training sets its epoch before each pass.
         batch_size: Images per batch.
         workers: Loader processes; they live as long as the loader.
-        drop_last: Leave out a last batch that is not full (training); evaluation keeps it.
+        drop_last: Full batches only (training): a last batch that is not full is left out, and a copy of another sample
+            of the batch takes the place of one that is skipped. Evaluation keeps the former and leaves out the latter.
         pin: Page-locked memory, for a GPU.
     """
     return DataLoader(
@@ -265,6 +347,7 @@ def create_loader(
         sampler=sampler,
         num_workers=workers,
         drop_last=drop_last,
+        collate_fn=partial(_collate, full=drop_last) if samples.on_error == 'skip' else None,
         pin_memory=pin,
         persistent_workers=workers > 0,
         worker_init_fn=_use_one_thread,
@@ -276,14 +359,24 @@ def _use_one_thread(_worker: int) -> None:
     cv2.setNumThreads(0)
 
 
-def iterate(loader: Iterable[Any]) -> Iterator[Any]:
+def iterate(loader: Iterable[Any], unreadable: dict[int, str] | None = None) -> Iterator[Any]:
     """Iterates a loader, and gives errors of loader processes the message they have without processes.
 
+    Args:
+        loader: From `create_loader`, or any other.
+        unreadable: Is given the samples that are skipped, by index, each with a line that names it and tells why.
+
     Raises:
-        ValueError: What the data set raised, as one line.
+        ValueError: What the data set raised, as one line; for training, also if nothing in a batch can be read.
     """
     try:
-        yield from loader
+        for batch in loader:
+            if isinstance(batch, _Batch):
+                if unreadable is not None:
+                    unreadable.update(batch.unreadable)
+                batch = batch.tensors
+            if batch is not None:
+                yield batch
     except ValueError as error:
         lines = str(error).strip().splitlines()
         if 'DataLoader worker process' not in lines[0]:

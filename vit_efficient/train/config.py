@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from vit_efficient.data.config import DataConfig
+from vit_efficient.data.config import ON_ERROR, DataConfig
 
 
 @dataclass
@@ -131,6 +131,7 @@ _FREE_KEYS = {
     'data.eval_batch_size',
     'data.workers',
     'data.cache',
+    'data.on_error',  # where both values lead to weights, these are the same
 }
 
 # The values with which augmentation and mixing leave every pixel at its place.
@@ -321,6 +322,12 @@ def validate(config: Config) -> None:
     check('sched.sched', 'a schedule that needs no metric', lambda v: v != 'plateau')
     check('resume', 'never, auto or restart', lambda v: v in ('never', 'auto', 'restart'))
     check('amp', 'none or bf16', lambda v: v in ('none', 'bf16'))
+    check('data.on_error', ' or '.join(ON_ERROR), lambda v: v in ON_ERROR)
+    if config.data.on_error == 'skip' and config.data.batch_size < 2:
+        raise ValueError(
+            'data.batch_size must be at least 2 for data.on_error=skip, got 1: another image of its batch takes the '
+            'place of one that cannot be read'
+        )
     if config.stages:
         _check_stages(config)
     else:

@@ -34,7 +34,7 @@ class Evaluation:
 
     Attributes:
         loss: Mean cross-entropy, without label smoothing.
-        images: Their number.
+        images: Their number; of those that could be read, if others are skipped.
         images_per_second: The rate of the whole loop, loading included, over all processes.
         columns: What `predictions` hold: index; label and predicted class of tasks of images; patch_accuracy of those
             of patches, in percent.
@@ -44,6 +44,7 @@ class Evaluation:
             occur in targets or predictions; in percent.
         foreground_miou: Likewise, without the class none.
         patch_accuracy: Patches that are right, in percent.
+        skipped: Images that could not be read, by index, each with a line that names it and tells why.
     """
 
     loss: float
@@ -56,6 +57,7 @@ class Evaluation:
     foreground_miou: float | None = None
     miou: float | None = None
     patch_accuracy: float | None = None
+    skipped: dict[int, str] = field(default_factory=dict, repr=False)
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -98,8 +100,8 @@ def evaluate(
 
     Args:
         model: Images (B, C, H, W) -> logits, as the task reads them. It is put in eval mode, and back as it was.
-        loader: Batches (images, labels, indices), of patch tasks (images, labels, targets, indices); every process
-            reads its own share.
+        loader: From `create_loader`; or any that gives batches (images, labels, indices), of patch tasks (images,
+            labels, targets, indices). Every process reads its own share.
         processes: Where the work is shared; by default, the model's device alone.
         amp: none or bf16.
         task: By default, the classification of images.
@@ -109,7 +111,7 @@ def evaluate(
         The same Evaluation in every process. With fewer than six classes top-5 is 100 %.
 
     Raises:
-        ValueError: If there are no images, or one of them is corrupt.
+        ValueError: If there are no images that can be read, or one of them is corrupt and not to be skipped.
     """
     processes = processes or Processes(next(model.parameters()).device)
     task = task or Task()
@@ -118,9 +120,11 @@ def evaluate(
     rows: list[tuple[int | float, ...]] = []
     top5 = total_loss = 0.0
     confusion: Tensor | int = 0
+    skipped: dict[int, str] = {}
     start = time.perf_counter()
     disable = None if progress and processes.is_first else True  # None: unless there is a terminal
-    for images, *truth, indices in tqdm(iterate(loader), 'evaluate', len(loader), leave=False, disable=disable):
+    batches = tqdm(iterate(loader, skipped), 'evaluate', len(loader), leave=False, disable=disable)
+    for images, *truth, indices in batches:
         truth = [tensor.to(processes.device) for tensor in truth]
         with autocast(processes.device, amp):
             logits = model(images.to(processes.device, non_blocking=True))
@@ -138,10 +142,12 @@ def evaluate(
         rows += zip(*(column.tolist() for column in columns), strict=True)
     seconds = time.perf_counter() - start
     model.train(was_training)
-    shares = processes.gather((rows, top5, total_loss, confusion, seconds))
+    shares = processes.gather((rows, top5, total_loss, confusion, seconds, skipped))
     rows = sorted(row for share in shares for row in share[0])
+    skipped = dict(sorted(item for share in shares for item in share[5].items()))
     if not rows:
-        raise ValueError('there are no images to evaluate')
+        reason = f': none of {len(skipped)} can be read; {next(iter(skipped.values()))}' if skipped else ''
+        raise ValueError(f'there are no images to evaluate{reason}')
     count = len(rows)
     columns, accuracies = ['index'], {}
     if task.of_images:
@@ -157,6 +163,7 @@ def evaluate(
         images_per_second=count / max(share[4] for share in shares),
         columns=tuple(columns),
         predictions=rows,
+        skipped=skipped,
         **accuracies,
     )
 

@@ -59,6 +59,8 @@ from vit_efficient.train.tasks import Task
 
 CHECKPOINT = 'checkpoint.pt'
 RESULT = 'result.json'
+SKIPPED = 'skipped.txt'
+TRIED_IMAGES = 100  # at most, of each set, until one can be read
 OCCUPANCY_IMAGES = 16  # of the validation set, for what is logged of Treeformer's leaves
 
 
@@ -66,9 +68,10 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
     """Trains the model of a recipe and measures it on the validation set.
 
     The run's folder (`output`) gets recipe.yaml (resolved), environment.json, metrics.jsonl, tensorboard/,
-    checkpoint.pt, and, once the run is done, model/ (timm's local-dir layout), predictions.csv and result.json. Under
-    torchrun the processes share the work (DDP) and the first one writes. The last images of an epoch that do not fill
-    an update are left out; evaluation leaves nothing out.
+    checkpoint.pt, and, once the run is done, model/ (timm's local-dir layout), predictions.csv, result.json and, if
+    files were skipped (`data.on_error`), skipped.txt, which names them. Under torchrun the processes share the work
+    (DDP) and the first one writes. The last images of an epoch that do not fill an update are left out; evaluation
+    leaves nothing out that can be read.
 
     Args:
         config: The recipe, from `load_recipe`.
@@ -107,6 +110,8 @@ class _Progress:
     loss_sum: float = 0.0  # over the updates of the epoch
     train_seconds: float = 0.0
     stages: list[dict[str, float]] = field(default_factory=list)  # accuracies at the end of each that is done
+    skipped: dict[int, str] = field(default_factory=dict)  # training images that could not be read, with the reason
+    epoch_skipped: int = 0  # of them, those of the epoch
 
 
 class _Run:
@@ -119,6 +124,7 @@ class _Run:
         self.folder = Path(config.output)
         self.progress = _Progress()
         self.made_folder = False
+        self.named: set[str] = set()  # skipped images that this process has printed
 
         if train_set is None:
             train_set = create_dataset(data.train, data.dataset, data.root, 'data.train', data.args)
@@ -135,7 +141,8 @@ class _Run:
         fixed = EvalTransform(self.preprocessing)
         if self.task.of_patches and not (data.augment.color_jitter or data.augment.hue):
             augment = fixed  # nothing is drawn: where images are resized, training sees what evaluation sees
-        options = in_chans, num_classes, data.cache, self.task.check_target if self.task.of_patches else None
+        check_target = self.task.check_target if self.task.of_patches else None
+        options = in_chans, num_classes, data.cache, check_target, data.on_error
         self.train_samples = Samples(train_set, augment, *options)
         self.val_samples = Samples(val_set, fixed, *options)
         if not len(self.val_samples):
@@ -270,7 +277,7 @@ class _Run:
             except FileExistsError:
                 self.folder.mkdir(exist_ok=True)  # unless it is a file
             if self.config.resume == 'restart':
-                for name in (CHECKPOINT, RESULT, 'metrics.jsonl', 'predictions.csv'):
+                for name in (CHECKPOINT, RESULT, SKIPPED, 'metrics.jsonl', 'predictions.csv'):
                     (self.folder / name).unlink(missing_ok=True)
                 for name in ('model', 'tensorboard'):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -283,7 +290,7 @@ class _Run:
     def _try_input(self) -> None:
         """What does not fit the model shows now, before anything is written."""
         for samples in (self.train_samples, self.val_samples):
-            samples[0, 0]
+            next(samples.readable(TRIED_IMAGES))
         channels, height, width = self.preprocessing.input_size
         self.model.eval()
         try:
@@ -331,6 +338,7 @@ class _Run:
         config, progress = self.config, self.progress
         while True:
             self._epoch(interrupts)
+            self._log_skipped(interrupts)
             stage_ends = progress.epoch + 1 == self.stages[self.stage].end
             if stage_ends or (progress.epoch + 1) % config.checkpoint_every == 0:
                 self.save()
@@ -340,6 +348,7 @@ class _Run:
                 return evaluation
             with interrupts.held():
                 progress.epoch, progress.batches, progress.loss_sum = progress.epoch + 1, 0, 0.0
+                progress.epoch_skipped = 0
                 if stage_ends:
                     progress.stages.append(evaluation.accuracies)
                     self._enter_stage(self.stage + 1)
@@ -358,7 +367,8 @@ class _Run:
             return
         self.step_model.train()
         self.sampler.set_epoch(progress.epoch, start=progress.batches * config.data.batch_size * team.world_size)
-        batches = iterate(self.train_loader)
+        unreadable: dict[int, str] = {}
+        batches = iterate(self.train_loader, unreadable)
         name = f'epoch {progress.epoch + 1}/{config.sched.epochs}'
         bar = tqdm(total=self.updates_per_epoch, desc=name, initial=done, disable=None if team.is_first else True)
         clock = time.perf_counter()
@@ -370,6 +380,7 @@ class _Run:
                     progress.updates += 1
                     progress.batches += config.grad_accum
                     progress.loss_sum += loss
+                    self._count_skipped(unreadable)
                     now = time.perf_counter()
                     seconds, clock = now - clock, now
                     progress.train_seconds += seconds
@@ -380,6 +391,29 @@ class _Run:
                 if config.checkpoint_steps and progress.updates % config.checkpoint_steps == 0:
                     self.save()
                     clock = time.perf_counter()
+
+    def _count_skipped(self, unreadable: dict[int, str]) -> None:
+        """Adds what the update did without, in all processes, and empties the argument."""
+        if self.config.data.on_error != 'skip':
+            return
+        for share in self.team.gather(unreadable):
+            self.progress.skipped.update(share)
+            self.progress.epoch_skipped += len(share)
+            self._name_skipped('training', share)
+        unreadable.clear()
+
+    def _name_skipped(self, split: str, skipped: dict[int, str]) -> None:
+        for reason in skipped.values():
+            line = f'skipped, {split}: {reason}'
+            if self.team.is_first and line not in self.named:
+                tqdm.write(line, file=sys.stderr)
+                self.named.add(line)
+
+    def _log_skipped(self, interrupts: Interrupts) -> None:
+        if self.log and self.config.data.on_error == 'skip':
+            progress = self.progress
+            with interrupts.held():
+                self.log.write('skipped', progress.epoch, progress.updates, {'images': progress.epoch_skipped})
 
     def _update(self, chunk: list[tuple[Tensor, ...]]) -> float:
         """One step of the optimiser on `grad_accum` micro-batches; their mean loss in this process."""
@@ -445,16 +479,20 @@ class _Run:
                 'lr': self._lr(),
                 'train_seconds': progress.train_seconds,
                 **({'stage': self.stage} if self.config.stages else {}),
+                **({'skipped': len(evaluation.skipped)} if self.config.data.on_error == 'skip' else {}),
             }
+            self._name_skipped('validation', evaluation.skipped)
             leaves = self._leaf_occupancy()
             accuracies.pop('top5', None)
             with interrupts.held():
                 self.log.write('val', progress.epoch, progress.updates, values)
                 if leaves:
                     self.log.write('leaves', progress.epoch, progress.updates, leaves)
+            counts = progress.epoch_skipped, len(evaluation.skipped)
+            skipped = '; skipped {} training and {} validation images'.format(*counts) if any(counts) else ''
             print(
                 f'epoch {progress.epoch + 1}/{self.config.sched.epochs}: train loss {values["train_loss"]:.3f}, '
-                f'val loss {evaluation.loss:.3f}, {describe(accuracies)}, {progress.train_seconds:.0f} s',
+                f'val loss {evaluation.loss:.3f}, {describe(accuracies)}, {progress.train_seconds:.0f} s{skipped}',
                 file=sys.stderr,
             )
         return evaluation
@@ -500,6 +538,10 @@ class _Run:
         for index, *prediction in evaluation.predictions:
             writer.writerow([index, self.val_samples.filename(index), *prediction])
         write_text(self.folder / 'predictions.csv', table.getvalue())
+        if progress.skipped or evaluation.skipped:
+            lines = [f'training: {reason}\n' for _, reason in sorted(progress.skipped.items())]
+            lines += [f'validation: {reason}\n' for reason in evaluation.skipped.values()]
+            write_text(self.folder / SKIPPED, ''.join(lines))
         result = {
             'recipe': config.recipe,
             'model': config.model.name,
@@ -510,6 +552,8 @@ class _Run:
             **evaluation.accuracies,
             'val_images': evaluation.images,
             'train_images': len(self.train_samples),
+            'val_skipped': len(evaluation.skipped),
+            'train_skipped': len(progress.skipped),
             'parameters': sum(parameter.numel() for parameter in self.evaluated_model.parameters()),
             'train_seconds': progress.train_seconds,
             'images_per_second_train': progress.updates * self.images_per_update / progress.train_seconds,
