@@ -1,3 +1,6 @@
+from itertools import cycle
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +8,10 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from tests.data.test_transforms import EVERYTHING, PLAIN
-from tests.data.trees import pixels, write_tree
+from tests.data.trees import READABLE, UNREADABLE, pixels, write_odd_files, write_tree
 from vit_efficient.data import (
     EpochSampler,
+    EvalTransform,
     ImageTree,
     Samples,
     TrainTransform,
@@ -19,8 +23,12 @@ from vit_efficient.data import (
 )
 
 
+def samples_of(dataset, transform=None, num_classes=3, **options):
+    return Samples(dataset, transform or TrainTransform(PLAIN, EVERYTHING, 0), 3, num_classes, **options)
+
+
 def batches(dataset, workers, epoch=0, start=0, cache=False):
-    samples = Samples(dataset, TrainTransform(PLAIN, EVERYTHING, 0), 3, 3, cache)
+    samples = samples_of(dataset, cache=cache)
     sampler = EpochSampler(len(samples))
     sampler.set_epoch(epoch, start)
     return list(iterate(create_loader(samples, sampler, 5, workers)))
@@ -123,3 +131,135 @@ def test_different_classes_are_named():
         check_same_classes(['a', 'b'], ['a'], 'x', 'y')
     with pytest.raises(ValueError, match='their order differs'):
         check_same_classes(['a', 'b'], ['b', 'a'], 'x', 'y')
+
+
+# --- on_error -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def odd(tmp_path_factory):
+    """24 images and seven odd files."""
+    root = write_tree(tmp_path_factory.mktemp('odd')) / 'train'
+    write_odd_files(root / 'c1')
+    return ImageTree(root)
+
+
+def indices_of(dataset, names):
+    return [index for index in range(len(dataset)) if Path(dataset.filename(index)).name in names]
+
+
+@pytest.mark.parametrize('transform', [TrainTransform(PLAIN, EVERYTHING, 0), EvalTransform(PLAIN)])
+@pytest.mark.parametrize('name', READABLE)
+def test_odd_images_are_images(odd, name, transform):
+    (index,) = indices_of(odd, [name])
+    for on_error in ('error', 'skip'):
+        image, label, _ = samples_of(odd, transform, on_error=on_error)[0, index]
+        assert (image.shape, label) == ((3, 32, 32), 1)
+        assert image.isfinite().all()
+
+
+@pytest.mark.parametrize('name', UNREADABLE)
+def test_what_cannot_be_read_is_named_under_each_policy(odd, name):
+    (index,) = indices_of(odd, [name])
+    reason = f'{odd.root}/c1/{name}: not a readable image'
+    with pytest.raises(ValueError, match=rf'^{reason} \(.*\); on_error=skip goes on without it$'):
+        samples_of(odd)[0, index]
+    found = samples_of(odd, on_error='skip')[0, index]
+    assert found.index == index
+    assert found.reason.startswith(reason) and found.reason.count(name) == 1
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('cache', [False, True])
+def test_another_image_of_the_batch_takes_the_place_in_training(odd, workers, cache):
+    samples = samples_of(odd, on_error='skip', cache=cache)
+    sampler = EpochSampler(len(samples))
+    loader = create_loader(samples, sampler, 5, workers, drop_last=True)
+    bad = indices_of(odd, UNREADABLE)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = [index for _, index in sampler][:30]
+        unreadable = {}
+        found = list(iterate(loader, unreadable))
+        assert len(found) == 6
+        assert sorted(unreadable) == sorted(set(bad) & set(order))
+        for number, (images, labels, indices) in enumerate(found):
+            asked = order[5 * number : 5 * number + 5]
+            good = [index for index in asked if index not in bad]
+            taken = cycle(good)
+            assert indices.tolist() == [index if index in good else next(taken) for index in asked]
+            for image, label, index in zip(images, labels, indices.tolist(), strict=True):
+                expected = samples[epoch, index]
+                assert torch.equal(image, expected[0]) and label == expected[1]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_evaluation_leaves_out_what_cannot_be_read(odd, workers):
+    samples = samples_of(odd, EvalTransform(PLAIN), on_error='skip')
+    unreadable = {}
+    found = list(iterate(create_loader(samples, EpochSampler(31, shuffle=False), 2, workers), unreadable))
+    bad = indices_of(odd, UNREADABLE)
+    assert sorted(unreadable) == bad
+    assert [index for *_, indices in found for index in indices.tolist()] == [i for i in range(31) if i not in bad]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_batch_without_an_image_is_an_error(odd, workers):
+    samples = samples_of(odd, on_error='skip')
+    keys = [(0, index) for index in indices_of(odd, UNREADABLE)[:2]]
+    with pytest.raises(ValueError, match=r'^nothing in a batch of 2 can be read; the first one: ') as error:
+        list(iterate(create_loader(samples, keys, 2, workers, drop_last=True)))
+    assert f'{odd.root}/c1/corrupt.png: not a' in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+class Failing(torch.utils.data.Dataset):
+    def __init__(self, *items):
+        self.items = items
+        self.reads = 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if isinstance(self.items[index], Exception):
+            raise self.items[index]
+        return self.items[index]
+
+
+def test_files_of_any_data_set_are_skipped_and_faults_of_others_are_not(tmp_path):
+    write_odd_files(tmp_path)
+    image = Image.fromarray(pixels(0, (9, 9, 3)))
+    dataset = Failing(
+        (image, 0),
+        OSError(5, 'Input/output error'),
+        SyntaxError('broken PNG file'),
+        EOFError(),
+        (Image.open(tmp_path / 'truncated.jpg'), 0),  # not decoded yet
+    )
+    samples = samples_of(dataset, on_error='skip', cache=True)
+    reasons = [samples[0, index].reason for index in range(1, 5)]
+    assert reasons[:3] == ['sample 1: [Errno 5] Input/output error', 'sample 2: broken PNG file', 'sample 3: EOFError']
+    assert 'truncated' in reasons[3]
+    # A cache keeps that, too.
+    dataset.reads = 0
+    assert [samples[1, index].reason for index in range(1, 5)] == reasons
+    assert dataset.reads == 0
+    assert len(samples.spread(5)) == 1
+    with pytest.raises(ValueError, match='none of 2 samples can be read; the first one: sample 0: gone'):
+        samples_of(Failing(OSError('gone'), OSError('lost')), on_error='skip').spread(5)
+
+    misfits = [
+        ((image, 3), 'sample 0: its label 3 is not among the 3 classes'),
+        ((np.zeros((4, 4, 5), np.uint8), 0), 'sample 0: it has 5 channels, the model takes 3'),
+        ((np.full((4, 4, 3), np.nan, np.float32), 0), 'sample 0: it holds values that are not finite'),
+        ((np.zeros((4, 4, 3), np.int64), 0), 'sample 0: samples must be uint8'),
+    ]
+    for item, message in misfits:
+        with pytest.raises(ValueError, match=message):
+            samples_of(Failing(item), on_error='skip')[0, 0]
+    with pytest.raises(KeyError):
+        samples_of(Failing(KeyError('a slip in the code')), on_error='skip')[0, 0]
+    with pytest.raises(ValueError, match="on_error must be error or skip, got 'ignore'"):
+        samples_of(dataset, on_error='ignore')

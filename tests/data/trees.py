@@ -28,3 +28,25 @@ def write_tree(root: Path, classes: int = 3, train: int = 8, val: int = 2, chann
                 else:
                     np.save(folder / f'{number}.npy', image)
     return root
+
+
+# Odd files that are images all the same, and files that are none, or no longer.
+READABLE = ('cmyk.jpg', 'one_pixel.png', 'png_by_nature.jpg')
+UNREADABLE = ('corrupt.png', 'empty.jpg', 'text.png', 'truncated.jpg')
+
+
+def write_odd_files(folder: Path) -> None:
+    """READABLE and UNREADABLE, in a folder of images."""
+    image = Image.fromarray(pixels(0, (20, 24, 3)) // 2)
+    image.convert('CMYK').save(folder / 'cmyk.jpg')
+    image.resize((1, 1)).save(folder / 'one_pixel.png')
+    image.save(folder / 'png_by_nature.jpg', format='PNG')
+    image.save(folder / 'corrupt.png')
+    content = bytearray((folder / 'corrupt.png').read_bytes())
+    content[60:80] = bytes(20)
+    (folder / 'corrupt.png').write_bytes(content)
+    (folder / 'empty.jpg').touch()
+    (folder / 'text.png').write_text('Not an image.\n')
+    image.save(folder / 'truncated.jpg')
+    content = (folder / 'truncated.jpg').read_bytes()
+    (folder / 'truncated.jpg').write_bytes(content[:-100])
