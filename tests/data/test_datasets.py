@@ -34,6 +34,14 @@ def batches(dataset, workers, epoch=0, start=0, cache=False):
     return list(iterate(create_loader(samples, sampler, 5, workers)))
 
 
+def error_of(action):
+    """What it raises as text. An error that is kept is a reference cycle, which holds a loader with its processes."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+
+
 def test_batches_do_not_depend_on_workers_cache_or_start(tmp_path):
     dataset = ImageTree(write_tree(tmp_path) / 'train')
     here, there, rest = batches(dataset, 0), batches(dataset, 2), batches(dataset, 0, start=10, cache=True)
@@ -84,9 +92,9 @@ def test_an_unset_folder_is_named_by_its_key():
 def test_a_corrupt_image_is_named_in_one_line(tmp_path, workers):
     root = write_tree(tmp_path) / 'train'
     (root / 'c1' / '3.png').write_bytes(b'nothing')
-    with pytest.raises(ValueError, match=r'^\S*/c1/3\.png: not a readable image') as error:
-        batches(ImageTree(root), workers)
-    assert '\n' not in str(error.value)
+    message = error_of(lambda: batches(ImageTree(root), workers))
+    assert message.startswith(f'{root}/c1/3.png: not a readable image')
+    assert '\n' not in message
 
 
 def test_timm_data_sets_do_not_skip_corrupt_images(tmp_path):
@@ -207,10 +215,9 @@ def test_evaluation_leaves_out_what_cannot_be_read(odd, workers):
 def test_a_batch_without_an_image_is_an_error(odd, workers):
     samples = samples_of(odd, on_error='skip')
     keys = [(0, index) for index in indices_of(odd, UNREADABLE)[:2]]
-    with pytest.raises(ValueError, match=r'^nothing in a batch of 2 can be read; the first one: ') as error:
-        list(iterate(create_loader(samples, keys, 2, workers, drop_last=True)))
-    assert f'{odd.root}/c1/corrupt.png: not a' in str(error.value)
-    assert '\n' not in str(error.value)
+    message = error_of(lambda: list(iterate(create_loader(samples, keys, 2, workers, drop_last=True))))
+    assert message.startswith(f'nothing in a batch of 2 can be read; the first one: {odd.root}/c1/corrupt.png: not a')
+    assert '\n' not in message
 
 
 class Failing(torch.utils.data.Dataset):
