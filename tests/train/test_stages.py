@@ -107,7 +107,7 @@ def test_going_on_inside_a_stage_gives_the_same_weights(data, tmp_path, monkeypa
     train(staged_recipe(data, tmp_path / 'whole'))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
         iterate, done = loop.iterate, iter(range(24))
-        patch.setattr(loop, 'iterate', lambda loader: (fail() if next(done) == stop else b for b in iterate(loader)))
+        patch.setattr(loop, 'iterate', lambda *args: (fail() if next(done) == stop else b for b in iterate(*args)))
         train(staged_recipe(data, tmp_path / 'parts', checkpoint_steps=1))
     assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['updates'] == stop
     torch.rand(3)
