@@ -1,8 +1,10 @@
 """Where the tokens of a vision transformer come from: the grid of image patches, and the prefix tokens before it."""
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
@@ -63,3 +65,44 @@ def smaller(a, b):
 def larger(a, b):
     """max(a, b), likewise."""
     return max(a, b) if type(a) is int and type(b) is int else torch.sym_max(a, b)
+
+
+# What follows is integer arithmetic with neither branches on sizes nor float functions of them, so that torch.export
+# can leave height and width open.
+
+
+def scaled_grid(height, width, *, count: int | None = None, ratio: float | None = None) -> tuple:
+    """The largest (h, w) of the grid's aspect, h = ⌊s · height⌋ and w = ⌊s · width⌋ (at least 1), within a budget.
+
+    Args:
+        height, width: Of the grid.
+        count: The most cells, h · w; needs sizes that are no symbols. One of count and ratio.
+        ratio: The same as a share of height · width.
+    """
+    if ratio is None:
+        most = min(count, height * width)
+        h, w = floor_sqrt(most * height // width), floor_sqrt(most * width // height)
+    else:
+        most, scale = share_of(height * width, ratio), math.sqrt(ratio)
+        h, w = share_of(height, scale), share_of(width, scale)
+    h, w = larger(1, h), larger(1, w)
+    # Beyond (h, w), one side can grow on its own until the other's turn comes, or the budget is spent.
+    taller = smaller(most // w, (height * (w + 1) - 1) // width)
+    wider = smaller(most // h, (width * (h + 1) - 1) // height)
+    return larger(1, taller), larger(1, wider)
+
+
+def floor_sqrt(n) -> int:
+    """⌊√n⌋."""
+    if not torch.compiler.is_compiling():
+        return math.isqrt(n)
+    root = 0
+    while (root + 1) * (root + 1) <= n:  # n may be a symbol, which can be compared and no more
+        root += 1
+    return root
+
+
+def share_of(count, share: float):
+    """⌊count · share⌋; a share that was rounded to a float counts as the simple fraction it stands for."""
+    fraction = Fraction(float(share)).limit_denominator(10**6)
+    return count * fraction.numerator // fraction.denominator

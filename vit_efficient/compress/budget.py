@@ -1,15 +1,13 @@
 """How many tokens a compressor keeps: its budget, and the grid or count that the budget allows."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from numbers import Real
 
 import torch
 from timm.layers import register_notrace_function
 
-from vit_efficient.grid import larger, smaller
+from vit_efficient.grid import larger, scaled_grid, share_of, smaller
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,7 @@ class Budget:
         return f'num_tokens={self.num_tokens}'
 
 
-# Both functions below are leaves for FX, and integer arithmetic with neither branches on sizes nor float functions of
-# them, so that torch.export can leave height and width open.
+# Both functions below are leaves for FX.
 
 
 @torch.fx.wrap
@@ -80,22 +77,9 @@ def kept_grid(height, width, budget: Budget) -> tuple[int, int]:
                 'give a smaller pair, or keep_ratio, which follows the image size'
             )
         return h, w
-    if budget.num_tokens is not None:
-        if type(height) is not int or type(width) is not int:
-            raise ValueError(
-                f'num_tokens={budget.num_tokens} needs a fixed image size; give a pair (h, w) or keep_ratio'
-            )
-        most = min(budget.num_tokens, height * width)
-        h, w = _floor_sqrt(most * height // width), _floor_sqrt(most * width // height)
-    else:
-        most = _share(height * width, Fraction(budget.keep_ratio))
-        scale = Fraction(math.sqrt(budget.keep_ratio))
-        h, w = _share(height, scale), _share(width, scale)
-    h, w = larger(1, h), larger(1, w)
-    # Beyond (h, w), one side can grow on its own until the other's turn comes, or the budget is spent.
-    taller = smaller(most // w, (height * (w + 1) - 1) // width)
-    wider = smaller(most // h, (width * (h + 1) - 1) // height)
-    return larger(1, taller), larger(1, wider)
+    if budget.num_tokens is not None and (type(height) is not int or type(width) is not int):
+        raise ValueError(f'num_tokens={budget.num_tokens} needs a fixed image size; give a pair (h, w) or keep_ratio')
+    return scaled_grid(height, width, count=budget.num_tokens, ratio=budget.keep_ratio)
 
 
 @torch.fx.wrap
@@ -110,19 +94,4 @@ def kept_count(height, width, budget: Budget) -> int:
         raise ValueError(f'num_tokens={budget.num_tokens}: a sequence has one axis; give an integer, or keep_ratio')
     if budget.num_tokens is not None:
         return smaller(budget.num_tokens, height * width)
-    return larger(1, _share(height * width, Fraction(budget.keep_ratio)))
-
-
-def _floor_sqrt(n) -> int:
-    if not torch.compiler.is_compiling():
-        return math.isqrt(n)
-    root = 0
-    while (root + 1) * (root + 1) <= n:  # n may be a symbol, which can be compared and no more
-        root += 1
-    return root
-
-
-def _share(count, share: Fraction):
-    """⌊count · share⌋; a share that was rounded to a float counts as the simple fraction it stands for."""
-    share = share.limit_denominator(10**6)
-    return count * share.numerator // share.denominator
+    return larger(1, share_of(height * width, budget.keep_ratio))

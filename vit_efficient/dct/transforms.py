@@ -1,4 +1,4 @@
-"""Orthonormal discrete cosine transforms, truncated, inverted, and used to resize.
+"""Orthonormal discrete cosine transforms, inverted, and used to resize.
 
 The DCT-II of a signal of n samples is X = D x with the orthonormal matrix
 
@@ -25,8 +25,6 @@ from torch import Tensor
 
 from vit_efficient.bases import along, basis, product_dtype, real_dtype, without_autocast
 from vit_efficient.grid import plain_sizes, smaller
-
-__all__ = ['dct', 'dct2', 'dct_matrix', 'idct', 'idct2', 'resample', 'truncate']
 
 # See the module's docstring for where these were measured.
 FFT_FROM = {torch.float64: 1024, torch.float32: 1024, torch.bfloat16: 8192, torch.float16: 8192}
@@ -146,7 +144,8 @@ def _by_fft(x: Tensor, dim: int, n: int, kind: str, kept: int, size: int, dtype:
     return y.to(dtype).reshape(*outer, size, *inner)
 
 
-def _pair(value, name: str) -> tuple:
+def as_pair(value, name: str) -> tuple:
+    """The pair that an argument is to be; a ValueError if it is none."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f'{name} must be a pair, got {name}={value!r}')
     return tuple(value)
@@ -233,7 +232,7 @@ def resample(x: Tensor, size: int | tuple[int, int], dims: int | tuple[int, int]
     """
     if isinstance(dims, int):
         return _along(x, dims, 'resample', size)
-    (h, w), (rows, columns) = _pair(size, 'size'), _pair(dims, 'dims')
+    (h, w), (rows, columns) = as_pair(size, 'size'), as_pair(dims, 'dims')
     return _along(_along(x, rows, 'resample', h), columns, 'resample', w)
 
 
@@ -251,7 +250,7 @@ def dct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] =
     Raises:
         ValueError: If x is not floating-point, or not 1 ≤ h ≤ H and 1 ≤ w ≤ W.
     """
-    (h, w), (rows, columns) = _pair(size or (None, None), 'size'), _pair(dims, 'dims')
+    (h, w), (rows, columns) = as_pair(size or (None, None), 'size'), as_pair(dims, 'dims')
     return _along(_along(x, rows, 'dct', h), columns, 'dct', w)
 
 
@@ -269,24 +268,5 @@ def idct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] 
     Raises:
         ValueError: If x is not floating-point, or H < h or W < w.
     """
-    (height, width), (rows, columns) = _pair(size or (None, None), 'size'), _pair(dims, 'dims')
+    (height, width), (rows, columns) = as_pair(size or (None, None), 'size'), as_pair(dims, 'dims')
     return _along(_along(x, columns, 'idct', width), rows, 'idct', height)
-
-
-def truncate(x: Tensor, size: tuple[int, int], dims: tuple[int, int] = (-2, -1)) -> Tensor:
-    """The image x with all but its h × w lowest 2-D DCT coefficients set to zero.
-
-    By Parseval, the energy kept is `truncate(x, size).square().sum() / x.square().sum()`.
-
-    Args:
-        x: (…, H, W) or with its two axes at `dims`; floating-point.
-        size: (h, w).
-        dims: The two axes.
-
-    Returns:
-        Of the shape of x.
-
-    Raises:
-        ValueError: If x is not floating-point, or not 1 ≤ h ≤ H and 1 ≤ w ≤ W.
-    """
-    return idct2(dct2(x, size, dims), tuple(x.shape[dim] for dim in dims), dims)

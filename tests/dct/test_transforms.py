@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.threads import at_once
 from vit_efficient import bases, dct
+from vit_efficient.dct import transforms
 
 SIZES = st.integers(1, 40)
 
@@ -20,7 +21,7 @@ SIZES = st.integers(1, 40)
 @pytest.fixture(params=['product', 'fft'])
 def method(request, monkeypatch):
     least = 1 if request.param == 'fft' else 10**9
-    monkeypatch.setattr(dct, 'FFT_FROM', dict.fromkeys(dct.FFT_FROM, least))
+    monkeypatch.setattr(transforms, 'FFT_FROM', dict.fromkeys(transforms.FFT_FROM, least))
     return request.param
 
 
