@@ -72,6 +72,8 @@ def test_what_does_not_fit_is_named_in_one_line(recipe, text, message):
         ('sched.warmup_epochs=101', r'sched\.warmup_epochs must be at most sched\.epochs=100'),
         ('data.batch_size=0', r'data\.batch_size must be at least 1'),
         ('data.augment.crop_scale=[0.5]', r'data\.augment\.crop_scale must be two shares'),
+        ('data.augment.dct_truncate=2', r'data\.augment\.dct_truncate must be between 0 and 1, got 2\.0'),
+        ('data.augment.dct_truncate_ratio=[0,0.5]', r'data\.augment\.dct_truncate_ratio must be two shares'),
         ('loss.smoothing=1', r'loss\.smoothing must be at least 0 and below 1'),
         ('model.name=""', r'model\.name must be set'),
         ('amp=fp8', "amp must be none or bf16, got 'fp8'"),

@@ -14,17 +14,20 @@ from vit_efficient.data.images import read_image, to_array
 from vit_efficient.data.megapixel_mnist import MegapixelMnist
 from vit_efficient.data.sampler import EpochSampler, stable_seed
 from vit_efficient.data.transforms import EvalTransform, Preprocessing, TrainTransform
+from vit_efficient.data.truncation import DctTruncate, TorchvisionDctTruncate
 
 __all__ = [
     'AffineConfig',
     'AugmentConfig',
     'DataConfig',
+    'DctTruncate',
     'EpochSampler',
     'EvalTransform',
     'ImageTree',
     'MegapixelMnist',
     'Preprocessing',
     'Samples',
+    'TorchvisionDctTruncate',
     'TrainTransform',
     'check_same_classes',
     'class_names',

@@ -28,6 +28,8 @@ class AugmentConfig:
     hue: float = 0.0  # share of the colour circle, drawn from ± hue
     rand_ops: int = 2  # operations of the RandAugment-like policy per image
     rand_magnitude: float = 9.0  # their strength, 0 to 10
+    dct_truncate: float = 0.0  # probability that DCT coefficients of high frequency are dropped
+    dct_truncate_ratio: list[float] = field(default_factory=lambda: [1 / 16, 1 / 2])  # share of them kept: the range
     erasing: float = 0.25  # probability that a random rectangle is replaced by noise
     affine: AffineConfig = field(default_factory=AffineConfig)
 

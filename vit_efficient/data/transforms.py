@@ -17,6 +17,7 @@ from torchvision.transforms import Normalize
 
 from vit_efficient.data.config import AugmentConfig, DataConfig
 from vit_efficient.data.sampler import stable_seed
+from vit_efficient.data.truncation import DctTruncate
 
 _CV2_INTERPOLATION = {
     'nearest': cv2.INTER_NEAREST,
@@ -87,9 +88,10 @@ class TrainTransform:
     """The random transform of training. The draws for a sample are a function of (seed, epoch, index).
 
     In order: random resized crop, flips, affine map, colour jitter, RandAugment-like policy (`rand_ops` operations,
-    drawn with replacement, each with a strength drawn uniformly up to `rand_magnitude` / 10 of its range), random
-    erasing with pixel noise, normalisation. Where an image shrinks it is resized by area averaging: OpenCV's other
-    interpolations do not antialias. Without a crop (`crop_scale` null), geometry is that of evaluation at `crop_pct` 1.
+    drawn with replacement, each with a strength drawn uniformly up to `rand_magnitude` / 10 of its range), truncation
+    of the DCT, random erasing with pixel noise, normalisation. Where an image shrinks it is resized by area averaging:
+    OpenCV's other interpolations do not antialias. Without a crop (`crop_scale` null), geometry is that of evaluation
+    at `crop_pct` 1.
 
     Images of more than 8 bits, or of other than 1 or 3 channels, skip what is defined for photographs only:
     saturation and hue, and the policy's tonal operations other than brightness and contrast.
@@ -159,6 +161,8 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
     if config.rand_ops:
         policy = _policy(config.rand_magnitude / 10, photograph)
         steps.append(A.RandomOrder(policy, n=config.rand_ops, replace=True, p=1))
+    if config.dct_truncate:
+        steps.append(DctTruncate(tuple(config.dct_truncate_ratio), p=config.dct_truncate))
     if config.erasing:
         steps.append(A.Erasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), fill='random', p=config.erasing))
     steps += [

@@ -304,7 +304,11 @@ def validate(config: Config) -> None:
     check('seed', 'at least 0 and below 2**32', lambda v: 0 <= v < 2**32)
     check('optim.lr clip_grad', 'above 0', lambda v: v > 0)
     check('optim.layer_decay data.crop_pct', 'above 0 and at most 1', lambda v: 0 < v <= 1)
-    check('data.augment.hflip data.augment.vflip data.augment.erasing', 'between 0 and 1', lambda v: 0 <= v <= 1)
+    check(
+        'data.augment.hflip data.augment.vflip data.augment.dct_truncate data.augment.erasing',
+        'between 0 and 1',
+        lambda v: 0 <= v <= 1,
+    )
     check(
         'loss.smoothing ema.decay data.augment.affine.translate data.augment.affine.scale',
         'at least 0 and below 1',
@@ -316,6 +320,11 @@ def validate(config: Config) -> None:
     check(
         'data.augment.crop_scale',
         'two shares of the area, 0 < least ≤ most ≤ 1',
+        lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
+    )
+    check(
+        'data.augment.dct_truncate_ratio',
+        'two shares of the coefficients, 0 < least ≤ most ≤ 1',
         lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
     )
     check('data.augment.crop_ratio', 'two ratios, 0 < least ≤ most', lambda v: len(v) == 2 and 0 < v[0] <= v[1])
