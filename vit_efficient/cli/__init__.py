@@ -14,6 +14,7 @@ COMMANDS = {
     'train': 'train the model of a recipe',
     'evaluate': 'measure the accuracy of a trained model',
     'leaves': "draw which leaf of Treeformer's trees each patch of an image falls into",
+    'truncate': 'show an image, its truncations, and the energy they keep',
     'table': 'print tables: FLOPs of models, or FLOPs and accuracy of runs',
     'benchmark': 'time a mechanism against exact attention, in one run',
 }
