@@ -17,12 +17,13 @@ from torchvision.transforms import v2
 from tests.data.test_transforms import PLAIN
 from tests.data.trees import pixels
 from vit_efficient.data import AugmentConfig, DctTruncate, TorchvisionDctTruncate, TrainTransform
+from vit_efficient.dct import kept_coefficients
 
 DTYPES = ('uint8', 'uint16', 'float32', 'float64')
 
 
-def smooth(shape, dtype):
-    """Noise on a ramp, at times out of the type's range once it is truncated."""
+def noise(shape, dtype):
+    """The same in every type."""
     image = pixels(0, shape, 'float64')
     if dtype.startswith('float'):
         return image.astype(dtype)
@@ -30,7 +31,7 @@ def smooth(shape, dtype):
 
 
 def reference(image, ratio, block):
-    """By scipy, square blocks of a padded image: √ratio of each side."""
+    """By scipy: the lowest rectangle of each block of a padded image."""
     most = 1 if image.dtype.kind == 'f' else np.iinfo(image.dtype).max
     x = image.astype('f8').reshape(*image.shape[:2], -1)
     height, width = x.shape[:2]
@@ -38,8 +39,8 @@ def reference(image, ratio, block):
     x = np.pad(x, ((0, -height % p), (0, -width % q), (0, 0)), mode='edge')
     blocks = x.reshape(x.shape[0] // p, p, x.shape[1] // q, q, -1)
     y = scipy.fft.dctn(blocks, axes=(1, 3), norm='ortho')
-    y[:, round(p * ratio**0.5) :] = 0
-    y[:, :, :, round(q * ratio**0.5) :] = 0
+    h, w, _ = kept_coefficients(p, q, ratio=ratio)
+    y[:, h:] = y[:, :, :, w:] = 0
     y = scipy.fft.idctn(y, axes=(1, 3), norm='ortho').reshape(x.shape)[:height, :width]
     return y.clip(0, most).reshape(image.shape)
 
@@ -48,9 +49,7 @@ def reference(image, ratio, block):
 @pytest.mark.parametrize('shape', [(24, 32), (24, 32, 1), (24, 32, 3), (24, 32, 7), (21, 35, 3)])
 @pytest.mark.parametrize('block', [None, 8])
 def test_pixels(dtype, shape, block):
-    if block is None and shape[0] % 8:
-        pytest.skip('the same as any other size')
-    image = smooth(shape, dtype)
+    image = noise(shape, dtype)
     expected = reference(image, 1 / 4, block)
     tolerance = {'uint8': 0.501, 'uint16': 0.55, 'float32': 1e-6, 'float64': 1e-13}[dtype]
     found = DctTruncate(1 / 4, block, p=1)(image=image)['image']
@@ -85,7 +84,7 @@ def test_out_of_range_is_clipped():
 
 class TestAlbumentations:
     def test_draws_follow_the_seed(self):
-        image = smooth((24, 32, 3), 'uint8')
+        image = noise((24, 32, 3), 'uint8')
         images = []
         for seed in (1, 1, 2):
             compose = A.Compose([DctTruncate((0.05, 0.9), p=0.5), A.HorizontalFlip()], seed=seed)
@@ -109,18 +108,18 @@ class TestAlbumentations:
         again = A.from_dict(json.loads(json.dumps(A.to_dict(A.Compose([transform])))))
         again.set_random_seed(3)
         assert repr(again.transforms[0]) == repr(transform)
-        image = smooth((24, 32, 3), 'uint8')
+        image = noise((24, 32, 3), 'uint8')
         compose = A.Compose([pickle.loads(pickle.dumps(transform))], seed=3)
         assert all(np.array_equal(again(image=image)['image'], compose(image=image)['image']) for _ in range(5))
 
     def test_replay(self):
-        image = smooth((24, 32, 3), 'uint8')
+        image = noise((24, 32, 3), 'uint8')
         result = A.ReplayCompose([DctTruncate((0.01, 0.9), block=8, p=1)])(image=image)
         replay = json.loads(json.dumps(result['replay']))
         assert np.array_equal(A.ReplayCompose.replay(replay, image=image)['image'], result['image'])
 
     def test_only_images_change(self):
-        image, mask = smooth((24, 32, 3), 'uint8'), pixels(1, (24, 32))
+        image, mask = noise((24, 32, 3), 'uint8'), pixels(1, (24, 32))
         compose = A.Compose([DctTruncate(0.1, p=1), A.NoOp()], bbox_params=A.BboxParams('pascal_voc'))
         found = compose(image=image, mask=mask, bboxes=[[1, 2, 20, 21, 5]])
         assert np.array_equal(found['mask'], mask) and not np.array_equal(found['image'], image)
@@ -131,7 +130,7 @@ class TestAlbumentations:
 
 class TestTorchvision:
     def test_sample(self):
-        image = tv_tensors.Image(torch.from_numpy(smooth((3, 24, 32), 'uint8')))
+        image = tv_tensors.Image(torch.from_numpy(noise((3, 24, 32), 'uint8')))
         sample = {
             'image': image,
             'video': tv_tensors.Video(torch.stack([image, image])),
@@ -147,10 +146,10 @@ class TestTorchvision:
 
     @pytest.mark.parametrize('shape', [(24, 32), (24, 32, 3)])
     def test_pil(self, shape):
-        image = smooth(shape, 'uint8')
+        image = noise(shape, 'uint8')
         found = TorchvisionDctTruncate(0.1, p=1)(Image.fromarray(image))
         assert np.array_equal(np.asarray(found), DctTruncate(0.1, p=1)(image=image)['image'])
-        deep = Image.fromarray(smooth((24, 32), 'uint16'))
+        deep = Image.fromarray(noise((24, 32), 'uint16'))
         assert TorchvisionDctTruncate(0.1, p=1)(deep).mode == deep.mode == 'I;16'
         with pytest.raises(ValueError, match=r'of mode L, RGB, I;16, got P; convert it'):
             TorchvisionDctTruncate(0.1, p=1)(Image.fromarray(image).convert('P'))
@@ -176,11 +175,11 @@ def test_in_recipes():
     config = AugmentConfig(
         None, hflip=0, color_jitter=0, rand_ops=0, erasing=0, dct_truncate=1, dct_truncate_ratio=[0.25] * 2
     )
-    image = smooth((32, 32, 3), 'uint8')
+    image = noise((32, 32, 3), 'uint8')
     expected = torch.from_numpy(DctTruncate(0.25, p=1)(image=image)['image']).permute(2, 0, 1)
     assert torch.allclose(TrainTransform(PLAIN, config, 0)(image, 0, 0), (expected / 255 - 0.5) / 0.25, atol=1e-5)
     many = TrainTransform(replace(PLAIN, input_size=(5, 32, 32), mean=(0.5,) * 5, std=(0.25,) * 5), config, 0)
-    deep = smooth((32, 32, 5), 'float32')
+    deep = noise((32, 32, 5), 'float32')
     expected = torch.from_numpy(DctTruncate(0.25, p=1)(image=deep)['image']).permute(2, 0, 1)
     assert torch.allclose(many(deep, 0, 0), (expected - 0.5) / 0.25, atol=1e-5)
 

@@ -227,6 +227,8 @@ IMAGE = torch.zeros(2, 12, 15)
         (lambda: dct.truncate(IMAGE, (13, 2)), r'from 1 to the 12 × 15 of the image or block, got size=\(13, 2\)'),
         (lambda: dct.truncate(IMAGE, (0, 2)), r'size=\(0, 2\)'),
         (lambda: dct.truncate(IMAGE, (2.0, 2)), r'size=\(2.0, 2\)'),
+        (lambda: dct.truncate(IMAGE[:, :0], ratio=0.5), 'at least 1 × 1 pixels, got 0 × 15'),
+        (lambda: dct.truncate(IMAGE[:, :0], ratio=0.5, block=3), 'do not divide an image of 0 × 15'),
         (lambda: dct.truncate(IMAGE, 2), 'size must be a pair'),
         (lambda: dct.truncate(IMAGE, (4, 4), block=3), r'the 3 × 3 of the image or block, got size=\(4, 4\)'),
         (lambda: dct.truncate(IMAGE, block=3, count=10), 'the 3 × 3 of the image or block, got count=10'),

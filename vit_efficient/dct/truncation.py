@@ -82,24 +82,26 @@ def kept_coefficients(
     """
     given = {name: value for name, value in (('size', size), ('count', count), ('ratio', ratio)) if value is not None}
     if len(given) != 1:
-        raise ValueError(f'truncate: give one of size, count and ratio, got {given or "none"}')
+        raise ValueError(f'give one of size, count and ratio, got {given or "none"}')
     if order not in ORDERS:
-        raise ValueError(f'truncate: order must be one of {", ".join(ORDERS)}, got {order=}')
+        raise ValueError(f'order must be one of {", ".join(ORDERS)}, got {order=}')
     # Sizes that are symbols are taken as they are: comparing them would fix their value.
     plain = type(height) is int and type(width) is int
+    if plain and min(height, width) < 1:
+        raise ValueError(f'an image or block must have at least 1 × 1 pixels, got {height} × {width}')
     whole = f'the {height} × {width} of the image or block'
     if size is not None:
         if order != 'square':
-            raise ValueError(f'truncate: size={size} is a rectangle; with {order=} give count or ratio')
+            raise ValueError(f'size={size} is a rectangle; with {order=} give count or ratio')
         h, w = as_pair(size, 'size')
         if plain and not (type(h) is type(w) is int and 1 <= h <= height and 1 <= w <= width):
-            raise ValueError(f'truncate: size must be integers (h, w) from 1 to {whole}, got {size=}')
+            raise ValueError(f'size must be integers (h, w) from 1 to {whole}, got {size=}')
         return h, w, h * w
     if count is not None:
         if type(count) is not int or count < 1 or (plain and count > height * width):
-            raise ValueError(f'truncate: count must be an integer from 1 to {whole}, got {count=!r}')
+            raise ValueError(f'count must be an integer from 1 to {whole}, got {count=!r}')
     elif isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
-        raise ValueError(f'truncate: ratio must be a number with 0 < ratio ≤ 1, got {ratio=!r}')
+        raise ValueError(f'ratio must be a number with 0 < ratio ≤ 1, got {ratio=!r}')
     if order == 'square':
         h, w = scaled_grid(height, width, count=count, ratio=ratio)
         return h, w, h * w
