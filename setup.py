@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'vit_efficient/version.py').read_text()).group(1)
 
 DEMO = ['mlxtend', 'scikit-image']
+JPEG = ['pyjpegio>=0.3', 'simplejpeg>=1.9']
 ONNX = ['onnx', 'onnxscript', 'onnxruntime']
 # Public implementations that tests compare with.
 PEERS = ['linformer', 'nystrom-attention', 'performer-pytorch']
@@ -36,8 +37,9 @@ setup(
     ],
     extras_require={
         'demo': DEMO,
+        'jpeg': JPEG,
         'onnx': ONNX,
-        'dev': [*DEMO, *PEERS, 'hypothesis', 'pytest', 'ruff>=0.17,<0.18', 'scipy'],
+        'dev': [*DEMO, *JPEG, *PEERS, 'hypothesis', 'pytest', 'ruff>=0.17,<0.18', 'scipy'],
     },
     entry_points={'console_scripts': ['vit-efficient = vit_efficient.cli:main']},
     classifiers=[

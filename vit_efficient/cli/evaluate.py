@@ -35,12 +35,13 @@ def run(args: argparse.Namespace) -> None:
 
     from vit_efficient.data import (
         EpochSampler,
-        EvalTransform,
         Preprocessing,
         Samples,
         check_same_classes,
         class_names,
         create_loader,
+        eval_input,
+        input_shape,
     )
     from vit_efficient.train import evaluate, load_model
     from vit_efficient.train.distributed import processes
@@ -56,12 +57,13 @@ def run(args: argparse.Namespace) -> None:
     classes = class_names(dataset)
     check_same_classes(model.pretrained_cfg.get('label_names'), classes, 'the model', args.data)
     preprocessing = Preprocessing.of(model)
+    dataset, transform = eval_input(dataset, model, preprocessing, config.data.decode)
     task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight)
     with torch.no_grad():
-        task.check_logits(model.eval()(torch.zeros(1, *preprocessing.input_size)))
+        task.check_logits(model.eval()(torch.zeros(1, *input_shape(model, preprocessing))))
     samples = Samples(
         dataset,
-        EvalTransform(preprocessing),
+        transform,
         preprocessing.input_size[0],
         model.num_classes,
         check_target=task.check_target if task.of_patches else None,

@@ -1,5 +1,6 @@
 """Images to batches: reading, augmentation and order, every random draw a function of (seed, epoch, index)."""
 
+from vit_efficient.data.coefficients import CoefficientTransform, PatchCoefficients, read_coefficients
 from vit_efficient.data.config import AffineConfig, AugmentConfig, DataConfig
 from vit_efficient.data.datasets import (
     ImageTree,
@@ -10,7 +11,9 @@ from vit_efficient.data.datasets import (
     create_loader,
     iterate,
 )
+from vit_efficient.data.decoding import eval_input, input_shape, train_input
 from vit_efficient.data.images import read_image, to_array
+from vit_efficient.data.jpeg import QuantizedJpeg, ReducedReader, read_quantized
 from vit_efficient.data.megapixel_mnist import MegapixelMnist
 from vit_efficient.data.sampler import EpochSampler, stable_seed
 from vit_efficient.data.transforms import EvalTransform, Preprocessing, TrainTransform
@@ -19,13 +22,17 @@ from vit_efficient.data.truncation import DctTruncate, TorchvisionDctTruncate
 __all__ = [
     'AffineConfig',
     'AugmentConfig',
+    'CoefficientTransform',
     'DataConfig',
     'DctTruncate',
     'EpochSampler',
     'EvalTransform',
     'ImageTree',
     'MegapixelMnist',
+    'PatchCoefficients',
     'Preprocessing',
+    'QuantizedJpeg',
+    'ReducedReader',
     'Samples',
     'TorchvisionDctTruncate',
     'TrainTransform',
@@ -33,8 +40,13 @@ __all__ = [
     'class_names',
     'create_dataset',
     'create_loader',
+    'eval_input',
+    'input_shape',
     'iterate',
+    'read_coefficients',
     'read_image',
+    'read_quantized',
     'stable_seed',
     'to_array',
+    'train_input',
 ]

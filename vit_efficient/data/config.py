@@ -4,6 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ON_ERROR = ('error', 'skip')
+DECODE = (
+    'pixels',  # all files that can be read, at full size
+    'scaled',  # JPEGs at 1/2, 1/4 or 1/8 where crop and resize leave no more of them
+    'coefficients',  # of JPEGs, undecoded, for a patch embedding that takes them; patches are cropped at random
+)
 
 
 @dataclass
@@ -44,6 +49,7 @@ class DataConfig:
     root: str = ''  # with `dataset`: the folder that holds it
     args: dict[str, Any] = field(default_factory=dict)  # with `dataset`: its further arguments
     val_args: dict[str, Any] = field(default_factory=dict)  # what replaces some of them for validation
+    decode: str = 'pixels'  # one of DECODE
     batch_size: int = 128  # images per process and micro-batch
     eval_batch_size: int | None = None  # null: batch_size
     workers: int = 4  # loader processes; 0 loads in the training process

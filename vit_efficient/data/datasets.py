@@ -20,6 +20,7 @@ from torchvision.datasets import DatasetFolder
 
 from vit_efficient.data.config import ON_ERROR
 from vit_efficient.data.images import EXTENSIONS, read_image, to_array
+from vit_efficient.data.jpeg import QuantizedJpeg
 from vit_efficient.data.megapixel_mnist import SPLITS, MegapixelMnist
 from vit_efficient.data.sampler import EpochSampler
 
@@ -69,6 +70,7 @@ class _TimmImages(Dataset):
 
     def __init__(self, dataset: ImageDataset):
         self.reader = dataset.reader
+        self.loader = read_image
         labels = self.reader.class_to_idx or {}
         self.classes = sorted(labels, key=labels.get)
 
@@ -79,7 +81,7 @@ class _TimmImages(Dataset):
         file, label = self.reader[index][:2]
         with file:
             try:
-                return read_image(file), label
+                return self.loader(file), label
             except ValueError as error:
                 raise ValueError(f'{self.filename(index)}: {error}') from error
 
@@ -142,6 +144,11 @@ def _create_megapixel_mnist(split: str, args: dict[str, Any], key: str) -> Megap
         raise ValueError(f'data.dataset=megapixel_mnist: {error}') from error
 
 
+def reads_files(dataset: Dataset) -> bool:
+    """Whether it reads image files with its `loader`: (file or stream) -> image. That of others may do anything."""
+    return isinstance(dataset, ImageTree | _TimmImages)
+
+
 def class_names(dataset: Dataset) -> list[str] | None:
     """The names of the classes in the order of their labels, where the data set knows them (`classes`)."""
     names = getattr(dataset, 'classes', None)
@@ -176,9 +183,9 @@ class Samples(Dataset):
     the model (its label, channels, type or range, its target) is an error all the same.
 
     Args:
-        dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`); with
-            `check_target`, of (image, label, array of integers).
-        transform: (array, epoch, index) -> tensor.
+        dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`), or a
+            QuantizedJpeg; with `check_target`, of (image, label, array of integers).
+        transform: (array or QuantizedJpeg, epoch, index) -> tensor.
         in_chans: Channels of the model.
         num_classes: Classes of the model.
         cache: Keep decoded images in memory. Every loader process holds its own.
@@ -245,7 +252,9 @@ class Samples(Dataset):
         try:
             if not 0 <= int(label) < self.num_classes:
                 raise ValueError(f'its label {int(label)} is not among the {self.num_classes} classes of the model')
-            item: tuple[Any, ...] = (to_array(image, self.in_chans), int(label))
+            if not isinstance(image, QuantizedJpeg):
+                image = to_array(image, self.in_chans)
+            item: tuple[Any, ...] = (image, int(label))
             if self.check_target:
                 target = self._target(rest)
                 self.check_target(item[0].shape[:2], tuple(target.shape))

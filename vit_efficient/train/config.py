@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from vit_efficient.data.config import ON_ERROR, DataConfig
+from vit_efficient.data.config import DECODE, ON_ERROR, DataConfig
 
 
 @dataclass
@@ -146,6 +146,25 @@ _STILL = {
     'data.augment.rand_ops': 0,
     'data.augment.erasing': 0.0,
     'loss.mixup': 0.0,
+    'loss.cutmix': 0.0,
+}
+
+
+# The values with which augmentation and mixing leave coefficients as they are, or only move or add up whole patches.
+_ON_COEFFICIENTS = {
+    'task': 'classification',
+    'data.interpolation': None,
+    'data.crop_pct': None,
+    'data.crop_mode': None,
+    'data.augment.crop_scale': None,
+    'data.augment.affine.rotate': 0.0,
+    'data.augment.affine.translate': 0.0,
+    'data.augment.affine.scale': 0.0,
+    'data.augment.affine.shear': 0.0,
+    'data.augment.color_jitter': 0.0,
+    'data.augment.hue': 0.0,
+    'data.augment.rand_ops': 0,
+    'data.augment.erasing': 0.0,
     'loss.cutmix': 0.0,
 }
 
@@ -301,6 +320,7 @@ def validate(config: Config) -> None:
         lambda v: v >= 0,
     )
     check('task', ', '.join(TASKS[:-1]) + f' or {TASKS[-1]}', lambda v: v in TASKS)
+    check('data.decode', ', '.join(DECODE[:-1]) + f' or {DECODE[-1]}', lambda v: v in DECODE)
     check('seed', 'at least 0 and below 2**32', lambda v: 0 <= v < 2**32)
     check('optim.lr clip_grad', 'above 0', lambda v: v > 0)
     check('optim.layer_decay data.crop_pct', 'above 0 and at most 1', lambda v: 0 < v <= 1)
@@ -349,6 +369,14 @@ def validate(config: Config) -> None:
                 raise ValueError(
                     f'{key} must be {"null" if still is None else still} for task={config.task}: the target of '
                     f'patches does not move with the pixels; got {values[key]!r}'
+                )
+
+    if config.data.decode == 'coefficients':
+        for key, value in _ON_COEFFICIENTS.items():
+            if values[key] != value:
+                raise ValueError(
+                    f'{key} must be {"null" if value is None else value} for data.decode=coefficients, which are '
+                    f'cropped, flipped and mixed up, no more; got {values[key]!r}'
                 )
 
 

@@ -31,16 +31,17 @@ from tqdm import tqdm
 
 from vit_efficient.data import (
     EpochSampler,
-    EvalTransform,
     Preprocessing,
     Samples,
-    TrainTransform,
     check_same_classes,
     class_names,
     create_dataset,
     create_loader,
+    eval_input,
+    input_shape,
     iterate,
     stable_seed,
+    train_input,
 )
 from vit_efficient.environment import describe_environment
 from vit_efficient.files import write_json, write_text
@@ -137,8 +138,8 @@ class _Run:
         self.preprocessing = Preprocessing.of(self.model, data)
         in_chans, num_classes = self.preprocessing.input_size[0], self.model.num_classes
         self.task = Task.of(config.task, self.model, self.preprocessing, self.classes, config.loss.patch_weight)
-        augment = TrainTransform(self.preprocessing, data.augment, config.seed)
-        fixed = EvalTransform(self.preprocessing)
+        train_set, augment = train_input(train_set, self.model, self.preprocessing, data, config.seed)
+        val_set, fixed = eval_input(val_set, self.model, self.preprocessing, data.decode)
         if self.task.of_patches and not (data.augment.color_jitter or data.augment.hue):
             augment = fixed  # nothing is drawn: where images are resized, training sees what evaluation sees
         check_target = self.task.check_target if self.task.of_patches else None
@@ -296,7 +297,8 @@ class _Run:
         try:
             # Not inference_mode: what a model caches in it could not be trained through.
             with torch.no_grad(), autocast(self.team.device, self.config.amp):
-                logits = self.model(torch.zeros(1, channels, height, width, device=self.team.device))
+                shape = input_shape(self.model, self.preprocessing)
+                logits = self.model(torch.zeros(1, *shape, device=self.team.device))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f'model {self.config.model.name} does not take images of {height}×{width} pixels and {channels} '

@@ -1,0 +1,111 @@
+"""How the files of a data set become the tensors that a model takes: reader and transform, by `data.decode`."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from vit_efficient.data.coefficients import (
+    CoefficientReader,
+    CoefficientTransform,
+    PatchCoefficients,
+    takes_coefficients,
+)
+from vit_efficient.data.config import AugmentConfig, DataConfig
+from vit_efficient.data.datasets import reads_files
+from vit_efficient.data.jpeg import ReducedReader
+from vit_efficient.data.transforms import EvalTransform, Preprocessing, TrainTransform
+
+
+def train_input(
+    dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, config: DataConfig, seed: int
+) -> tuple[Dataset, Callable[..., Any]]:
+    """The data set as it is read for training, and the transform of what it reads.
+
+    Args:
+        dataset: What it reads is replaced in a copy, if at all.
+        model: It takes pixels or coefficients.
+        preprocessing: Input size and statistics.
+        config: How to decode, and the augmentation.
+        seed: The run's seed.
+
+    Raises:
+        ValueError: If `data.decode` does not fit the model or the data set, or its library is not installed.
+    """
+    augment = config.augment
+    if _checked(config.decode, model) == 'coefficients':
+        return _coefficient_input(dataset, model, preprocessing, seed, augment)
+    transform = TrainTransform(preprocessing, augment, seed)
+    if config.decode == 'pixels':
+        return dataset, transform
+    crop = {} if augment.crop_scale is None else {'crop_scale': augment.crop_scale[0], 'crop_ratio': augment.crop_ratio}
+    return _read_by(dataset, ReducedReader, *preprocessing.input_size[1:], **crop), transform
+
+
+def eval_input(
+    dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, decode: str
+) -> tuple[Dataset, Callable[..., Any]]:
+    """The same for evaluation, where nothing is drawn.
+
+    Args:
+        dataset: What it reads is replaced in a copy, if at all.
+        model: It takes pixels or coefficients.
+        preprocessing: Input size, statistics and crop.
+        decode: As `data.decode`.
+
+    Raises:
+        ValueError: If `decode` does not fit the model or the data set, or its library is not installed.
+    """
+    if _checked(decode, model) == 'coefficients':
+        return _coefficient_input(dataset, model, preprocessing)
+    transform = EvalTransform(preprocessing)
+    if decode == 'pixels':
+        return dataset, transform
+    resized = (math.ceil(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:])
+    return _read_by(dataset, ReducedReader, *resized), transform
+
+
+def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, int, int]:
+    """Of the tensor that the model takes: pixels or coefficients, (C, H, W)."""
+    size = preprocessing.input_size
+    return PatchCoefficients.of(model).shape(*size) if takes_coefficients(model) else size
+
+
+def _checked(decode: str, model: nn.Module) -> str:
+    if takes_coefficients(model) and decode != 'coefficients':
+        raise ValueError(
+            f'data.decode={decode} gives pixels, but the patch embedding of the model takes DCT coefficients; set '
+            'data.decode=coefficients, or the input of the embedding to pixels'
+        )
+    return decode
+
+
+def _coefficient_input(
+    dataset: Dataset,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    seed: int | None = None,
+    augment: AugmentConfig | None = None,
+) -> tuple[Dataset, CoefficientTransform]:
+    flips = {'hflip': augment.hflip, 'vflip': augment.vflip} if augment else {}
+    transform = CoefficientTransform(
+        PatchCoefficients.of(model), preprocessing.input_size, preprocessing.mean, preprocessing.std, seed, **flips
+    )
+    return _read_by(dataset, CoefficientReader, *preprocessing.input_size[1:]), transform
+
+
+def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any, **options: Any) -> Dataset:
+    if not reads_files(dataset):
+        raise ValueError(
+            f'data.decode is for image files, {type(dataset).__name__} gives images that are decoded already; use '
+            'data.decode=pixels'
+        )
+    dataset = copy.copy(dataset)
+    try:
+        dataset.loader = reader(*args, **options)
+    except ImportError as error:
+        raise ValueError(f'data.decode: {error}') from error
+    return dataset
