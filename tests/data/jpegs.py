@@ -30,8 +30,15 @@ def pil_jpeg(image, **options):
     return stream.getvalue()
 
 
-def decode(quantized):
-    """What a decoder computes before it rounds and clamps: (H, W, 1 or 3), float64, plain upsampling of chroma."""
+def decode(quantized, rounded=False):
+    """What a decoder computes with plain upsampling of chroma: (H, W, 1 or 3), float64.
+
+    With `rounded`, samples and then colours are brought to integers in 0…255, as libjpeg does.
+    """
+
+    def finish(values):
+        return values.round().clip(0, 255) if rounded else values
+
     samples = []
     for plane, table, (sy, sx) in zip(quantized.planes, quantized.tables, quantized.subsampling, strict=True):
         out = np.zeros(plane.shape)
@@ -39,12 +46,12 @@ def decode(quantized):
             for x in range(0, plane.shape[1], 8):
                 block = plane[y : y + 8, x : x + 8].astype(float) * table
                 out[y : y + 8, x : x + 8] = idctn(block, norm='ortho') + 128
-        samples.append(out.repeat(sy, 0).repeat(sx, 1)[: quantized.height, : quantized.width])
+        samples.append(finish(out).repeat(sy, 0).repeat(sx, 1)[: quantized.height, : quantized.width])
     if quantized.space != 'YCbCr':
         return np.stack(samples, -1)
     y, cb, cr = samples[0], samples[1] - 128, samples[2] - 128
     # The rounded constants of the JFIF standard.
-    return np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], -1)
+    return finish(np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], -1))
 
 
 def patch_dct(pixels, patch, keep, mean, std):

@@ -256,31 +256,6 @@ class _Component:
         torch.mm(x.view(-1, len(self.horizontal)), self.horizontal, out=out.view(-1, self.horizontal.shape[1]))
 
 
-class CoefficientReader:
-    """Reads a JPEG for `CoefficientTransform`: `read_quantized`, of images that are large enough.
-
-    Args:
-        height, width: The least size in pixels.
-
-    Raises:
-        ImportError: If `pyjpegio` is not installed.
-    """
-
-    def __init__(self, height: int, width: int):
-        self.height, self.width = height, width
-
-    def __call__(self, source: str | Path | BinaryIO) -> QuantizedJpeg:
-        """Raises ValueError as `read_quantized` does, and for an image that is too small."""
-        image = read_quantized(source)
-        if image.height < self.height or image.width < self.width:
-            prefix = f'{source}: ' if isinstance(source, str | Path) else ''
-            raise ValueError(
-                f'{prefix}its {image.height}×{image.width} pixels are fewer than the {self.height}×{self.width} of the '
-                "model's input, and coefficients are not resized; set data.img_size, or store the image larger"
-            )
-        return image
-
-
 class CoefficientTransform:
     """Quantised JPEG to coefficient image: a window of the size of the model's input, and flips. Nothing is resized.
 

@@ -8,15 +8,10 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from vit_efficient.data.coefficients import (
-    CoefficientReader,
-    CoefficientTransform,
-    PatchCoefficients,
-    takes_coefficients,
-)
+from vit_efficient.data.coefficients import CoefficientTransform, PatchCoefficients, takes_coefficients
 from vit_efficient.data.config import AugmentConfig, DataConfig
 from vit_efficient.data.datasets import reads_files
-from vit_efficient.data.jpeg import ReducedReader
+from vit_efficient.data.jpeg import QuantizedReader, ReducedReader
 from vit_efficient.data.transforms import EvalTransform, Preprocessing, TrainTransform
 
 
@@ -94,7 +89,7 @@ def _coefficient_input(
     transform = CoefficientTransform(
         PatchCoefficients.of(model), preprocessing.input_size, preprocessing.mean, preprocessing.std, seed, **flips
     )
-    return _read_by(dataset, CoefficientReader, *preprocessing.input_size[1:]), transform
+    return _read_by(dataset, QuantizedReader, *preprocessing.input_size[1:]), transform
 
 
 def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any, **options: Any) -> Dataset:

@@ -96,6 +96,32 @@ class ReducedReader:
         return read_image(source if isinstance(source, str | Path) else io.BytesIO(data))
 
 
+class QuantizedReader:
+    """`read_quantized`, of images that are large enough not to be resized.
+
+    Args:
+        height, width: The least size in pixels.
+
+    Raises:
+        ImportError: If `pyjpegio` is not installed.
+    """
+
+    def __init__(self, height: int, width: int):
+        _jpegio()
+        self.height, self.width = height, width
+
+    def __call__(self, source: str | Path | BinaryIO) -> 'QuantizedJpeg':
+        """Raises ValueError as `read_quantized` does, and for an image that is too small."""
+        image = read_quantized(source)
+        if image.height < self.height or image.width < self.width:
+            prefix = f'{source}: ' if isinstance(source, str | Path) else ''
+            raise ValueError(
+                f'{prefix}its {image.height}×{image.width} pixels are fewer than the {self.height}×{self.width} of the '
+                "model's input, and coefficients are not resized; set data.img_size, or store the image larger"
+            )
+        return image
+
+
 @dataclass(frozen=True)
 class QuantizedJpeg:
     """A JPEG after entropy decoding, before anything else.
