@@ -16,6 +16,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import albumentations as A
@@ -153,7 +154,8 @@ def main() -> None:
     print(Table(columns, rows).render())
     files = f'{len(paths)} files of {size / 1024:.0f} KiB on average'
     environment = one_line(describe_environment(torch.device('cpu')))
-    print(f'Medians of {args.rounds} rounds, {files}, {PROCESSES} processes. {environment}.')
+    versions = ', '.join(f'{name} {version(name)}' for name in ('pillow', 'torchvision', 'simplejpeg', 'pyjpegio'))
+    print(f'Medians of {args.rounds} rounds, {files}, {PROCESSES} processes. {environment}, {versions}.')
 
 
 if __name__ == '__main__':

@@ -134,6 +134,8 @@ def test_what_does_not_fit_is_named(tmp_path, patch, keep, channels, message):
     path = stored(tmp_path, jpeg(photograph(height=1, width=1)))
     with pytest.raises(ValueError, match=message):
         read_coefficients(path, patch, keep, channels)
+    with pytest.raises(ValueError, match=r'one value per channel \(1\), got mean=\(0\.5, 0\.5\)'):
+        read_coefficients(path, 8, 8, 1, mean=(0.5, 0.5))
 
 
 def transform(size=(64, 96), **options):

@@ -206,3 +206,10 @@ def test_augmentation_that_coefficients_do_not_allow_is_named(photographs, secti
     config.data.decode = 'jpeg'
     with pytest.raises(ValueError, match=r"data\.decode must be pixels, scaled or coefficients, got 'jpeg'"):
         validate(config)
+
+
+def test_the_command_evaluates_a_model_of_coefficients(photographs, tmp_path, monkeypatch, capsys):
+    """Whatever its recipe says, or without one."""
+    monkeypatch.setattr('vit_efficient.train.load_model', of_coefficients)
+    main(['evaluate', str(tmp_path), '--data', f'{photographs}/val'])
+    assert 'on 6 images' in capsys.readouterr().out

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
         create_loader,
         eval_input,
         input_shape,
+        takes_coefficients,
     )
     from vit_efficient.train import evaluate, load_model
     from vit_efficient.train.distributed import processes
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
     classes = class_names(dataset)
     check_same_classes(model.pretrained_cfg.get('label_names'), classes, 'the model', args.data)
     preprocessing = Preprocessing.of(model)
-    dataset, transform = eval_input(dataset, model, preprocessing, config.data.decode)
+    decode = 'coefficients' if takes_coefficients(model) else config.data.decode
+    dataset, transform = eval_input(dataset, model, preprocessing, decode)
     task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight)
     with torch.no_grad():
         task.check_logits(model.eval()(torch.zeros(1, *input_shape(model, preprocessing))))

@@ -1,6 +1,11 @@
 """Images to batches: reading, augmentation and order, every random draw a function of (seed, epoch, index)."""
 
-from vit_efficient.data.coefficients import CoefficientTransform, PatchCoefficients, read_coefficients
+from vit_efficient.data.coefficients import (
+    CoefficientTransform,
+    PatchCoefficients,
+    read_coefficients,
+    takes_coefficients,
+)
 from vit_efficient.data.config import AffineConfig, AugmentConfig, DataConfig
 from vit_efficient.data.datasets import (
     ImageTree,
@@ -47,6 +52,7 @@ __all__ = [
     'read_image',
     'read_quantized',
     'stable_seed',
+    'takes_coefficients',
     'to_array',
     'train_input',
 ]

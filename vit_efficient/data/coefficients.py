@@ -139,11 +139,14 @@ def read_coefficients(
     layout = PatchCoefficients(patch_size, keep)
     if channels not in _TO_CHANNELS:
         raise ValueError(f'{channels=} must be 1 or 3: the coefficients of a JPEG are of grey or RGB images')
+    mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f'mean and std must have one value per channel ({channels}), got {mean=}, {std=}')
     image = read_quantized(source)
     if min(layout.grid(image.height, image.width)) < 1:
         prefix = f'{source}: ' if isinstance(source, str | Path) else ''
         raise ValueError(f'{prefix}its {image.height}×{image.width} pixels do not hold a patch of {patch_size}')
-    return regroup(image, layout, mean or (0.0,) * channels, std or (1.0,) * channels)
+    return regroup(image, layout, mean, std)
 
 
 def regroup(

@@ -150,7 +150,7 @@ _STILL = {
 }
 
 
-# The values with which augmentation and mixing leave coefficients as they are, or only move or add up whole patches.
+# The values with which nothing is done to coefficients that only pixels allow.
 _ON_COEFFICIENTS = {
     'task': 'classification',
     'data.interpolation': None,
@@ -370,13 +370,12 @@ def validate(config: Config) -> None:
                     f'{key} must be {"null" if still is None else still} for task={config.task}: the target of '
                     f'patches does not move with the pixels; got {values[key]!r}'
                 )
-
     if config.data.decode == 'coefficients':
         for key, value in _ON_COEFFICIENTS.items():
             if values[key] != value:
                 raise ValueError(
-                    f'{key} must be {"null" if value is None else value} for data.decode=coefficients, which are '
-                    f'cropped, flipped and mixed up, no more; got {values[key]!r}'
+                    f'{key} must be {"null" if value is None else value} for data.decode=coefficients: they can be '
+                    f'cropped by whole patches, flipped and mixed (mixup), no more; got {values[key]!r}'
                 )
 
 
