@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from vit_efficient.cli.evaluate import open_data, recipe_of
-    from vit_efficient.data import EvalTransform, Preprocessing, read_image, to_array
+    from vit_efficient.data import EvalTransform, Preprocessing, read_image, takes_coefficients, to_array
     from vit_efficient.leaves import find_leaves, occupancy, plot_leaves
     from vit_efficient.train import load_model
 
@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
         if not args.image.isdecimal() or int(args.image) >= len(dataset):
             raise ValueError(f'IMAGE must be a number from 0 to {len(dataset) - 1} with --data, got {args.image!r}')
         image = dataset[int(args.image)][0]
+    if takes_coefficients(model):
+        raise ValueError(f'{args.model} takes DCT coefficients of patches, and leaves are drawn on pixels')
     preprocessing = Preprocessing.of(model)
     tensor = EvalTransform(preprocessing)(to_array(image, preprocessing.input_size[0]), 0, 0)
     found = find_leaves(model, tensor[None])

@@ -17,7 +17,7 @@ from torch import nn
 
 from vit_efficient.attention.treeformer_tf import LeafAttention
 from vit_efficient.benchmark import take_turns
-from vit_efficient.data import EvalTransform, Preprocessing, Samples, create_dataset
+from vit_efficient.data import Preprocessing, Samples, create_dataset, eval_input, input_shape
 from vit_efficient.environment import describe_environment, one_line
 from vit_efficient.files import write_text
 from vit_efficient.flops import count_flops
@@ -116,6 +116,8 @@ def accuracy_table(
     parts = [table.render(), _explanation(entries, device, batch_size) + _costs_of_images(entries)]
     if any(config.stages for entry in entries for config in entry.configs):
         parts.append(_stages(entries, accuracies))
+    if any(_is_learned(entry) for entry in entries):
+        parts.append(_truncations(entries, accuracies))
     if len(entries) > 1:
         parts.append(_comparison(entries))
     parts.append(_environment(entries, device))
@@ -182,19 +184,21 @@ def _measure(entries: Sequence[Entry], accuracies: Sequence[str]) -> tuple[list[
     if config.threads:
         torch.set_num_threads(config.threads)
     models = [load_model(entry.folders[0] / 'model').eval() for entry in entries]
-    sizes = [tuple(model.pretrained_cfg['input_size']) for model in models]
+    sizes = [input_shape(model, Preprocessing.of(model)) for model in models]
     patches = max(getattr(getattr(model, 'patch_embed', None), 'num_patches', 1) for model in models)
     batch_size = max(1, min(BATCH_SIZE, BATCH_PATCHES // patches))
     speeds = images_per_second(models, sizes, device, batch_size)
     rows = []
     for entry, model, size, speed in zip(entries, models, sizes, speeds, strict=True):
-        count = count_flops(model, size)
+        # What is learned of a truncation is another one for each seed.
+        others = [load_model(folder / 'model') for folder in entry.folders[1:]] if _is_learned(entry) else []
+        counts = [count_flops(each, size) for each in (model, *others)]
         rows.append(
             {
                 'model': entry.label,
                 'parameters_m': entry.results[0]['parameters'] / 1e6,
-                'gmacs': count.total / 1e9,
-                'attention_gmacs': count.attention / 1e9,
+                'gmacs': statistics.fmean(count.total for count in counts) / 1e9,
+                'attention_gmacs': statistics.fmean(count.attention for count in counts) / 1e9,
                 'kept_tokens': _kept(model, size[1:]),
                 'images_per_second': speed,
                 'speed_ratio': speed / speeds[0],
@@ -369,8 +373,7 @@ def _costs_of_images(entries: Sequence[Entry]) -> str:
         data, preprocessing = entry.configs[0].data, Preprocessing.of(model)
         dataset = create_dataset(data.val, data.dataset, data.root, 'data.val', {**data.args, **data.val_args})
         samples = Samples(
-            dataset,
-            EvalTransform(preprocessing),
+            *eval_input(dataset, model, preprocessing, data.decode),
             preprocessing.input_size[0],
             model.num_classes,
             on_error=data.on_error,
@@ -393,7 +396,7 @@ def _stages(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
         if not config.stages:
             continue
         trained = load_model(entry.folders[0] / 'model')
-        size = tuple(trained.pretrained_cfg['input_size'])
+        size = input_shape(trained, Preprocessing.of(trained))
         with torch.device('meta'):
             model = timm.create_model(config.model.name, **{**config.model.args, 'num_classes': trained.num_classes})
             for number, stage in enumerate(list_stages(config)):
@@ -418,6 +421,46 @@ def _stages(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
         *_accuracy_columns(accuracies),
     ]
     return Table(columns, rows).render()
+
+
+def _is_learned(entry: Entry) -> bool:
+    return 'truncation' in entry.results[0]
+
+
+def _truncations(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
+    """What each seed has learned to keep, and what it cost to make that a hard truncation."""
+    rows = []
+    for entry in entries:
+        if not _is_learned(entry):
+            continue
+        for config, result in zip(entry.configs, entry.results, strict=True):
+            learned = result['truncation']
+            rows.append(
+                {
+                    'model': entry.label if config is entry.configs[0] else '',
+                    'seed': config.seed,
+                    'kept': _sizes(learned['kept']),
+                    **{f'{name}_before': learned['learned'][name] for name in accuracies},
+                    **{name: result[name] for name in accuracies},
+                }
+            )
+    columns = [Column('model', 'learned truncation'), Column('seed'), Column('kept', 'coefficients kept')]
+    for name in accuracies:
+        columns += [
+            Column(f'{name}_before', f'{ACCURACIES[name][0]}, as learned', 2),
+            Column(name, 'made hard', 2),
+        ]
+    return Table(columns, rows).render()
+
+
+def _sizes(kept: dict[str, Any]) -> str:
+    """Such as '4×4', of a patch, or '3×4, 2×2', of the grid in each layer."""
+    sizes = []
+    for size in kept.values():
+        channels = size if isinstance(size[0], list) else [size]
+        texts = list(dict.fromkeys(f'{h}×{w}' for h, w in channels))
+        sizes.append('/'.join(texts))
+    return ', '.join(sizes)
 
 
 Predictions = list[dict[str, str]]  # a run's predictions.csv

@@ -165,6 +165,7 @@ _ON_COEFFICIENTS = {
     'data.augment.hue': 0.0,
     'data.augment.rand_ops': 0,
     'data.augment.erasing': 0.0,
+    'data.augment.dct_truncate': 0.0,
     'loss.cutmix': 0.0,
 }
 

@@ -26,7 +26,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vit_efficient.data import (
@@ -149,19 +149,12 @@ class _Run:
         if not len(self.val_samples):
             raise ValueError('the validation set is empty')
 
-        share = {'rank': team.rank, 'world_size': team.world_size}
+        self.sampler = EpochSampler(len(train_set), config.seed, rank=team.rank, world_size=team.world_size)
         pin = team.device.type == 'cuda'
-        self.sampler = EpochSampler(len(train_set), config.seed, **share)
         self.train_loader = create_loader(
             self.train_samples, self.sampler, data.batch_size, data.workers, drop_last=True, pin=pin
         )
-        self.val_loader = create_loader(
-            self.val_samples,
-            EpochSampler(len(val_set), shuffle=False, even=False, **share),
-            data.eval_batch_size or data.batch_size,
-            data.workers,
-            pin=pin,
-        )
+        self.val_loader = self._create_val_loader()
         self.images_per_update = data.batch_size * config.grad_accum * team.world_size
         self.updates_per_epoch = len(self.sampler) // (data.batch_size * config.grad_accum)
         if not self.updates_per_epoch:
@@ -188,6 +181,16 @@ class _Run:
         self.frozen: nn.Module | None = None
         self.stage = -1
         self._enter_stage(0)
+
+    def _create_val_loader(self) -> DataLoader:
+        data, team = self.config.data, self.team
+        return create_loader(
+            self.val_samples,
+            EpochSampler(len(self.val_samples), shuffle=False, even=False, rank=team.rank, world_size=team.world_size),
+            data.eval_batch_size or data.batch_size,
+            data.workers,
+            pin=team.device.type == 'cuda',
+        )
 
     def _enter_stage(self, number: int) -> None:
         """The model as this stage has it, after those between; and all that learns, anew."""
@@ -523,6 +526,10 @@ class _Run:
         frozen = copy.deepcopy(self.evaluated_model)
         kept = freeze_truncation(frozen)
         self.frozen = frozen
+        # It may take fewer coefficients of each patch.
+        options = frozen, self.preprocessing, self.config.data.decode
+        _, self.val_samples.transform = eval_input(self.val_samples.dataset, *options)
+        self.val_loader = self._create_val_loader()
         learned, evaluation = evaluation.accuracies, self._measure()
         if self.log:
             with interrupts.held():
