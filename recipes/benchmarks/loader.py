@@ -1,4 +1,5 @@
-"""Times the ways from a JPEG file to the tensor that a patch embedding takes, in one run; prints a table.
+"""Times the ways from a JPEG file to the tensor that a patch embedding takes, and the training of a small model that is
+fed by each, in one run; prints a table of either.
 
     python recipes/benchmarks/loader.py
 
@@ -8,9 +9,16 @@ that none profits from what another does to its process's memory; they take turn
 float32, normalised: of pixels (3, H, W), or of patch coefficients. Pixels are normalised as data sets of pixels are
 here, by albumentations; "in blocks" stands for the fastest way found, which keeps to a core's cache. Processor time is
 that of the processes, without what they wait for each other and for whatever else runs.
+
+The models that are trained (`MODEL`, at 512 pixels, of two depths) have a process of one thread, and their loader one
+worker. Of pixels they take random crops of a quarter of the area or more, resized; of coefficients, windows of 512 × 512
+pixels, since they cannot be resized.
 """
 
 import argparse
+import contextlib
+import io
+import json
 import statistics
 import tempfile
 import time
@@ -27,13 +35,17 @@ from torchvision.io import decode_image
 
 from vit_efficient.benchmark import take_turns
 from vit_efficient.data import ReducedReader, read_coefficients, read_image, to_array
+from vit_efficient.data.config import DECODE, AugmentConfig, DataConfig
 from vit_efficient.environment import describe_environment, one_line
 from vit_efficient.tables import Column, Table
+from vit_efficient.train import Config, train
+from vit_efficient.train.config import ModelConfig, SchedConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee', 'rocket')
 WIDTH = 2048
 PROCESSES = 2
+MODEL, SIZE, DEPTHS = 'vit_full_tiny_dctpatch32', [512, 512], (1, 4)
 TO_TENSOR = A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()])
 
 
@@ -133,15 +145,69 @@ def measure(paths: list[str], rounds: int) -> list[dict]:
     return rows
 
 
+def train_on(folder: Path, depth: int, decode: str, output: Path) -> float:
+    """Images per second of an epoch, without the first one, in which loader and memory are set up."""
+    augment = {'color_jitter': 0.0, 'rand_ops': 0, 'erasing': 0.0}
+    if decode == 'coefficients':
+        augment['crop_scale'] = None
+    else:
+        augment['crop_scale'] = [0.25, 1.0]
+    patch_input = 'coefficients' if decode == 'coefficients' else 'pixels'
+    args = {'img_size': SIZE, 'depth': depth, 'patch_input': patch_input}
+    config = Config(
+        model=ModelConfig(MODEL, args),
+        data=DataConfig(
+            train=str(folder), val=str(folder), batch_size=8, workers=1, decode=decode, augment=AugmentConfig(**augment)
+        ),
+        sched=SchedConfig(epochs=3, warmup_epochs=0),
+        output=str(output),
+        device='cpu',
+        threads=1,
+        eval_every=3,
+        log_every=1,
+    )
+    with contextlib.redirect_stderr(io.StringIO()):
+        train(config)
+    lines = [json.loads(line) for line in (output / 'metrics.jsonl').open()]
+    rates = [line['images_per_second'] for line in lines if line['kind'] == 'train' and line['epoch'] > 0]
+    return statistics.harmonic_mean(rates)
+
+
+def measure_training(paths: list[str], rounds: int, folder: Path) -> list[dict]:
+    for number, path in enumerate(paths):
+        (folder / 'data' / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        for copy in range(4):
+            (folder / 'data' / str(number % 2) / f'{number}-{copy}.jpg').symlink_to(path)
+    rates: dict[tuple[int, str], list[float]] = {(depth, decode): [] for depth in DEPTHS for decode in DECODE}
+    for turn in range(rounds):
+        for depth, decode in rates:
+            output = folder / f'{depth}-{decode}-{turn}'
+            rates[depth, decode].append(train_on(folder / 'data', depth, decode, output))
+    medians = {key: statistics.median(values) for key, values in rates.items()}
+    return [
+        {
+            'depth': depth,
+            'decode': decode,
+            'rate': medians[depth, decode],
+            'least': min(values),
+            'most': max(values),
+            'ratio': medians[depth, decode] / medians[depth, 'pixels'],
+        }
+        for (depth, decode), values in rates.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--training-rounds', type=int, default=3)
     parser.add_argument('--copies', type=int, default=2, help='of each photograph, per turn (default: %(default)s)')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(Path(folder), args.copies)
         size = statistics.mean(Path(path).stat().st_size for path in paths)
         rows = measure(paths, args.rounds)
+        training = measure_training(paths, args.training_rounds, Path(folder))
     columns = [
         Column('way', 'file to tensor'),
         Column('rate', 'images/s', 1),
@@ -152,10 +218,20 @@ def main() -> None:
         Column('cpu', 'processor ms per image', 1),
     ]
     print(Table(columns, rows).render())
+    columns = [
+        Column('depth', 'training, layers'),
+        Column('decode', 'data.decode'),
+        Column('rate', 'images/s', 1),
+        Column('least', 'least', 1),
+        Column('most', 'most', 1),
+        Column('ratio', '× pixels', 2),
+    ]
+    print(Table(columns, training).render())
     files = f'{len(paths)} files of {size / 1024:.0f} KiB on average'
     environment = one_line(describe_environment(torch.device('cpu')))
     versions = ', '.join(f'{name} {version(name)}' for name in ('pillow', 'torchvision', 'simplejpeg', 'pyjpegio'))
-    print(f'Medians of {args.rounds} rounds, {files}, {PROCESSES} processes. {environment}, {versions}.')
+    rounds = f'Medians of {args.rounds} rounds, of training {args.training_rounds}'
+    print(f'{rounds}; {files}, {PROCESSES} processes. {environment}, {versions}.')
 
 
 if __name__ == '__main__':
