@@ -11,8 +11,8 @@ here, by albumentations; "in blocks" stands for the fastest way found, which kee
 that of the processes, without what they wait for each other and for whatever else runs.
 
 The models that are trained (`MODEL`, at 512 pixels, of two depths) have a process of one thread, and their loader one
-worker. Of pixels they take random crops of a quarter of the area or more, resized; of coefficients, windows of 512 × 512
-pixels, since they cannot be resized.
+worker. Of pixels they take random crops of a quarter of the area or more, resized; of coefficients, windows of 512 ×
+512 pixels, since they cannot be resized.
 """
 
 import argparse
