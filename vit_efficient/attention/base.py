@@ -30,6 +30,9 @@ class GridAttention(Attention):
 
     #: The registered name; with `options` it rebuilds the mechanism.
     mechanism: str = ''
+    #: Whether it is the block that goes down to fewer tokens and up again, with its `down` and `up`, and `forward` is
+    #: given those tokens.
+    of_block: bool = False
 
     def __init__(self, dim: int, num_heads: int = 8, **kwargs):
         timm_arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in _TIMM_ARGUMENTS}

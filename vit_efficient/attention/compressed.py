@@ -4,9 +4,12 @@
     x       the block's normed input; the output goes up again              m × m, projections on m tokens
     qkv     queries, keys and values; the output goes up again              m × m
     kv      keys and values                                                 N × m
+    block   the block's input; what attention and MLP add to it goes up     m × m, projections and MLP on m tokens
+
+At `block` the residual carries what the compressor cannot: x + up(attention and MLP of down(x)).
 
 Sources: DCT-Former (Scribano et al., 2023, arXiv 2203.01178; `x` and, as its second form, `qkv`), Linformer (Wang et
-al., 2020, arXiv 2006.04768; `kv`).
+al., 2020, arXiv 2006.04768; `kv`). `block` is ours.
 
 Letters: B batch, N tokens, m kept, P prefix, C channels, H heads, D = C / H. Kept tokens include the prefix.
 """
@@ -24,7 +27,7 @@ from vit_efficient.attention.registry import register_attention
 from vit_efficient.compress import COMPRESSORS
 from vit_efficient.grid import PatchGrid
 
-PLACES = ('x', 'qkv', 'kv')
+PLACES = ('x', 'qkv', 'kv', 'block')
 
 
 class LocalMixing(nn.Conv2d):
@@ -53,7 +56,9 @@ class CompressedAttention(GridAttention):
     """timm's attention among the tokens that a compressor keeps.
 
     qk-norm acts after compression. At place `x` the whole of timm's attention runs on the kept tokens, with its gate
-    and its norm. At `qkv` and `kv` gate and norm act at full resolution, and the output projection stands after them.
+    and its norm; at `block` too, but there it is the block that goes down and up (`GridBlock` of the models), and
+    `forward` takes the kept tokens. At `qkv` and `kv` gate and norm act at full resolution, and the output projection
+    stands after them.
 
     Where the compressor commutes with projections (the DCT does), the result is the same if channels are projected on
     the kept tokens, before going up or after coming down; so that is done. At `kv` this uses the rows of `qkv` apart,
@@ -61,10 +66,10 @@ class CompressedAttention(GridAttention):
 
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
-        place: 'x', 'qkv' or 'kv'.
+        place: 'x', 'qkv', 'kv' or 'block'.
         compressor: One of the registered compressors.
         local: Kernel size of a depthwise convolution over the patch grid, added to the output; it restores what the
-            compressor cannot carry. Odd; 0 for none.
+            compressor cannot carry. Odd; 0 for none, as at place 'block', whose residual does that.
         **compressor_options: For the compressor, such as `keep_ratio`.
 
     Raises:
@@ -76,6 +81,8 @@ class CompressedAttention(GridAttention):
             raise ValueError(f'place must be one of {", ".join(PLACES)}, got {place=}')
         if type(local) is not int or local < 0 or (local and local % 2 == 0):
             raise ValueError(f'local must be 0 or an odd kernel size, got {local=}')
+        if local and place == 'block':
+            raise ValueError(f"local={local} cannot be had at place='block': there the residual carries the rest")
         if compressor not in COMPRESSORS:
             raise ValueError(f'compressor must be one of {", ".join(sorted(COMPRESSORS))}, got {compressor=}')
         try:
@@ -86,6 +93,7 @@ class CompressedAttention(GridAttention):
             raise ValueError(f"compressor {compressor!r} has no way up, it can only stand at place='kv', got {place=}")
         self.compressor = compressor
         self.place = place
+        self.of_block = place == 'block'
         weight = self.qkv.weight
         self.local = LocalMixing(weight.shape[1], local, device=weight.device, dtype=weight.dtype) if local else None
 
@@ -109,22 +117,37 @@ class CompressedAttention(GridAttention):
         return dict(compressor=self.compressor, place=self.place, local=kernel_size, **self.compress.options)
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self.of_block:
+            check_kept(self.mechanism, x.shape[1], self.num_attended(grid), attn_mask, is_causal)
+            return self.proj_drop(self.proj(self._among_kept(x, grid)))
         base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
-        y = self._on_kept_tokens(x, grid) if self.place == 'x' else self._on_projections(x, grid)
+        if self.place == 'x':
+            y = self._project_up(self._among_kept(self._down(x, grid), grid), grid)
+        else:
+            y = self._on_projections(x, grid)
         if self.local is not None:
             prefix, patches = self._split(y, grid)
             patches = patches + self.local(self._split(x, grid)[1], grid)
             y = torch.cat([prefix, patches], dim=1) if grid.prefix else patches
         return self.proj_drop(y)
 
-    def _on_kept_tokens(self, x: Tensor, grid: PatchGrid) -> Tensor:
-        x_BmC = self._down(x, grid)
+    def down(self, x: Tensor, grid: PatchGrid) -> Tensor:
+        """The tokens that a block keeps at place 'block': (B, N, C) → (B, m, C)."""
+        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, None, False)
+        return self._down(x, grid)
+
+    def up(self, y: Tensor, grid: PatchGrid) -> Tensor:
+        """And back: (B, m, C) → (B, N, C)."""
+        return self._up(y, grid)
+
+    def _among_kept(self, x_BmC: Tensor, grid: PatchGrid) -> Tensor:
+        """timm's attention on the kept tokens, but for the output projection."""
         q, k, v = self._heads(self.qkv(x_BmC)).unbind(2)
         y_BmC = self._attend(q, k, v, grid)
         y_BmC = self.norm(y_BmC)
         if self.gate is not None:
             y_BmC = y_BmC * self.gate(x_BmC).sigmoid()
-        return self._project_up(y_BmC, grid)
+        return y_BmC
 
     def _on_projections(self, x: Tensor, grid: PatchGrid) -> Tensor:
         q, k, v = self._compressed_projections(x, grid)
@@ -233,3 +256,15 @@ class CompressedAttention(GridAttention):
 @register_notrace_function
 def add_bias(scores: Tensor, bias: Tensor | None) -> Tensor:
     return scores if bias is None else scores + bias
+
+
+@torch.fx.wrap
+@register_notrace_function
+def check_kept(mechanism: str, num_tokens, kept, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raises the errors of `CompressedAttention.forward` at place 'block'."""
+    base.check_tokens(mechanism, kept, 1, kept, 0, attn_mask, is_causal)
+    if type(num_tokens) is int and type(kept) is int and num_tokens != kept:
+        raise ValueError(
+            f"attention {mechanism!r} at place='block' attends among the {kept} tokens that its block keeps, and was "
+            f'given {num_tokens}: it needs a block that goes down and up, such as those of the models here'
+        )

@@ -46,9 +46,13 @@ SIZES = {
 
 
 class GridBlock(Block):
-    """timm's pre-norm block, which hands the grid to its attention."""
+    """timm's pre-norm block, which hands the grid to its attention, or works on the tokens that this one keeps."""
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self.attn.of_block:
+            y = self.attn.down(x, grid)
+            added = self.drop_path1(self.ls1(self.attn(self.norm1(y), grid, attn_mask=attn_mask, is_causal=is_causal)))
+            return x + self.attn.up(added + self.drop_path2(self.ls2(self.mlp(self.norm2(y + added)))), grid)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, attn_mask=attn_mask, is_causal=is_causal)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 

@@ -56,20 +56,21 @@ def soft_cost(model: nn.Module) -> Tensor:
     if _learns(embedding):
         soft = embedding.macs([embedding.window.soft_size(f, g) for f, g in embedding.kept])
         parts.append((grid.num_patches * soft, grid.num_patches * embedding.macs(embedding.kept)))
-    for _, attention in _layers(model):
+    for i, attention in _layers(model):
         size = kept_grid(grid.height, grid.width, attention.compress.budget)
         soft = attention.compress.window.soft_size(*size)
-        parts.append((_attention_macs(attention, grid, *soft), _attention_macs(attention, grid, *size)))
+        mlp = sum(module.weight.numel() for module in model.blocks[i].mlp.modules() if isinstance(module, nn.Linear))
+        parts.append(tuple(_attention_macs(attention, grid, *sides, mlp) for sides in (soft, size)))
     return sum(soft for soft, _ in parts) / sum(full for _, full in parts)
 
 
-def _attention_macs(attention: CompressedAttention, grid: PatchGrid, h, w):
-    """Multiply-accumulates of an attention among h × w coefficients."""
+def _attention_macs(attention: CompressedAttention, grid: PatchGrid, h, w, mlp: int):
+    """Multiply-accumulates of an attention among h × w coefficients; at place 'block', with those of the MLP."""
     N, C, m = grid.num_tokens, attention.attn_dim, grid.prefix + h * w
     down = C * (grid.num_patches * h + h * grid.width * w)
     if attention.place == 'kv':
         return 2 * N * C**2 + 2 * m * C**2 + 2 * N * m * C + down
-    return 4 * m * C**2 + 2 * m**2 * C + 2 * down
+    return 4 * m * C**2 + 2 * m**2 * C + 2 * down + (m * mlp if attention.of_block else 0)
 
 
 def freeze_truncation(model: nn.Module) -> dict[str, tuple[int, int] | list[tuple[int, int]]]:
