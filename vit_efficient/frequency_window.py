@@ -10,11 +10,23 @@ hard truncation after training.
 import math
 
 import torch
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from vit_efficient.grid import plain_sizes
 
 __all__ = ['FrequencyWindow']
+
+
+# A leaf for FX, where sizes are not yet numbers.
+@torch.fx.wrap
+@register_notrace_function
+def _gains(share: Tensor, axis: int, n, smoothness: float) -> Tensor:
+    (n,) = plain_sizes((n,))
+    k = torch.arange(n, device=share.device)
+    length = share[axis].to(torch.promote_types(share.dtype, torch.float32)) * n
+    gains = (0.5 + (length - 0.5 - k) / smoothness).clamp(0, 1)
+    return torch.where(k == 0, torch.ones_like(gains), gains)
 
 
 class FrequencyWindow(nn.Module):
@@ -58,14 +70,10 @@ class FrequencyWindow(nn.Module):
 
     def gains(self, axis: int, n: int) -> Tensor:
         """(n,), of the n lowest frequencies along an axis, 0 or 1; float32 or more."""
-        k = torch.arange(n, device=self.share.device)
-        share = self.share[axis].to(torch.promote_types(self.share.dtype, torch.float32))
-        gains = (0.5 + (share * n - 0.5 - k) / self.smoothness).clamp(0, 1)
-        return torch.where(k == 0, torch.ones_like(gains), gains)
+        return _gains(self.share, axis, n, self.smoothness)
 
     def forward(self, height: int, width: int) -> Tensor:
         """(height, width), the gains of the lowest frequencies of both axes."""
-        height, width = plain_sizes((height, width))
         return self.gains(0, height)[:, None] * self.gains(1, width)
 
     def soft_size(self, height: int, width: int) -> tuple[Tensor, Tensor]:

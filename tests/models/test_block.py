@@ -109,7 +109,10 @@ def test_in_training_branches_are_dropped_for_whole_images():
 
 @pytest.mark.parametrize(
     'options, message',
-    [(dict(local=3), "local=3 cannot be had at place='block'"), (dict(compressor='learned', grid_size=(4, 6)), 'no way up')],
+    [
+        (dict(local=3), "local=3 cannot be had at place='block'"),
+        (dict(compressor='learned', grid_size=(4, 6)), 'no way up'),
+    ],
 )
 def test_what_cannot_be_had(options, message):
     with pytest.raises(ValueError, match=message):

@@ -27,6 +27,8 @@ VARIANTS = [
     ('dct', dict(place='kv', keep_ratio=0.1)),
     ('dct', dict(place='block', keep_ratio=0.1)),
     ('dct', dict(place='block', domain='frequency')),
+    ('dct', dict(learned=True)),
+    ('dct', dict(learned=True, domain='frequency', place='kv')),
     ('dct1d', dict(num_tokens=9)),
     ('linformer', dict(num_tokens=9)),
     ('linformer', dict(num_tokens=9, sharing='layerwise')),

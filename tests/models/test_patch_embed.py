@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from scipy.fft import dctn
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, create_feature_extractor
 from timm.models import VisionTransformer
 
 import vit_efficient
@@ -267,3 +267,14 @@ def test_other_embeddings_are_refused():
     overlapping.proj.stride = (8, 8)
     with pytest.raises(ValueError, match='not one convolution over each'):
         DctPatchEmbed.from_conv(overlapping)
+
+
+@pytest.mark.parametrize(
+    'options', [dict(patch_keep=7), dict(patch_keep=[8, 4, 4], patch_color='ycbcr', patch_window=True)]
+)
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_fx(options, dynamic):
+    model = timm.create_model('vit_full_tiny', **SMALL, dynamic_img_size=dynamic, patch_embed='dct', **options).eval()
+    extract = create_feature_extractor(model, {'norm': 'features'})
+    x = torch.randn(2, 3, 64, 96)
+    torch.testing.assert_close(extract(x)['features'], model.forward_features(x))

@@ -48,7 +48,7 @@ class Down(_Way):
         size = budgets.kept_grid(grid.height, grid.width, self.budget)
         x_HWD = x.unflatten(-2, (grid.height, grid.width))
         y_hwD = (dct.dct2 if self.frequency else dct.resample)(x_HWD, (size[0], size[1]), dims=(-3, -2))
-        return self.windowed(y_hwD, *size).flatten(-3, -2)
+        return self.windowed(y_hwD, size[0], size[1]).flatten(-3, -2)
 
     def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:
         """y (…, m, D) + the coefficients of the image that is `constant` (D,) at every patch; of `frequency`."""
@@ -62,7 +62,7 @@ class Up(_Way):
             n = grid.height * grid.width
             return dct.idct(y, n, dim=-2) if self.frequency else dct.resample(y, n, dims=-2)
         size = budgets.kept_grid(grid.height, grid.width, self.budget)
-        y_hwD = self.windowed(y.unflatten(-2, (size[0], size[1])), *size)
+        y_hwD = self.windowed(y.unflatten(-2, (size[0], size[1])), size[0], size[1])
         if self.frequency:
             x_HWD = dct.idct2(y_hwD, (grid.height, grid.width), dims=(-3, -2))
         else:
@@ -132,7 +132,8 @@ class DctCompressor(Compressor):
         """The logarithms of the gains, by which a coefficient that is faded out is faded out as a key."""
         if self.window is None or self.domain == 'space':
             return None
-        gains = self.window(*budgets.kept_grid(grid.height, grid.width, self.budget)).flatten()
+        size = budgets.kept_grid(grid.height, grid.width, self.budget)
+        gains = self.window(size[0], size[1]).flatten()
         return F.pad(gains.clamp(min=1e-6).log(), (grid.prefix, 0))[None].to(like.dtype)
 
     def num_kept(self, grid: PatchGrid) -> int:

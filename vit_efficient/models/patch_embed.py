@@ -350,7 +350,7 @@ class DctPatchEmbed(PatchEmbed):
         """The coefficients of a patch side by side: (B, h, w, K)"""
         if self.color == 'rgb' and len(set(self.kept)) == 1:
             return y_BChfwg.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        channels = y_BChfwg.unbind(1)
+        channels = [y_BChfwg[:, c] for c in range(self.in_chans)]
         parts = []
         for c, (f, g) in enumerate(self.kept):
             if self.color == 'ycbcr':
