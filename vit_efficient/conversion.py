@@ -92,7 +92,7 @@ def convert(
     return model
 
 
-def convert_patch_embed(model: nn.Module, keep: Keep = None, **options) -> nn.Module:
+def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep = None, **options) -> nn.Module:
     """Swaps the patch embedding of a model for a `DctPatchEmbed`, in place, keeping its weights.
 
         model = timm.create_model('vit_base_patch16_224', pretrained=True)
@@ -100,6 +100,7 @@ def convert_patch_embed(model: nn.Module, keep: Keep = None, **options) -> nn.Mo
 
     Args:
         model: As for `convert`; one that has a `DctPatchEmbed` gets another.
+        patch_embed: 'dct', or 'conv', the way back.
         keep, **options: As `DctPatchEmbed.from_conv`. With `keep` None, the outputs stay as they are.
 
     Returns:
@@ -109,10 +110,12 @@ def convert_patch_embed(model: nn.Module, keep: Keep = None, **options) -> nn.Mo
         ValueError: If the model cannot be served, or an option is out of range. The model is then as it was.
     """
     check_convertible(model)
+    patch_embed_layer(patch_embed, keep, **options)
     embedding = model.patch_embed
     if isinstance(embedding, DctPatchEmbed):
         embedding = embedding.to_conv()
-    embedding = DctPatchEmbed.from_conv(embedding, keep, **options)
+    if patch_embed == 'dct':
+        embedding = DctPatchEmbed.from_conv(embedding, keep, **options)
     convert(model, 'full', layers=[])
     model.patch_embed = embedding
     model._model_args = model_arguments(model)
@@ -171,7 +174,7 @@ def vit_converted(
     def build(**arguments) -> nn.Module:
         model = model_entrypoint(base)(pretrained=False, **arguments)
         if patch_embed == 'dct':
-            convert_patch_embed(model, patch_keep, color=patch_color, input=patch_input, window=patch_window)
+            convert_patch_embed(model, keep=patch_keep, color=patch_color, input=patch_input, window=patch_window)
         return convert(model, attention, **(attention_kwargs or {}))
 
     return build_model(build, 'vit_converted', pretrained, **kwargs)

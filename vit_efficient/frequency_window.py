@@ -37,8 +37,8 @@ class FrequencyWindow(nn.Module):
         g(k) = clamp(1/2 + (L - 1/2 - k) / smoothness, 0, 1),      g(0) = 1
 
     `share` (2,) is learned. At 1, where it starts, only the last frequencies are damped a little, so that there is a
-    gradient; from 1 + smoothness / (2 n) on there is none. Frozen, the frequencies whose gain is at least one half are
-    kept: round(L) of them.
+    gradient; from 1 + smoothness / (2 n) on there is none, nor is there where only the first frequency is left. Frozen,
+    the frequencies whose gain is at least one half are kept: round(L) of them.
 
     Args:
         smoothness: Frequencies on the slope, above 0. Only those have a gradient; the paper has 4.
@@ -81,7 +81,13 @@ class FrequencyWindow(nn.Module):
         return self.gains(0, height).sum(), self.gains(1, width).sum()
 
     def hard_size(self, height: int, width: int) -> tuple[int, int]:
-        """The numbers of frequencies along both axes with a gain of at least one half, 1 or more."""
+        """The numbers of frequencies along both axes with a gain of at least one half, 1 or more.
+
+        Raises:
+            ValueError: If the share that was learned is not a number.
+        """
+        if not self.share.isfinite().all():
+            raise ValueError(f'the size of a frequency window is not finite: share={self.share.tolist()}')
         return tuple(int((self.gains(axis, n) >= 0.5).sum()) for axis, n in enumerate((height, width)))
 
     def extra_repr(self) -> str:

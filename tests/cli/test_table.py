@@ -304,3 +304,20 @@ def test_flops_of_models_with_arguments(capsys):
 def test_flops_of_a_model_without_the_argument(capsys):
     assert main(['table', 'flops', '--models', 'vit_full_tiny:patch_kept=3']) != 0
     assert 'vit_full_tiny: ' in (error := capsys.readouterr().err) and "'patch_kept'" in error
+
+
+def test_flops_of_a_model_of_coefficients(capsys):
+    of_pixels = 'vit_full_tiny:patch_embed=dct,patch_keep=8'
+    assert (
+        main(['table', 'flops', '--format', 'json', '--models', of_pixels, f'{of_pixels},patch_input=coefficients'])
+        == 0
+    )
+    pixels, coefficients = json.loads(capsys.readouterr().out)
+    assert coefficients['patch_transform_gmacs'] == 0 < pixels['patch_transform_gmacs']
+    assert coefficients['gmacs'] == pytest.approx(pixels['gmacs'] - pixels['patch_transform_gmacs'])
+    assert coefficients['tokens'] == pixels['tokens'] == 197
+
+
+def test_flops_of_a_convolutional_model_with_wrong_arguments(capsys):
+    assert main(['table', 'flops', '--models', 'resnet18:patch_embed=dct']) != 0
+    assert 'resnet18: ' in (error := capsys.readouterr().err) and "'patch_embed'" in error

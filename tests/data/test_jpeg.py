@@ -178,3 +178,29 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch, module, package)
     readers._jpegio.cache_clear()
     with pytest.raises(ImportError, match=rf'{package}.*pip install.*vit-efficient\[jpeg\]'):
         (ReducedReader if module == 'simplejpeg' else QuantizedReader)(8, 8)
+
+
+def with_tables(data: bytes, spare: int, renamed: int) -> bytes:
+    """The JPEG with its second table under another number, and one more that no component uses."""
+    found = bytearray(data)
+    at = 2
+    while found[at + 1] != 0xDA:
+        length = int.from_bytes(found[at + 2 : at + 4], 'big')
+        if found[at + 1] == 0xDB:
+            for table in range(at + 4, at + 2 + length, 65):
+                found[table] = renamed if found[table] == 1 else found[table]
+        if found[at + 1] == 0xC0:
+            for component in range(found[at + 9]):
+                number = at + 12 + 3 * component
+                found[number] = renamed if found[number] == 1 else found[number]
+        at += 2 + length
+    return bytes(found[:2]) + b'\xff\xdb\x00\x43' + bytes([spare]) + bytes([7] * 64) + bytes(found[2:])
+
+
+@pytest.mark.parametrize(('spare', 'renamed'), [(3, 1), (3, 2), (1, 3), (1, 2)])
+def test_tables_that_no_component_uses(tmp_path, spare, renamed):
+    data = jpeg(photograph('coffee', 48, 64), 60, '4:2:0')
+    expected = read_quantized(stored(tmp_path, data))
+    found = read_quantized(stored(tmp_path, with_tables(data, spare, renamed), 'renamed.jpg'))
+    for ours, theirs in zip(found.tables, expected.tables, strict=True):
+        assert np.array_equal(ours, theirs)

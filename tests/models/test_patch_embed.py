@@ -161,7 +161,7 @@ def test_saved_models_of_other_budgets_are_told_apart(patch_keep, tmp_path):
     vit_efficient.save_model(model, tmp_path)
     x = torch.randn(1, 3, 64, 96)
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
-    with pytest.raises(ValueError, match='patch_keep=4 to what it was'):
+    with pytest.raises(ValueError, match='patch_keep=4 of 3 channels.* what they were'):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True, patch_keep=4)
     with pytest.raises(RuntimeError, match='patch_embed.linear.weight'):
         timm.create_model('vit_dct_tiny', **SMALL).load_state_dict(model.state_dict())
@@ -278,3 +278,112 @@ def test_fx(options, dynamic):
     extract = create_feature_extractor(model, {'norm': 'features'})
     x = torch.randn(2, 3, 64, 96)
     torch.testing.assert_close(extract(x)['features'], model.forward_features(x))
+
+
+def test_another_patch_size_with_a_window():
+    module = DctPatchEmbed((32, 32), 16, 3, 24, keep=8, window=True)
+    with torch.no_grad():
+        module.window.share.fill_(0.5)
+    conv = module.to_conv()
+    conv.set_input_size(64, 32)
+    expected = DctPatchEmbed.from_conv(conv, 8).to_conv().proj.weight
+    module.set_input_size(64, 32)
+    gains = module.window(8, 8) > 0  # what the window has faded out is gone
+    cut = DctPatchEmbed.from_conv(conv, 8).linear.weight.unflatten(1, (3, 8, 8)) * gains
+    torch.testing.assert_close(module._weight().unflatten(1, (3, 8, 8)), cut, atol=1e-6, rtol=1e-5)
+    assert (module.kernel() - expected).norm() < (0.3 * expected).norm()
+
+
+@pytest.mark.parametrize('img_size', [224, 225])
+def test_padded_at_sizes_that_patches_do_not_divide(img_size):
+    conv = PatchEmbed(img_size, 16, 3, 8, dynamic_img_pad=True)
+    module = DctPatchEmbed.from_conv(conv)
+    x = torch.randn(1, 3, img_size, img_size)
+    torch.testing.assert_close(module(x), conv(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=f'built for {img_size}'):
+        module(torch.randn(1, 3, 240, 240))
+
+
+def test_frozen_weights_stay_frozen():
+    model = timm.create_model('vit_tiny_patch16_224', depth=1).requires_grad_(False)
+    vit_efficient.convert_patch_embed(model, keep=8, window=True)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ['patch_embed.window.share']
+    for embedding in (model.patch_embed.freeze(), model.patch_embed.to_conv()):
+        assert not any(parameter.requires_grad for parameter in embedding.parameters())
+
+
+def test_hooks_on_the_layer_are_called():
+    module = DctPatchEmbed(32, 16, 3, 8, keep=4)
+    module.linear.register_forward_hook(lambda layer, inputs, output: output + 1)
+    x = torch.randn(1, 3, 32, 32)
+    with_hook = module(x)
+    module.linear._forward_hooks.clear()
+    torch.testing.assert_close(with_hook, module(x) + 1)
+
+
+@pytest.mark.parametrize('name', ['vit_full_tiny', 'vit_full_tiny_dctpatch32'])
+def test_the_way_back_is_saved(name, tmp_path):
+    model = timm.create_model(
+        name, img_size=64, embed_dim=32, depth=1, num_heads=2, patch_embed='dct', patch_keep=8
+    ).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    vit_efficient.convert_patch_embed(model, 'conv')
+    assert type(model.patch_embed) is PatchEmbed
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    torch.nn.init.normal_(model.patch_embed.proj.weight)
+    vit_efficient.save_model(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert type(loaded.patch_embed) is PatchEmbed and torch.equal(loaded(x), model(x))
+    with pytest.raises(ValueError, match='patch_keep=3 is an option'):
+        vit_efficient.convert_patch_embed(model, 'conv', keep=3)
+
+
+def test_kernels_over_pixels_load_without_a_filter():
+    """As `checkpoint_path=` and `load_state_dict` have it."""
+    plain = timm.create_model('vit_full_tiny', **SMALL).eval()
+    x = torch.randn(1, 3, 64, 96)
+    for options in ({}, dict(patch_color='ycbcr', patch_window=True)):
+        model = timm.create_model('vit_full_tiny', **SMALL, patch_embed='dct', **options).eval()
+        state = plain.state_dict()
+        model.load_state_dict(state)
+        assert 'patch_embed.proj.weight' in state
+        torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
+
+
+def test_npz_checkpoints_load(tmp_path):
+    """Those of the original ViTs, in the form of JAX."""
+    plain = timm.create_model('vit_full_tiny', **SMALL).eval()
+    state = {name: value.detach().numpy() for name, value in plain.state_dict().items()}
+    d, heads = 32, 2
+    arrays = {
+        'cls': state['cls_token'],
+        'embedding/kernel': state['patch_embed.proj.weight'].transpose(2, 3, 1, 0),
+        'embedding/bias': state['patch_embed.proj.bias'],
+        'Transformer/posembed_input/pos_embedding': state['pos_embed'],
+        'Transformer/encoder_norm/scale': state['norm.weight'],
+        'Transformer/encoder_norm/bias': state['norm.bias'],
+        'head/kernel': state['head.weight'].T,
+        'head/bias': state['head.bias'],
+    }
+    for i in range(2):
+        ours, theirs = f'blocks.{i}.', f'Transformer/encoderblock_{i}/'
+        attention = f'{theirs}MultiHeadDotProductAttention_1/'
+        for number, norm in ((0, 'norm1'), (2, 'norm2')):
+            arrays[f'{theirs}LayerNorm_{number}/scale'] = state[f'{ours}{norm}.weight']
+            arrays[f'{theirs}LayerNorm_{number}/bias'] = state[f'{ours}{norm}.bias']
+        for number, name in enumerate(('query', 'key', 'value')):
+            rows = slice(number * d, (number + 1) * d)
+            arrays[f'{attention}{name}/kernel'] = state[f'{ours}attn.qkv.weight'][rows].T.reshape(d, heads, -1)
+            arrays[f'{attention}{name}/bias'] = state[f'{ours}attn.qkv.bias'][rows].reshape(heads, -1)
+        arrays[f'{attention}out/kernel'] = state[f'{ours}attn.proj.weight'].T.reshape(heads, -1, d)
+        arrays[f'{attention}out/bias'] = state[f'{ours}attn.proj.bias']
+        for number, layer in enumerate(('fc1', 'fc2')):
+            arrays[f'{theirs}MlpBlock_3/Dense_{number}/kernel'] = state[f'{ours}mlp.{layer}.weight'].T
+            arrays[f'{theirs}MlpBlock_3/Dense_{number}/bias'] = state[f'{ours}mlp.{layer}.bias']
+    np.savez(tmp_path / 'vit.npz', **arrays)
+    model = timm.create_model('vit_full_tiny', **SMALL, patch_embed='dct').eval()
+    model.load_pretrained(str(tmp_path / 'vit.npz'))
+    x = torch.randn(1, 3, 64, 96)
+    torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)

@@ -176,3 +176,44 @@ def test_compiles_exports_and_saves(domain, tmp_path):
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
     save_model(model, tmp_path)
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), expected)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(patch_embed='dct', patch_window=True, patch_keep=[8, 4, 4], patch_color='ycbcr'),
+        dict(patch_embed='dct', patch_window=True, patch_input='coefficients'),
+        dict(attention=('dct', dict(learned=True, keep_ratio=1))),
+        dict(attention=('dct', dict(learned=True, keep_ratio=1, place='kv', local=3))),
+        dict(attention=('dct', dict(learned=True, keep_ratio=0.5, place='block'))),
+    ],
+)
+def test_the_cost_of_what_is_left_is_that_of_flops(options):
+    size = SMALL['img_size']
+    model = timm.create_model('vit_full_tiny', **SMALL, **options)
+    set_shares(model, (0.45, 0.62))
+    whole = {key: value for key, value in options.items() if key != 'patch_window'}
+    if 'attention' in whole:
+        name, given = whole['attention']
+        whole['attention'] = (name, {key: value for key, value in given.items() if key != 'learned'})
+    whole = timm.create_model('vit_full_tiny', **SMALL, **whole)
+    share = soft_cost(model, hard=True).item()
+    freeze_truncation(model)
+    counts = [
+        count_flops(m, (3, *(m.patch_embed.input_size(*size) if 'patch_embed' in options else size)))
+        for m in (model, whole)
+    ]
+
+    def cost(count):
+        if 'patch_embed' in options:
+            return count.by_role['patch embedding'] + count.by_role['patch transform']
+        return count.attention + (count.by_role['mlp'] if options['attention'][1].get('place') == 'block' else 0)
+
+    assert share == pytest.approx(cost(counts[0]) / cost(counts[1]), rel=1e-5)
+
+
+def test_a_size_that_is_not_a_number_is_not_frozen():
+    model = build()
+    set_shares(model, (float('nan'), 0.5))
+    with pytest.raises(ValueError, match='size of a frequency window is not finite'):
+        freeze_truncation(model)

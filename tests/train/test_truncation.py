@@ -87,3 +87,20 @@ def test_with_an_average_of_weights(data, tmp_path):
     train(config)
     model = timm.create_model(f'local-dir:{tmp_path / "run" / "model"}', pretrained=True)
     assert model.patch_embed.window is None
+
+
+@pytest.mark.parametrize(
+    'options', [dict(patch_color='ycbcr'), dict(patch_window=True), dict(patch_size=8, img_size=32)]
+)
+def test_weights_of_another_patch_embedding_are_refused(data, tmp_path, options):
+    def recipe(output, **args):
+        config = tiny_recipe(data, output)
+        config.model = ModelConfig('vit_full_tiny', {**TINY, 'patch_embed': 'dct', 'patch_keep': 4, **args})
+        return config
+
+    train(recipe(tmp_path / 'run'))
+    for source in ('run', 'run/model/model.safetensors', 'run/checkpoint.pt'):
+        config = recipe(tmp_path / 'other', **options)
+        config.model.init_from = str(tmp_path / source)
+        with pytest.raises(ValueError, match='was saved with patch_embed='):
+            train(config)

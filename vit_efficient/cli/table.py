@@ -99,7 +99,7 @@ def flops_table(args: argparse.Namespace) -> None:
         for spec, name, arguments in models:
             model = _create_on_meta(name, size, options, arguments)
             try:
-                count = count_flops(model, (getattr(model, 'in_chans', 3), size, size))
+                count = count_flops(model, _input_size(model, size))
             except ValueError as error:
                 raise ValueError(f'{spec} at {size} px: {error}') from error
             first = first or count.total
@@ -167,7 +167,7 @@ def _create_on_meta(name: str, size: int, options: dict[str, Any], arguments: di
         except TypeError as error:
             if 'img_size' not in str(error):
                 raise ValueError(f'{name}: {error}') from error
-            model = timm.create_model(name, **kwargs)  # convolutional: any size will do
+            model = _create_at_any_size(name, kwargs)  # convolutional
         except AssertionError as error:
             raise ValueError(f'{name} at {size} px: {error}') from error
     patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
@@ -175,6 +175,26 @@ def _create_on_meta(name: str, size: int, options: dict[str, Any], arguments: di
         if size % side:
             raise ValueError(f'{name}: image size {size} is not a multiple of its patch size {side}')
     return model
+
+
+def _create_at_any_size(name: str, kwargs: dict[str, Any]):
+    import timm
+
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise ValueError(f'{name}: {error}') from error
+
+
+def _input_size(model, size: int) -> tuple[int, int, int]:
+    """Of what the model is given for a square image: of pixels, or of their coefficients."""
+    from vit_efficient.models import DctPatchEmbed
+
+    sides = (size, size)
+    embedding = getattr(model, 'patch_embed', None)
+    if isinstance(embedding, DctPatchEmbed):
+        sides = embedding.input_size(*sides)
+    return getattr(model, 'in_chans', 3), *sides
 
 
 def _tokens(model) -> int | None:

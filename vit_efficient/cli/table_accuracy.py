@@ -196,10 +196,10 @@ def _measure(entries: Sequence[Entry], accuracies: Sequence[str]) -> tuple[list[
         rows.append(
             {
                 'model': entry.label,
-                'parameters_m': entry.results[0]['parameters'] / 1e6,
+                'parameters_m': statistics.fmean(result['parameters'] for result in entry.results) / 1e6,
                 'gmacs': statistics.fmean(count.total for count in counts) / 1e9,
                 'attention_gmacs': statistics.fmean(count.attention for count in counts) / 1e9,
-                'kept_tokens': _kept(model, size[1:]),
+                'kept_tokens': _kept(model, Preprocessing.of(model).input_size[1:]),
                 'images_per_second': speed,
                 'speed_ratio': speed / speeds[0],
                 **_mean_and_spread(entry.results, accuracies),
@@ -440,11 +440,13 @@ def _truncations(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
                     'model': entry.label if config is entry.configs[0] else '',
                     'seed': config.seed,
                     'kept': _sizes(learned['kept']),
+                    'cost': learned['cost'],
                     **{f'{name}_before': learned['learned'][name] for name in accuracies},
                     **{name: result[name] for name in accuracies},
                 }
             )
     columns = [Column('model', 'learned truncation'), Column('seed'), Column('kept', 'coefficients kept')]
+    columns.append(Column('cost', 'share of MACs', 3))
     for name in accuracies:
         columns += [
             Column(f'{name}_before', f'{ACCURACIES[name][0]}, as learned', 2),

@@ -15,6 +15,7 @@ Dimensions: C channels of the model, R × S patches, f × g coefficients kept of
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,6 +64,9 @@ class PatchCoefficients:
     keep: tuple[int, int]
 
     def __post_init__(self):
+        for name, pair in (('patch_size', self.patch_size), ('keep', self.keep)):
+            if len(pair) != 2 or any(type(value) is not int for value in pair):
+                raise ValueError(f'{name} must be an integer, or two, got {name}={pair}')
         if any(size < BLOCK or size % BLOCK for size in self.patch_size):
             raise ValueError(
                 f'patch_size={self.patch_size} must be multiples of {BLOCK}, the side of the blocks of a JPEG; '
@@ -135,13 +139,16 @@ def read_coefficients(
             image is smaller than a patch.
         ImportError: If `pyjpegio` is not installed.
     """
-    patch_size, keep = ((value, value) if isinstance(value, int) else tuple(value) for value in (patch_size, keep))
+    patch_size, keep = (tuple(value) if isinstance(value, Sequence) else (value, value) for value in (patch_size, keep))
     layout = PatchCoefficients(patch_size, keep)
     if channels not in _TO_CHANNELS:
         raise ValueError(f'{channels=} must be 1 or 3: the coefficients of a JPEG are of grey or RGB images')
-    mean, std = mean or (0.0,) * channels, std or (1.0,) * channels
+    mean = tuple((0.0,) * channels if mean is None else mean)
+    std = tuple((1.0,) * channels if std is None else std)
     if not len(mean) == len(std) == channels:
         raise ValueError(f'mean and std must have one value per channel ({channels}), got {mean=}, {std=}')
+    if min(std) <= 0:
+        raise ValueError(f'std must be above 0, got {std=}')
     image = read_quantized(source)
     if min(layout.grid(image.height, image.width)) < 1:
         prefix = f'{source}: ' if isinstance(source, str | Path) else ''

@@ -24,7 +24,7 @@ BLOCK = 8  # side of JPEG's blocks, in samples
 REDUCTIONS = (8, 4, 2)  # at which libjpeg decodes by a smaller inverse transform
 WAY_OUT = 'data.decode=pixels or scaled reads it, or write it anew as a baseline JPEG'
 _START, _END = b'\xff\xd8', b'\xff\xd9'
-_SCAN = 0xDA
+_SCAN, _TABLES = 0xDA, 0xDB
 _SPACES = {1: 'grey', 2: 'RGB', 3: 'YCbCr'}  # libjpeg's J_COLOR_SPACE
 _CHANNELS_OF = {'Gray': 1, 'RGB': 3, 'YCbCr': 3}  # in simplejpeg's names
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -150,7 +150,8 @@ def read_quantized(source: str | Path | BinaryIO) -> QuantizedJpeg:
         source: A file or an open stream.
 
     Raises:
-        ValueError: If it is not such a JPEG, or is damaged. The message names the file, if the source is one.
+        ValueError: If it is not such a JPEG, or is truncated. The message names the file, if the source is one. Damage
+            within a scan is not noticed, as it is not by decoders.
         ImportError: If `pyjpegio` is not installed.
     """
     jpegio = _jpegio()
@@ -158,13 +159,13 @@ def read_quantized(source: str | Path | BinaryIO) -> QuantizedJpeg:
     data = _read(source)
     prefix = f'{source}: ' if is_file else ''
     try:
-        _check_complete(data)
+        slots = _quantisation_tables(data)
         if is_file:
-            return _quantized(jpegio.read(str(source)))
+            return _quantized(jpegio.read(str(source)), slots)
         with tempfile.NamedTemporaryFile(suffix='.jpg') as file:  # jpegio reads files only
             file.write(data)
             file.flush()
-            return _quantized(jpegio.read(file.name))
+            return _quantized(jpegio.read(file.name), slots)
     except RuntimeError as error:  # libjpeg's
         raise ValueError(f'{prefix}no coefficients can be read from it ({error}); {WAY_OUT}') from error
     except ValueError as error:
@@ -180,29 +181,47 @@ def _read(source: str | Path | BinaryIO) -> bytes:
         raise ValueError(f'{source}: not a readable image ({error.strerror})') from error
 
 
-def _check_complete(data: bytes) -> None:
-    """libjpeg fills in what a truncated file lacks, with grey, and says nothing that could be caught."""
+def _quantisation_tables(data: bytes) -> list[int]:
+    """The numbers of the tables that a file defines before its first scan, ascending.
+
+    Raises:
+        ValueError: If it is no JPEG, or is truncated: libjpeg fills in what is not there, with grey, and says nothing
+            that could be caught.
+    """
+    if not data:
+        raise ValueError('the file is empty')
     if not data.startswith(_START):
         raise ValueError(f'not a JPEG, so it has no coefficients to read; {WAY_OUT}')
-    at = len(_START)
+    at, numbers = len(_START), set()
     while data[at : at + 1] == b'\xff' and data[at + 1 : at + 2] != bytes([_SCAN]):
         # A marker may be padded by any number of 0xFF.
-        at += 1 if data[at + 1 : at + 2] == b'\xff' else 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
+        if data[at + 1 : at + 2] == b'\xff':
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
+        if data[at + 1 : at + 2] == bytes([_TABLES]):
+            at += 4
+            while at < end and at < len(data):
+                precision, number = divmod(data[at], 16)
+                numbers.add(number)
+                at += 1 + BLOCK * BLOCK * (1 + (precision > 0))
+        at = end
     # Within a scan, 0xFF is never followed by the byte that would make it the end.
     if data.find(_END, at) < 0:
         raise ValueError('the JPEG is truncated: it has no end; copy it anew, or leave it out')
+    return sorted(numbers)
 
 
-def _quantized(jpeg) -> QuantizedJpeg:
+def _quantized(jpeg, slots: list[int]) -> QuantizedJpeg:
     space = _SPACES.get(jpeg.jpeg_color_space)
     if space is None:
         raise ValueError(f'a JPEG of {jpeg.num_components} components (CMYK?), not grey, RGB or YCbCr; {WAY_OUT}')
     if jpeg.data_precision != 8:
         raise ValueError(f'a JPEG of {jpeg.data_precision} bits per sample, not 8; store it with 8')
     infos = jpeg.comp_info
-    used = sorted({info.quant_tbl_no for info in infos})
     # The list of tables leaves out the numbers that the file leaves out.
-    slots = used if len(used) == len(jpeg.quant_tables) else list(range(len(jpeg.quant_tables)))
+    if len(slots) != len(jpeg.quant_tables) or any(info.quant_tbl_no not in slots for info in infos):
+        raise ValueError(f'a JPEG whose quantisation tables come late or are missing; {WAY_OUT}')
     highest = jpeg.max_v_samp_factor, jpeg.max_h_samp_factor
     subsampling = []
     for info in infos:

@@ -184,6 +184,7 @@ def _truncate(x, dims, block, size, count, ratio, order):
     if isinstance(x, np.ndarray):
         y = _truncate(_to_tensor(x, 'f'), dims, block, size, count, ratio, order).numpy()
         return y.astype(x.dtype, copy=False)
+    _check_tensor(x)
     if not x.is_floating_point():
         raise ValueError(f'truncate: x must have a floating-point dtype, got x.dtype={x.dtype}; convert it')
     x_blocks, axes = _in_blocks(x, dims, block)
@@ -197,6 +198,7 @@ def _truncate(x, dims, block, size, count, ratio, order):
 def _kept_energy(x, dims, block, size, count, ratio, order):
     if isinstance(x, np.ndarray):
         return _kept_energy(_to_tensor(x, 'fiu'), dims, block, size, count, ratio, order).numpy()
+    _check_tensor(x)
     if x.is_complex() or x.dtype == torch.bool:
         raise ValueError(f'kept_energy: x must be floating-point or integer, got x.dtype={x.dtype}')
     x_blocks, axes = _in_blocks(x.to(real_dtype(x.device)), dims, block)
@@ -209,6 +211,11 @@ def _kept_energy(x, dims, block, size, count, ratio, order):
         total = x_blocks.square().sum(summed)
     nothing = (total == 0).to(total.dtype)
     return ((low + nothing) / (total + nothing)).clamp(max=1)
+
+
+def _check_tensor(x) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f'x must be a tensor, or an array of NumPy, got {type(x).__name__}')
 
 
 def _to_tensor(x: np.ndarray, kinds: str) -> Tensor:

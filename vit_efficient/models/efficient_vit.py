@@ -241,6 +241,18 @@ class GridForward:
         for block in self.blocks:
             block.attn.set_grid_size(*self.patch_embed.grid_size)
 
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """As timm's, of .npz files, whose patch embeddings are convolutions."""
+        embedding = self.patch_embed
+        if not isinstance(embedding, DctPatchEmbed):
+            return super().load_pretrained(checkpoint_path, prefix)
+        self.patch_embed = embedding.to_conv()
+        try:
+            super().load_pretrained(checkpoint_path, prefix)
+            embedding.load_state_dict(self.patch_embed.state_dict())
+        finally:
+            self.patch_embed = embedding
+
     def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
         """As timm's; what only the layers that go have shared goes with them."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
@@ -282,8 +294,8 @@ class EfficientVisionTransformer(GridForward, VisionTransformer):
         dim, heads = kwargs.get('embed_dim', 768), kwargs.get('num_heads', 12)
         if heads < 1 or dim % heads:
             raise ValueError(f'num_heads must divide embed_dim, got embed_dim={dim}, num_heads={heads}')
-        if patch_embed != 'conv' or 'embed_layer' not in kwargs:
-            kwargs['embed_layer'] = patch_embed_layer(patch_embed, patch_keep, patch_color, patch_input, patch_window)
+        layer = patch_embed_layer(patch_embed, patch_keep, patch_color, patch_input, patch_window)
+        kwargs['embed_layer'] = kwargs.get('embed_layer', layer) if patch_embed == 'conv' else layer
         super().__init__(*args, block_fn=kwargs.pop('block_fn', GridBlock), **kwargs)
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*self.patch_embed.img_size, self.patch_embed.patch_size)
@@ -468,7 +480,12 @@ def _register(attention: str, size: str, suffix: str) -> None:
 
     def entry_point(pretrained: bool = False, **kwargs) -> EfficientVisionTransformer:
         arguments = dict(patch_size=16, **SIZES[size], attention=attention)
-        return build_model(EfficientVisionTransformer, variant, pretrained, **{**arguments, **own, **kwargs})
+        arguments = {**arguments, **own, **kwargs}
+        if (
+            arguments.get('patch_embed') == 'conv' and 'patch_keep' not in kwargs
+        ):  # swapped for a convolution, and saved
+            arguments.pop('patch_keep', None)
+        return build_model(EfficientVisionTransformer, variant, pretrained, **arguments)
 
     entry_point.__name__ = entry_point.__qualname__ = variant
     entry_point.__doc__ = description.format(size=size.capitalize(), attention=attention)

@@ -126,6 +126,8 @@ class DctPatchEmbed(PatchEmbed):
         dtype=None,
         **kwargs,
     ):
+        if min(to_2tuple(patch_size)) < 1:
+            raise ValueError(f'patch_size must be at least 1, got {patch_size=}')
         super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, device=device, dtype=dtype, **kwargs)
         if color not in ('rgb', 'ycbcr'):
             raise ValueError(f"patch_color must be 'rgb' or 'ycbcr', got {color!r}")
@@ -158,7 +160,7 @@ class DctPatchEmbed(PatchEmbed):
         return dict(keep=keep[0] if same else keep, color=self.color, input=self.input, window=self.window is not None)
 
     def init_weights(self) -> None:
-        """Draws what the equal convolution would have: timm's linear layers have another distribution."""
+        """Draws what timm's convolution has by default; its linear layers have another distribution."""
         bound = (self.in_chans * self.patch_size[0] * self.patch_size[1]) ** -0.5
         nn.init.uniform_(self.linear.weight, -bound, bound)
         if self.linear.bias is not None:
@@ -195,21 +197,13 @@ class DctPatchEmbed(PatchEmbed):
             **options,
         )
         new.norm = embedding.norm
-        with torch.no_grad():
-            new.linear.weight.copy_(new.coefficients_of(conv.weight))
-            if conv.bias is not None:
-                new.linear.bias.copy_(conv.bias)
-        return new.train(embedding.training)
+        return _filled(new, new.linear, new.coefficients_of(conv.weight), conv).train(embedding.training)
 
     def to_conv(self) -> PatchEmbed:
         """The convolutional patch embedding that computes the same from pixels; it shares the norm, if there is one."""
         new = self.empty_conv(self.linear.weight.device)
         new.norm = self.norm
-        with torch.no_grad():
-            new.proj.weight.copy_(self.kernel())
-            if self.linear.bias is not None:
-                new.proj.bias.copy_(self.linear.bias)
-        return new.train(self.training)
+        return _filled(new, new.proj, self.kernel(), self.linear).train(self.training)
 
     def empty_conv(self, device: torch.device | str) -> PatchEmbed:
         """A convolutional patch embedding of the same shape."""
@@ -228,8 +222,9 @@ class DctPatchEmbed(PatchEmbed):
         if weight is None or weight.shape != self.linear.weight.shape:
             shape = None if weight is None else tuple(weight.shape)
             raise ValueError(
-                f'the checkpoint has a patch embedding {shape} (output channels, coefficients), the model one of '
-                f'{tuple(self.linear.weight.shape)}; set patch_keep={self.options["keep"]} to what it was'
+                f'the checkpoint has a patch embedding of {shape} (output channels, coefficients), the model, with '
+                f'patch_keep={self.options["keep"]} of {self.in_chans} channels, one of '
+                f'{tuple(self.linear.weight.shape)}; set patch_keep and in_chans to what they were'
             )
 
     def coefficients_of(self, kernel: Tensor) -> Tensor:
@@ -245,9 +240,7 @@ class DctPatchEmbed(PatchEmbed):
 
     def kernel(self) -> Tensor:
         """The kernel (E, C, p, q) of the convolution that computes the same; computed in float64."""
-        return self._kernel_of(self._weight())
-
-    def _kernel_of(self, weight: Tensor) -> Tensor:
+        weight = self._weight()
         parts = weight.detach().double().split([f * g for f, g in self.kept], dim=1)
         y_ECpq = parts[0].new_zeros(weight.shape[0], self.in_chans, *self.patch_size)
         for c, (part, (f, g)) in enumerate(zip(parts, self.kept, strict=True)):
@@ -270,7 +263,7 @@ class DctPatchEmbed(PatchEmbed):
         if patch_size != self.patch_size:
             whole = all(pair == self.patch_size for pair in self.kept)
             kept = _kept(None if whole else self.kept, patch_size, self.in_chans)
-            kernel = resample_patch_embed(self._kernel_of(self.linear.weight), patch_size)
+            kernel = resample_patch_embed(self.kernel(), patch_size)
             self.patch_size, self.kept = patch_size, kept
             self.linear.in_features = sum(f * g for f, g in kept)
             weight = self.coefficients_of(kernel)
@@ -282,15 +275,24 @@ class DctPatchEmbed(PatchEmbed):
     # --- learned truncation ---
 
     def macs(self, kept: Sequence[tuple]) -> Any:
-        """Multiply-accumulates per patch with these coefficients of each channel, rows and columns."""
+        """Multiply-accumulates per patch with these coefficients of each channel, rows and columns; numbers or tensors.
+
+        All channels are transformed to as many as the one that keeps the most.
+        """
         p, q = self.patch_size
-        return sum(f * p * q + f * g * q + f * g * self.linear.out_features for f, g in kept)
+        embedding = sum(f * g for f, g in kept) * self.linear.out_features
+        if self.input == 'coefficients':
+            return embedding
+        largest = self.kept.index(max(self.kept))
+        f, g = kept[largest]
+        return embedding + self.in_chans * f * (p * q + g * q)
 
     def freeze(self) -> 'DctPatchEmbed':
-        """The same without a window: coefficients with a gain below one half are cut, the others keep theirs.
+        """The same without a window: coefficients whose gain is below one half along an axis are cut, the others keep
+        theirs.
 
         Raises:
-            ValueError: If there is no window.
+            ValueError: If there is no window, or its size is not a number.
         """
         if self.window is None:
             raise ValueError('this patch embedding has no window to freeze; build it with window=True')
@@ -312,11 +314,7 @@ class DctPatchEmbed(PatchEmbed):
             weight.split([f * g for f, g in self.kept], dim=1), self.kept, new.kept, strict=True
         ):
             parts.append(part.unflatten(1, (f, g))[:, :kept_f, :kept_g].flatten(1))
-        with torch.no_grad():
-            new.linear.weight.copy_(torch.cat(parts, dim=1))
-            if self.linear.bias is not None:
-                new.linear.bias.copy_(self.linear.bias)
-        return new.train(self.training)
+        return _filled(new, new.linear, torch.cat(parts, dim=1), self.linear).train(self.training)
 
     # --- forward ---
 
@@ -326,6 +324,24 @@ class DctPatchEmbed(PatchEmbed):
             return height, width
         return height // self.keep[0] * self.patch_size[0], width // self.keep[1] * self.patch_size[1]
 
+    def input_size(self, height, width) -> tuple:
+        """The other way round: of what the module is given for an image of so many pixels."""
+        if self.input == 'pixels':
+            return height, width
+        return height // self.patch_size[0] * self.keep[0], width // self.patch_size[1] * self.keep[1]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        """Kernels over pixels load too, as they are in the checkpoints of timm."""
+        kernel = state_dict.get(f'{prefix}proj.weight')
+        if kernel is not None and kernel.shape == (self.linear.out_features, self.in_chans, *self.patch_size):
+            del state_dict[f'{prefix}proj.weight']
+            state_dict[f'{prefix}linear.weight'] = self.coefficients_of(kernel)
+            if f'{prefix}proj.bias' in state_dict:
+                state_dict[f'{prefix}linear.bias'] = state_dict.pop(f'{prefix}proj.bias')
+            if self.window is not None:
+                state_dict[f'{prefix}window.share'] = self.window.share.detach().clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W), or coefficient images (B, C, h · f, w · g) → tokens, in the layout of timm's module."""
         height, width = plain_sizes((x.shape[-2], x.shape[-1]))
@@ -334,7 +350,9 @@ class DctPatchEmbed(PatchEmbed):
         if self.dynamic_img_pad:
             x = F.pad(x, (0, -width % unit[1], 0, -height % unit[0]))
         y = self.dct(x, self.patch_size, self.keep) if self.input == 'pixels' else _in_patches(x, self.keep)
-        x_BhwE = F.linear(self._together(y), self._weight(), self.linear.bias)
+        y_BhwK = self._together(y)
+        # The layer itself where that will do, for hooks and for what wraps it.
+        x_BhwE = self.linear(y_BhwK) if self.window is None else F.linear(y_BhwK, self._weight(), self.linear.bias)
         if self.flatten:
             return self.norm(x_BhwE.flatten(1, 2))
         if self.output_fmt != Format.NHWC:
@@ -344,6 +362,8 @@ class DctPatchEmbed(PatchEmbed):
     def _expected(self, unit: tuple[int, int]) -> tuple[int, int] | None:
         if not self.strict_img_size or self.grid_size is None:
             return None
+        if self.input == 'pixels':
+            return self.img_size
         return self.grid_size[0] * unit[0], self.grid_size[1] * unit[1]
 
     def _together(self, y_BChfwg: Tensor) -> Tensor:
@@ -374,6 +394,17 @@ class DctPatchEmbed(PatchEmbed):
     def extra_repr(self) -> str:
         options = self.options
         return f'keep={options["keep"]}, ' + ', '.join(f"{name}='{options[name]}'" for name in ('color', 'input'))
+
+
+def _filled(embedding: PatchEmbed, layer: nn.Module, weight: Tensor, source: nn.Module) -> PatchEmbed:
+    """The embedding, its layer with this weight, and the bias of `source`; frozen where that is."""
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.weight.requires_grad_(source.weight.requires_grad)
+        if source.bias is not None:
+            layer.bias.copy_(source.bias)
+            layer.bias.requires_grad_(source.bias.requires_grad)
+    return embedding
 
 
 def _layout(embedding: PatchEmbed) -> dict[str, Any]:
@@ -412,7 +443,7 @@ def patch_embed_layer(
 def describe_patch_embed(embedding: nn.Module) -> dict[str, Any]:
     """The arguments by which a model is built with such a patch embedding."""
     if not isinstance(embedding, DctPatchEmbed):
-        return {}
+        return dict(patch_embed='conv')
     return dict(patch_embed='dct', **{f'patch_{name}': value for name, value in embedding.options.items()})
 
 

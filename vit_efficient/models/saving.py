@@ -43,6 +43,8 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     arguments['attention'] = layers[0] if all(layer == layers[0] for layer in layers) else layers
     arguments['attention_kwargs'] = {}
     # What can be changed after construction is read off the model.
+    for name in ('patch_keep', 'patch_color', 'patch_input', 'patch_window'):
+        arguments.pop(name, None)
     arguments.update(
         embed_dim=model.embed_dim,
         depth=len(model.blocks),

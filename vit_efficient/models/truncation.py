@@ -33,17 +33,19 @@ def _layers(model: nn.Module) -> Iterator[tuple[int, CompressedAttention]]:
             yield i, attention
 
 
-def soft_cost(model: nn.Module) -> Tensor:
+def soft_cost(model: nn.Module, hard: bool = False) -> Tensor:
     """The multiply-accumulates of the parts with a learned truncation, as a share of those that they would have whole.
 
-    Differentiable in the sizes that are learned: a frequency counts by its gain. Where patch embedding and attention
-    both learn, it is the share of their sum, at the image size of the model.
+    Parts are patch embedding and attentions (at place 'block', with the MLP), their transforms included; where both
+    learn, it is the share of their sum, at the image size of the model. Differentiable in the sizes that are learned: a
+    frequency counts by its gain.
 
     Args:
         model: A registered or converted model.
+        hard: Count what would be left if the truncations were frozen.
 
     Returns:
-        A scalar, at most 1.
+        A scalar. With windows wide open it is a little above 1 where the whole needs no transform (domain 'space').
 
     Raises:
         ValueError: If no part of the model has a learned truncation.
@@ -54,27 +56,34 @@ def soft_cost(model: nn.Module) -> Tensor:
     grid = PatchGrid(*embedding.grid_size, prefix=model.num_prefix_tokens)
     parts = []
     if _learns(embedding):
-        soft = embedding.macs([embedding.window.soft_size(f, g) for f, g in embedding.kept])
-        parts.append((grid.num_patches * soft, grid.num_patches * embedding.macs(embedding.kept)))
+        size_of = embedding.window.hard_size if hard else embedding.window.soft_size
+        cut = embedding.macs([size_of(f, g) for f, g in embedding.kept])
+        parts.append((grid.num_patches * cut, grid.num_patches * embedding.macs(embedding.kept)))
     for i, attention in _layers(model):
         size = kept_grid(grid.height, grid.width, attention.compress.budget)
-        soft = attention.compress.window.soft_size(*size)
+        window = attention.compress.window
+        cut = (window.hard_size if hard else window.soft_size)(*size)
         mlp = sum(module.weight.numel() for module in model.blocks[i].mlp.modules() if isinstance(module, nn.Linear))
-        parts.append(tuple(_attention_macs(attention, grid, *sides, mlp) for sides in (soft, size)))
-    return sum(soft for soft, _ in parts) / sum(full for _, full in parts)
+        parts.append(tuple(_attention_macs(attention, grid, *sides, mlp) for sides in (cut, size)))
+    return torch.as_tensor(sum(cut for cut, _ in parts) / sum(whole for _, whole in parts))
 
 
 def _attention_macs(attention: CompressedAttention, grid: PatchGrid, h, w, mlp: int):
     """Multiply-accumulates of an attention among h × w coefficients; at place 'block', with those of the MLP."""
     N, C, m = grid.num_tokens, attention.attn_dim, grid.prefix + h * w
     down = C * (grid.num_patches * h + h * grid.width * w)
+    if attention.compress.domain == 'space' and (h, w) == (grid.height, grid.width):
+        down = 0  # the grid stays as it is
+    local = 0 if attention.local is None else attention.local.weight.numel() * grid.num_patches
     if attention.place == 'kv':
-        return 2 * N * C**2 + 2 * m * C**2 + 2 * N * m * C + down
-    return 4 * m * C**2 + 2 * m**2 * C + 2 * down + (m * mlp if attention.of_block else 0)
+        return 2 * N * C**2 + 2 * m * C**2 + 2 * N * m * C + down + local
+    return 4 * m * C**2 + 2 * m**2 * C + 2 * down + local + (m * mlp if attention.of_block else 0)
 
 
 def freeze_truncation(model: nn.Module) -> dict[str, tuple[int, int] | list[tuple[int, int]]]:
-    """Turns each learned truncation of a model into a hard one, in place: what has a gain below one half is cut.
+    """Turns each learned truncation of a model into a hard one, in place.
+
+    What has a gain below one half along an axis is cut.
 
     A patch embedding keeps the gains of the coefficients that are left, in its weights. An attention keeps its
     weights, and gives the coefficients that are left a gain of 1.

@@ -10,7 +10,7 @@ import torch
 from timm.models import load_state_dict
 from torch import nn
 
-from vit_efficient.models import model_arguments
+from vit_efficient.models import DctPatchEmbed, model_arguments
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import Config, ModelConfig, first_line
 
@@ -123,7 +123,7 @@ def _check_same_attention(
     if saved_name == name:
         theirs, ours = _attention(saved_name, saved_args), _attention(name, args)
     for key, value in ours.items():
-        if theirs[key] != value:
+        if theirs.get(key, value) != value:
             raise ValueError(
                 f'model.init_from={source} was saved with {key}={theirs[key]!r}, '
                 f'the recipe says {key}={value!r}; make them equal'
@@ -141,6 +141,10 @@ def _attention(name: str, args: dict[str, Any]) -> dict[str, Any]:
     found = {'num_heads': heads[0] if len(set(heads)) == 1 else heads}
     if hasattr(model, 'attention_spec'):
         found['attention'] = model_arguments(model)['attention']
+    embedding = getattr(model, 'patch_embed', None)
+    if isinstance(embedding, DctPatchEmbed):  # kernels over pixels load into any
+        options = {key: value for key, value in embedding.options.items() if key != 'input'}
+        found['patch_embed'] = {'patch_size': embedding.patch_size, **options}
     return json.loads(json.dumps(found, default=str))
 
 

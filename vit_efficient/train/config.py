@@ -358,6 +358,10 @@ def validate(config: Config) -> None:
             'data.batch_size must be at least 2 for data.on_error=skip, got 1: another image of its batch takes the '
             'place of one that cannot be read'
         )
+    if config.truncation.budget and not config.truncation.penalty:
+        raise ValueError(
+            f'truncation.budget={config.truncation.budget:g} has no effect without a penalty; set truncation.penalty'
+        )
     if config.stages:
         _check_stages(config)
     else:

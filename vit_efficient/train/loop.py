@@ -169,15 +169,10 @@ class _Run:
             'classes': self.classes,
         }
         self.stages = list_stages(config)
-        check_stages(self.model, self.stages)
+        check_stages(self.model, self.stages, config.truncation.penalty)
         self.model.to(self.team.device)
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing()
-        if config.truncation.penalty and not config.stages and not has_windows(self.model):
-            raise ValueError(
-                f'truncation.penalty={config.truncation.penalty:g}: the model learns no truncation; set '
-                'model.args.patch_window=true (with patch_embed=dct) or attention_kwargs.learned=true (attention dct)'
-            )
         self.frozen: nn.Module | None = None
         self.stage = -1
         self._enter_stage(0)
@@ -524,6 +519,7 @@ class _Run:
             return evaluation, {}
         # A copy: what an interrupted run saves is the model as it learns.
         frozen = copy.deepcopy(self.evaluated_model)
+        cost = soft_cost(frozen, hard=True).item()
         kept = freeze_truncation(frozen)
         self.frozen = frozen
         # It may take fewer coefficients of each patch.
@@ -535,7 +531,7 @@ class _Run:
             with interrupts.held():
                 self.log.write('frozen', self.progress.epoch, self.progress.updates, evaluation.accuracies)
             print(f'truncations frozen: {describe(learned)} before, {describe(evaluation.accuracies)}', file=sys.stderr)
-        return evaluation, {'truncation': {'kept': kept, 'learned': learned}}
+        return evaluation, {'truncation': {'kept': kept, 'cost': cost, 'learned': learned}}
 
     def _finish(self, evaluation: Evaluation, frozen: dict[str, Any]) -> dict[str, Any]:
         """Writes model, predictions and, last, the result: it tells that the run is complete."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from vit_efficient.conversion import convert
+from vit_efficient.models.truncation import has_windows
 from vit_efficient.train.config import Config, OptimConfig, SchedConfig, StageConfig
 
 
@@ -60,17 +61,28 @@ def stage_of(stages: Sequence[Stage], epoch: int) -> int:
     return next(number for number, stage in enumerate(stages) if epoch < stage.end)
 
 
-def check_stages(model: nn.Module, stages: Sequence[Stage]) -> None:
+def check_stages(model: nn.Module, stages: Sequence[Stage], penalty: float) -> None:
     """Tries all conversions on a copy of the model that has no data.
 
+    Args:
+        model: As it is built.
+        stages: Of the run.
+        penalty: Of truncations that are learned, `truncation.penalty`.
+
     Raises:
-        ValueError: Naming the first stage that does not fit.
+        ValueError: Naming the first stage that does not fit; if there is a penalty, and no stage learns a truncation.
     """
-    if not any(stage.config.attention for stage in stages):
-        return
-    model = copy.deepcopy(model).to('meta')
-    for number, stage in enumerate(stages):
-        try:
-            stage.begin(model)
-        except ValueError as error:
-            raise ValueError(f'stages[{number}]: {error}') from error
+    learns = has_windows(model)
+    if any(stage.config.attention for stage in stages):
+        model = copy.deepcopy(model).to('meta')
+        for number, stage in enumerate(stages):
+            try:
+                stage.begin(model)
+            except ValueError as error:
+                raise ValueError(f'stages[{number}]: {error}') from error
+            learns = learns or has_windows(model)
+    if penalty and not learns:
+        raise ValueError(
+            f'truncation.penalty={penalty:g}: the model learns no truncation; set model.args.patch_window=true (with '
+            'patch_embed=dct) or attention_kwargs.learned=true (attention dct)'
+        )
