@@ -39,7 +39,7 @@ setup(
         'demo': DEMO,
         'jpeg': JPEG,
         'onnx': ONNX,
-        'dev': [*DEMO, *JPEG, *PEERS, 'hypothesis', 'pytest', 'ruff>=0.17,<0.18', 'scipy'],
+        'dev': [*DEMO, *ONNX, *JPEG, *PEERS, 'hypothesis', 'pytest', 'ruff>=0.17,<0.18', 'scipy'],
     },
     entry_points={'console_scripts': ['vit-efficient = vit_efficient.cli:main']},
     classifiers=[

@@ -15,6 +15,7 @@ COMMANDS = {
     'evaluate': 'measure the accuracy of a trained model',
     'leaves': "draw which leaf of Treeformer's trees each patch of an image falls into",
     'truncate': 'show an image, its truncations, and the energy they keep',
+    'export': 'write a trained model as a graph, .onnx or .pt2, that runs without this package',
     'table': 'print tables: FLOPs of models, or FLOPs and accuracy of runs',
     'benchmark': 'time a mechanism against exact attention, in one run',
 }

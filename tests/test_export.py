@@ -1,0 +1,104 @@
+"""Exported graphs compute what the model computes, run by PyTorch and by onnxruntime."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import vit_efficient
+from vit_efficient.cli import main
+from vit_efficient.export import export_model
+
+SMALL = dict(embed_dim=32, depth=2, num_heads=2, num_classes=5, img_size=(56, 104), patch_size=8)
+VARIANTS = [
+    ('full', {}),
+    ('dct', {}),
+    ('dct', dict(domain='frequency', place='kv', local=3)),
+    ('dct', dict(place='block')),
+    ('dct1d', {}),
+    ('linformer', dict(num_tokens=9)),
+    ('pool', {}),
+    ('subsample', {}),
+    ('nystrom', dict(num_landmarks=(3, 2))),
+    ('performer', {}),
+    ('window', dict(window_size=3)),
+    ('treeformer_tc', dict(tree_height=3)),
+]
+
+
+def build(name, options, **arguments):
+    torch.manual_seed(0)
+    return timm.create_model(f'vit_{name}_tiny', **{**SMALL, **arguments}, attention_kwargs=options).train()
+
+
+def run_onnx(path, x):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize(
+    'name, options', VARIANTS, ids=lambda v: v if isinstance(v, str) else '-'.join(map(str, v.values()))
+)
+def test_to_onnx(name, options, tmp_path, capfd):
+    pytest.importorskip('onnxscript')
+    model = build(name, options)
+    assert export_model(model, tmp_path / 'vit.onnx', (3, 56, 104)) <= 1e-5
+    assert model.training
+    x = torch.randn(5, 3, 56, 104)
+    torch.testing.assert_close(run_onnx(tmp_path / 'vit.onnx', x), model.eval()(x), atol=1e-4, rtol=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ['vit.onnx']
+    assert capfd.readouterr() == ('', '')
+
+
+@pytest.mark.parametrize('arguments', [{}, dict(patch_embed='dct', patch_keep=[4, 2, 2], patch_color='ycbcr')])
+def test_to_a_program_of_pytorch(arguments, tmp_path):
+    model = build('dct', {}, **arguments)
+    assert export_model(model, tmp_path / 'vit.pt2', (3, 56, 104)) <= 1e-6
+    program = torch.export.load(tmp_path / 'vit.pt2').module()
+    x = torch.randn(5, 3, 56, 104)
+    torch.testing.assert_close(program(x), model.eval()(x))
+
+
+def test_a_fixed_batch(tmp_path):
+    model = build('dct', {})
+    export_model(model, tmp_path / 'vit.pt2', (3, 56, 104), fixed_batch=1)
+    program = torch.export.load(tmp_path / 'vit.pt2').module()
+    x = torch.randn(1, 3, 56, 104)
+    torch.testing.assert_close(program(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    'name, options, file, message',
+    [
+        ('treeformer_tf', dict(tree_height=2), 'vit.pt2', 'reads the sizes of its leaves from the data'),
+        ('nystrom', dict(num_landmarks=(2, 3), pinv='exact'), 'vit.onnx', 'ONNX cannot have this model: .*pinv'),
+        ('dct', dict(learned=True), 'vit.pt2', 'freeze_truncation'),
+        ('dct', {}, 'vit.pt', 'must end in .onnx or .pt2'),
+    ],
+)
+def test_what_cannot_be_exported(name, options, file, message, tmp_path):
+    pytest.importorskip('onnxscript')
+    with pytest.raises(ValueError, match=message) as error:
+        export_model(build(name, options), tmp_path / file, (3, 56, 104))
+    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
+    model = build('dct', {})
+    monkeypatch.setattr('vit_efficient.export._write_program', lambda program, path, x: lambda x: x.mean() + model(x))
+    with pytest.raises(ValueError, match='computes something else'):
+        export_model(model, tmp_path / 'vit.pt2', (3, 56, 104))
+    assert not list(tmp_path.iterdir())
+
+
+def test_by_command(tmp_path, capsys):
+    model = build('dct', {})
+    vit_efficient.save_model(model, tmp_path / 'model')
+    out = tmp_path / 'vit.pt2'
+    assert main(['export', str(tmp_path / 'model'), '--out', str(out), '--img-size', '64', '80']) == 0
+    assert 'any number of images of 3×64×80' in capsys.readouterr().out
+    program = torch.export.load(out).module()
+    assert np.isfinite(program(torch.randn(4, 3, 64, 80)).detach()).all()
+    assert main(['export', str(tmp_path / 'model'), '--out', str(tmp_path / 'vit.tflite')]) == 2
+    assert 'must end in .onnx or .pt2' in capsys.readouterr().err

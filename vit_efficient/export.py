@@ -1,0 +1,131 @@
+"""Models as graphs that run without this package: PyTorch's exported programs (.pt2), and ONNX (.onnx).
+
+What is written has been run and compared with the model: a graph that computes something else is an error, not a file.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vit_efficient.files import replacing
+from vit_efficient.models.truncation import has_windows
+
+SUFFIXES = ('.onnx', '.pt2')
+TOLERANCE = 1e-4  # of the largest output
+ONNX_BYTES = 2**31  # the most that one ONNX file can have
+_BATCHES = (2, 3)  # exported with the first, compared with both
+
+
+def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int, int], fixed_batch: int = 0) -> float:
+    """Exports a model in evaluation mode, for one image size and any number of images.
+
+    Args:
+        model: Of this package or of timm; it is left as it was.
+        path: Ends in .onnx or .pt2.
+        input_size: Channels, height and width of what the model takes.
+        fixed_batch: Images of a batch; 0 leaves their number open.
+
+    Returns:
+        The largest difference between what the graph and the model compute from random images, as a share of the
+        largest output.
+
+    Raises:
+        ValueError: If the path has another suffix, the model cannot be exported, or the graph computes something else.
+        ImportError: If ONNX's packages are not installed.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f'export: the file must end in {" or ".join(SUFFIXES)}, got {path}')
+    if type(fixed_batch) is not int or fixed_batch < 0:
+        raise ValueError(f'export: fixed_batch must be 0 or a number of images, got {fixed_batch=}')
+    if has_windows(model):
+        raise ValueError(
+            'export: the model learns a truncation; make it hard first, by vit_efficient.freeze_truncation'
+        )
+    batches = (fixed_batch,) if fixed_batch else _BATCHES
+    examples = [torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(batch)) for batch in batches]
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            expected = [model(x) for x in examples]
+        program = _trace(model, examples[0], not fixed_batch)
+        with replacing(path) as temporary:
+            run = (_write_onnx if path.suffix == '.onnx' else _write_program)(program, temporary, examples[0])
+            found = [run(x) for x in examples]
+            scale = max(y.abs().max().item() for y in expected)
+            pairs = zip(found, expected, strict=True)
+            difference = max((a - b).abs().max().item() for a, b in pairs) / max(scale, 1e-12)
+            if not difference <= TOLERANCE:  # NaN too
+                raise ValueError(
+                    f'export: the graph computes something else than the model, by {difference:.2g} of its largest '
+                    f'output (allowed: {TOLERANCE:g}); nothing was written'
+                )
+    finally:
+        model.train(training)
+    return difference
+
+
+def _trace(model: nn.Module, example: Tensor, open_batch: bool) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim('batch')},) if open_batch else None
+    try:
+        with _quiet():
+            return torch.export.export(model, (example,), dynamic_shapes=shapes)
+    # What cannot be traced fails in many ways, each with a page of text.
+    except Exception as error:
+        raise ValueError(f'export: {type(model).__name__} cannot be exported: {_reason(error)}') from error
+
+
+def _write_program(program: torch.export.ExportedProgram, path: Path, example: Tensor):
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    path.write_bytes(stream.getvalue())
+    stream.seek(0)
+    return torch.export.load(stream).module()
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, example: Tensor):
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (PyTorch's exporter needs it)
+    except ImportError as error:
+        raise ImportError(f"export to ONNX needs {error.name}: pip install 'vit-efficient[onnx]'") from error
+    weights = sum(tensor.nbytes for tensor in program.state_dict.values())
+    if weights >= ONNX_BYTES:
+        raise ValueError(
+            f'export: the weights are {weights / 2**30:.1f} GiB, one ONNX file holds less than 2; export to .pt2'
+        )
+    try:
+        with _quiet():
+            torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
+    except Exception as error:  # of the exporter, with a page of text
+        raise ValueError(f'export: ONNX cannot have this model: {_reason(error)}') from error
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost cause says, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return ' '.join(str(error).split())[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither the exporters' warnings nor their progress, which are for those who write exporters."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter('ignore')
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
