@@ -1,4 +1,4 @@
-"""`vit-efficient benchmark layer …`."""
+"""`vit-efficient benchmark layer …` and `vit-efficient benchmark model …`."""
 
 import argparse
 import sys
@@ -22,41 +22,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layer.add_argument('--tokens', nargs='+', type=int, default=[1024, 4096, 16384], metavar='N', help='patches')
     layer.add_argument('--dim', type=int, default=768)
     layer.add_argument('--heads', type=int, default=12)
-    layer.add_argument('--batch-size', type=int, default=1)
-    layer.add_argument('--dtype', choices=DTYPES, default='float32')
-    layer.add_argument('--device', default='cpu')
-    layer.add_argument('--threads', type=int, help='of PyTorch on the CPU (default: its own choice)')
-    layer.add_argument('--rounds', type=int, default=5, help='turns of each layer; the least time counts')
-    layer.add_argument(
+    _add_common(layer, 'layers', 'N and pass')
+    layer.set_defaults(make=_layers)
+
+    about = 'time whole models against the first of them, in the same run'
+    model = kinds.add_parser('model', help=about, description=about)
+    model.add_argument(
+        '--models',
+        nargs='+',
+        required=True,
+        metavar='NAME[:KEY=VALUE,…]',
+        help='names as in timm.create_model, and its further arguments; the first is what the others are compared to',
+    )
+    model.add_argument('--img-sizes', nargs='+', type=int, default=[224], metavar='PX', help='of square images')
+    model.add_argument(
+        '--work', nargs='+', default=['inference'], help="'inference' (default), 'forward+backward', 'training step'"
+    )
+    model.add_argument('--amp', action='store_true', help='autocast to --dtype; the weights stay in float32')
+    model.add_argument('--compile', action='store_true', help='time compiled models')
+    _add_common(model, 'models', 'size and work')
+    model.set_defaults(make=_models)
+
+
+def _add_common(parser: argparse.ArgumentParser, what: str, block: str) -> None:
+    parser.add_argument('--batch-size', type=int, default=1)
+    parser.add_argument('--dtype', choices=DTYPES, default='float32')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, help='of PyTorch on the CPU (default: its own choice)')
+    parser.add_argument('--rounds', type=int, default=5, help='turns of each; the least time counts')
+    parser.add_argument(
         '--max-seconds',
         type=float,
         default=600,
         metavar='SECONDS',
-        help='for the turns of all layers at one N and pass; there are fewer rounds, at least one, where they would '
+        help=f'for the turns of all {what} at one {block}; there are fewer rounds, at least one, where they would '
         'take longer (default: %(default)s)',
     )
-    layer.add_argument(
+    parser.add_argument(
         '--no-memory',
         dest='memory',
         action='store_false',
-        help='do not measure peak memory, which on the CPU takes a process for each layer, N and pass',
+        help=f'do not measure peak memory, which on the CPU takes a process for each of the {what}, {block}',
     )
-    layer.add_argument('--format', choices=('markdown', 'csv', 'json'), default='markdown')
-    layer.add_argument(
-        '--out', type=Path, metavar='FILE', help='write the table to this file, and beside it a .csv and a plot, .png'
+    parser.add_argument('--format', choices=('markdown', 'csv', 'json'), default='markdown')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        metavar='FILE',
+        help='write the table to this file, and a .csv (of layers, a plot) beside it',
     )
 
 
 def run(args: argparse.Namespace) -> None:
+    args.make(args, _device(args))
+
+
+def _device(args: argparse.Namespace):
     import torch
 
-    from vit_efficient.attention import list_attentions
-    from vit_efficient.benchmark import LayerSetting, benchmark_layer, plot_times
-    from vit_efficient.environment import describe_environment, one_line
-    from vit_efficient.files import write_text
-
-    attentions = args.attentions or [*(name for name in list_attentions() if name != 'full'), 'dct:keep_ratio=1/16']
-    candidates = [_candidate(text) for text in attentions]
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f'--threads must be at least 1, got {args.threads}')
@@ -68,14 +91,93 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f'--device {args.device}: {str(error).splitlines()[0]}') from error
     if args.out and (args.out.suffix == '.png' or (args.out.suffix == '.csv' and args.format != 'csv')):
         raise ValueError(f'--out {args.out}: the {args.out.suffix} goes beside the table; name that, for example .md')
-    setting = LayerSetting(args.dim, args.heads, args.batch_size, getattr(torch, args.dtype), device)
-    blocks = benchmark_layer(candidates, args.tokens, setting, args.rounds, args.max_seconds, args.memory)
+    return device
+
+
+def _on(device) -> str:
+    import torch
+
+    from vit_efficient.environment import describe_environment, one_line
 
     threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
-    setup = (
-        f'd = {args.dim}, {args.heads} heads, batch {args.batch_size}, {args.dtype}, {device}{threads}. '
-        f'{one_line(describe_environment(device))}.\n'
+    return f'{device}{threads}. {one_line(describe_environment(device))}.\n'
+
+
+def _models(args: argparse.Namespace, device) -> None:
+    import torch
+
+    import vit_efficient  # noqa: F401 (registers its models)
+    from vit_efficient.benchmark_models import ModelCandidate, ModelSetting, benchmark_models
+    from vit_efficient.cli.options import parse_spec
+    from vit_efficient.files import write_text
+
+    candidates = [ModelCandidate(*parse_spec(text)) for text in args.models]
+    setting = ModelSetting(args.batch_size, getattr(torch, args.dtype), args.amp, device, args.compile)
+    blocks = benchmark_models(
+        candidates, args.img_sizes, args.work, setting, args.rounds, args.max_seconds, args.memory
     )
+    how = ', autocast' * args.amp + ', compiled' * args.compile
+    setup = f'Batch {args.batch_size}, {args.dtype}{how}, {_on(device)}'
+    rows: list[dict[str, Any]] = []
+    text = ''
+    for block in blocks:
+        rows += block
+        print(f'{block[0]["img_size"]:,} px, {block[0]["work"]}: done', file=sys.stderr)
+        text = render_models(rows, args.format, setup)
+        if args.out:
+            write_text(args.out, text)
+            write_text(args.out.with_suffix('.csv'), render_models(rows, 'csv'))
+    print(text, end='')
+
+
+def render_models(rows: Sequence[dict[str, Any]], format: str, setup: str = '') -> str:
+    """The table of models.
+
+    Args:
+        rows: Of `benchmark_models`.
+        format: One of `tables.FORMATS`.
+        setup: As of `render`.
+    """
+    from vit_efficient.tables import Column, Table
+
+    columns = [
+        Column('img_size', 'px'),
+        Column('work'),
+        Column('model'),
+        Column('parameters_m', 'parameters (M)', 1),
+        Column('gmacs', 'GMACs', 2),
+        Column('milliseconds', 'ms', 1),
+        Column('median_milliseconds', 'median ms', 1),
+        Column('rounds'),
+        Column('ratio', '× first', 2),
+        Column('peak_mib', 'peak MiB', 1),
+        Column('peak_share', 'of matmul rate', 2),
+        Column('error'),
+    ]
+    columns = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+    table = Table(columns, [{column.key: row.get(column.key) for column in columns} for row in rows]).render(format)
+    if format != 'markdown':
+        return table
+    return (
+        f'{table}\nLeast and median of rounds in which the models take turns; × first: ratio of the least times. Peak: '
+        'what the work adds to the memory of weights and inputs. Of matmul rate: multiply-accumulates per second, a '
+        'backward pass counted as two forward passes, as a share of those of a large matrix product. GMACs of a '
+        f'forward pass of all images. {setup}'
+    )
+
+
+def _layers(args: argparse.Namespace, device) -> None:
+    import torch
+
+    from vit_efficient.attention import list_attentions
+    from vit_efficient.benchmark import LayerSetting, benchmark_layer, plot_times
+    from vit_efficient.files import write_text
+
+    attentions = args.attentions or [*(name for name in list_attentions() if name != 'full'), 'dct:keep_ratio=1/16']
+    candidates = [_candidate(text) for text in attentions]
+    setting = LayerSetting(args.dim, args.heads, args.batch_size, getattr(torch, args.dtype), device)
+    blocks = benchmark_layer(candidates, args.tokens, setting, args.rounds, args.max_seconds, args.memory)
+    setup = f'd = {args.dim}, {args.heads} heads, batch {args.batch_size}, {args.dtype}, {_on(device)}'
     rows: list[dict[str, Any]] = []
     text = ''
     for block in blocks:

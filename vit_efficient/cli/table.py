@@ -80,6 +80,7 @@ def _accuracy_table(args: argparse.Namespace) -> int | None:
 
 def flops_table(args: argparse.Namespace) -> None:
     from vit_efficient.attention.treeformer_tf import LeafAttention
+    from vit_efficient.benchmark_models import input_size
     from vit_efficient.cli.options import parse_option, parse_spec
     from vit_efficient.files import write_text
     from vit_efficient.flops import ROLES, count_flops
@@ -99,7 +100,7 @@ def flops_table(args: argparse.Namespace) -> None:
         for spec, name, arguments in models:
             model = _create_on_meta(name, size, options, arguments)
             try:
-                count = count_flops(model, _input_size(model, size))
+                count = count_flops(model, input_size(model, size))
             except ValueError as error:
                 raise ValueError(f'{spec} at {size} px: {error}') from error
             first = first or count.total
@@ -184,17 +185,6 @@ def _create_at_any_size(name: str, kwargs: dict[str, Any]):
         return timm.create_model(name, **kwargs)
     except TypeError as error:
         raise ValueError(f'{name}: {error}') from error
-
-
-def _input_size(model, size: int) -> tuple[int, int, int]:
-    """Of what the model is given for a square image: of pixels, or of their coefficients."""
-    from vit_efficient.models import DctPatchEmbed
-
-    sides = (size, size)
-    embedding = getattr(model, 'patch_embed', None)
-    if isinstance(embedding, DctPatchEmbed):
-        sides = embedding.input_size(*sides)
-    return getattr(model, 'in_chans', 3), *sides
 
 
 def _tokens(model) -> int | None:

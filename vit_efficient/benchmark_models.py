@@ -1,0 +1,225 @@
+"""Whole models timed against each other in one run: inference, the passes of training, and a step of it.
+
+Every row also says how far its model is from the limit of the machine: multiply-accumulates per second, and their share
+of what a large matrix product reaches in the same run.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vit_efficient.benchmark import MEASURED, compare
+from vit_efficient.flops import count_flops
+
+WORKS = ('inference', 'forward+backward', 'training step')
+#: Forward passes that a pass costs: the gradients of activations and of weights take one each.
+_FORWARDS = {'inference': 1, 'forward+backward': 3, 'training step': 3}
+_CPU = torch.device('cpu')
+
+
+@dataclass(frozen=True)
+class ModelCandidate:
+    """A model that is timed: a name of timm, and the arguments that it is made with."""
+
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name + ''.join(f' {key}={value}' for key, value in self.args.items())
+
+    def build(self, img_size: int, **factory: Any) -> nn.Module:
+        """The model for square images of that size.
+
+        Raises:
+            ValueError: If there is none: an unknown name or argument, or patches that do not divide the image.
+        """
+        if not timm.is_model(self.name):
+            raise ValueError(f'timm knows no model {self.name!r}; see timm.list_models()')
+        try:
+            try:
+                return timm.create_model(self.name, img_size=img_size, **self.args, **factory)
+            except TypeError as error:
+                if 'img_size' not in str(error):
+                    raise
+                return timm.create_model(self.name, **self.args, **factory)  # convolutional: any size will do
+        except Exception as error:  # models check their arguments in all ways, or not at all
+            raise ValueError(f'{self}: {" ".join(str(error).split())[:300]}') from error
+
+
+@dataclass(frozen=True)
+class ModelSetting:
+    """What models that are compared have in common.
+
+    Attributes:
+        batch_size: Images.
+        dtype: Of weights and images; with `amp`, of matrix products.
+        amp: Autocast to `dtype`, the weights in float32.
+        device: Of all of it.
+        compiled: Time `torch.compile`d models. Compiling is not timed.
+        optimizer: Of the training step: a name that timm knows.
+    """
+
+    batch_size: int = 1
+    dtype: torch.dtype = torch.float32
+    amp: bool = False
+    device: torch.device = _CPU
+    compiled: bool = False
+    optimizer: str = 'adamw'
+
+    @property
+    def weights(self) -> torch.dtype:
+        return torch.float32 if self.amp else self.dtype
+
+    def images(self, size: tuple[int, ...]) -> Tensor:
+        return torch.randn(self.batch_size, *size, dtype=self.weights, device=self.device)
+
+
+def benchmark_models(
+    candidates: Sequence[ModelCandidate],
+    img_sizes: Sequence[int],
+    works: Sequence[str] = ('inference',),
+    setting: ModelSetting | None = None,
+    rounds: int = 5,
+    max_seconds: float = math.inf,
+    memory: bool = True,
+) -> Iterator[list[dict[str, Any]]]:
+    """Times models against the first of them, in the same run.
+
+    Args:
+        candidates: What is compared.
+        img_sizes: Heights of square images.
+        works: Of `WORKS`: inference; forward and backward pass; or both and a step of the optimiser, with a loss.
+        setting: Of the models and their input.
+        rounds, max_seconds, memory: Of each block, as in `benchmark.compare`.
+
+    Returns:
+        The blocks of rows, one for each size and work, as they are measured; in a block a row for each model: img_size,
+        work, model, parameters_m, gmacs (of the forward pass, all images), what `compare` returns, and peak_share: the
+        multiply-accumulates per second of the whole work, as a share of those of a large matrix product.
+
+    Raises:
+        ValueError: If a number is out of range, or a model can be had at none of the sizes. This is known before
+            anything is timed.
+    """
+    setting = setting or ModelSetting()
+    for name, value in [
+        ('batch_size', setting.batch_size),
+        ('rounds', rounds),
+        *(('img_size', size) for size in img_sizes),
+    ]:
+        if type(value) is not int or value < 1:
+            raise ValueError(f'{name} must be a positive integer, got {name}={value!r}')
+    for work in works:
+        if work not in WORKS:
+            raise ValueError(f'work must be one of {", ".join(WORKS)}, got {work!r}')
+    for given in ([str(candidate) for candidate in candidates], list(img_sizes), list(works)):
+        for value in given:
+            if given.count(value) > 1:
+                raise ValueError(f'{value} is given twice')
+    if not max_seconds > 0:
+        raise ValueError(f'max_seconds must be above 0, got {max_seconds=}')
+    plans = [[_plan(candidate, size, setting) for size in img_sizes] for candidate in candidates]
+    for of_candidate in plans:
+        if all(plan['error'] for plan in of_candidate):
+            raise ValueError(of_candidate[0]['error'])
+    return _blocks(candidates, plans, works, setting, rounds, max_seconds, memory)
+
+
+def _plan(candidate: ModelCandidate, img_size: int, setting: ModelSetting) -> dict[str, Any]:
+    """What is known of a row before anything runs."""
+    plan = dict(img_size=img_size, model=str(candidate), parameters_m=None, gmacs=None, error=None)
+    try:
+        model = candidate.build(img_size, device='meta')
+        macs = count_flops(model, input_size(model, img_size), setting.batch_size).total
+    except ValueError as error:
+        return plan | dict(error=str(error))
+    return plan | dict(parameters_m=sum(p.numel() for p in model.parameters()) / 1e6, gmacs=macs / 1e9)
+
+
+def input_size(model: nn.Module, img_size: int) -> tuple[int, int, int]:
+    """Of what a model is given for a square image: of pixels, or of their coefficients."""
+    sides = (img_size, img_size)
+    of_embedding = getattr(getattr(model, 'patch_embed', None), 'input_size', None)
+    return getattr(model, 'in_chans', 3), *(of_embedding(*sides) if callable(of_embedding) else sides)
+
+
+def _blocks(
+    candidates: Sequence[ModelCandidate],
+    plans: Sequence[Sequence[dict[str, Any]]],
+    works: Sequence[str],
+    setting: ModelSetting,
+    *options,
+) -> Iterator[list[dict[str, Any]]]:
+    for of_size in zip(*plans, strict=True):
+        size = of_size[0]['img_size']
+        for work in works:
+            rows = [{**plan, 'work': work, **dict.fromkeys(MEASURED), 'error': plan['error']} for plan in of_size]
+            fit = [i for i, row in enumerate(rows) if row['error'] is None]
+            makes = [partial(_model_call, candidates[i], size, setting, work) for i in fit]
+            peak = matmul_rate(setting.dtype, setting.device)
+            for i, measured in zip(fit, compare(makes, setting.device, *options), strict=True):
+                rows[i].update(measured)
+                if rows[i]['milliseconds']:
+                    rate = _FORWARDS[work] * rows[i]['gmacs'] * 1e9 / (rows[i]['milliseconds'] / 1e3)
+                    rows[i]['peak_share'] = rate / peak
+            yield rows
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, side: int | None = None, seconds: float = 1.0) -> float:
+    """Multiply-accumulates per second of a square matrix product, the best of some.
+
+    Args:
+        dtype, device: Of the matrices.
+        side: Rows and columns; 2,048 on a CPU, 8,192 elsewhere.
+        seconds: For how long.
+    """
+    side = side or (2048 if device.type == 'cpu' else 8192)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best, begin = math.inf, time.perf_counter()
+    while time.perf_counter() - begin < seconds or best == math.inf:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return side**3 / best
+
+
+def _model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, work: str) -> Callable[[], object]:
+    factory = dict(device=setting.device, dtype=setting.weights)
+    model = candidate.build(img_size, **factory).train(work != 'inference')
+    x = setting.images(input_size(model, img_size))
+    run = torch.compile(model) if setting.compiled else model
+    autocast = partial(torch.autocast, setting.device.type, setting.dtype, enabled=setting.amp)
+    if work == 'inference':
+
+        def call() -> None:
+            with torch.inference_mode(), autocast():
+                run(x)
+
+        return call
+
+    labels = torch.zeros(setting.batch_size, dtype=torch.int64, device=setting.device)
+    optimizer = None
+    if work == 'training step':
+        from timm.optim import create_optimizer_v2
+
+        optimizer = create_optimizer_v2(model, setting.optimizer, lr=1e-6)
+
+    def step() -> None:
+        with autocast():
+            loss = F.cross_entropy(run(x).float(), labels)
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad()
+
+    return step
