@@ -249,7 +249,7 @@ class Samples(Dataset):
             if self.on_error == 'skip':
                 return Unreadable(index, f'{where}: {what}')
             raise ValueError(
-                f'{where}: {what}; data.on_error=skip (evaluate: --on-error skip) goes on without it'
+                f'{where}: {what}; on_error=skip goes on without it'
             ) from error
         try:
             if not 0 <= int(label) < self.num_classes:
