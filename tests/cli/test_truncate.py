@@ -98,3 +98,9 @@ def test_errors_are_one_line(options, message, tmp_path, monkeypatch, capsys):
     assert printed.out == ''
     assert re.fullmatch(f'vit-efficient truncate: error: .*{message}.*\n', printed.err)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_a_block_that_would_not_fit_into_memory(tmp_path, capsys):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / 'small.png')
+    assert main(['truncate', str(tmp_path / 'small.png'), '--block', '100000', '--out', str(tmp_path / 'o.png')]) == 2
+    assert '--block must be at most 1024 for this image, got 100000' in capsys.readouterr().err

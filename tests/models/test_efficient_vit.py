@@ -80,7 +80,11 @@ def close(a, b, tolerance=1e-5):
 
 class TestRegistry:
     def test_names(self):
-        assert set(timm.list_models('vit_dct_*')) == {f'vit_dct_{size}' for size in SIZES}
+        variants = ('', '_dctpatch32')
+        assert set(timm.list_models('vit_dct_*')) == {
+            f'vit_dct_{size}{variant}' for size in SIZES for variant in variants
+        }
+        assert set(timm.list_models('vit_pool_*')) == {f'vit_pool_{size}' for size in SIZES}
         for mechanism in MECHANISMS:
             for size in SIZES:
                 assert timm.is_model(f'vit_{mechanism}_{size}')

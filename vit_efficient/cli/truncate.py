@@ -41,8 +41,9 @@ def run(args: argparse.Namespace) -> None:
 
     shares = [_share(text) for text in args.keep]
     image = _open(args.image)
-    if args.block and args.block > max(image.shape[-2:]):
-        raise ValueError(f'--block {args.block} is larger than the image, {image.shape[-2]}×{image.shape[-1]}')
+    largest = max(1024, *image.shape[-2:])  # what is added to an image has to fit into memory too
+    if args.block and args.block > largest:
+        raise ValueError(f'--block must be at most {largest} for this image, got {args.block}')
     padded = repeat_edges(image, args.block)
     without_mean = padded - padded.mean((-2, -1), keepdim=True)
     sides = (args.block, args.block) if args.block else tuple(image.shape[-2:])

@@ -248,9 +248,7 @@ class Samples(Dataset):
             what = ' '.join(str(error).removeprefix(f'{where}: ').split()) or type(error).__name__
             if self.on_error == 'skip':
                 return Unreadable(index, f'{where}: {what}')
-            raise ValueError(
-                f'{where}: {what}; on_error=skip goes on without it'
-            ) from error
+            raise ValueError(f'{where}: {what}; on_error=skip goes on without it') from error
         try:
             if not 0 <= int(label) < self.num_classes:
                 raise ValueError(f'its label {int(label)} is not among the {self.num_classes} classes of the model')
