@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from vit_efficient.cli import main, table_accuracy
+from vit_efficient.cli.options import parse_spec
 from vit_efficient.flops import count_flops
 
 RECIPE = """
@@ -299,6 +300,13 @@ def test_flops_of_models_with_arguments(capsys):
     assert cut['patch_embedding_gmacs'] == pytest.approx(plain['patch_embedding_gmacs'] * (256 + 64 + 64) / 768)
     assert cut['patch_transform_gmacs'] > 0 == plain['patch_transform_gmacs']
     assert cut['attention_gmacs'] == plain['attention_gmacs'] == pytest.approx(4 * shallow['attention_gmacs'])
+
+
+def test_specs_with_brackets_in_brackets():
+    text = "vit_full_tiny:attention=['full',('dct',{'keep_ratio':0.5,'num':[1,2]})],depth=2"
+    expected = {'attention': ['full', ('dct', {'keep_ratio': 0.5, 'num': [1, 2]})], 'depth': 2}
+    assert parse_spec(text) == ('vit_full_tiny', expected)
+    assert parse_spec('vit_full_tiny') == ('vit_full_tiny', {})
 
 
 def test_flops_of_a_model_without_the_argument(capsys):

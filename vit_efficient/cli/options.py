@@ -30,5 +30,11 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
         ValueError: If an option has no `=`.
     """
     name, _, options = text.partition(':')
-    parts = re.split(r',(?![^([{]*[)\]}])', options) if options else []
+    parts, depth = [''] if options else [], 0
+    for character in options:
+        depth += (character in '([{') - (character in ')]}')
+        if character == ',' and not depth:
+            parts.append('')
+        else:
+            parts[-1] += character
     return name, dict(parse_option(part) for part in parts)
