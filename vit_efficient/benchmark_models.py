@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from vit_efficient.benchmark import MEASURED, compare
 from vit_efficient.flops import count_flops
+from vit_efficient.models.patch_embed import input_size
 
 WORKS = ('inference', 'forward+backward', 'training step')
 #: Forward passes that a pass costs: the gradients of activations and of weights take one each.
@@ -142,13 +143,6 @@ def _plan(candidate: ModelCandidate, img_size: int, setting: ModelSetting) -> di
     except ValueError as error:
         return plan | dict(error=str(error))
     return plan | dict(parameters_m=sum(p.numel() for p in model.parameters()) / 1e6, gmacs=macs / 1e9)
-
-
-def input_size(model: nn.Module, img_size: int) -> tuple[int, int, int]:
-    """Of what a model is given for a square image: of pixels, or of their coefficients."""
-    sides = (img_size, img_size)
-    of_embedding = getattr(getattr(model, 'patch_embed', None), 'input_size', None)
-    return getattr(model, 'in_chans', 3), *(of_embedding(*sides) if callable(of_embedding) else sides)
 
 
 def _blocks(

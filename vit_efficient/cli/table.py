@@ -80,10 +80,10 @@ def _accuracy_table(args: argparse.Namespace) -> int | None:
 
 def flops_table(args: argparse.Namespace) -> None:
     from vit_efficient.attention.treeformer_tf import LeafAttention
-    from vit_efficient.benchmark_models import input_size
     from vit_efficient.cli.options import parse_option, parse_spec
     from vit_efficient.files import write_text
     from vit_efficient.flops import ROLES, count_flops
+    from vit_efficient.models.patch_embed import input_size
     from vit_efficient.tables import Column, Table
 
     options = dict(parse_option(text) for text in args.attention_kwargs)

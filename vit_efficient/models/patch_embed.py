@@ -447,6 +447,14 @@ def describe_patch_embed(embedding: nn.Module) -> dict[str, Any]:
     return dict(patch_embed='dct', **{f'patch_{name}': value for name, value in embedding.options.items()})
 
 
+def input_size(model: nn.Module, img_size: int) -> tuple[int, int, int]:
+    """Of what a model is given for a square image, of pixels or of their coefficients: channels, height, width."""
+    sides, embedding = (img_size, img_size), getattr(model, 'patch_embed', None)
+    if isinstance(embedding, DctPatchEmbed):
+        sides = embedding.input_size(*sides)
+    return getattr(model, 'in_chans', 3), *sides
+
+
 def check_convolution(embedding: nn.Module) -> None:
     """Raises ValueError if it is not a patch embedding by one convolution."""
     conv = getattr(embedding, 'proj', None)
