@@ -2,9 +2,9 @@
 
 Source: Riad, Teboul, Grangier, Zeghidour, "Learning strides in convolutional neural networks", ICLR 2022, arXiv
 2202.01653 (DiffStride): frequencies are multiplied by a window that falls off linearly, and the gradient reaches the
-length of the window through those on its slope. Theirs is a window of Fourier coefficients and ends where its slope
-ends; ours is one of DCT coefficients, has its length at half height (so that the gains sum to it), and is turned into a
-hard truncation after training.
+length of the window through those on its slope. Theirs is a window of Fourier coefficients, ours of DCT coefficients.
+A frequency is inside as long as its gain is above 0, in what it costs and in the hard truncation that the window is
+turned into after training: one that is faint is still read, by larger weights.
 """
 
 import math
@@ -32,13 +32,13 @@ def _gains(share: Tensor, axis: int, n, smoothness: float) -> Tensor:
 class FrequencyWindow(nn.Module):
     """Gains of the lowest frequencies along two axes: 1 inside the window, 0 outside, a slope of `smoothness` between.
 
-    With n frequencies and the window's length L = share · n, frequency k has the gain
+    With n frequencies and half height at L = share · n, frequency k has the gain
 
         g(k) = clamp(1/2 + (L - 1/2 - k) / smoothness, 0, 1),      g(0) = 1
 
     `share` (2,) is learned. At 1, where it starts, only the last frequencies are damped a little, so that there is a
-    gradient; from 1 + smoothness / (2 n) on there is none, nor is there where only the first frequency is left. Frozen,
-    the frequencies whose gain is at least one half are kept: round(L) of them.
+    gradient; from 1 + smoothness / (2 n) on the gains have none, nor have they where only the first frequency is left.
+    Inside are the frequencies with a gain above 0: round(L + smoothness / 2) of them, n at most, 1 at least.
 
     Args:
         smoothness: Frequencies on the slope, above 0. Only those have a gradient; the paper has 4.
@@ -77,18 +77,25 @@ class FrequencyWindow(nn.Module):
         return self.gains(0, height)[:, None] * self.gains(1, width)
 
     def soft_size(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """The sums of the gains along both axes: differentiable numbers of frequencies."""
-        return self.gains(0, height).sum(), self.gains(1, width).sum()
+        """How many frequencies are inside along both axes, as differentiable numbers: not rounded, 1 or more.
+
+        A window that is wider than all of them has their number, and a gradient as if it counted further ones.
+        """
+        lengths = self.share * torch.tensor((height, width), device=self.share.device) + self.smoothness / 2
+        wider = [(length - n).clamp(min=0).detach() for length, n in zip(lengths, (height, width), strict=True)]
+        return tuple((length - more).clamp(min=1) for length, more in zip(lengths, wider, strict=True))
 
     def hard_size(self, height: int, width: int) -> tuple[int, int]:
-        """The numbers of frequencies along both axes with a gain of at least one half, 1 or more.
+        """How many frequencies are inside along both axes; all, if the share has no data (device 'meta').
 
         Raises:
             ValueError: If the share that was learned is not a number.
         """
+        if self.share.is_meta:
+            return height, width
         if not self.share.isfinite().all():
             raise ValueError(f'the size of a frequency window is not finite: share={self.share.tolist()}')
-        return tuple(int((self.gains(axis, n) >= 0.5).sum()) for axis, n in enumerate((height, width)))
+        return tuple(int((self.gains(axis, n) > 0).sum()) for axis, n in enumerate((height, width)))
 
     def extra_repr(self) -> str:
         return f'smoothness={self.smoothness:g}'

@@ -31,18 +31,21 @@ def test_gains_by_hand():
     # L = 4 of 8: half height between frequencies 3 and 4, a slope of two.
     assert window.gains(0, 8).tolist() == [1, 1, 1, 0.75, 0.25, 0, 0, 0]
     assert window.gains(1, 4).tolist() == [1, 1, 1, 1]
-    assert window(8, 4).shape == (8, 4) and window.hard_size(8, 4) == (4, 4)
+    assert window(8, 4).shape == (8, 4) and window.hard_size(8, 4) == (5, 4)
     height, width = window.soft_size(8, 4)
-    assert (height.item(), width.item()) == (4.0, 4.0)
-    height.backward()
-    assert window.share.grad.tolist() == [8.0, 0.0]  # the sum of the gains is share · n
+    assert (height.item(), width.item()) == (5.0, 4.0)
+    (height + width).backward()
+    assert window.share.grad.tolist() == [8.0, 4.0]  # one that is wider than all frequencies can become narrower
 
 
 @pytest.mark.parametrize('share', [1e-3, 0.1, 0.9])
 @pytest.mark.parametrize('n', [1, 2, 7, 32])
-def test_one_frequency_is_always_left(share, n):
-    window = FrequencyWindow(share=(share, share))
-    assert window.gains(0, n)[0] == 1 and window.hard_size(n, n)[0] == max(1, round(share * n + 1e-9))
+@pytest.mark.parametrize('smoothness', [0.5, 2.0, 4.0])
+def test_hard_size_is_that_of_the_cost_rounded_and_never_0(share, n, smoothness):
+    window = FrequencyWindow(smoothness, share=(share, share))
+    assert window.gains(0, n)[0] == 1
+    assert 1 <= window.hard_size(n, n)[0] <= n
+    assert abs(window.hard_size(n, n)[0] - window.soft_size(n, n)[0]) <= 0.5 + 1e-5
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_the_cost_is_that_of_flops(place):
         (3, 56, 104),
     )
     for window in (model.patch_embed.window, *(block.attn.compress.window for block in model.blocks)):
-        window.smoothness = 1e-3
+        window.smoothness = 1e-6
     set_shares(model, (4 / 7, 6 / 13))
     with torch.no_grad():
         model.patch_embed.window.share.fill_(0.5)
@@ -117,7 +120,7 @@ def test_frozen_without_a_slope_is_the_same(domain):
     coefficients; in the domain `space` tokens become fewer, and the softmax is over those."""
     model = build(domain, patch=True)
     for window in (model.patch_embed.window, *(block.attn.compress.window for block in model.blocks)):
-        window.smoothness = 1e-3
+        window.smoothness = 1e-6
     set_shares(model, (0.67, 0.6))
     x = torch.randn(2, 3, 56, 104)
     before = model(x)
@@ -139,18 +142,12 @@ def test_a_frozen_embedding_keeps_its_gains():
     cut = DctPatchEmbed((16, 24), 8, 3, 16, keep=[8, 6, 5])
     with torch.no_grad():
         gains = [module.window(f, f) for f in (8, 6, 5)]
-        hard = torch.cat([(g * (g >= 0.5)).flatten() for g in gains])
-        axes = torch.cat(
-            [  # a coefficient stays if it is inside along both axes
-                ((module.window.gains(0, f) >= 0.5)[:, None] & (module.window.gains(1, f) >= 0.5)).flatten()
-                for f in (8, 6, 5)
-            ]
-        )
-        hard = torch.cat([g.flatten() for g in gains]) * axes
-        cut.linear.weight.copy_(module.linear.weight * hard)
+        cut.linear.weight.copy_(module.linear.weight * torch.cat([g.flatten() for g in gains]))
         cut.linear.bias.copy_(module.linear.bias)
     x = torch.randn(2, 3, 16, 24)
     torch.testing.assert_close(frozen(x), cut(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(frozen(x), module(x), atol=1e-5, rtol=1e-5)
+    assert frozen.kept[0] == (5, 7) and frozen.linear.in_features < module.linear.in_features
     with pytest.raises(ValueError, match='no window to freeze'):
         frozen.freeze()
 

@@ -10,7 +10,7 @@ from vit_efficient.cli import main
 from vit_efficient.data import Preprocessing, create_dataset, eval_input, to_array
 from vit_efficient.data.config import AugmentConfig, DataConfig
 from vit_efficient.train import load_model, train
-from vit_efficient.train.config import Config, ModelConfig, SchedConfig
+from vit_efficient.train.config import Config, ModelConfig, SchedConfig, StageConfig
 
 ARGS = dict(img_size=[96, 128], patch_size=16, embed_dim=24, depth=2, num_heads=2)
 CUT = dict(patch_embed='dct', patch_keep=[8, 4, 4], patch_color='ycbcr')
@@ -68,7 +68,7 @@ def test_trains_evaluates_and_agrees_with_pixels(jpegs, tmp_path, capsys):
         image = to_array(create_dataset(f'{jpegs}/val')[index][0], 3)
         rows, columns = image.shape[0] // 16, image.shape[1] // 16
         top, left = 16 * ((rows - 6) // 2), 16 * ((columns - 8) // 2)
-        crop = torch.from_numpy(image[top : top + 96, left : left + 128]).permute(2, 0, 1) / 255
+        crop = torch.tensor(image[top : top + 96, left : left + 128]).permute(2, 0, 1) / 255
         x = (crop - torch.tensor(preprocessing.mean)[:, None, None]) / torch.tensor(preprocessing.std)[:, None, None]
         of_pixels, of_coefficients = pixels.patch_embed(x[None]), model.patch_embed(y[None])
         # libjpeg rounds, clamps and interpolates chroma, of which 4 × 4 coefficients see little.
@@ -85,9 +85,10 @@ def test_the_input_must_be_what_the_model_takes(jpegs, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_learned_cut_is_read_off_the_files(jpegs, tmp_path):
+@pytest.mark.parametrize('stages', [[], [StageConfig(1), StageConfig(1, freeze=True)]])
+def test_a_learned_cut_is_read_off_the_files(jpegs, tmp_path, stages):
     config = recipe(jpegs, tmp_path / 'run', patch_input='coefficients', patch_window=True)
-    config.truncation.penalty, config.optim.lr = 10.0, 0.1
+    config.truncation.penalty, config.optim.lr, config.stages = 10.0, 0.2, stages
     train(config)
     model = load_model(tmp_path / 'run').eval()
     assert model.patch_embed.keep < (8, 8)

@@ -1,6 +1,8 @@
 """A run that learns its truncations: they cost what the recipe says, and are hard when it ends."""
 
 import json
+import os
+import signal
 
 import pytest
 import timm
@@ -9,8 +11,9 @@ import torch
 from tests.data.trees import write_tree
 from tests.train.recipes import TINY, tiny_recipe
 from tests.train.test_loop import assert_same_run
-from vit_efficient.train import load_model, train
-from vit_efficient.train.config import ModelConfig
+from vit_efficient.models.truncation import has_windows
+from vit_efficient.train import Interrupted, load_model, loop, train
+from vit_efficient.train.config import ModelConfig, StageConfig
 
 
 @pytest.fixture(scope='module')
@@ -51,10 +54,72 @@ def test_the_penalty_stops_at_the_budget(data, tmp_path):
     free, dear, budgeted = tmp_path / 'free', tmp_path / 'dear', tmp_path / 'budgeted'
     for folder, penalty, budget in ((free, 0, 0), (dear, 100, 0), (budgeted, 100, 0.95)):
         config = learning_recipe(data, folder, penalty=float(penalty), budget=budget)
-        config.optim.lr = 0.05
+        config.optim.opt, config.optim.lr, config.optim.momentum = 'sgd', 6e-4, 0.0
         train(config)
     mean = {folder: sum(share.mean() for share in shares(folder).values()) for folder in (free, dear, budgeted)}
     assert mean[dear] < mean[budgeted] - 0.05 and mean[dear] < mean[free] - 0.05
+
+
+def freezing_recipe(data, output, **options):
+    config = learning_recipe(data, output, penalty=30.0, budget=0.3, **options)
+    config.sched.epochs, config.sched.warmup_epochs = 3, 0
+    config.optim.lr = 0.1
+    config.stages = [StageConfig(2), StageConfig(1, freeze=True)]
+    return config
+
+
+def test_a_stage_freezes_and_trains_on(data, tmp_path, capsys):
+    result = train(freezing_recipe(data, tmp_path / 'run'))
+    said = capsys.readouterr().err
+    assert 'stage 2/2: truncations frozen' in said and said.count('truncations frozen: top-1') == 1
+    lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').open()]
+    frozen = [line for line in lines if line['kind'] == 'frozen']
+    assert [(line['epoch'], line['step']) for line in frozen] == [(1, 12)]
+    truncation = result['truncation']
+    assert truncation['frozen']['top1'] == frozen[0]['top1']
+    assert truncation['learned'] == result['stages'][0] and 0 < truncation['cost'] < 0.5
+    model = load_model(tmp_path / 'run')
+    assert not has_windows(model)
+    assert [list(pair) for pair in model.patch_embed.kept] == [list(pair) for pair in truncation['kept']['patch_embed']]
+    assert model.patch_embed.kept[0] != (4, 4)
+
+
+@pytest.mark.parametrize('moment', ['learning', 'freezing', 'measured', 'trained on'])
+def test_going_on_around_a_freeze_gives_the_same_weights(data, tmp_path, monkeypatch, moment):
+    train(freezing_recipe(data, tmp_path / 'whole'))
+    method, call = {
+        'learning': ('_update', 9),
+        'freezing': ('_measure_frozen', 2),
+        'measured': ('_epoch', 3),
+        'trained on': ('_update', 15),
+    }[moment]
+    original, calls = getattr(loop._Run, method), []
+
+    def stop(self, *args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, method, stop)
+        with pytest.raises(Interrupted):
+            train(freezing_recipe(data, tmp_path / 'again'))
+    train(freezing_recipe(data, tmp_path / 'again', resume='auto'))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'again')
+
+
+def test_stages_that_cannot_freeze(data, tmp_path):
+    for stages, message in (
+        ([StageConfig(1, freeze=True), StageConfig(1)], r'stages\[0\].freeze must be false'),
+        ([StageConfig(1), StageConfig(1, freeze=True), StageConfig(1, freeze=True)], 'freeze is for one stage'),
+        ([StageConfig(1), StageConfig(1, freeze=True)], r'stages\[1\]: the model learns no truncation'),
+    ):
+        config = tiny_recipe(data, tmp_path / 'run', stages=stages)
+        config.sched.epochs, config.sched.warmup_epochs = len(stages), 0
+        with pytest.raises(ValueError, match=message):
+            train(config)
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_penalty_needs_something_that_learns(data, tmp_path):
@@ -66,8 +131,6 @@ def test_a_penalty_needs_something_that_learns(data, tmp_path):
 
 
 def test_a_run_that_ends_while_it_is_measured_goes_on(data, tmp_path, monkeypatch):
-    from vit_efficient.train import loop
-
     train(learning_recipe(data, tmp_path / 'whole', penalty=30.0))
 
     def stop(self, evaluation, frozen):

@@ -428,7 +428,7 @@ def _is_learned(entry: Entry) -> bool:
 
 
 def _truncations(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
-    """What each seed has learned to keep, and what it cost to make that a hard truncation."""
+    """What each seed has learned to keep, what it cost to make that a hard truncation, and what training mended."""
     rows = []
     for entry in entries:
         if not _is_learned(entry):
@@ -442,6 +442,7 @@ def _truncations(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
                     'kept': _sizes(learned['kept']),
                     'cost': learned['cost'],
                     **{f'{name}_before': learned['learned'][name] for name in accuracies},
+                    **{f'{name}_frozen': learned['frozen'][name] for name in accuracies},
                     **{name: result[name] for name in accuracies},
                 }
             )
@@ -450,7 +451,8 @@ def _truncations(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
     for name in accuracies:
         columns += [
             Column(f'{name}_before', f'{ACCURACIES[name][0]}, as learned', 2),
-            Column(name, 'made hard', 2),
+            Column(f'{name}_frozen', 'made hard', 2),
+            Column(name, 'at the end', 2),
         ]
     return Table(columns, rows).render()
 

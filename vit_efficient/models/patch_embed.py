@@ -287,9 +287,11 @@ class DctPatchEmbed(PatchEmbed):
         f, g = kept[largest]
         return embedding + self.in_chans * f * (p * q + g * q)
 
-    def freeze(self) -> 'DctPatchEmbed':
-        """The same without a window: coefficients whose gain is below one half along an axis are cut, the others keep
-        theirs.
+    def freeze(self, keep: Sequence[tuple[int, int]] | None = None) -> 'DctPatchEmbed':
+        """The same without a window: coefficients outside are cut, the others keep their gains, in the weights.
+
+        Args:
+            keep: Of each channel, instead of those that are inside.
 
         Raises:
             ValueError: If there is no window, or its size is not a number.
@@ -301,7 +303,7 @@ class DctPatchEmbed(PatchEmbed):
             **_layout(self),
             in_chans=self.in_chans,
             embed_dim=weight.shape[0],
-            keep=[self.window.hard_size(f, g) for f, g in self.kept],
+            keep=keep or [self.window.hard_size(f, g) for f, g in self.kept],
             color=self.color,
             input=self.input,
             bias=self.linear.bias is not None,

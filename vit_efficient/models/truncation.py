@@ -16,6 +16,9 @@ from vit_efficient.compress.budget import kept_grid
 from vit_efficient.grid import PatchGrid
 from vit_efficient.models.patch_embed import DctPatchEmbed
 
+# By the name of each part that learns a truncation: coefficients kept of each channel, or of the patch grid.
+Sizes = dict[str, tuple[int, int] | list[tuple[int, int]]]
+
 
 def has_windows(model: nn.Module) -> bool:
     """Whether a part of the model has a truncation whose size is learned."""
@@ -37,8 +40,8 @@ def soft_cost(model: nn.Module, hard: bool = False) -> Tensor:
     """The multiply-accumulates of the parts with a learned truncation, as a share of those that they would have whole.
 
     Parts are patch embedding and attentions (at place 'block', with the MLP), their transforms included; where both
-    learn, it is the share of their sum, at the image size of the model. Differentiable in the sizes that are learned: a
-    frequency counts by its gain.
+    learn, it is the share of their sum, at the image size of the model. Differentiable in the sizes that are learned,
+    which are not rounded.
 
     Args:
         model: A registered or converted model.
@@ -80,16 +83,16 @@ def _attention_macs(attention: CompressedAttention, grid: PatchGrid, h, w, mlp: 
     return 4 * m * C**2 + 2 * m**2 * C + 2 * down + local + (m * mlp if attention.of_block else 0)
 
 
-def freeze_truncation(model: nn.Module) -> dict[str, tuple[int, int] | list[tuple[int, int]]]:
-    """Turns each learned truncation of a model into a hard one, in place.
+def freeze_truncation(model: nn.Module, sizes: Sizes | None = None) -> Sizes:
+    """Turns each learned truncation of a model into a hard one, in place: what is outside the window is cut.
 
-    What has a gain below one half along an axis is cut.
-
-    A patch embedding keeps the gains of the coefficients that are left, in its weights. An attention keeps its
-    weights, and gives the coefficients that are left a gain of 1.
+    A patch embedding keeps the gains of the coefficients that are left, in its weights: its outputs are what they were.
+    An attention keeps its weights, gives the coefficients that are left a gain of 1 and, in the domain 'space', has as
+    many tokens: what that changes, some training mends (in a recipe, a stage with `freeze: true`).
 
     Args:
         model: A registered or converted model.
+        sizes: What an earlier call returned, instead of what this model has learned.
 
     Returns:
         By the name of each part the coefficients left: of each channel, or of the patch grid.
@@ -99,16 +102,18 @@ def freeze_truncation(model: nn.Module) -> dict[str, tuple[int, int] | list[tupl
     """
     if not has_windows(model):
         raise ValueError('the model learns no truncation that could be frozen')
-    kept = {}
+    given, kept = sizes or {}, {}
     with torch.no_grad():
         if _learns(model.patch_embed):
-            model.patch_embed = model.patch_embed.freeze()
+            model.patch_embed = model.patch_embed.freeze(given.get('patch_embed'))
             kept['patch_embed'] = model.patch_embed.kept
         for i, attention in list(_layers(model)):
-            budget = attention.compress.budget
-            size = attention.compress.window.hard_size(*kept_grid(*model.patch_embed.grid_size, budget))
+            name, compress = f'blocks.{i}.attn', attention.compress
+            size = given.get(name) or compress.window.hard_size(
+                *kept_grid(*model.patch_embed.grid_size, compress.budget)
+            )
             dropped = ('learned', 'keep_ratio', 'num_tokens')
             options = {name: value for name, value in attention.options.items() if name not in dropped}
             model.blocks[i].attn = swap_attention(attention, attention.mechanism, **options, num_tokens=size)
-            kept[f'blocks.{i}.attn'] = size
+            kept[name] = size
     return kept

@@ -54,6 +54,7 @@ class StageConfig:
     layers: list[int] | None = None  # blocks, negative ones from the end; null: all
     lr: float | None = None  # null: optim.lr
     warmup_epochs: float | None = None  # null: sched.warmup_epochs
+    freeze: bool = False  # truncations that are learned become hard ones where the stage begins
 
 
 @dataclass
@@ -67,7 +68,10 @@ class LossConfig:
 
 @dataclass
 class TruncationConfig:
-    """The price of truncations that are learned (`patch_window`, `learned`). At the end of a run they are frozen."""
+    """The price of truncations that are learned (`patch_window`, `learned`).
+
+    Where a stage has `freeze`, or else at the end of a run, they become hard ones.
+    """
 
     penalty: float = 0.0  # times what they cost above the budget, as a share of the uncut cost, is added to the loss
     budget: float = 0.0  # the share of the multiply-accumulates of the parts that have one which is free
@@ -396,6 +400,11 @@ def _check_stages(config: Config) -> None:
                 raise ValueError(f'stages[{number}].{key} must be {requirement}, got {value!r}')
         if not stage.attention and (stage.attention_kwargs or stage.layers is not None):
             raise ValueError(f'stages[{number}] has attention_kwargs or layers, and no attention to give them to')
+    freezing = [number for number, stage in enumerate(config.stages) if stage.freeze]
+    if len(freezing) > 1:
+        raise ValueError(f'freeze is for one stage, that of {" and ".join(map(str, freezing))} is true (stages)')
+    if freezing == [0]:
+        raise ValueError('stages[0].freeze must be false: before the first stage nothing has been learned')
     epochs = sum(stage.epochs for stage in config.stages)
     if epochs != config.sched.epochs:
         raise ValueError(f'sched.epochs must be {epochs}, as all stages together have, got {config.sched.epochs}')

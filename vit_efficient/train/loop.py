@@ -26,7 +26,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vit_efficient.data import (
@@ -113,6 +113,7 @@ class _Progress:
     stages: list[dict[str, float]] = field(default_factory=list)  # accuracies at the end of each that is done
     skipped: dict[int, str] = field(default_factory=dict)  # training images that could not be read, with the reason
     epoch_skipped: int = 0  # of them, those of the epoch
+    truncation: dict[str, Any] = field(default_factory=dict)  # that a stage has frozen; as result.json has it
 
 
 class _Run:
@@ -150,11 +151,7 @@ class _Run:
             raise ValueError('the validation set is empty')
 
         self.sampler = EpochSampler(len(train_set), config.seed, rank=team.rank, world_size=team.world_size)
-        pin = team.device.type == 'cuda'
-        self.train_loader = create_loader(
-            self.train_samples, self.sampler, data.batch_size, data.workers, drop_last=True, pin=pin
-        )
-        self.val_loader = self._create_val_loader()
+        self._create_loaders()
         self.images_per_update = data.batch_size * config.grad_accum * team.world_size
         self.updates_per_epoch = len(self.sampler) // (data.batch_size * config.grad_accum)
         if not self.updates_per_epoch:
@@ -177,23 +174,44 @@ class _Run:
         self.stage = -1
         self._enter_stage(0)
 
-    def _create_val_loader(self) -> DataLoader:
+    def _create_loaders(self) -> None:
         data, team = self.config.data, self.team
-        return create_loader(
+        pin = team.device.type == 'cuda'
+        self.train_loader = create_loader(
+            self.train_samples, self.sampler, data.batch_size, data.workers, drop_last=True, pin=pin
+        )
+        self.val_loader = create_loader(
             self.val_samples,
             EpochSampler(len(self.val_samples), shuffle=False, even=False, rank=team.rank, world_size=team.world_size),
             data.eval_batch_size or data.batch_size,
             data.workers,
-            pin=team.device.type == 'cuda',
+            pin=pin,
         )
 
     def _enter_stage(self, number: int) -> None:
         """The model as this stage has it, after those between; and all that learns, anew."""
+        truncation = self.progress.truncation
         for between in range(self.stage + 1, number + 1):
             seed_everything('stage', self.config.seed, between)  # what a conversion adds is drawn
-            self.stages[between].begin(self.model)
+            stage = self.stages[between]
+            if stage.config.freeze and not truncation:
+                truncation['cost'] = soft_cost(self.model, hard=True).item()
+            kept = stage.begin(self.model, truncation.get('kept'))
+            if kept:
+                truncation['kept'] = kept
+                self._give_what_is_taken_by(self.model)
         self.stage = number
         self._build_learning()
+
+    def _give_what_is_taken_by(self, model: nn.Module) -> None:
+        """A patch embedding that has been truncated takes fewer coefficients of each patch from the loaders."""
+        data = self.config.data
+        if data.decode != 'coefficients':
+            return
+        train_set, val_set = self.train_samples.dataset, self.val_samples.dataset
+        _, self.train_samples.transform = train_input(train_set, model, self.preprocessing, data, self.config.seed)
+        _, self.val_samples.transform = eval_input(val_set, model, self.preprocessing, data.decode)
+        self._create_loaders()
 
     def _build_learning(self) -> None:
         """Optimiser, schedule, losses, average of weights: all that learns."""
@@ -243,15 +261,14 @@ class _Run:
                 )
         if result.exists():
             return _read_result(result)
-        progress = _Progress(**state['progress'])
-        stage = stage_of(self.stages, progress.epoch)
+        self.progress = _Progress(**state['progress'])
+        stage = stage_of(self.stages, self.progress.epoch)
         if stage != self.stage:
             self._enter_stage(stage)
         self.model.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
         if self.ema:
             self.ema.module.load_state_dict(state['ema'])
-        self.progress = progress
         return None
 
     def save(self) -> None:
@@ -323,9 +340,9 @@ class _Run:
         self._announce_stage()
         with Interrupts() as interrupts:
             try:
-                evaluation = self._epochs(interrupts)
-                evaluation, frozen = self._freeze(evaluation, interrupts)
-                return self._finish(evaluation, frozen) if self.team.is_first else {}
+                self._measure_frozen(interrupts)
+                evaluation, truncation = self._freeze(self._epochs(interrupts), interrupts)
+                return self._finish(evaluation, truncation) if self.team.is_first else {}
             except Interrupted as stop:
                 self.save()
                 message = f'stopped by {stop} after update {self.progress.updates}'
@@ -354,6 +371,7 @@ class _Run:
                     self._enter_stage(self.stage + 1)
             if stage_ends:
                 self._announce_stage()
+                self._measure_frozen(interrupts)
 
     def _announce_stage(self) -> None:
         if self.team.is_first and self.config.stages:
@@ -513,27 +531,41 @@ class _Run:
             for name, value in vars(occupancy).items()
         }
 
-    def _freeze(self, evaluation: Evaluation, interrupts: Interrupts) -> tuple[Evaluation, dict[str, Any]]:
-        """Makes truncations that were learned hard ones, and measures what that costs."""
-        if not has_windows(self.evaluated_model):
-            return evaluation, {}
-        # A copy: what an interrupted run saves is the model as it learns.
-        frozen = copy.deepcopy(self.evaluated_model)
-        cost = soft_cost(frozen, hard=True).item()
-        kept = freeze_truncation(frozen)
-        self.frozen = frozen
-        # It may take fewer coefficients of each patch.
-        options = frozen, self.preprocessing, self.config.data.decode
-        _, self.val_samples.transform = eval_input(self.val_samples.dataset, *options)
-        self.val_loader = self._create_val_loader()
-        learned, evaluation = evaluation.accuracies, self._measure()
-        if self.log:
-            with interrupts.held():
-                self.log.write('frozen', self.progress.epoch, self.progress.updates, evaluation.accuracies)
-            print(f'truncations frozen: {describe(learned)} before, {describe(evaluation.accuracies)}', file=sys.stderr)
-        return evaluation, {'truncation': {'kept': kept, 'cost': cost, 'learned': learned}}
+    def _measure_frozen(self, interrupts: Interrupts) -> None:
+        """What it costs that the stage has made truncations hard ones, before it trains on."""
+        truncation = self.progress.truncation
+        if 'kept' in truncation and 'frozen' not in truncation:
+            self._log_frozen(self.progress.epoch - 1, truncation, self.progress.stages[-1], self._measure(), interrupts)
 
-    def _finish(self, evaluation: Evaluation, frozen: dict[str, Any]) -> dict[str, Any]:
+    def _freeze(self, evaluation: Evaluation, interrupts: Interrupts) -> tuple[Evaluation, dict[str, Any]]:
+        """Makes truncations that are learned to the end of the run hard ones, and measures what that costs."""
+        if not has_windows(self.evaluated_model):
+            return evaluation, self.progress.truncation
+        # A copy, of the model and of what is known of it: what an interrupted run saves is the model as it learns.
+        frozen = copy.deepcopy(self.evaluated_model)
+        truncation = {'cost': soft_cost(frozen, hard=True).item(), 'kept': freeze_truncation(frozen)}
+        self._give_what_is_taken_by(frozen)
+        self.frozen, learned = frozen, evaluation.accuracies
+        evaluation = self._measure()
+        self._log_frozen(self.progress.epoch, truncation, learned, evaluation, interrupts)
+        return evaluation, truncation
+
+    def _log_frozen(
+        self,
+        epoch: int,
+        truncation: dict[str, Any],
+        learned: dict[str, float],
+        evaluation: Evaluation,
+        interrupts: Interrupts,
+    ) -> None:
+        with interrupts.held():
+            truncation['learned'], truncation['frozen'] = learned, evaluation.accuracies
+            if self.log:
+                self.log.write('frozen', epoch, self.progress.updates, evaluation.accuracies)
+        if self.log:
+            print(f'truncations frozen: {describe(learned)} before, {describe(evaluation.accuracies)}', file=sys.stderr)
+
+    def _finish(self, evaluation: Evaluation, truncation: dict[str, Any]) -> dict[str, Any]:
         """Writes model, predictions and, last, the result: it tells that the run is complete."""
         config, progress = self.config, self.progress
         self._save_model()
@@ -563,7 +595,7 @@ class _Run:
             'train_seconds': progress.train_seconds,
             'images_per_second_train': progress.updates * self.images_per_update / progress.train_seconds,
             'images_per_second_eval': evaluation.images_per_second,
-            **frozen,
+            **({'truncation': truncation} if truncation else {}),
             **({'stages': [*progress.stages, evaluation.accuracies]} if config.stages else {}),
             'environment': self.environment,
         }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from vit_efficient.conversion import convert
-from vit_efficient.models.truncation import has_windows
+from vit_efficient.models.truncation import Sizes, freeze_truncation, has_windows
 from vit_efficient.train.config import Config, OptimConfig, SchedConfig, StageConfig
 
 
@@ -27,21 +27,32 @@ class Stage:
     optim: OptimConfig
     sched: SchedConfig
 
-    def begin(self, model: nn.Module) -> None:
-        """Converts the layers of the stage, in place.
+    def begin(self, model: nn.Module, sizes: Sizes | None = None) -> Sizes:
+        """Freezes what the model has learned to cut, if the stage says so, and converts its layers, in place.
+
+        Args:
+            model: As the stage before has left it.
+            sizes: To freeze it to, instead of what it has learned.
+
+        Returns:
+            The sizes that it has frozen, if any.
 
         Raises:
-            ValueError: As `convert` does; the model is then as it was.
+            ValueError: As `freeze_truncation` and `convert` do.
         """
+        kept = freeze_truncation(model, sizes) if self.config.freeze else {}
         if self.config.attention:
             convert(model, self.config.attention, self.config.layers, **self.config.attention_kwargs)
+        return kept
 
     def __str__(self) -> str:
         """What begins with it, such as 'treeformer_tc in layers -2 -1'."""
-        if not self.config.attention:
-            return 'as built' if not self.start else 'on'
-        layers = self.config.layers
-        return self.config.attention + (' in layers ' + ' '.join(map(str, layers)) if layers is not None else '')
+        begins = ['truncations frozen'] if self.config.freeze else []
+        if self.config.attention:
+            layers = self.config.layers
+            where = ' in layers ' + ' '.join(map(str, layers)) if layers is not None else ''
+            begins.append(self.config.attention + where)
+        return ', '.join(begins) or ('on' if self.start else 'as built')
 
 
 def list_stages(config: Config) -> list[Stage]:
@@ -73,7 +84,7 @@ def check_stages(model: nn.Module, stages: Sequence[Stage], penalty: float) -> N
         ValueError: Naming the first stage that does not fit; if there is a penalty, and no stage learns a truncation.
     """
     learns = has_windows(model)
-    if any(stage.config.attention for stage in stages):
+    if any(stage.config.attention or stage.config.freeze for stage in stages):
         model = copy.deepcopy(model).to('meta')
         for number, stage in enumerate(stages):
             try:
