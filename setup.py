@@ -39,6 +39,7 @@ setup(
         'demo': DEMO,
         'jpeg': JPEG,
         'onnx': ONNX,
+        'peers': PEERS,
         'dev': [*DEMO, *ONNX, *JPEG, *PEERS, 'hypothesis', 'pytest', 'ruff>=0.17,<0.18', 'scipy'],
     },
     entry_points={'console_scripts': ['vit-efficient = vit_efficient.cli:main']},

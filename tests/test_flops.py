@@ -292,7 +292,7 @@ def test_large_at_4096_px_takes_seconds_and_little_memory():
     code = (
         'import time, timm\n'
         'from vit_efficient.flops import count_flops\n'
-        'from vit_efficient.peak_memory import _peak\n'
+        'from vit_efficient.benchmark.peak_memory import _peak\n'
         "model = timm.create_model('vit_large_patch16_224', img_size=4096, device='meta')\n"
         'start = time.perf_counter()\n'
         'count = count_flops(model, (3, 4096, 4096))\n'

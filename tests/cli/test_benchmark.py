@@ -5,8 +5,8 @@ import math
 import pytest
 import timm
 
-from vit_efficient import benchmark, list_attentions
-from vit_efficient.benchmark import LayerSetting
+from vit_efficient import list_attentions
+from vit_efficient.benchmark import Candidate, LayerSetting, layers, timing
 from vit_efficient.cli import main
 from vit_efficient.flops import count_flops
 
@@ -69,12 +69,12 @@ def test_by_default_all_attentions(capsys):
 def test_layer_counts_what_count_flops_counts(capsys):
     main(['benchmark', 'layer', *FAST, '--attentions', 'dct', '--format', 'json', '--batch-size', '3'])
     row = json.loads(capsys.readouterr().out)[1]
-    layer = LayerSetting(32, 2).layer(benchmark.Candidate('dct'), 36)
+    layer = LayerSetting(32, 2).layer(Candidate('dct'), 36)
     assert row['gmacs'] == pytest.approx(3 * count_flops(layer, (32, 6, 6)).total / 1e9)
 
 
 def test_memory(capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, 'peak_in_child', lambda make: 3 * 2**19)
+    monkeypatch.setattr(timing, 'peak_in_child', lambda make: 3 * 2**19)
     assert main(['benchmark', 'layer', *SMALL, '--tokens', '36', '--attentions', 'dct']) == 0
     text = capsys.readouterr().out
     assert text.count(' 1.5 |') == 4 and 'peak MiB' in text and 'Peak: ' in text
@@ -91,14 +91,14 @@ def test_markdown_says_on_what_it_was_measured(capsys):
 
 
 def test_markdown_says_what_failed(capsys, monkeypatch):
-    forward = benchmark._OnGrid.forward
+    forward = layers._OnGrid.forward
 
     def fail(self, x):
         if not x.is_meta and x.shape[1] == 91 and x.requires_grad and not self.training:
             raise RuntimeError('out of memory')
         return forward(self, x)
 
-    monkeypatch.setattr(benchmark._OnGrid, 'forward', fail)
+    monkeypatch.setattr(layers._OnGrid, 'forward', fail)
     sizes = ['--tokens', '16', '36', '91']
     assert main(['benchmark', 'layer', *FAST, *sizes, '--attentions', 'dct']) == 0
     table, slopes, _ = capsys.readouterr().out.split('\n\n')

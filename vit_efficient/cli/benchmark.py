@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_OF_MATMUL_RATE = (
+    'Of matmul rate: multiply-accumulates per second, a backward pass counted as two forward passes, as a share of '
+    'those of a large matrix product. '
+)
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 
 
@@ -17,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--attentions',
         nargs='+',
         metavar='NAME[:KEY=VALUE,…]',
-        help='registered attentions and their options (default: all, and dct:keep_ratio=1/16)',
+        help='registered attentions and their options (default: all, and dct:keep_ratio=1/16), or layers of other '
+        'packages: package/linformer, package/nystrom-attention, package/performer-pytorch',
     )
     layer.add_argument('--tokens', nargs='+', type=int, default=[1024, 4096, 16384], metavar='N', help='patches')
     layer.add_argument('--dim', type=int, default=768)
     layer.add_argument('--heads', type=int, default=12)
+    layer.add_argument('--products', action='store_true', help='time the matrix products of each layer alone, too')
     _add_common(layer, 'layers', 'N and pass')
     layer.set_defaults(make=_layers)
 
@@ -35,11 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='names as in timm.create_model, and its further arguments; the first is what the others are compared to',
     )
     model.add_argument('--img-sizes', nargs='+', type=int, default=[224], metavar='PX', help='of square images')
+    model.add_argument('--labels', nargs='+', metavar='LABEL', help='what the table calls them (default: all of it)')
     model.add_argument(
         '--work', nargs='+', default=['inference'], help="'inference' (default), 'forward+backward', 'training step'"
     )
     model.add_argument('--amp', action='store_true', help='autocast to --dtype; the weights stay in float32')
-    model.add_argument('--compile', action='store_true', help='time compiled models')
     _add_common(model, 'models', 'size and work')
     model.set_defaults(make=_models)
 
@@ -64,12 +70,13 @@ def _add_common(parser: argparse.ArgumentParser, what: str, block: str) -> None:
         action='store_false',
         help=f'do not measure peak memory, which on the CPU takes a process for each of the {what}, {block}',
     )
+    parser.add_argument('--compile', action='store_true', help=f'time compiled {what}')
     parser.add_argument('--format', choices=('markdown', 'csv', 'json'), default='markdown')
     parser.add_argument(
         '--out',
         type=Path,
         metavar='FILE',
-        help='write the table to this file, and a .csv (of layers, a plot) beside it',
+        help='write the table to this file, and a .csv and a plot beside it',
     )
 
 
@@ -107,11 +114,14 @@ def _models(args: argparse.Namespace, device) -> None:
     import torch
 
     import vit_efficient  # noqa: F401 (registers its models)
-    from vit_efficient.benchmark_models import ModelCandidate, ModelSetting, benchmark_models
+    from vit_efficient.benchmark import ModelCandidate, ModelSetting, benchmark_models, plot_times
     from vit_efficient.cli.options import parse_spec
     from vit_efficient.files import write_text
 
-    candidates = [ModelCandidate(*parse_spec(text)) for text in args.models]
+    labels = args.labels or [''] * len(args.models)
+    if len(labels) != len(args.models):
+        raise ValueError(f'--labels must be as many as --models, {len(args.models)}, got {len(labels)}')
+    candidates = [ModelCandidate(*parse_spec(text), label) for text, label in zip(args.models, labels, strict=True)]
     setting = ModelSetting(args.batch_size, getattr(torch, args.dtype), args.amp, device, args.compile)
     blocks = benchmark_models(
         candidates, args.img_sizes, args.work, setting, args.rounds, args.max_seconds, args.memory
@@ -127,6 +137,7 @@ def _models(args: argparse.Namespace, device) -> None:
         if args.out:
             write_text(args.out, text)
             write_text(args.out.with_suffix('.csv'), render_models(rows, 'csv'))
+            plot_times(rows, args.out.with_suffix('.png'), 'img_size', 'model')
     print(text, end='')
 
 
@@ -160,9 +171,8 @@ def render_models(rows: Sequence[dict[str, Any]], format: str, setup: str = '') 
         return table
     return (
         f'{table}\nLeast and median of rounds in which the models take turns; × first: ratio of the least times. Peak: '
-        'what the work adds to the memory of weights and inputs. Of matmul rate: multiply-accumulates per second, a '
-        'backward pass counted as two forward passes, as a share of those of a large matrix product. GMACs of a '
-        f'forward pass of all images. {setup}'
+        f'what the work adds to the memory of weights and inputs. {_OF_MATMUL_RATE}GMACs of a forward pass of all '
+        f'images. {setup}'
     )
 
 
@@ -175,9 +185,12 @@ def _layers(args: argparse.Namespace, device) -> None:
 
     attentions = args.attentions or [*(name for name in list_attentions() if name != 'full'), 'dct:keep_ratio=1/16']
     candidates = [_candidate(text) for text in attentions]
-    setting = LayerSetting(args.dim, args.heads, args.batch_size, getattr(torch, args.dtype), device)
-    blocks = benchmark_layer(candidates, args.tokens, setting, args.rounds, args.max_seconds, args.memory)
-    setup = f'd = {args.dim}, {args.heads} heads, batch {args.batch_size}, {args.dtype}, {_on(device)}'
+    setting = LayerSetting(args.dim, args.heads, args.batch_size, getattr(torch, args.dtype), device, args.compile)
+    blocks = benchmark_layer(
+        candidates, args.tokens, setting, args.rounds, args.max_seconds, args.memory, args.products
+    )
+    how = ', compiled' * args.compile
+    setup = f'd = {args.dim}, {args.heads} heads, batch {args.batch_size}, {args.dtype}{how}, {_on(device)}'
     rows: list[dict[str, Any]] = []
     text = ''
     for block in blocks:
@@ -225,6 +238,8 @@ def render(rows: Sequence[dict[str, Any]], format: str, setup: str = '') -> str:
         Column('median_milliseconds', 'median ms', 1),
         Column('rounds'),
         Column('ratio', '× exact', 2),
+        Column('to_part', 'to its products', 2),
+        Column('peak_share', 'of matmul rate', 2),
         Column('peak_mib', 'peak MiB', 1),
         Column('error'),
     ]
@@ -239,6 +254,7 @@ def render(rows: Sequence[dict[str, Any]], format: str, setup: str = '') -> str:
 
     tokens = list(dict.fromkeys(row['tokens'] for row in rows))
     parts = [table(columns, rows)]
+    measured = {column.key for column in columns if any(row.get(column.key) is not None for row in rows)}
     notes = 'Least and median of rounds in which the layers take turns; × exact: ratio of the least times. '
     if any(value is not None for value in slopes.values()):
         second = []
@@ -249,6 +265,13 @@ def render(rows: Sequence[dict[str, Any]], format: str, setup: str = '') -> str:
         heads = [Column('attention', 'slope'), *(Column(work, digits=2) for work in PASSES)]
         parts.append(table([*heads, Column('left_out', 'without N =')], second))
         notes += 'Slope: of log time against log N, by least squares. '
-    if any(row['peak_mib'] is not None for row in rows):
+    if 'to_part' in measured:
+        notes += (
+            'To its products: its time over that of its matrix products, softmax and fused attention, one after the '
+            'other on the same operands. '
+        )
+    if 'peak_share' in measured:
+        notes += _OF_MATMUL_RATE
+    if 'peak_mib' in measured:
         notes += 'Peak: what a pass adds to the memory of weights and inputs. '
     return '\n'.join([*parts, f'{notes}GMACs of the forward pass. {setup}'])

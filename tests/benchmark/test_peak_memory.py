@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vit_efficient import peak_memory
-from vit_efficient.benchmark import EXACT, LayerSetting, Shared, _layer_call
-from vit_efficient.peak_memory import Killed, peak_in_child, peak_on_cuda
+from vit_efficient.benchmark import EXACT, LayerSetting, Shared, peak_memory
+from vit_efficient.benchmark.layers import _layer_call
+from vit_efficient.benchmark.peak_memory import Killed, peak_in_child, peak_on_cuda
 
 MB = 2**20
 

@@ -1,7 +1,8 @@
 """The peak memory of a call: what it adds to its inputs and weights.
 
 On CUDA the allocator knows it. On the CPU it is the process's resident set, and the process is one of its own
-(`python -m vit_efficient.peak_memory`): in one that has run before, a call may use memory that was there already.
+(`python -m vit_efficient.benchmark.peak_memory`): in one that has run before, a call may use memory that was there
+already.
 """
 
 import os
@@ -55,7 +56,7 @@ def peak_in_child(make: Callable[[], Callable[[], object]]) -> int:
         job = pickle.dumps((torch.get_num_threads(), make))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise RuntimeError(f'cannot be made in another process: {error}') from error
-    command = [sys.executable, '-m', 'vit_efficient.peak_memory']
+    command = [sys.executable, '-m', 'vit_efficient.benchmark.peak_memory']
     done = subprocess.run(command, input=job, capture_output=True, env=environment)
     if done.returncode < 0:
         cause = ', perhaps out of memory' if done.returncode == -9 else ''

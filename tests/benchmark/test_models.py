@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vit_efficient import count_flops
-from vit_efficient.benchmark_models import ModelCandidate, ModelSetting, benchmark_models, matmul_rate
+from vit_efficient.benchmark import ModelCandidate, ModelSetting, benchmark_models, matmul_rate
 from vit_efficient.cli import main
 
 TINY = dict(patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3)
@@ -35,7 +35,7 @@ def test_rows(setting):
 
 
 def test_a_step_of_the_optimiser_changes_weights(monkeypatch):
-    from vit_efficient import benchmark_models as module
+    from vit_efficient.benchmark import models as module
 
     built = []
     build = ModelCandidate.build

@@ -5,7 +5,6 @@ of what a large matrix product reaches in the same run.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,25 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.benchmark import MEASURED, compare
+from vit_efficient.benchmark.timing import MEASURED, check_plans, check_request, compare, matmul_rate, peak_share
 from vit_efficient.flops import count_flops
 from vit_efficient.models.patch_embed import input_size
 
 WORKS = ('inference', 'forward+backward', 'training step')
-#: Forward passes that a pass costs: the gradients of activations and of weights take one each.
-_FORWARDS = {'inference': 1, 'forward+backward': 3, 'training step': 3}
 _CPU = torch.device('cpu')
 
 
 @dataclass(frozen=True)
 class ModelCandidate:
-    """A model that is timed: a name of timm, and the arguments that it is made with."""
+    """A model that is timed: a name of timm, the arguments that it is made with, and what a table calls it."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
+    label: str = ''
 
     def __str__(self) -> str:
-        return self.name + ''.join(f' {key}={value}' for key, value in self.args.items())
+        return self.label or self.name + ''.join(f' {key}={value}' for key, value in self.args.items())
 
     def build(self, img_size: int, **factory: Any) -> nn.Module:
         """The model for square images of that size.
@@ -99,7 +97,7 @@ def benchmark_models(
         img_sizes: Heights of square images.
         works: Of `WORKS`: inference; forward and backward pass; or both and a step of the optimiser, with a loss.
         setting: Of the models and their input.
-        rounds, max_seconds, memory: Of each block, as in `benchmark.compare`.
+        rounds, max_seconds, memory: Of each block, as in `timing.compare`.
 
     Returns:
         The blocks of rows, one for each size and work, as they are measured; in a block a row for each model: img_size,
@@ -111,26 +109,13 @@ def benchmark_models(
             anything is timed.
     """
     setting = setting or ModelSetting()
-    for name, value in [
-        ('batch_size', setting.batch_size),
-        ('rounds', rounds),
-        *(('img_size', size) for size in img_sizes),
-    ]:
-        if type(value) is not int or value < 1:
-            raise ValueError(f'{name} must be a positive integer, got {name}={value!r}')
+    numbers = [('batch_size', setting.batch_size), ('rounds', rounds), *(('img_size', size) for size in img_sizes)]
+    check_request(numbers, max_seconds, [map(str, candidates), img_sizes, works])
     for work in works:
         if work not in WORKS:
             raise ValueError(f'work must be one of {", ".join(WORKS)}, got {work!r}')
-    for given in ([str(candidate) for candidate in candidates], list(img_sizes), list(works)):
-        for value in given:
-            if given.count(value) > 1:
-                raise ValueError(f'{value} is given twice')
-    if not max_seconds > 0:
-        raise ValueError(f'max_seconds must be above 0, got {max_seconds=}')
     plans = [[_plan(candidate, size, setting) for size in img_sizes] for candidate in candidates]
-    for of_candidate in plans:
-        if all(plan['error'] for plan in of_candidate):
-            raise ValueError(of_candidate[0]['error'])
+    check_plans(plans)
     return _blocks(candidates, plans, works, setting, rounds, max_seconds, memory)
 
 
@@ -161,30 +146,8 @@ def _blocks(
             peak = matmul_rate(setting.dtype, setting.device)
             for i, measured in zip(fit, compare(makes, setting.device, *options), strict=True):
                 rows[i].update(measured)
-                if rows[i]['milliseconds']:
-                    rate = _FORWARDS[work] * rows[i]['gmacs'] * 1e9 / (rows[i]['milliseconds'] / 1e3)
-                    rows[i]['peak_share'] = rate / peak
+                rows[i]['peak_share'] = peak_share(rows[i], peak)
             yield rows
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device, side: int | None = None, seconds: float = 1.0) -> float:
-    """Multiply-accumulates per second of a square matrix product, the best of some.
-
-    Args:
-        dtype, device: Of the matrices.
-        side: Rows and columns; 2,048 on a CPU, 8,192 elsewhere.
-        seconds: For how long.
-    """
-    side = side or (2048 if device.type == 'cpu' else 8192)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best, begin = math.inf, time.perf_counter()
-    while time.perf_counter() - begin < seconds or best == math.inf:
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return side**3 / best
 
 
 def _model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, work: str) -> Callable[[], object]:

@@ -1,0 +1,209 @@
+"""Attention layers timed against timm's exact attention in one run."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from vit_efficient.attention import GridAttention, create_attention, layer_options
+from vit_efficient.benchmark.peers import PEERS, create_peer
+from vit_efficient.benchmark.products import products_of
+from vit_efficient.benchmark.timing import (
+    MEASURED,
+    Shared,
+    check_plans,
+    check_request,
+    compare,
+    matmul_rate,
+    peak_share,
+)
+from vit_efficient.flops import count_flops
+from vit_efficient.grid import PatchGrid
+
+PASSES = ('forward', 'forward+backward')
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An attention that is timed: a registered name or one of `peers.PEERS`, and its options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = ', '.join(
+            f'{key}={value:.4g}' if isinstance(value, float) else f'{key}={value}'
+            for key, value in self.options.items()
+        )
+        return f'{self.name} ({options})' if options else self.name
+
+
+_CPU = torch.device('cpu')
+#: timm's own layer, against which the others are timed.
+EXACT = Candidate('exact (timm)')
+
+
+@dataclass(frozen=True)
+class LayerSetting:
+    """What layers that are compared have in common. Compiling, if they are `compiled`, is not timed."""
+
+    dim: int = 768
+    num_heads: int = 12
+    batch_size: int = 1
+    dtype: torch.dtype = torch.float32
+    device: torch.device = _CPU
+    compiled: bool = False
+
+    def layer(self, candidate: Candidate, tokens: int, device: torch.device | str | None = None) -> nn.Module:
+        """A layer that is called with (B, tokens, dim).
+
+        Raises:
+            ValueError: If the name or an option is unknown, or an option does not fit the grid.
+        """
+        kwargs = dict(qkv_bias=True, device=device or self.device, dtype=self.dtype)
+        grid = squarest_grid(tokens)
+        if candidate == EXACT:
+            return _OnGrid(Attention(self.dim, self.num_heads, **kwargs), grid)
+        if candidate.name in PEERS:
+            peer = create_peer(candidate.name, self.dim, self.num_heads, tokens, candidate.options)
+            return _OnGrid(peer.to(device=device or self.device, dtype=self.dtype), grid)
+        size = (grid.height, grid.width)
+        options = layer_options(candidate.name, candidate.options, layer=0, depth=1, grid_size=size)
+        return _OnGrid(create_attention(candidate.name, self.dim, self.num_heads, **kwargs, **options), grid)
+
+    def inputs(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Tokens, and the gradient of what a layer makes of them."""
+        x = torch.randn(self.batch_size, tokens, self.dim, dtype=self.dtype, device=self.device)
+        return x.requires_grad_(), torch.randn_like(x)
+
+
+def squarest_grid(tokens: int) -> PatchGrid:
+    """The grid of `tokens` patches whose sides are closest to each other."""
+    height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)
+    return PatchGrid(height, tokens // height)
+
+
+class _OnGrid(nn.Module):
+    """An attention with its grid, so that it is called with the tokens alone."""
+
+    def __init__(self, attention: Attention, grid: PatchGrid):
+        super().__init__()
+        self.attn = attention
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Counting FLOPs gives an image of `dim` channels.
+        x = x.flatten(2).mT if x.ndim == 4 else x
+        return self.attn(x, self.grid) if isinstance(self.attn, GridAttention) else self.attn(x)
+
+
+def benchmark_layer(
+    candidates: Sequence[Candidate],
+    tokens: Sequence[int],
+    setting: LayerSetting | None = None,
+    rounds: int = 5,
+    max_seconds: float = math.inf,
+    memory: bool = True,
+    products: bool = False,
+) -> Iterator[list[dict[str, Any]]]:
+    """Times attention layers, projections included, against timm's `Attention` in the same run.
+
+    Args:
+        candidates: What is compared.
+        tokens: Numbers of patches N; the grid is the squarest of N.
+        setting: Of the layers and their input.
+        rounds, max_seconds, memory: Of each block, as in `compare`.
+        products: Time the matrix products of each layer alone, too (see `products_of`).
+
+    Returns:
+        The blocks of rows, one for each N and pass, as they are measured; in a block a row for timm's layer and for
+        each candidate: tokens, work, attention, attended, gmacs, what `compare` returns (to_part: to its products
+        alone), and peak_share: the multiply-accumulates per second, as a share of those of a large matrix product. A
+        layer that fails, or cannot be had at this N, has an error instead of times.
+
+    Raises:
+        ValueError: If a number is out of range, or a candidate has a name or option that is not known, or can be had
+            at none of the N. This is known before anything is timed.
+    """
+    setting = setting or LayerSetting()
+    numbers = dict(dim=setting.dim, num_heads=setting.num_heads, batch_size=setting.batch_size, rounds=rounds)
+    candidates = [EXACT, *candidates]
+    check_request([*numbers.items(), *(('tokens', n) for n in tokens)], max_seconds, [map(str, candidates), tokens])
+    if setting.dim % setting.num_heads:
+        raise ValueError(f'num_heads must divide dim, got dim={setting.dim}, num_heads={setting.num_heads}')
+    plans = [[_plan(candidate, n, setting) for n in tokens] for candidate in candidates]
+    check_plans(plans)
+    return _blocks(candidates, plans, setting, products, rounds, max_seconds, memory)
+
+
+def _plan(candidate: Candidate, tokens: int, setting: LayerSetting) -> dict[str, Any]:
+    """What is known of a row before anything runs."""
+    plan = dict(tokens=tokens, attention=str(candidate), attended=None, gmacs=None, error=None)
+    try:
+        layer = setting.layer(candidate, tokens, device='meta')
+    except ValueError as error:
+        return plan | dict(error=str(error))
+    size = setting.dim, layer.grid.height, layer.grid.width
+    if candidate.name in PEERS:
+        with suppress(Exception):  # not all of them run without data
+            plan |= dict(gmacs=count_flops(layer, size, setting.batch_size).total / 1e9)
+        return plan
+    try:
+        macs = count_flops(layer, size, setting.batch_size).total
+    except ValueError as error:
+        return plan | dict(error=str(error))
+    return plan | dict(attended=tokens if candidate == EXACT else layer.attn.num_attended(layer.grid), gmacs=macs / 1e9)
+
+
+def _blocks(
+    candidates: Sequence[Candidate],
+    plans: Sequence[Sequence[dict[str, Any]]],
+    setting: LayerSetting,
+    products: bool,
+    *options,
+) -> Iterator[list[dict[str, Any]]]:
+    for of_tokens in zip(*plans, strict=True):
+        n = of_tokens[0]['tokens']
+        inputs = Shared(partial(setting.inputs, n))
+        for work in PASSES:
+            rows = [{**plan, 'work': work, **dict.fromkeys(MEASURED), 'error': plan['error']} for plan in of_tokens]
+            fit = [i for i, row in enumerate(rows) if row['error'] is None]
+            makes = [partial(_layer_call, candidates[i], n, setting, work, inputs) for i in fit]
+            parts = [partial(products_of, partial(make, guard=torch.no_grad)) for make in makes] if products else []
+            peak = matmul_rate(setting.dtype, setting.device)
+            for i, measured in zip(fit, compare(makes, setting.device, *options, parts), strict=True):
+                rows[i].update(measured)
+                rows[i]['peak_share'] = peak_share(rows[i], peak)
+            yield rows
+
+
+def _layer_call(
+    candidate: Candidate,
+    tokens: int,
+    setting: LayerSetting,
+    work: str,
+    inputs: Shared,
+    guard: Callable[[], Any] = torch.inference_mode,
+) -> Callable[[], object]:
+    x, gradient = inputs()
+    module = setting.layer(candidate, tokens).train(work != 'forward')
+    run = torch.compile(module) if setting.compiled else module
+    if work == 'forward':
+
+        def call() -> None:
+            with guard():
+                run(x)
+    else:
+
+        def call() -> None:
+            run(x).backward(gradient)
+            module.zero_grad()
+            x.grad = None
+
+    return call

@@ -1,0 +1,247 @@
+"""Timing that two sides of a ratio can share: they take turns in one process.
+
+A machine has faster and slower phases. Taking turns, all candidates see the same ones; the minimum over rounds is the
+time of the code, and what lies above it is the machine's.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from vit_efficient.benchmark.peak_memory import Killed, one_line, peak_in_child, peak_on_cuda
+
+#: What is measured of each call: by `compare`, and `peak_share`.
+MEASURED = ('milliseconds', 'median_milliseconds', 'rounds', 'ratio', 'to_part', 'peak_mib', 'peak_share', 'error')
+
+# Forward passes that a work costs: the gradients of activations and of weights take one each.
+_FORWARDS = {'forward': 1, 'inference': 1, 'forward+backward': 3, 'training step': 3}
+
+# First calls, in seconds: one of at least LONG is warm-up enough, one of at least VERY_LONG is a turn already.
+LONG, VERY_LONG = 1, 10
+
+
+def take_turns(
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    seconds: float = 0.1,
+    max_seconds: float = math.inf,
+) -> list[list[float]]:
+    """Times functions in turn.
+
+    Every function is called before the rounds: twice, to warm up and to see how long it takes. A first call of a second
+    or more is the only one; one of ten seconds or more, in which warming up is lost, is the first turn.
+
+    Args:
+        calls: What is timed.
+        device: Waited for before the clock is read.
+        rounds: Turns of each.
+        seconds: Least length of a turn; a short call is repeated.
+        max_seconds: For all of it: there are fewer rounds, but one at least, if another one would take longer.
+
+    Returns:
+        (calls, rounds), seconds per call.
+    """
+
+    def turn(call: Callable[[], object], repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / repeats
+
+    begin = time.perf_counter()
+    repeats, timed = [], []
+    for call in calls:
+        took = turn(call, 1)
+        timed.append([took] if took >= VERY_LONG else [])
+        if took < LONG:
+            took = turn(call, 1)
+        repeats.append(math.ceil(seconds / took))
+    for done in range(rounds):
+        for times, call, count in zip(timed, calls, repeats, strict=True):
+            if len(times) == done:
+                times.append(turn(call, count))
+        next_round = sum(times[-1] * count for times, count in zip(timed, repeats, strict=True))
+        if time.perf_counter() - begin + next_round > max_seconds:
+            break
+    return timed
+
+
+def compare(
+    makes: Sequence[Callable[[], Callable[[], object]]],
+    device: torch.device,
+    rounds: int = 5,
+    max_seconds: float = math.inf,
+    memory: bool = True,
+    parts: Sequence[Callable[[], Callable[[], object]]] = (),
+) -> list[dict[str, Any]]:
+    """Times calls against the first of them, and measures their peak memory. One that fails does not stop the others.
+
+    Args:
+        makes: Each makes the weights and inputs of a call and returns it. They are pickled, because on the CPU memory
+            is measured in child processes; what calls share is `Shared`.
+        device, rounds, max_seconds: Of `take_turns`. The measurement of memory, a call or two of each, comes on top.
+        memory: Whether it is measured.
+        parts: Makes calls that take turns too, one for each of the others: what they are to be compared with.
+
+    Returns:
+        For each: milliseconds (the least), median_milliseconds, rounds, ratio (of the first's least time to its own),
+        to_part (of its own least time to that of its part), peak_mib (what a call adds to inputs and weights), error.
+        None where there is nothing to say.
+    """
+    trials = [_Trial(make) for make in makes]
+    if memory and device.type != 'cuda':
+        for trial in trials:
+            trial.measure_in_child(device)
+    for trial in trials:
+        trial.build()
+    if memory and device.type == 'cuda':
+        for trial in trials:
+            trial.measure_on_cuda(device)
+    others = [_Trial(make) for make in parts]
+    for trial in others:
+        trial.build()
+    timed = take_turns([*trials, *others], device, rounds, max_seconds=max_seconds)
+    for trial, times in zip([*trials, *others], timed, strict=True):
+        trial.times = times if trial.error is None else None
+    first = trials[0].least if trials else None
+    return [
+        dict(
+            milliseconds=trial.least and 1e3 * trial.least,
+            median_milliseconds=trial.times and 1e3 * statistics.median(trial.times),
+            rounds=trial.times and len(trial.times),
+            ratio=_ratio(first, trial.least),
+            to_part=_ratio(trial.least, part and part.least),
+            peak_mib=trial.peak and trial.peak / 2**20,
+            error=trial.error or trial.remark,
+        )
+        for trial, part in zip(trials, others or [None] * len(trials), strict=True)
+    ]
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above and below else None
+
+
+class Shared:
+    """A value that is made when it is first asked for; in another process, anew."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make = make
+        self._value: Any = None
+
+    def __call__(self) -> Any:
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+    def __reduce__(self):
+        return Shared, (self._make,)
+
+
+class _Trial:
+    """A call that may fail: then it says why and does nothing any more, so that the others can go on."""
+
+    def __init__(self, make: Callable[[], Callable[[], object]]):
+        self.error: str | None = None  # why it cannot be timed
+        self.remark: str | None = None  # why its memory is not known
+        self.peak: int | None = None
+        self.times: list[float] | None = None
+        self._make = make
+        self._call: Callable[[], object] | None = None
+
+    @property
+    def least(self) -> float | None:
+        return min(self.times) if self.times else None
+
+    def build(self) -> None:
+        self._call = self._attempt(self._make)
+
+    def __call__(self) -> None:
+        self._attempt(self._call)
+
+    def measure_on_cuda(self, device: torch.device) -> None:
+        self.peak = self._attempt(peak_on_cuda, self._call, device)
+
+    def measure_in_child(self, device: torch.device) -> None:
+        if device.type != 'cpu':
+            self.remark = f'memory: not measured on {device.type}'
+            return
+        try:
+            self.peak = peak_in_child(self._make)
+        except Killed as error:
+            self.error = one_line(error)
+        except RuntimeError as error:  # perhaps only the child's
+            self.remark = f'memory: {error}'
+
+    def _attempt(self, function: Callable[..., Any], *args) -> Any:
+        if self.error is None:
+            try:
+                return function(*args)
+            except Exception as error:  # whose traceback would keep tensors
+                self.error = one_line(error)
+                self._call = None
+        return None
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """Of log y against log x, by least squares: the exponent of a power law. None for fewer than two points."""
+    if len(points) < 2:
+        return None
+    return statistics.linear_regression(*zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)).slope
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, side: int | None = None, seconds: float = 1.0) -> float:
+    """Multiply-accumulates per second of a square matrix product, the best of some.
+
+    Args:
+        dtype, device: Of the matrices.
+        side: Rows and columns; 2,048 on a CPU, 8,192 elsewhere.
+        seconds: For how long.
+    """
+    side = side or (2048 if device.type == 'cpu' else 8192)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best, begin = math.inf, time.perf_counter()
+    while time.perf_counter() - begin < seconds or best == math.inf:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return side**3 / best
+
+
+def peak_share(row: dict[str, Any], rate: float) -> float | None:
+    """Multiply-accumulates per second of a row that is measured, as a share of `rate`; None if one is not known."""
+    if not row['milliseconds'] or not row['gmacs']:
+        return None
+    return _FORWARDS[row['work']] * row['gmacs'] * 1e9 / (row['milliseconds'] / 1e3) / rate
+
+
+# --- what is asked for ---------------------------------------------------------------------------------------------
+
+
+def check_request(numbers: Iterable[tuple[str, Any]], max_seconds: float, distinct: Iterable[Iterable[Any]]) -> None:
+    """Raises a ValueError if a number is not a positive integer, or something is asked for twice."""
+    for name, value in numbers:
+        if type(value) is not int or value < 1:
+            raise ValueError(f'{name} must be a positive integer, got {name}={value!r}')
+    if not max_seconds > 0:
+        raise ValueError(f'max_seconds must be above 0, got {max_seconds=}')
+    for given in map(list, distinct):
+        for value in given:
+            if given.count(value) > 1:
+                raise ValueError(f'{value} is given twice')
+
+
+def check_plans(plans: Iterable[Sequence[dict[str, Any]]]) -> None:
+    """Raises a ValueError for the first candidate that can be had at no size."""
+    for of_candidate in plans:
+        if all(plan['error'] for plan in of_candidate):
+            raise ValueError(of_candidate[0]['error'])
