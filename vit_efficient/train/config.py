@@ -67,6 +67,17 @@ class LossConfig:
 
 
 @dataclass
+class DistillConfig:
+    """A teacher that is heard beside the labels. It sees what the student sees, mixed images too."""
+
+    teacher: str = ''  # a model of timm, with its pretrained weights, or the folder of a run or model; none: no teacher
+    weights: str = ''  # the checkpoint file of that model, instead of its pretrained weights
+    kind: str = 'soft'  # soft: the divergence from its probabilities; hard: the cross-entropy of its first class
+    weight: float = 0.5  # of what the teacher says in the loss; the labels have the rest
+    temperature: float = 1.0  # of soft probabilities, the student's and the teacher's
+
+
+@dataclass
 class TruncationConfig:
     """The price of truncations that are learned (`patch_window`, `learned`).
 
@@ -94,6 +105,7 @@ class Config:
     sched: SchedConfig = field(default_factory=SchedConfig)
     stages: list[StageConfig] = field(default_factory=list)  # one after the other; none: a single one
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     truncation: TruncationConfig = field(default_factory=TruncationConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     seed: int = 0  # weights, order, augmentation, mixing and dropout follow from it
@@ -327,7 +339,7 @@ def validate(config: Config) -> None:
     check('task', ', '.join(TASKS[:-1]) + f' or {TASKS[-1]}', lambda v: v in TASKS)
     check('data.decode', ', '.join(DECODE[:-1]) + f' or {DECODE[-1]}', lambda v: v in DECODE)
     check('seed', 'at least 0 and below 2**32', lambda v: 0 <= v < 2**32)
-    check('optim.lr clip_grad', 'above 0', lambda v: v > 0)
+    check('optim.lr clip_grad distill.temperature', 'above 0', lambda v: v > 0)
     check('optim.layer_decay data.crop_pct', 'above 0 and at most 1', lambda v: 0 < v <= 1)
     check(
         'data.augment.hflip data.augment.vflip data.augment.dct_truncate data.augment.erasing',
@@ -339,6 +351,8 @@ def validate(config: Config) -> None:
         'at least 0 and below 1',
         lambda v: 0 <= v < 1,
     )
+    check('distill.kind', 'soft or hard', lambda v: v in ('soft', 'hard'))
+    check('distill.weight', 'between 0 and 1', lambda v: 0 <= v <= 1)
     check('truncation.budget', 'at least 0 and below 1', lambda v: 0 <= v < 1)
     check('data.augment.hue', 'between 0 and 0.5', lambda v: 0 <= v <= 0.5)
     check('data.augment.rand_magnitude', 'between 0 and 10', lambda v: 0 <= v <= 10)
@@ -366,6 +380,12 @@ def validate(config: Config) -> None:
         raise ValueError(
             f'truncation.budget={config.truncation.budget:g} has no effect without a penalty; set truncation.penalty'
         )
+    if config.distill.teacher:
+        for key, allowed in (('task', ('classification',)), ('data.decode', ('pixels', 'scaled'))):
+            if values[key] not in allowed:
+                raise ValueError(f'{key} must be {" or ".join(allowed)} with distill.teacher, got {values[key]!r}')
+    elif config.distill != DistillConfig():
+        raise ValueError('distill has options, and no teacher; set distill.teacher')
     if config.stages:
         _check_stages(config)
     else:

@@ -50,6 +50,7 @@ from vit_efficient.models.truncation import freeze_truncation, has_windows, soft
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
 from vit_efficient.train.config import Config, first_line, identity, to_yaml, validate
+from vit_efficient.train.distillation import Distillation
 from vit_efficient.train.distributed import Processes, processes
 from vit_efficient.train.evaluation import Evaluation, autocast, describe, evaluate
 from vit_efficient.train.interrupts import Interrupted, Interrupts
@@ -170,6 +171,9 @@ class _Run:
         self.model.to(self.team.device)
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing()
+        self.distillation: Distillation | None = None
+        if config.distill.teacher:
+            self.distillation = Distillation(config.distill, self.model, self.preprocessing, team.device)
         self.frozen: nn.Module | None = None
         self.stage = -1
         self._enter_stage(0)
@@ -445,6 +449,9 @@ class _Run:
             with autocast(team.device, config.amp):
                 logits = self.step_model(images)
             loss = self.task.loss(self.task.split(logits.float(), truth), truth, self.loss)
+            if self.distillation:
+                with autocast(team.device, config.amp):
+                    loss = self.distillation(images, logits.float(), loss)
             if self.penalised:
                 excess = (soft_cost(self.model) - config.truncation.budget).clamp(min=0)
                 loss = loss + config.truncation.penalty * excess

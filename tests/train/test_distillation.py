@@ -1,0 +1,82 @@
+"""A student that hears a teacher: the losses by hand, and a run."""
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from tests.data.trees import write_tree
+from tests.train.recipes import TINY, tiny_recipe
+from vit_efficient import save_model
+from vit_efficient.data import Preprocessing
+from vit_efficient.train import train
+from vit_efficient.train.config import DistillConfig, LossConfig, ModelConfig
+from vit_efficient.train.distillation import Distillation
+
+SIZE = dict(embed_dim=12, depth=1, num_heads=2, num_classes=4)
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    """Of other statistics and a larger image than the student's."""
+    torch.manual_seed(1)
+    model = timm.create_model('vit_full_tiny', img_size=32, patch_size=8, **SIZE)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
+    folder = tmp_path_factory.mktemp('teacher')
+    save_model(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+def test_the_loss_by_hand(teacher, kind):
+    student = timm.create_model('vit_full_tiny', img_size=16, patch_size=4, **SIZE)
+    preprocessing = Preprocessing.of(student)
+    config = DistillConfig(str(teacher), kind=kind, weight=0.3, temperature=2.0)
+    x = torch.randn(5, 3, 16, 16)
+    logits = student(x)
+    loss = Distillation(config, student, preprocessing)(x, logits, logits.sum())
+    pixels = x * torch.tensor(preprocessing.std)[:, None, None] + torch.tensor(preprocessing.mean)[:, None, None]
+    seen = F.interpolate((pixels - 0.5) / 0.25, (32, 32), mode='bilinear', antialias=True)
+    taught = timm.create_model(f'local-dir:{teacher}', pretrained=True).eval()(seen).detach()
+    if kind == 'hard':
+        expected = -logits.log_softmax(1)[range(5), taught.argmax(1)].mean()
+    else:
+        p, q = (taught / 2).softmax(1), (logits / 2).softmax(1)
+        expected = 4 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(loss, 0.7 * logits.sum() + 0.3 * expected)
+    loss.backward()
+    assert all(p.grad is None for p in Distillation(config, student, preprocessing).teacher.parameters())
+
+
+def test_teachers_that_do_not_fit(teacher, tmp_path):
+    student = timm.create_model('vit_full_tiny', img_size=16, patch_size=4, **{**SIZE, 'num_classes': 7})
+    for name, message in (
+        (str(teacher), 'tells 4 classes, the student 3 and 7'),
+        ('vit_of_nobody', 'distill.teacher=vit_of_nobody'),
+        (str(tmp_path), 'not a model folder'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Distillation(DistillConfig(name), student, Preprocessing.of(student))
+
+
+def test_a_run(tmp_path):
+    data = write_tree(tmp_path / 'data')
+
+    def run(output, **options):
+        config = tiny_recipe(data, tmp_path / output, loss=LossConfig(mixup=0.5))
+        config.model = ModelConfig('vit_full_tiny', TINY)
+        config.distill = DistillConfig(**options)
+        result = train(config)
+        return result, torch.load(tmp_path / output / 'checkpoint.pt', weights_only=True)['model']
+
+    teacher = tmp_path / 'alone'
+    _, alone = run('alone')
+    result, taught = run('taught', teacher=str(teacher), kind='hard')
+    _, ignorant = run('ignorant', teacher=str(teacher), weight=0.0)
+    assert set(taught) == set(alone) and result['parameters'] == sum(p.numel() for p in alone.values())
+    assert all(torch.equal(ignorant[name], alone[name]) for name in alone)
+    assert not all(torch.equal(taught[name], alone[name]) for name in alone)
+    with pytest.raises(ValueError, match='distill.weight must be between 0 and 1'):
+        run('bad', teacher=str(teacher), weight=2.0)
+    with pytest.raises(ValueError, match='distill has options, and no teacher'):
+        run('bad', kind='hard')

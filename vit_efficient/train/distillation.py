@@ -1,0 +1,84 @@
+"""Learning from a teacher: what its logits add to the loss.
+
+Sources: soft, Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015, arXiv 1503.02531; hard, and
+at the same crops and mixed images as the student, Touvron et al., "Training data-efficient image transformers &
+distillation through attention", ICML 2021, arXiv 2012.12877. The student has no token of its own for it.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.task import DistillationTeacher
+from torch import Tensor, nn
+
+from vit_efficient.data import Preprocessing
+from vit_efficient.train.build import load_model
+from vit_efficient.train.config import DistillConfig, first_line
+
+
+class Distillation:
+    """The loss of a student that also hears a teacher.
+
+    Images are normalised anew for the teacher, and resized bilinearly to what it was trained at.
+
+    Args:
+        config: Says which teacher, and how much it counts.
+        student: Gives the number of classes and channels.
+        preprocessing: The student's.
+        device: The teacher's.
+
+    Raises:
+        ValueError: If the teacher cannot be had, or has other classes or channels than the student.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        student: nn.Module,
+        preprocessing: Preprocessing,
+        device: torch.device | str = 'cpu',
+    ):
+        self.config = config
+        channels, classes = preprocessing.input_size[0], student.num_classes
+        try:
+            if Path(config.teacher).is_dir():
+                teacher = DistillationTeacher(load_model(config.teacher).to(device), device=device)
+            else:
+                weights = config.weights or None
+                teacher = DistillationTeacher(config.teacher, classes, channels, weights, device=device)
+        except Exception as error:  # an unknown name, no weights, weights of another model, no network
+            raise ValueError(f'distill.teacher={config.teacher}: {first_line(error)}') from error
+        self.teacher = teacher.requires_grad_(False)
+        taken = self.teacher.model.pretrained_cfg['input_size']
+        self.size = tuple(taken[1:])
+        told = self.teacher.model.num_classes
+        if taken[0] != channels or told != classes:
+            raise ValueError(
+                f'distill.teacher={config.teacher} takes {taken[0]} channels and tells {told} classes, the student '
+                f'{channels} and {classes}'
+            )
+        statistics = torch.tensor([preprocessing.mean, preprocessing.std], device=device)
+        self.mean, self.std = statistics[:, None, :, None, None]
+
+    def __call__(self, images: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
+        """(1 - weight) · loss + weight · the loss against the teacher.
+
+        Args:
+            images: (B, C, H, W), as the student sees them.
+            logits: (B, K), the student's.
+            loss: Of the labels.
+        """
+        config = self.config
+        with torch.no_grad():
+            images = self.teacher.normalize_input(images, self.mean, self.std)
+            if images.shape[2:] != self.size:
+                images = F.interpolate(images, self.size, mode='bilinear', antialias=True)
+            taught = self.teacher(images).float()
+        if config.kind == 'hard':
+            from_teacher = F.cross_entropy(logits, taught.argmax(1))
+        else:
+            T = config.temperature
+            told, heard = F.log_softmax(taught / T, 1), F.log_softmax(logits / T, 1)
+            from_teacher = T**2 * F.kl_div(heard, told, reduction='batchmean', log_target=True)
+        return (1 - config.weight) * loss + config.weight * from_teacher
