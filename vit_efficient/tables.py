@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vit_efficient.figures import line_style
 from vit_efficient.files import save_figure
 
 FORMATS = ('markdown', 'csv', 'json')
@@ -137,11 +138,6 @@ class Panel:
     y: str = 'top-1 accuracy (%)'
 
 
-# Okabe and Ito, "Color Universal Design", 2008: told apart with any colour vision. Markers differ as well.
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
-_MARKERS = 'os^DvPX*'
-
-
 def plot_accuracy(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
     """Saves a figure of rows of panels as PNG (or by another suffix, PDF or SVG), costs on logarithmic axes.
 
@@ -185,8 +181,7 @@ def _draw(axes, panel: Panel, labels: Sequence[str]) -> list:
             [point.cost for point in points],
             [point.accuracy for point in points],
             [point.error or 0 for point in points] if any(point.error is not None for point in points) else None,
-            marker=_MARKERS[i % len(_MARKERS)],
-            color=_COLOURS[i % len(_COLOURS)],
+            **line_style(i),
             markersize=7,
             linewidth=1,
             capsize=3,

@@ -4,12 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_efficient.figures import line_style
 from vit_efficient.files import save_figure
-
-# Okabe and Ito, "Color Universal Design", 2008, but for yellow, and black, which is what the others are compared with.
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-_STYLES = ('-', '--', ':')  # one for each time around the colours
-_MARKERS = 'os^DvPX'
 
 
 def plot_times(rows: Sequence[dict[str, Any]], path: str | Path, size: str = 'tokens', name: str = 'attention') -> None:
@@ -30,8 +26,7 @@ def plot_times(rows: Sequence[dict[str, Any]], path: str | Path, size: str = 'to
     labels = list(dict.fromkeys(row[name] for row in rows if row[name] != first))
     styles: dict[str, dict[str, Any]] = {first: dict(color='black', marker='*', markersize=9, linewidth=2)}
     for i, label in enumerate(labels):
-        line = _STYLES[i // len(_COLOURS) % len(_STYLES)]
-        styles[label] = dict(color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)], linestyle=line)
+        styles[label] = line_style(i)
     figure = Figure(figsize=(11, 5), dpi=150, layout='constrained')
     panels = figure.subplots(1, max(1, len(works)), sharey=True, squeeze=False)[0]
     handles = {}

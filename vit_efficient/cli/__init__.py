@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     'train': 'train the model of a recipe',
     'evaluate': 'measure the accuracy of a trained model',
+    'plot': 'draw the curves of runs',
     'leaves': "draw which leaf of Treeformer's trees each patch of an image falls into",
     'truncate': 'show an image, its truncations, and the energy they keep',
     'export': 'write a trained model as a graph, .onnx or .pt2, that runs without this package',

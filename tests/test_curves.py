@@ -1,0 +1,73 @@
+"""Curves of runs: what is read, what is drawn, and what is said of folders that are no runs."""
+
+import json
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vit_efficient.cli import main
+from vit_efficient.curves import known_values, plot_curves, points_of, read_metrics
+
+
+def write_run(folder, epochs=3, per_epoch=4, extra=''):
+    folder.mkdir(parents=True)
+    lines = []
+    for epoch in range(epochs):
+        for step in range(epoch * per_epoch + 2, (epoch + 1) * per_epoch + 1, 2):
+            lines.append({'kind': 'train', 'epoch': epoch, 'step': step, 'loss': 9 - step / 2, 'lr': 0.1})
+        values = {'loss': 5.0 - epoch, 'top1': 10.0 * epoch, 'train_seconds': 1800.0 * (epoch + 1)}
+        lines.append({'kind': 'val', 'epoch': epoch, 'step': (epoch + 1) * per_epoch, **values})
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines) + extra)
+    return folder
+
+
+def test_points(tmp_path):
+    lines = read_metrics(write_run(tmp_path / 'run', extra='{"kind": "tra'))
+    assert known_values(lines) == ['train/loss', 'train/lr', 'val/loss', 'val/top1', 'val/train_seconds']
+    assert points_of(lines, 'val/top1', 'epoch') == [(1, 0), (2, 10), (3, 20)]
+    assert points_of(lines, 'val/top1', 'hours') == [(0.5, 0), (1, 10), (1.5, 20)]
+    assert points_of(lines, 'train/loss', 'step')[:2] == [(2, 8), (4, 7)]
+    assert points_of(lines, 'train/loss', 'epoch')[:2] == [(0.5, 8), (1, 7)]
+    assert points_of(lines, 'train/loss', 'hours') == []
+
+
+def test_a_line_for_each_run(tmp_path, monkeypatch):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
+    runs = [write_run(tmp_path / name) for name in ('a/s0', 'a/s1', 'b/s0')]
+    assert plot_curves(runs, tmp_path / 'c.png') == ['train/loss', 'val/loss', 'val/top1']
+    panels = figures[0].axes
+    assert [len(axes.lines) for axes in panels] == [3, 3, 3]
+    assert [line.get_label() for line in panels[0].lines] == ['a/s0', 'a/s1', 'b/s0']
+    assert [axes.get_title() for axes in panels] == ['train/loss', 'val/loss', 'val/top1']
+    assert plot_curves(runs, tmp_path / 'h.svg', against='hours') == ['val/loss', 'val/top1']
+
+
+def test_by_command(tmp_path, capsys):
+    run, out = write_run(tmp_path / 'run'), tmp_path / 'curves.png'
+    assert main(['plot', str(run), '--values', 'train/lr', 'val/top1', '--out', str(out)]) == 0
+    assert capsys.readouterr().out == f'saved {out}: train/lr, val/top1 of 1 runs\n'
+    assert Image.open(out).width > 900
+
+
+@pytest.mark.parametrize(
+    'text, options, message',
+    [
+        (None, [], 'cannot be read: No such file or directory; give the folder of a run'),
+        ('', [], 'is empty'),
+        ('[1]\n', [], 'line 1: not a line of metrics'),
+        ('nonsense\n{}\n', [], 'line 1: not JSON'),
+        ('{"kind": "val", "epoch": 0, "step": 1, "top1": 3}\n', ['--values', 'val/top9'], 'they have val/top1'),
+        (
+            '{"kind": "val", "epoch": 0, "step": 1, "top1": 3}\n',
+            ['--against', 'days'],
+            "epoch, step, hours, got 'days'",
+        ),
+    ],
+)
+def test_what_is_no_run(tmp_path, text, options, message, capsys):
+    if text is not None:
+        (tmp_path / 'metrics.jsonl').write_text(text)
+    assert main(['plot', str(tmp_path), *options, '--out', str(tmp_path / 'c.png')]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / 'c.png').exists()

@@ -1,0 +1,24 @@
+"""`vit-efficient plot RUN… --out curves.png`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='folders of runs, finished or not')
+    parser.add_argument(
+        '--values',
+        nargs='+',
+        default=[],
+        metavar='KIND/VALUE',
+        help='such as train/loss, val/top1, train/lr (default: losses and accuracies)',
+    )
+    parser.add_argument('--against', default='epoch', help='epoch (default), step or hours, of training')
+    parser.add_argument('--out', type=Path, default=Path('curves.png'), help='(default: %(default)s)')
+
+
+def run(args: argparse.Namespace) -> None:
+    from vit_efficient.curves import plot_curves
+
+    values = plot_curves(args.runs, args.out, args.values, args.against)
+    print(f'saved {args.out}: {", ".join(values)} of {len(args.runs)} runs')

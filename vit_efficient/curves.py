@@ -1,0 +1,132 @@
+"""Curves of training: what runs have written to metrics.jsonl, as a figure."""
+
+import json
+from collections.abc import Sequence
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+from vit_efficient.figures import line_style
+from vit_efficient.files import save_figure
+
+METRICS = 'metrics.jsonl'
+AXES = ('epoch', 'step', 'hours')
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; the last one may still be being written.
+
+    Raises:
+        ValueError: If there is no such file, or it holds something else.
+    """
+    path = Path(folder) / METRICS
+    try:
+        texts = path.read_text(encoding='utf-8').splitlines()
+    except OSError as error:
+        raise ValueError(f'{path}: cannot be read: {error.strerror}; give the folder of a run') from error
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise ValueError(f'{path}, line {number}: not JSON') from error
+        if not isinstance(line, dict) or not {'kind', 'epoch', 'step'} <= set(line):
+            raise ValueError(f'{path}, line {number}: not a line of metrics')
+        lines.append(line)
+    if not lines:
+        raise ValueError(f'{path} is empty: the run has not come to its first line')
+    return lines
+
+
+def known_values(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """What can be drawn of them, such as 'train/loss' and 'val/top1'."""
+    names = {}
+    for line in lines:
+        for key, value in line.items():
+            if key not in ('kind', 'epoch', 'step') and isinstance(value, (int, float)):
+                names[f'{line["kind"]}/{key}'] = None
+    return list(names)
+
+
+def points_of(lines: Sequence[dict[str, Any]], value: str, against: str) -> list[tuple[float, float]]:
+    """x and y of a curve; without those that have no x.
+
+    Args:
+        lines: Of a run.
+        value: One of `known_values`.
+        against: 'epoch', from 0 to the number of epochs; 'step', updates; 'hours', of training, which only the lines of
+            evaluations have.
+    """
+    per_epoch = max((line['step'] / (line['epoch'] + 1) for line in lines if line['kind'] == 'val'), default=None)
+    kind, _, key = value.partition('/')
+    points = []
+    for line in lines:
+        if line['kind'] != kind or key not in line:
+            continue
+        x = line['step']
+        if against == 'epoch':
+            x = x / per_epoch if per_epoch else line['epoch']
+        elif against == 'hours':
+            if 'train_seconds' not in line:
+                continue
+            x = line['train_seconds'] / 3600
+        points.append((x, line[key]))
+    return points
+
+
+def plot_curves(
+    folders: Sequence[str | Path], path: str | Path, values: Sequence[str] = (), against: str = 'epoch'
+) -> list[str]:
+    """Saves the curves of runs, a panel for each value and a line for each run.
+
+    Args:
+        folders: Of runs, finished or not.
+        path: Of the figure; its suffix says the format.
+        values: Such as 'train/loss' or 'val/top1'. By default the losses and the accuracies that the runs have.
+        against: 'epoch', 'step' or 'hours' (of training).
+
+    Returns:
+        The values that are drawn.
+
+    Raises:
+        ValueError: If a folder is not that of a run, or a value is one that none of them has.
+    """
+    from matplotlib.figure import Figure
+
+    if against not in AXES:
+        raise ValueError(f'against must be one of {", ".join(AXES)}, got {against!r}')
+    runs = {str(folder): read_metrics(folder) for folder in folders}
+    known = list(dict.fromkeys(name for lines in runs.values() for name in known_values(lines)))
+    for value in values:
+        if value not in known:
+            raise ValueError(f'no run has {value!r}; they have {", ".join(known)}')
+    if not values:
+        wanted = ('train/loss', 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou')
+        values = [name for name in wanted if name in known and (against != 'hours' or name != 'train/loss')]
+    figure = Figure(figsize=(1 + 4.5 * len(values), 4.5), dpi=150, layout='constrained')
+    panels = figure.subplots(1, len(values), squeeze=False)[0]
+    labels = _short(list(runs))
+    handles = {}
+    for axes, value in zip(panels, values, strict=True):
+        for number, (label, lines) in enumerate(zip(labels, runs.values(), strict=True)):
+            points = points_of(lines, value, against)
+            if points:
+                handles[label] = axes.plot(*zip(*points, strict=True), label=label, **line_style(number, False))[0]
+        axes.set_title(value)
+        axes.set_xlabel(against)
+        axes.grid(alpha=0.25)
+        axes.spines[['top', 'right']].set_visible(False)
+    figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(4, len(handles)), frameon=False)
+    save_figure(figure, path)
+    return list(values)
+
+
+def _short(folders: Sequence[str]) -> list[str]:
+    """Without the folder that all of them are in."""
+    if len(folders) == 1:
+        return [Path(folders[0]).name]
+    absolute = [str(Path(folder).resolve()) for folder in folders]
+    shared = commonpath(absolute)
+    return [Path(folder).relative_to(shared).as_posix() for folder in absolute]
