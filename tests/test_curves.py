@@ -58,6 +58,7 @@ def test_by_command(tmp_path, capsys):
         ('', [], 'is empty'),
         ('[1]\n', [], 'line 1: not a line of metrics'),
         ('nonsense\n{}\n', [], 'line 1: not JSON'),
+        ('{"kind": "train", "epoch": 0, "step": 1, "loss": 3}\n', ['--against', 'hours'], 'nothing to draw against'),
         ('{"kind": "val", "epoch": 0, "step": 1, "top1": 3}\n', ['--values', 'val/top9'], 'they have val/top1'),
         (
             '{"kind": "val", "epoch": 0, "step": 1, "top1": 3}\n',

@@ -105,6 +105,8 @@ def plot_curves(
     if not values:
         wanted = ('train/loss', 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou')
         values = [name for name in wanted if name in known and (against != 'hours' or name != 'train/loss')]
+    if not values:
+        raise ValueError(f'nothing to draw against {against}: the runs have {", ".join(known)}')
     figure = Figure(figsize=(1 + 4.5 * len(values), 4.5), dpi=150, layout='constrained')
     panels = figure.subplots(1, len(values), squeeze=False)[0]
     labels = _short(list(runs))
