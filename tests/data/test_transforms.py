@@ -1,3 +1,4 @@
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -51,6 +52,25 @@ def test_operations_draw_independently():
         found = transform(image, 0, index)
         kinds |= {axes for axes in ((), (1,), (2,), (1, 2)) if torch.allclose(found, base.flip(axes), atol=1e-5)}
     assert kinds == {(), (1,), (2,), (1, 2)}
+
+
+@pytest.mark.parametrize('channels', [3, 5])
+def test_three_augment_draws_one_of_three_evenly(channels):
+    """Of a picture of a dark, reddish half and a bright one: solarising turns them round, grey takes the red."""
+    image = np.full((32, 32, channels), 10, np.uint8)
+    image[:, 16:] = 250
+    image[..., 0] += 5
+    config = AugmentConfig(crop_scale=None, hflip=0.0, color_jitter=0.0, rand_ops=0, erasing=0.0, three=True)
+    transform = TrainTransform(of_channels(channels), config, seed=0)
+    found = Counter()
+    for index in range(120):
+        y = transform(image, 0, index)
+        solarised, grey = bool(y[1, 16, 0] > y[1, 16, -1]), torch.equal(y[0], y[1])
+        found['solarised' if solarised else 'grey' if grey else 'perhaps blurred'] += 1
+    if channels == 5:
+        assert found == {'perhaps blurred': 120}
+    else:
+        assert len(found) == 3 and min(found.values()) > 25
 
 
 def test_without_augmentation_training_sees_the_normalised_image():

@@ -87,11 +87,11 @@ class Preprocessing:
 class TrainTransform:
     """The random transform of training. The draws for a sample are a function of (seed, epoch, index).
 
-    In order: random resized crop, flips, affine map, colour jitter, RandAugment-like policy (`rand_ops` operations,
-    drawn with replacement, each with a strength drawn uniformly up to `rand_magnitude` / 10 of its range), truncation
-    of the DCT, random erasing with pixel noise, normalisation. Where an image shrinks it is resized by area averaging:
-    OpenCV's other interpolations do not antialias. Without a crop (`crop_scale` null), geometry is that of evaluation
-    at `crop_pct` 1.
+    In order: random resized crop, flips, affine map, one of grey, solarised and blurred (`three`), colour jitter,
+    RandAugment-like policy (`rand_ops` operations, drawn with replacement, each with a strength drawn uniformly up to
+    `rand_magnitude` / 10 of its range), truncation of the DCT, random erasing with pixel noise, normalisation. Where an
+    image shrinks it is resized by area averaging: OpenCV's other interpolations do not antialias. Without a crop
+    (`crop_scale` null), geometry is that of evaluation at `crop_pct` 1.
 
     Images of more than 8 bits, or of other than 1 or 3 channels, skip what is defined for photographs only:
     saturation and hue, and the policy's tonal operations other than brightness and contrast.
@@ -156,6 +156,8 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
                 p=1,
             )
         )
+    if config.three:
+        steps.append(A.OneOf(_three(photograph), p=1))
     if config.color_jitter or config.hue:
         steps.append(_color_jitter(config, photograph))
     if config.rand_ops:
@@ -179,6 +181,13 @@ def _color_jitter(config: AugmentConfig, photograph: bool) -> A.BasicTransform:
         return A.ColorJitter(factors, factors, factors, hue=(-config.hue, config.hue), p=1)
     limits = (-strength, strength)
     return A.RandomBrightnessContrast(limits, limits, p=1)
+
+
+def _three(photograph: bool) -> list[A.BasicTransform]:
+    """Touvron, Cord, Jégou, "DeiT III: revenge of the ViT", ECCV 2022, arXiv 2204.07118; of other than photographs, the
+    one that is defined for them."""
+    blur = A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=1)
+    return [A.ToGray(p=1), A.Solarize(threshold_range=(0.5, 0.5), p=1), blur] if photograph else [blur]
 
 
 def _policy(strength: float, photograph: bool) -> list[A.BasicTransform]:

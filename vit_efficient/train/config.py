@@ -177,6 +177,7 @@ _ON_COEFFICIENTS = {
     'data.augment.affine.translate': 0.0,
     'data.augment.affine.scale': 0.0,
     'data.augment.affine.shear': 0.0,
+    'data.augment.three': False,
     'data.augment.color_jitter': 0.0,
     'data.augment.hue': 0.0,
     'data.augment.rand_ops': 0,

@@ -142,7 +142,8 @@ class _Run:
         self.task = Task.of(config.task, self.model, self.preprocessing, self.classes, config.loss.patch_weight)
         train_set, augment = train_input(train_set, self.model, self.preprocessing, data, config.seed)
         val_set, fixed = eval_input(val_set, self.model, self.preprocessing, data.decode)
-        if self.task.of_patches and not (data.augment.color_jitter or data.augment.hue):
+        tones = data.augment
+        if self.task.of_patches and not (tones.three or tones.color_jitter or tones.hue or tones.dct_truncate):
             augment = fixed  # nothing is drawn: where images are resized, training sees what evaluation sees
         check_target = self.task.check_target if self.task.of_patches else None
         options = in_chans, num_classes, data.cache, check_target, data.on_error
