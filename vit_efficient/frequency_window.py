@@ -36,12 +36,17 @@ class FrequencyWindow(nn.Module):
 
         g(k) = clamp(1/2 + (L - 1/2 - k) / smoothness, 0, 1),      g(0) = 1
 
-    `share` (2,) is learned. At 1, where it starts, only the last frequencies are damped a little, so that there is a
-    gradient; from 1 + smoothness / (2 n) on the gains have none, nor have they where only the first frequency is left.
-    Inside are the frequencies with a gain above 0: round(L + smoothness / 2) of them, n at most, 1 at least.
+    `share` (2,) is learned: one for each axis, whatever the number of frequencies or of channels. At 1, where it
+    starts, the last frequencies are damped a little (the very last one to 3/4 with a smoothness of 2), so that
+    there is a gradient; from 1 + (smoothness - 1) / (2 n) on the gains have none, nor have they where only the
+    first frequency is left. Inside are the frequencies with a gain above 0: L + smoothness / 2 of them, rounded
+    (halves down), n at most, 1 at least.
+
+    It is made in float32 whatever the dtype of the model: its steps are too small for half precision, and a model that
+    is cast to that does not learn it any more.
 
     Args:
-        smoothness: Frequencies on the slope, above 0. Only those have a gradient; the paper has 4.
+        smoothness: Frequencies on the slope, above 1. Only those have a gradient; the paper has 4.
         share: Of the two axes at the start, above 0.
 
     Raises:
@@ -53,15 +58,16 @@ class FrequencyWindow(nn.Module):
         smoothness: float = 2.0,
         share: tuple[float, float] = (1.0, 1.0),
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value in (('smoothness', smoothness), ('share', share[0]), ('share', share[1])):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f'{name} of a frequency window must be above 0, got {name}={value!r}')
+        if not isinstance(share, (tuple, list)) or len(share) != 2:
+            raise ValueError(f'share of a frequency window must be a pair, got {share=}')
+        for name, value, least in (('smoothness', smoothness, 1), ('share', share[0], 0), ('share', share[1], 0)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < math.inf:
+                raise ValueError(f'{name} of a frequency window must be above {least}, got {name}={value!r}')
         self.smoothness = float(smoothness)
         self.initial = tuple(float(value) for value in share)
-        self.share = nn.Parameter(torch.empty(2, device=device, dtype=dtype))
+        self.share = nn.Parameter(torch.empty(2, device=device, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -81,7 +87,7 @@ class FrequencyWindow(nn.Module):
 
         A window that is wider than all of them has their number, and a gradient as if it counted further ones.
         """
-        lengths = self.share * torch.tensor((height, width), device=self.share.device) + self.smoothness / 2
+        lengths = self.share.float() * self.share.new_tensor((height, width)).float() + self.smoothness / 2
         wider = [(length - n).clamp(min=0).detach() for length, n in zip(lengths, (height, width), strict=True)]
         return tuple((length - more).clamp(min=1) for length, more in zip(lengths, wider, strict=True))
 

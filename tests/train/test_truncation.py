@@ -21,9 +21,12 @@ def data(tmp_path_factory):
     return write_tree(tmp_path_factory.mktemp('data'))
 
 
+LEARNED = {'learned': True, 'keep_ratio': 1.0}
+
+
 def learning_recipe(data, output, penalty=0.0, budget=0.0, **options):
     config = tiny_recipe(data, output, **options)
-    args = dict(patch_embed='dct', patch_window=True, attention_kwargs={'learned': True, 'keep_ratio': 1.0})
+    args = dict(patch_embed='dct', patch_window=True, attention_kwargs=LEARNED)
     config.model = ModelConfig('vit_dct_tiny', {**TINY, **args})
     config.truncation.penalty, config.truncation.budget = penalty, budget
     return config
@@ -84,6 +87,27 @@ def test_a_stage_freezes_and_trains_on(data, tmp_path, capsys):
     assert model.patch_embed.kept[0] != (4, 4)
 
 
+def test_a_checkpoint_of_a_run_that_freezes_is_no_model_to_start_from(data, tmp_path):
+    train(freezing_recipe(data, tmp_path / 'run'))
+    config = learning_recipe(data, tmp_path / 'other')
+    config.model.init_from = str(tmp_path / 'run' / 'checkpoint.pt')
+    with pytest.raises(ValueError, match='belongs to a run whose stages change the model'):
+        train(config)
+
+
+def test_sizes_learn_at_the_full_rate(data):
+    from vit_efficient.train.config import OptimConfig
+    from vit_efficient.train.learning import create_optimizer
+
+    model = timm.create_model('vit_dct_tiny', **TINY, patch_embed='dct', patch_window=True, attention_kwargs=LEARNED)
+    optimizer = create_optimizer(model, OptimConfig(layer_decay=0.5))
+    scales = {id(p): group['lr_scale'] for group in optimizer.param_groups for p in group['params']}
+    assert len(scales) == sum(1 for _ in model.parameters())
+    for name, parameter in model.named_parameters():
+        if name.endswith('share') or name.startswith(('patch_embed', 'blocks')):
+            assert (scales[id(parameter)] == 1) == name.endswith('share')
+
+
 @pytest.mark.parametrize('moment', ['learning', 'freezing', 'measured', 'trained on'])
 def test_going_on_around_a_freeze_gives_the_same_weights(data, tmp_path, monkeypatch, moment):
     train(freezing_recipe(data, tmp_path / 'whole'))
@@ -114,6 +138,12 @@ def test_stages_that_cannot_freeze(data, tmp_path):
         ([StageConfig(1, freeze=True), StageConfig(1)], r'stages\[0\].freeze must be false'),
         ([StageConfig(1), StageConfig(1, freeze=True), StageConfig(1, freeze=True)], 'freeze is for one stage'),
         ([StageConfig(1), StageConfig(1, freeze=True)], r'stages\[1\]: the model learns no truncation'),
+        ([StageConfig(1), StageConfig(1, 'pool', freeze=True)], r'stages\[1\] has attention and freeze'),
+        (
+            [StageConfig(1, 'dct', LEARNED), StageConfig(1, freeze=True), StageConfig(1, 'dct', LEARNED)],
+            r'stages\[2\] learns truncations again',
+        ),
+        ([StageConfig(1, 'dct', LEARNED), StageConfig(1, 'pool')], r'stages\[1\] takes away truncations'),
     ):
         config = tiny_recipe(data, tmp_path / 'run', stages=stages)
         config.sched.epochs, config.sched.warmup_epochs = len(stages), 0

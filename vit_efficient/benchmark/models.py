@@ -101,8 +101,9 @@ def benchmark_models(
 
     Returns:
         The blocks of rows, one for each size and work, as they are measured; in a block a row for each model: img_size,
-        work, model, parameters_m, gmacs (of the forward pass, all images), what `compare` returns, and peak_share: the
-        multiply-accumulates per second of the whole work, as a share of those of a large matrix product.
+        work, model, parameters_m, gmacs (of the forward pass, all images), what `compare` returns, images_per_second,
+        and peak_share: the multiply-accumulates per second of the whole work, as a share of those of a large matrix
+        product.
 
     Raises:
         ValueError: If a number is out of range, or a model can be had at none of the sizes. This is known before
@@ -140,13 +141,16 @@ def _blocks(
     for of_size in zip(*plans, strict=True):
         size = of_size[0]['img_size']
         for work in works:
-            rows = [{**plan, 'work': work, **dict.fromkeys(MEASURED), 'error': plan['error']} for plan in of_size]
+            blank = dict.fromkeys((*MEASURED, 'images_per_second'))
+            rows = [{**plan, 'work': work, **blank, 'error': plan['error']} for plan in of_size]
             fit = [i for i, row in enumerate(rows) if row['error'] is None]
             makes = [partial(_model_call, candidates[i], size, setting, work) for i in fit]
             peak = matmul_rate(setting.dtype, setting.device)
             for i, measured in zip(fit, compare(makes, setting.device, *options), strict=True):
                 rows[i].update(measured)
                 rows[i]['peak_share'] = peak_share(rows[i], peak)
+                if rows[i]['milliseconds']:
+                    rows[i]['images_per_second'] = 1e3 * setting.batch_size / rows[i]['milliseconds']
             yield rows
 
 

@@ -160,6 +160,7 @@ def render_models(rows: Sequence[dict[str, Any]], format: str, setup: str = '') 
         Column('milliseconds', 'ms', 1),
         Column('median_milliseconds', 'median ms', 1),
         Column('rounds'),
+        Column('images_per_second', 'images/s', 2),
         Column('ratio', '× first', 2),
         Column('peak_mib', 'peak MiB', 1),
         Column('peak_share', 'of matmul rate', 2),

@@ -82,8 +82,9 @@ class DctCompressor(Compressor):
         keep_ratio: Share of the patches kept. 1/4 if neither this nor `num_tokens` is given.
         num_tokens: Number of tokens kept, or (h, w) with axes '2d'.
         learned: Learn how many of these are needed: their frequencies are weighed by a `FrequencyWindow`, down and up,
-            and so are the keys of the domain 'frequency'. `vit_efficient.freeze_truncation` turns it into a hard one.
-            With axes '2d'.
+            and so are the keys of the domain 'frequency'. Where it starts, the highest ones are damped: with nothing
+            else truncated the outputs are close to those of exact attention, and not equal.
+            `vit_efficient.freeze_truncation` turns it into a hard one. With axes '2d'.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -112,6 +113,8 @@ class DctCompressor(Compressor):
         self.budget = budgets.Budget(keep_ratio, num_tokens)
         if axes == '1d' and isinstance(self.budget.num_tokens, tuple):
             raise ValueError(f"num_tokens must be an integer with axes='1d', got {num_tokens=}")
+        if type(learned) is not bool:
+            raise ValueError(f'learned must be True or False, got {learned=}')
         if learned and axes == '1d':
             raise ValueError("learned=True needs axes='2d', got axes='1d'")
         self.window = FrequencyWindow() if learned else None

@@ -295,7 +295,9 @@ class EfficientVisionTransformer(GridForward, VisionTransformer):
         if heads < 1 or dim % heads:
             raise ValueError(f'num_heads must divide embed_dim, got embed_dim={dim}, num_heads={heads}')
         layer = patch_embed_layer(patch_embed, patch_keep, patch_color, patch_input, patch_window)
-        kwargs['embed_layer'] = kwargs.get('embed_layer', layer) if patch_embed == 'conv' else layer
+        if patch_embed != 'conv' and 'embed_layer' in kwargs:
+            raise ValueError(f'embed_layer cannot be had with {patch_embed=}: leave out one of them')
+        kwargs.setdefault('embed_layer', layer)
         super().__init__(*args, block_fn=kwargs.pop('block_fn', GridBlock), **kwargs)
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*self.patch_embed.img_size, self.patch_embed.patch_size)
@@ -389,8 +391,10 @@ def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
         state_dict['patch_embed.linear.weight'] = embedding.coefficients_of(kernel)
         if 'patch_embed.proj.bias' in state_dict:
             state_dict['patch_embed.linear.bias'] = state_dict.pop('patch_embed.proj.bias')
-    if embedding.window is not None:
-        state_dict.setdefault('patch_embed.window.share', embedding.window.share.detach())
+    if embedding.window is not None and 'patch_embed.window.share' not in state_dict:
+        if own:
+            state_dict['patch_embed.linear.weight'] = embedding.before_gains(own['patch_embed.linear.weight'])
+        state_dict['patch_embed.window.share'] = embedding.window.share.detach()
     return state_dict
 
 
@@ -481,9 +485,8 @@ def _register(attention: str, size: str, suffix: str) -> None:
     def entry_point(pretrained: bool = False, **kwargs) -> EfficientVisionTransformer:
         arguments = dict(patch_size=16, **SIZES[size], attention=attention)
         arguments = {**arguments, **own, **kwargs}
-        if (
-            arguments.get('patch_embed') == 'conv' and 'patch_keep' not in kwargs
-        ):  # swapped for a convolution, and saved
+        # A model whose embedding was swapped for a convolution, and saved.
+        if arguments.get('patch_embed') == 'conv' and 'patch_keep' not in kwargs:
             arguments.pop('patch_keep', None)
         return build_model(EfficientVisionTransformer, variant, pretrained, **arguments)
 

@@ -74,6 +74,10 @@ def _check_input(height, width, unit: tuple, expected: tuple | None, padded: boo
             raise ValueError(f'the {side} of the input is {size} {kind}, which is not a multiple of {step} for a patch')
 
 
+# Gains below it are taken for this one where weights are divided by them.
+_FAINT = 1 / 16
+
+
 class PatchDct(nn.Module):
     """The lowest DCT coefficients of each patch. It has no weights, and exists so that FLOPs carry its name."""
 
@@ -103,8 +107,8 @@ class DctPatchEmbed(PatchEmbed):
         input: 'pixels', or 'coefficients': the module is then given a coefficient image (B, C, h · f, w · g), each
             patch of it the coefficients of the patch that lies there, such as `vit_efficient.data` reads off JPEGs.
             f and g are the largest that a channel keeps. Sizes in arguments remain those in pixels.
-        window: Learn how many are kept: they are weighed by a `FrequencyWindow`, which `freeze` turns into a hard
-            truncation.
+        window: Learn how many are kept: they are weighed by a `FrequencyWindow`, one for all channels, which `freeze`
+            turns into a hard truncation.
 
     Raises:
         ValueError: If an argument is out of range. By `forward`, if an image does not fit.
@@ -135,6 +139,8 @@ class DctPatchEmbed(PatchEmbed):
             raise ValueError(f"patch_color='ycbcr' needs the 3 channels red, green and blue, got {in_chans=}")
         if input not in ('pixels', 'coefficients'):
             raise ValueError(f"patch_input must be 'pixels' or 'coefficients', got {input!r}")
+        if type(window) is not bool:
+            raise ValueError(f'patch_window must be True or False, got {window!r}')
         if input == 'coefficients' and self.dynamic_img_pad:
             raise ValueError("patch_input='coefficients' cannot be padded; set dynamic_img_pad=False")
         self.in_chans = in_chans
@@ -142,7 +148,7 @@ class DctPatchEmbed(PatchEmbed):
         self.input = input
         self.kept = _kept(keep, self.patch_size, in_chans)
         self.dct = PatchDct()
-        self.window = FrequencyWindow(device=device, dtype=dtype) if window else None
+        self.window = FrequencyWindow(device=device) if window else None
         del self.proj
         self.linear = nn.Linear(sum(f * g for f, g in self.kept), embed_dim, bias=bias, device=device, dtype=dtype)
         self.init_weights()
@@ -233,10 +239,18 @@ class DctPatchEmbed(PatchEmbed):
         if self.color == 'ycbcr':
             y_ECpq = torch.einsum('ic,eipq->ecpq', torch.linalg.inv(_ycbcr(y_ECpq)), y_ECpq)
         weight = torch.cat([y_ECpq[:, c, :f, :g].flatten(1) for c, (f, g) in enumerate(self.kept)], dim=1)
-        if self.window is not None:
-            gains = self._gains().detach().double()
-            weight = torch.where(gains > 0, weight / gains, 0.0)
-        return weight.to(kernel.dtype)
+        return self.before_gains(weight).to(kernel.dtype)
+
+    def before_gains(self, weight: Tensor) -> Tensor:
+        """What `linear.weight` has to be for the window to make `weight` (E, K) of it.
+
+        What is outside the window is lost, and what is faint stays so: weights divided by next to nothing could not be
+        trained.
+        """
+        if self.window is None:
+            return weight
+        gains = self._gains().detach().to(torch.promote_types(weight.dtype, torch.float32))
+        return torch.where(gains > 0, weight / gains.clamp(min=_FAINT), 0.0).to(weight.dtype)
 
     def kernel(self) -> Tensor:
         """The kernel (E, C, p, q) of the convolution that computes the same; computed in float64."""
@@ -277,33 +291,41 @@ class DctPatchEmbed(PatchEmbed):
     def macs(self, kept: Sequence[tuple]) -> Any:
         """Multiply-accumulates per patch with these coefficients of each channel, rows and columns; numbers or tensors.
 
-        All channels are transformed to as many as the one that keeps the most.
+        All channels are transformed to as many rows, and as many columns, as the one that keeps the most of them.
         """
         p, q = self.patch_size
         embedding = sum(f * g for f, g in kept) * self.linear.out_features
         if self.input == 'coefficients':
             return embedding
-        largest = self.kept.index(max(self.kept))
-        f, g = kept[largest]
+        rows, columns = zip(*self.kept, strict=True)
+        f, g = kept[rows.index(max(rows))][0], kept[columns.index(max(columns))][1]
         return embedding + self.in_chans * f * (p * q + g * q)
 
     def freeze(self, keep: Sequence[tuple[int, int]] | None = None) -> 'DctPatchEmbed':
         """The same without a window: coefficients outside are cut, the others keep their gains, in the weights.
 
         Args:
-            keep: Of each channel, instead of those that are inside.
+            keep: Of each channel, rows and columns, instead of those that are inside.
 
         Raises:
-            ValueError: If there is no window, or its size is not a number.
+            ValueError: If there is no window, its size is not a number, or `keep` is not for each channel a pair of
+                no more coefficients than it has.
         """
         if self.window is None:
             raise ValueError('this patch embedding has no window to freeze; build it with window=True')
+        keep = [self.window.hard_size(f, g) for f, g in self.kept] if keep is None else list(keep)
+        fits = len(keep) == len(self.kept) and all(
+            len(pair) == 2 and 1 <= pair[0] <= f and 1 <= pair[1] <= g
+            for pair, (f, g) in zip(keep, self.kept, strict=True)
+        )
+        if not fits:
+            raise ValueError(f'keep must be a pair for each channel, at most {self.kept}, got {keep=}')
         weight = self._weight().detach()
         new = type(self)(
             **_layout(self),
             in_chans=self.in_chans,
             embed_dim=weight.shape[0],
-            keep=keep or [self.window.hard_size(f, g) for f, g in self.kept],
+            keep=keep,
             color=self.color,
             input=self.input,
             bias=self.linear.bias is not None,

@@ -7,6 +7,7 @@ Letters: N tokens, m kept, C channels, H × W patches.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,12 @@ Sizes = dict[str, tuple[int, int] | list[tuple[int, int]]]
 
 def has_windows(model: nn.Module) -> bool:
     """Whether a part of the model has a truncation whose size is learned."""
-    return _learns(getattr(model, 'patch_embed', None)) or any(True for _ in _layers(model))
+    return count_windows(model) > 0
+
+
+def count_windows(model: nn.Module) -> int:
+    """How many parts of the model have one."""
+    return _learns(getattr(model, 'patch_embed', None)) + sum(1 for _ in _layers(model))
 
 
 def _learns(embedding: nn.Module | None) -> bool:
@@ -72,11 +78,16 @@ def soft_cost(model: nn.Module, hard: bool = False) -> Tensor:
 
 
 def _attention_macs(attention: CompressedAttention, grid: PatchGrid, h, w, mlp: int):
-    """Multiply-accumulates of an attention among h × w coefficients; at place 'block', with those of the MLP."""
+    """Multiply-accumulates of an attention among h × w coefficients; at place 'block', with those of the MLP.
+
+    An axis that keeps all its tokens is not transformed in the domain 'space'; if its size is soft, it may be.
+    """
     N, C, m = grid.num_tokens, attention.attn_dim, grid.prefix + h * w
-    down = C * (grid.num_patches * h + h * grid.width * w)
-    if attention.compress.domain == 'space' and (h, w) == (grid.height, grid.width):
-        down = 0  # the grid stays as it is
+    stay = [
+        attention.compress.domain == 'space' and type(kept) is int and kept == whole
+        for kept, whole in ((h, grid.height), (w, grid.width))
+    ]
+    down = (0 if stay[0] else C * grid.num_patches * h) + (0 if stay[1] else C * h * grid.width * w)
     local = 0 if attention.local is None else attention.local.weight.numel() * grid.num_patches
     if attention.place == 'kv':
         return 2 * N * C**2 + 2 * m * C**2 + 2 * N * m * C + down + local
@@ -88,32 +99,53 @@ def freeze_truncation(model: nn.Module, sizes: Sizes | None = None) -> Sizes:
 
     A patch embedding keeps the gains of the coefficients that are left, in its weights: its outputs are what they were.
     An attention keeps its weights, gives the coefficients that are left a gain of 1 and, in the domain 'space', has as
-    many tokens: what that changes, some training mends (in a recipe, a stage with `freeze: true`).
+    many tokens: what that changes, some training mends (in a recipe, a stage with `freeze: true`). How many an
+    attention keeps is from then on a number, that for the image size of the model: set another one before
+    (`set_input_size`).
 
     Args:
         model: A registered or converted model.
-        sizes: What an earlier call returned, instead of what this model has learned.
+        sizes: What an earlier call returned, instead of what this model has learned. Parts that it does not name are
+            frozen to what they have learned.
 
     Returns:
         By the name of each part the coefficients left: of each channel, or of the patch grid.
 
     Raises:
-        ValueError: If no part of the model has a learned truncation.
+        ValueError: If no part of the model has a learned truncation, what was learned is not a number, or `sizes` names
+            what is no such part or does not fit it. The model is then as it was.
     """
     if not has_windows(model):
         raise ValueError('the model learns no truncation that could be frozen')
-    given, kept = sizes or {}, {}
-    with torch.no_grad():
-        if _learns(model.patch_embed):
-            model.patch_embed = model.patch_embed.freeze(given.get('patch_embed'))
-            kept['patch_embed'] = model.patch_embed.kept
-        for i, attention in list(_layers(model)):
-            name, compress = f'blocks.{i}.attn', attention.compress
-            size = given.get(name) or compress.window.hard_size(
-                *kept_grid(*model.patch_embed.grid_size, compress.budget)
-            )
-            dropped = ('learned', 'keep_ratio', 'num_tokens')
-            options = {name: value for name, value in attention.options.items() if name not in dropped}
-            model.blocks[i].attn = swap_attention(attention, attention.mechanism, **options, num_tokens=size)
-            kept[name] = size
+    layers = {f'blocks.{i}.attn': (i, attention) for i, attention in _layers(model)}
+    parts = [*(['patch_embed'] if _learns(model.patch_embed) else []), *layers]
+    unknown = sorted(set(sizes or {}) - set(parts))
+    if unknown:
+        raise ValueError(f'sizes names {", ".join(unknown)}; the truncations that are learned are {", ".join(parts)}')
+    given, kept, made = sizes or {}, {}, {}
+    for name in parts:
+        try:
+            with torch.no_grad():
+                made[name], kept[name] = _frozen(model, layers.get(name, (0, None))[1], given.get(name))
+        except ValueError as error:
+            raise ValueError(f'{name}: {error}') from error
+    for name, module in made.items():
+        if name == 'patch_embed':
+            model.patch_embed = module
+        else:
+            model.blocks[layers[name][0]].attn = module
     return kept
+
+
+def _frozen(model: nn.Module, attention: CompressedAttention | None, size: Any) -> tuple[nn.Module, Any]:
+    """What takes the place of an attention, or of the patch embedding if there is none, and its size."""
+    if attention is None:
+        embedding = model.patch_embed.freeze(size)
+        return embedding, embedding.kept
+    whole = kept_grid(*model.patch_embed.grid_size, attention.compress.budget)
+    size = attention.compress.window.hard_size(*whole) if size is None else tuple(size)
+    if len(size) != 2 or not all(1 <= side <= most for side, most in zip(size, whole, strict=True)):
+        raise ValueError(f'its size must be rows and columns of at most {whole}, got {size}')
+    dropped = ('learned', 'keep_ratio', 'num_tokens')
+    options = {name: value for name, value in attention.options.items() if name not in dropped}
+    return swap_attention(attention, attention.mechanism, **options, num_tokens=size), size

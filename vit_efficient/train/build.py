@@ -93,9 +93,9 @@ def _load_weights(source: Path, name: str, args: dict[str, Any]) -> dict[str, to
         state = load_checkpoint(source)
     if state:
         saved = state['identity']
-        if any(stage['attention'] for stage in saved.get('stages') or []):
+        if any(stage['attention'] or stage.get('freeze') for stage in saved.get('stages') or []):
             raise ValueError(
-                f'model.init_from={source} belongs to a run whose stages change the attention; give the folder of the '
+                f'model.init_from={source} belongs to a run whose stages change the model; give the folder of the '
                 'finished run, which says what it has become'
             )
         _check_same_attention(source, name, args, saved.get('model.name'), saved.get('model.args') or {})

@@ -419,13 +419,18 @@ def _check_stages(config: Config) -> None:
         ):
             if not holds:
                 raise ValueError(f'stages[{number}].{key} must be {requirement}, got {value!r}')
+        if stage.attention and stage.freeze:
+            raise ValueError(f'stages[{number}] has attention and freeze; give the second of them a stage of its own')
         if not stage.attention and (stage.attention_kwargs or stage.layers is not None):
             raise ValueError(f'stages[{number}] has attention_kwargs or layers, and no attention to give them to')
     freezing = [number for number, stage in enumerate(config.stages) if stage.freeze]
     if len(freezing) > 1:
         raise ValueError(f'freeze is for one stage, that of {" and ".join(map(str, freezing))} is true (stages)')
     if freezing == [0]:
-        raise ValueError('stages[0].freeze must be false: before the first stage nothing has been learned')
+        raise ValueError(
+            'stages[0].freeze must be false: a run freezes what it has learned; for another model there is '
+            'vit_efficient.freeze_truncation'
+        )
     epochs = sum(stage.epochs for stage in config.stages)
     if epochs != config.sched.epochs:
         raise ValueError(f'sched.epochs must be {epochs}, as all stages together have, got {config.sched.epochs}')

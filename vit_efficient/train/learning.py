@@ -8,21 +8,43 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from vit_efficient.frequency_window import FrequencyWindow
 from vit_efficient.train.config import LossConfig, OptimConfig, SchedConfig, first_line
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """timm's optimiser, with its parameter groups: no decay for biases and norms, learning rates by layer.
 
+    The sizes of learned truncations have the full rate at any layer.
+
     Raises:
         ValueError: If timm knows no such optimiser, or it takes no such argument.
     """
     try:
-        return timm.optim.create_optimizer_v2(
+        optimizer = timm.optim.create_optimizer_v2(
             model, config.opt, config.lr, config.weight_decay, layer_decay=config.layer_decay, **config.args
         )
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f'optim.opt={config.opt}: {first_line(error)}') from error
+    if config.layer_decay:
+        _keep_rate_of_windows(model, optimizer)
+    return optimizer
+
+
+def _keep_rate_of_windows(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Learned sizes are no features of a low layer; at the rate of one, that of the patch embedding hardly moves."""
+    shares = [module.share for module in model.modules() if isinstance(module, FrequencyWindow)]
+    numbers = {id(share) for share in shares}
+    template = None
+    for group in list(optimizer.param_groups):
+        if any(id(parameter) in numbers for parameter in group['params']):
+            template = group
+            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in numbers]
+            if not group['params']:
+                optimizer.param_groups.remove(group)
+    if template is not None:
+        rest = {key: value for key, value in template.items() if key != 'params'}
+        optimizer.add_param_group({**rest, 'params': shares, 'lr_scale': 1.0, 'weight_decay': 0.0})
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, config: SchedConfig, updates_per_epoch: int) -> Scheduler | None:

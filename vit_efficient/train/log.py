@@ -11,7 +11,10 @@ from vit_efficient.files import write_text
 
 
 class MetricsLog:
-    """Lines of metrics, each with `kind` (train or val), `epoch` (from 0), `step` (updates done) and its values.
+    """Lines of metrics, each with `kind`, `epoch` (from 0), `step` (updates done) and its values.
+
+    Kinds: train (of an update), val (of an evaluation), leaves (of Treeformer's trees), frozen (an evaluation once
+    truncations that were learned are hard), skipped (images that could not be read).
 
     Args:
         folder: The run's folder.

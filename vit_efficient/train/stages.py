@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from vit_efficient.conversion import convert
-from vit_efficient.models.truncation import Sizes, freeze_truncation, has_windows
+from vit_efficient.models.truncation import Sizes, count_windows, freeze_truncation, has_windows
 from vit_efficient.train.config import Config, OptimConfig, SchedConfig, StageConfig
 
 
@@ -81,17 +81,25 @@ def check_stages(model: nn.Module, stages: Sequence[Stage], penalty: float) -> N
         penalty: Of truncations that are learned, `truncation.penalty`.
 
     Raises:
-        ValueError: Naming the first stage that does not fit; if there is a penalty, and no stage learns a truncation.
+        ValueError: Naming the first stage that does not fit, or that would lose what an earlier one has learned to cut;
+            if there is a penalty, and no stage learns a truncation.
     """
-    learns = has_windows(model)
+    learns, frozen = has_windows(model), False
     if any(stage.config.attention or stage.config.freeze for stage in stages):
         model = copy.deepcopy(model).to('meta')
         for number, stage in enumerate(stages):
+            before = count_windows(model)
             try:
                 stage.begin(model)
             except ValueError as error:
                 raise ValueError(f'stages[{number}]: {error}') from error
-            learns = learns or has_windows(model)
+            learns, frozen = learns or has_windows(model), frozen or stage.config.freeze
+            if frozen and has_windows(model):
+                raise ValueError(f'stages[{number}] learns truncations again, after a stage that has frozen some')
+            if count_windows(model) < before and not stage.config.freeze:
+                raise ValueError(
+                    f'stages[{number}] takes away truncations that are learned; let a stage with freeze=true go before'
+                )
     if penalty and not learns:
         raise ValueError(
             f'truncation.penalty={penalty:g}: the model learns no truncation; set model.args.patch_window=true (with '
