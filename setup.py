@@ -33,6 +33,7 @@ setup(
         'omegaconf>=2.3',
         'safetensors',
         'tensorboard',
+        'tifffile',
         'tqdm',
     ],
     extras_require={
