@@ -55,8 +55,8 @@ def test_batches_do_not_depend_on_workers_cache_or_start(tmp_path):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_loader_processes_stay_and_memory_is_pinned(tmp_path, workers):
     samples = samples_of(ImageTree(write_tree(tmp_path) / 'train'))
-    loader = create_loader(samples, EpochSampler(len(samples)), 5, workers, pin=True)
-    assert loader.pin_memory
+    assert create_loader(samples, EpochSampler(len(samples)), 5, workers, pin=True).pin_memory
+    loader = create_loader(samples, EpochSampler(len(samples)), 5, workers)
     assert loader.persistent_workers == (workers > 0)
     if workers:
         processes = [{worker.pid for worker in iter(loader)._workers} for _ in range(2)]

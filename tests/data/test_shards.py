@@ -66,7 +66,7 @@ def test_the_index_is_kept_until_a_shard_changes(tree, tmp_path, cache, monkeypa
     assert [again.filename(index) for index in range(24)] == [first.filename(index) for index in range(24)]
     write_shards(tree, tmp_path / 'shards', more__png=b'x')
     assert len(ShardReader(pattern)) == 25
-    assert scanned[5:] == [f'{tmp_path}/shards/train-00{number}.tar' for number in range(5)]
+    assert sorted(scanned[5:]) == [f'{tmp_path}/shards/train-00{number}.tar' for number in range(5)]
     for damaged in (lambda data: b'', lambda data: b'damaged', lambda data: data[: len(data) // 2]):
         for file in cache.iterdir():
             file.write_bytes(damaged(file.read_bytes()))

@@ -343,6 +343,23 @@ def test_sizes_and_layouts_fit_the_models(photographs, tmp_path, name, embed):
     assert train(config)['steps'] == 12
 
 
+@pytest.mark.parametrize('make', [shards_of, saved_of, tar_of])
+def test_jpegs_are_scaled_while_they_are_decoded(photographs, tmp_path, make):
+    pytest.importorskip('simplejpeg')
+    config = recipe(make(photographs, tmp_path / 'data'), tmp_path / 'run')
+    config.data.decode = 'scaled'
+    sizes(config)
+    assert train(config)['steps'] == 12
+
+
+def test_repeats_of_odd_files(odd, tmp_path):
+    config = recipe({**shards_of(odd, tmp_path / 'data'), 'on_error': 'skip'}, tmp_path / 'run')
+    everything(config)
+    config.data.batch_size = 6  # two images
+    result = train(config)
+    assert result['val_skipped'] == 4
+
+
 # --- what does not fit ----------------------------------------------------------------------------------------------
 
 
