@@ -7,10 +7,13 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'vit_efficient/version.py').read_text()).group(1)
 
 DEMO = ['mlxtend', 'scikit-image']
+HF = ['datasets>=3']
 JPEG = ['pyjpegio>=0.3', 'simplejpeg>=1.9']
 ONNX = ['onnx', 'onnxscript', 'onnxruntime']
+WEBDATASET = ['webdataset>=1.0']
 # Public implementations that tests compare with.
 PEERS = ['linformer', 'nystrom-attention', 'performer-pytorch']
+TESTS = ['hypothesis', 'pytest', 'pytest-xdist', 'ruff>=0.17,<0.18', 'scipy']
 
 setup(
     name='vit-efficient',
@@ -33,14 +36,17 @@ setup(
         'omegaconf>=2.3',
         'safetensors',
         'tensorboard',
+        'tifffile',
         'tqdm',
     ],
     extras_require={
         'demo': DEMO,
+        'hf': HF,
         'jpeg': JPEG,
         'onnx': ONNX,
         'peers': PEERS,
-        'dev': [*DEMO, *ONNX, *JPEG, *PEERS, 'hypothesis', 'pytest', 'ruff>=0.17,<0.18', 'scipy'],
+        'webdataset': WEBDATASET,
+        'dev': [*DEMO, *HF, *JPEG, *ONNX, *PEERS, *WEBDATASET, *TESTS],
     },
     entry_points={'console_scripts': ['vit-efficient = vit_efficient.cli:main']},
     classifiers=[

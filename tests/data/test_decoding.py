@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.data.readers.reader import Reader
 from torch import nn
 
 from tests.data.jpegs import jpeg, photograph
@@ -15,6 +16,8 @@ from vit_efficient.data import (
     DataConfig,
     ImageTree,
     Preprocessing,
+    ReaderImages,
+    SizeConfig,
     create_dataset,
     eval_input,
     input_shape,
@@ -27,6 +30,22 @@ from vit_efficient.train.config import LossConfig, ModelConfig, SchedConfig, val
 NAME = 'vit_tiny_patch16_224'
 ARGS = {'img_size': 64, 'patch_size': 16, 'embed_dim': 12, 'depth': 1, 'num_heads': 2}
 STILL = {'crop_scale': None, 'color_jitter': 0.0, 'rand_ops': 0, 'erasing': 0.0}
+
+
+def test_what_is_scaled_is_enough_for_every_size():
+    pytest.importorskip('simplejpeg')
+    model = of_pixels()
+    preprocessing = Preprocessing.of(model)
+    for schedule, largest in (
+        ([], (64, 64)),
+        ([SizeConfig(2, [32, 96])], (64, 96)),
+        ([SizeConfig(0, [32, 32])], (32, 32)),
+        ([SizeConfig(0, [32, 48]), SizeConfig(1, [80, 16])], (80, 48)),
+    ):
+        config = DataConfig(decode='scaled', schedule=schedule)
+        dataset = ReaderImages(Reader())
+        loader = train_input(dataset, model, preprocessing, config, 0)[0].loader
+        assert (loader.height, loader.width) == largest
 
 
 class CoefficientEmbed(nn.Module):

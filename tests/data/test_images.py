@@ -1,6 +1,7 @@
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from tests.data.trees import pixels
@@ -54,6 +55,76 @@ def test_arrays_of_many_channels(tmp_path, dtype):
     assert np.allclose(found, image / 65535 if dtype == 'uint16' else image, atol=1e-6)
 
 
+def stored(image):
+    """Pixels as `to_array` gives them: bytes as they are, the rest in [0, 1]."""
+    return image.astype(np.float32) / 65535 if image.dtype == np.uint16 else image
+
+
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'float32'])
+@pytest.mark.parametrize('channels', [2, 3, 4, 5])
+@pytest.mark.parametrize('layout', ['samples', 'planes', 'pages', 'big-endian'])
+def test_channels_of_a_tiff_lie_anywhere(tmp_path, dtype, channels, layout):
+    image = pixels(0, (20, 24, channels), dtype)
+    photometric = 'rgb' if channels in (3, 4) and layout != 'pages' else 'minisblack'
+    planar = {'samples': 'contig', 'planes': 'separate', 'big-endian': 'contig'}.get(layout)
+    tifffile.imwrite(
+        tmp_path / 'image.tif',
+        image if planar == 'contig' else np.ascontiguousarray(image.transpose(2, 0, 1)),
+        photometric=photometric,
+        planarconfig=planar,
+        byteorder='>' if layout == 'big-endian' else '<',
+        compression='zlib',
+    )
+    assert np.array_equal(load(tmp_path / 'image.tif', channels), stored(image))
+
+
+def test_a_thumbnail_is_no_channel(tmp_path):
+    image = pixels(0, (20, 24))
+    with tifffile.TiffWriter(tmp_path / 'image.tif') as file:
+        file.write(image)
+        file.write(image[::4, ::4])
+    assert np.array_equal(load(tmp_path / 'image.tif', 1)[..., 0], image)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_compressions_that_only_opencv_knows(tmp_path, channels):
+    image = pixels(0, (20, 24, channels), 'uint16')
+    bgr = image if channels == 1 else image[..., [2, 1, 0, 3][:channels]]
+    assert cv2.imwrite(str(tmp_path / 'image.tif'), bgr, [cv2.IMWRITE_TIFF_COMPRESSION, 5])
+    assert np.array_equal(load(tmp_path / 'image.tif', channels), stored(image))
+
+
+@pytest.mark.parametrize('share', [0.1, 0.5, 0.9])
+def test_pages_that_are_cut_off_are_missed(tmp_path, share):
+    tifffile.imwrite(tmp_path / 'image.tif', pixels(0, (5, 20, 24), 'uint16'), photometric='minisblack', metadata=None)
+    data = (tmp_path / 'image.tif').read_bytes()
+    (tmp_path / 'image.tif').write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match=r'image\.tif: not a readable image'):
+        load(tmp_path / 'image.tif', 5)
+
+
+def test_a_tiff_of_volumes_is_named(tmp_path):
+    tifffile.imwrite(tmp_path / 'image.tif', pixels(0, (2, 4, 20, 24), 'uint16'), photometric='minisblack')
+    with pytest.raises(ValueError, match=r'image\.tif: .*shape \(2, 4, 20, 24\); store it as \.npy'):
+        load(tmp_path / 'image.tif', 4)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 5])
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'float32'])
+def test_arrays_with_channels_first_or_last(channels, dtype):
+    image = pixels(0, (20, 24, channels), dtype)
+    assert np.array_equal(to_array(image, channels), stored(image))
+    assert np.array_equal(to_array(image.transpose(2, 0, 1), channels), stored(image))
+    assert np.array_equal(to_array(image.astype(image.dtype.newbyteorder('>')), channels), stored(image))
+
+
+def test_an_image_as_high_as_the_model_has_channels_is_not_turned():
+    image = pixels(0, (3, 24, 3))
+    assert np.array_equal(to_array(image, 3), image)
+    with pytest.raises(ValueError, match='it has 5 channels, the model takes 1'):
+        to_array(pixels(0, (1, 1, 5)), 1)
+
+
 def test_grey_is_repeated_and_rgb_weighed():
     grey, colour = pixels(0, (7, 9), 'float32'), pixels(1, (7, 9, 3))
     assert np.array_equal(to_array(grey, 3), np.stack([grey] * 3, 2))
@@ -86,14 +157,14 @@ def test_what_bicubic_resampling_overshoots_is_clipped():
     assert np.array_equal(to_array(image, 1)[..., 0], image.clip(0, 1))
 
 
-@pytest.mark.parametrize('name', ['image.png', 'image.jpg', 'image.npy', 'deep.png', 'image.tif'])
+@pytest.mark.parametrize('name', ['image.png', 'image.jpg', 'image.npy', 'deep.png', 'image.tif', 'deep.tif'])
 @pytest.mark.parametrize('damage', ['empty', 'cut', 'text'])
 def test_a_corrupt_file_is_named(tmp_path, name, damage):
     path = tmp_path / name
     if name.endswith('npy'):
         np.save(path, pixels(0, (50, 50)))
     else:
-        Image.fromarray(pixels(0, (50, 50), 'uint16' if name == 'deep.png' else 'uint8')).save(path)
+        Image.fromarray(pixels(0, (50, 50), 'uint16' if name.startswith('deep') else 'uint8')).save(path)
     data = path.read_bytes()
     path.write_bytes({'empty': b'', 'cut': data[: len(data) // 2], 'text': b'not an image'}[damage])
     with pytest.raises(ValueError, match=rf'{name}: not a readable image') as error:

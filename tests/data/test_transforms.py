@@ -10,7 +10,15 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.transforms.functional import to_tensor
 
 from tests.data.trees import pixels
-from vit_efficient.data import AffineConfig, AugmentConfig, DataConfig, EvalTransform, Preprocessing, TrainTransform
+from vit_efficient.data import (
+    AffineConfig,
+    AugmentConfig,
+    DataConfig,
+    EvalTransform,
+    Preprocessing,
+    SizeConfig,
+    TrainTransform,
+)
 
 PLAIN = Preprocessing(
     input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation='bicubic', crop_pct=0.9, crop_mode='center'
@@ -37,6 +45,25 @@ def test_draws_are_a_function_of_seed_epoch_and_index(channels, dtype):
     assert len({tensor.numpy().tobytes() for tensor in forward.values()}) == len(keys)
     other = TrainTransform(of_channels(channels), EVERYTHING, seed=8)
     assert not torch.equal(other(image, 0, 0), forward[0, 0])
+
+
+def test_the_size_follows_the_epoch():
+    schedule = [SizeConfig(0, [16, 24]), SizeConfig(3, [40, 40])]
+    transform, plain = (TrainTransform(PLAIN, EVERYTHING, 7, *more) for more in ([schedule], []))
+    image = pixels(0, (40, 50, 3))
+    shapes = [tuple(transform(image, epoch, 5).shape[1:]) for epoch in range(5)]
+    assert shapes == [(16, 24)] * 3 + [(40, 40)] * 2
+    later = TrainTransform(PLAIN, EVERYTHING, 7, schedule[1:])
+    assert torch.equal(later(image, 2, 5), plain(image, 2, 5))
+    assert torch.equal(later(image, 3, 5), transform(image, 3, 5))
+
+
+@pytest.mark.parametrize('dtype', ['uint8', 'float32'])
+def test_repeats_are_augmented_anew(dtype):
+    transform, image = TrainTransform(PLAIN, EVERYTHING, 7), pixels(0, (40, 50, 3), dtype)
+    first, *others = (transform(image, 1, 5, repeat) for repeat in range(4))
+    assert torch.equal(first, transform(image, 1, 5))
+    assert len({tensor.numpy().tobytes() for tensor in (first, *others)}) == 4
 
 
 def test_operations_draw_independently():

@@ -98,7 +98,7 @@ def open_data(data: str, config: 'Config') -> 'Dataset':
     """A folder of class folders, or a split of the data set of a recipe."""
     from vit_efficient.data import create_dataset
 
-    if not config.data.dataset or Path(data).is_dir():
-        return create_dataset(data, key='--data')
     options = {**config.data.args, **config.data.val_args}
+    if not config.data.dataset or Path(data).is_dir():
+        return create_dataset(data, key='--data', args=options if data.endswith('.tar') else None)
     return create_dataset(data, config.data.dataset, config.data.root, '--data', options)

@@ -6,21 +6,25 @@ from vit_efficient.data.coefficients import (
     read_coefficients,
     takes_coefficients,
 )
-from vit_efficient.data.config import AffineConfig, AugmentConfig, DataConfig
+from vit_efficient.data.config import AffineConfig, AugmentConfig, DataConfig, SizeConfig
 from vit_efficient.data.datasets import (
     ImageTree,
+    ReaderImages,
     Samples,
     check_same_classes,
     class_names,
     create_dataset,
     create_loader,
     iterate,
+    shard_order,
 )
 from vit_efficient.data.decoding import eval_input, input_shape, train_input
+from vit_efficient.data.hugging_face import HuggingFaceReader
 from vit_efficient.data.images import read_image, to_array
 from vit_efficient.data.jpeg import QuantizedJpeg, ReducedReader, read_quantized
 from vit_efficient.data.megapixel_mnist import MegapixelMnist
 from vit_efficient.data.sampler import EpochSampler, stable_seed
+from vit_efficient.data.shards import ShardReader
 from vit_efficient.data.transforms import EvalTransform, Preprocessing, TrainTransform
 from vit_efficient.data.truncation import DctTruncate, TorchvisionDctTruncate
 
@@ -32,13 +36,17 @@ __all__ = [
     'DctTruncate',
     'EpochSampler',
     'EvalTransform',
+    'HuggingFaceReader',
     'ImageTree',
     'MegapixelMnist',
     'PatchCoefficients',
     'Preprocessing',
     'QuantizedJpeg',
+    'ReaderImages',
     'ReducedReader',
     'Samples',
+    'ShardReader',
+    'SizeConfig',
     'TorchvisionDctTruncate',
     'TrainTransform',
     'check_same_classes',
@@ -51,6 +59,7 @@ __all__ = [
     'read_coefficients',
     'read_image',
     'read_quantized',
+    'shard_order',
     'stable_seed',
     'takes_coefficients',
     'to_array',

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_efficient.data.jpeg import BLOCK, QuantizedJpeg, read_quantized
-from vit_efficient.data.sampler import stable_seed
+from vit_efficient.data.sampler import sample_seed
 from vit_efficient.dct import dct_matrix
 
 _LUMA = torch.tensor([[0.299, 0.587, 0.114]])  # ITU-R 601
@@ -269,8 +269,8 @@ class _Component:
 class CoefficientTransform:
     """Quantised JPEG to coefficient image: a window of the size of the model's input, and flips. Nothing is resized.
 
-    The draws for a sample are a function of (seed, epoch, index). Without a seed nothing is drawn: the window is the
-    one nearest to the centre.
+    The draws for a sample are a function of (seed, epoch, index, repeat). Without a seed nothing is drawn: the window
+    is the one nearest to the centre.
 
     Args:
         layout: Patches and frequencies.
@@ -304,13 +304,13 @@ class CoefficientTransform:
         self.seed = seed
         self.flips = (hflip, vflip)
 
-    def __call__(self, image: QuantizedJpeg, epoch: int = 0, index: int = 0) -> Tensor:
+    def __call__(self, image: QuantizedJpeg, epoch: int = 0, index: int = 0, repeat: int = 0) -> Tensor:
         """-> (C, rows · f, columns · g), float32"""
         rows, columns = self.layout.grid(image.height, image.width)
         spare = rows - self.rows, columns - self.columns
         top, left, flips = spare[0] // 2, spare[1] // 2, [False, False]
         if self.seed is not None:
-            rng = np.random.default_rng(stable_seed('sample', self.seed, epoch, index))
+            rng = np.random.default_rng(sample_seed(self.seed, epoch, index, repeat))
             top, left = (int(rng.integers(free, endpoint=True)) for free in spare)
             flips = [bool(rng.random() < probability) for probability in self.flips]
         window = Window(top, left, self.rows, self.columns)

@@ -41,14 +41,25 @@ class AugmentConfig:
 
 
 @dataclass
+class SizeConfig:
+    """The size of training images from an epoch on."""
+
+    epoch: int = 0  # the first one with it, counted from 0
+    img_size: list[int] = field(default_factory=list)  # height, width
+
+
+@dataclass
 class DataConfig:
     """Where the images come from, and how they reach the model."""
 
-    train: str = ''  # folder of class folders; with `dataset`, the name of the split
+    # Folder of class folders; or WebDataset's shards, such as train-{000..009}.tar; with `dataset`, name of the split.
+    train: str = ''
     val: str = ''
-    dataset: str = ''  # megapixel_mnist, or a data set that timm knows by name, such as `hfds/…` or `torch/cifar10`
-    root: str = ''  # with `dataset`: the folder that holds it
-    args: dict[str, Any] = field(default_factory=dict)  # with `dataset`: its further arguments
+    # megapixel_mnist; `hfds/NAME` or `hfds/FOLDER` of Hugging Face; tar, of class folders; or what else timm knows by
+    # name and can read by index, such as `torch/cifar10`.
+    dataset: str = ''
+    root: str = ''  # with `dataset`: the folder that holds it; of hfds/…, that of the library's cache
+    args: dict[str, Any] = field(default_factory=dict)  # further arguments, of shards or with `dataset`
     val_args: dict[str, Any] = field(default_factory=dict)  # what replaces some of them for validation
     decode: str = 'pixels'  # one of DECODE
     batch_size: int = 128  # images per process and micro-batch
@@ -58,7 +69,13 @@ class DataConfig:
     # What a file does that cannot be read. error: it ends the run. skip: it is named, counted and done without; in
     # training another image of its batch takes its place. What can be read and does not fit ends the run either way.
     on_error: str = 'error'
+    repeats: int = 1  # how often an image comes in a row, each time augmented anew; an epoch is as long as without
+    # With shards: only so many of them are shuffled together, where random access to all of them is slow. null: all.
+    mixed_shards: int | None = None
     img_size: list[int] | None = None  # height, width; null: the model's own
+    # Training images of other sizes than img_size, from epochs on; evaluation is at img_size throughout. The model has
+    # to take them all, a vision transformer by model.args.dynamic_img_size.
+    schedule: list[SizeConfig] = field(default_factory=list)
     mean: list[float] | None = None  # per channel, of pixels in [0, 1]; null: the model's own
     std: list[float] | None = None
     interpolation: str | None = None  # bilinear, bicubic, …; null: the model's own

@@ -14,15 +14,19 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset
 from timm.data import create_dataset as create_timm_dataset
+from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from torchvision.datasets import DatasetFolder
 
 from vit_efficient.data.config import ON_ERROR
+from vit_efficient.data.hugging_face import HuggingFaceReader
 from vit_efficient.data.images import EXTENSIONS, read_image, to_array
 from vit_efficient.data.jpeg import QuantizedJpeg
 from vit_efficient.data.megapixel_mnist import SPLITS, MegapixelMnist
 from vit_efficient.data.sampler import EpochSampler
+from vit_efficient.data.shards import ShardReader
 
 # What data sets raise where a file is damaged or gone; PIL has the last two as well.
 _READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError)
@@ -65,25 +69,34 @@ class ImageTree(DatasetFolder):
         return Path(self.samples[index][0]).relative_to(self.root).as_posix()
 
 
-class _TimmImages(Dataset):
-    """A timm ImageDataset without its habit of handing out the next image in the place of one that is corrupt."""
+class ReaderImages(Dataset):
+    """What a reader of timm's kind reads; timm's ImageDataset hands out the next image in the place of a corrupt one.
 
-    def __init__(self, dataset: ImageDataset):
-        self.reader = dataset.reader
+    Items are (image, label), the image as `read_image` gives it.
+
+    Args:
+        reader: By index, an open file and a label. It may know the names of its classes, and its groups of samples
+            that lie together.
+    """
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
         self.loader = read_image
-        labels = self.reader.class_to_idx or {}
-        self.classes = sorted(labels, key=labels.get)
+        labels = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
+        self.classes = getattr(reader, 'classes', None) or sorted(labels, key=labels.get)
+        self.groups = getattr(reader, 'groups', None)
+        self.root = getattr(reader, 'root', None) or ''
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
-        file, label = self.reader[index][:2]
-        with file:
-            try:
+        try:
+            file, label = self.reader[index][:2]
+            with file:
                 return self.loader(file), label
-            except ValueError as error:
-                raise ValueError(f'{self.filename(index)}: {error}') from error
+        except ValueError as error:
+            raise ValueError(f'{Path(self.root, self.filename(index))}: {error}') from error
 
     def filename(self, index: int) -> str:
         return str(self.reader.filename(index))
@@ -99,11 +112,18 @@ def create_dataset(
     """Opens a data set of (image, label), or of (image, label, target) where it has targets for patches.
 
     Args:
-        path: A folder of class folders; with `dataset`, the name of the split.
-        dataset: megapixel_mnist, or a name that timm.data.create_dataset knows, such as `hfds/…` or `torch/cifar10`.
-        root: With `dataset`, the folder that holds it.
+        path: A folder of class folders, or WebDataset's shards, such as `train-{000..009}.tar`; with `dataset`, the
+            name of the split.
+        dataset: One of
+
+            - megapixel_mnist;
+            - `hfds/NAME` or `hfds/FOLDER`, see `HuggingFaceReader`;
+            - tar: `path` is a tar file in `root` that holds class folders or a tar file for each class, or a folder of
+              such files (timm's ReaderImageInTar);
+            - a name that timm.data.create_dataset knows, such as `torch/cifar10`.
+        root: With `dataset`, the folder that holds it; with `hfds/`, where the library keeps what it has prepared.
         key: The recipe's key for `path`, for messages.
-        args: With `dataset`, its further arguments.
+        args: Further arguments, of `MegapixelMnist`, `ShardReader`, `HuggingFaceReader` or timm's reader.
 
     Raises:
         ValueError: If there are no images there, the data set is a stream, or it does not take the arguments.
@@ -111,13 +131,23 @@ def create_dataset(
     args = dict(args or {})
     if not path:
         raise ValueError(f'{key} is not set: it names a folder of class folders')
+    if not dataset and path.endswith('.tar'):
+        return ReaderImages(_create(ShardReader, path, args, key, key))
     if not dataset:
         if args:
-            raise ValueError(f'data.args={args} are for a data set with a name; set data.dataset')
+            raise ValueError(f'data.args={args} are for a data set with a name, or shards; set data.dataset')
         return ImageTree(path)
     if dataset == 'megapixel_mnist':
-        return _create_megapixel_mnist(path, args, key)
+        if path not in SPLITS:
+            raise ValueError(f'{key} must be a split of megapixel_mnist ({" or ".join(SPLITS)}), got {path!r}')
+        return _create(MegapixelMnist, path, args, 'data.args', f'data.dataset={dataset}')
     try:
+        prefix, _, name = dataset.partition('/')
+        if prefix == 'hfds':
+            return ReaderImages(HuggingFaceReader(name, path, root or None, **args))
+        if dataset == 'tar':
+            # It would share the position in a file that is open with the loader processes.
+            return ReaderImages(ReaderImageInTar(str(Path(root, path)), cache_tarfiles=False, **args))
         opened = create_timm_dataset(dataset, root=root or None, split=path, input_img_mode=None, **args)
     # Readers raise whatever their libraries do; those that need a root trip over None.
     except Exception as error:
@@ -125,28 +155,44 @@ def create_dataset(
         hint = '' if root else ' (data.root is not set: it names the folder that holds the data set)'
         raise ValueError(f'data.dataset={dataset}, split {path}: {reason}{hint}') from error
     if isinstance(opened, IterableDataset):
-        raise ValueError(f'data.dataset={dataset} is a stream, its samples have no index; use one with random access')
-    return _TimmImages(opened) if isinstance(opened, ImageDataset) else opened
+        raise ValueError(
+            f'data.dataset={dataset} is a stream, its samples have no index, without which a run cannot go on where it '
+            "stopped; use one with random access: hfds/… for hfids/…, shards' paths as data.train for wds/…"
+        )
+    return ReaderImages(opened.reader) if isinstance(opened, ImageDataset) else opened
 
 
-def _create_megapixel_mnist(split: str, args: dict[str, Any], key: str) -> MegapixelMnist:
-    if split not in SPLITS:
-        raise ValueError(f'{key} must be a split of megapixel_mnist ({" or ".join(SPLITS)}), got {split!r}')
-    known = [name for name in inspect.signature(MegapixelMnist).parameters if name != 'split']
-    for name in args:
-        if name not in known:
-            raise ValueError(f'data.args.{name}: megapixel_mnist has no such argument; it has {", ".join(known)}')
+def _create(make: Callable[..., Any], path: str, args: dict[str, Any], key: str, name: str) -> Any:
+    """Calls `make` with arguments that are its own. Errors begin with `key`, that a package is missing with `name`."""
+    known = list(inspect.signature(make).parameters)[1:]
+    for argument in args:
+        if argument not in known:
+            raise ValueError(f'data.args.{argument}: {make.__name__} has no such argument; it has {", ".join(known)}')
     try:
-        return MegapixelMnist(split, **args)
+        return make(path, **args)
     except ValueError as error:
-        raise ValueError(f'data.args: {error}') from error
+        raise ValueError(f'{key}: {error}') from error
     except ImportError as error:
-        raise ValueError(f'data.dataset=megapixel_mnist: {error}') from error
+        raise ValueError(f'{name}: {error}') from error
+
+
+def shard_order(dataset: Dataset, mixed: int | None) -> dict[str, Any]:
+    """The arguments of `EpochSampler` by which only `mixed` shards at a time are shuffled; none, if it is None.
+
+    Raises:
+        ValueError: If the data set has no shards.
+    """
+    if mixed is None:
+        return {}
+    groups = getattr(dataset, 'groups', None)
+    if groups is None:
+        raise ValueError(f'data.mixed_shards={mixed} is for shards, {type(dataset).__name__} has none; leave it out')
+    return {'groups': groups, 'mixed': mixed}
 
 
 def reads_files(dataset: Dataset) -> bool:
     """Whether it reads image files with its `loader`: (file or stream) -> image. That of others may do anything."""
-    return isinstance(dataset, ImageTree | _TimmImages)
+    return isinstance(dataset, ImageTree | ReaderImages)
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
@@ -176,7 +222,7 @@ class Unreadable:
 
 
 class Samples(Dataset):
-    """What the loader reads: (tensor (C, H, W), label, index) for a key (epoch, index).
+    """What the loader reads: (tensor (C, H, W), label, index) for a key (epoch, index) or (epoch, index, repeat).
 
     With `check_target` it is (tensor, label, target, index), the target (rows, columns) being the class of each patch.
     With `on_error` skip it is Unreadable if the data set cannot read the sample. A sample that is read and does not fit
@@ -185,7 +231,7 @@ class Samples(Dataset):
     Args:
         dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`), or a
             QuantizedJpeg; with `check_target`, of (image, label, array of integers).
-        transform: (array or QuantizedJpeg, epoch, index) -> tensor.
+        transform: (array or QuantizedJpeg, *key) -> tensor.
         in_chans: Channels of the model.
         num_classes: Classes of the model.
         cache: Keep decoded images in memory. Every loader process holds its own.
@@ -199,7 +245,7 @@ class Samples(Dataset):
     def __init__(
         self,
         dataset: Dataset,
-        transform: Callable[[np.ndarray, int, int], torch.Tensor],
+        transform: Callable[..., torch.Tensor],
         in_chans: int,
         num_classes: int,
         cache: bool = False,
@@ -278,13 +324,13 @@ class Samples(Dataset):
         name, root = self.filename(index), getattr(self.dataset, 'root', None)
         return f'sample {name}' if name == str(index) else str(Path(root or '') / name)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...] | Unreadable:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[Any, ...] | Unreadable:
+        index = key[1]
         item = self.decode(index)
         if isinstance(item, Unreadable):
             return item
         image, *truth = item
-        return self.transform(image, epoch, index), *truth, index
+        return self.transform(image, *key), *truth, index
 
     def readable(self, count: int) -> Iterator[tuple[Any, ...]]:
         """That many samples (at most all), evenly spread over the set, as in epoch 0, less those that are skipped.

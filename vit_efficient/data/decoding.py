@@ -33,11 +33,13 @@ def train_input(
     augment = config.augment
     if _checked(config.decode, model) == 'coefficients':
         return _coefficient_input(dataset, model, preprocessing, seed, augment)
-    transform = TrainTransform(preprocessing, augment, seed)
+    transform = TrainTransform(preprocessing, augment, seed, config.schedule)
     if config.decode == 'pixels':
         return dataset, transform
+    sizes = [scheduled.input_size[1:] for scheduled in preprocessing.scheduled(config.schedule).values()]
+    largest = (max(sides) for sides in zip(*sizes, strict=True))
     crop = {} if augment.crop_scale is None else {'crop_scale': augment.crop_scale[0], 'crop_ratio': augment.crop_ratio}
-    return _read_by(dataset, ReducedReader, *preprocessing.input_size[1:], **crop), transform
+    return _read_by(dataset, ReducedReader, *largest, **crop), transform
 
 
 def eval_input(

@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = ('.bmp', '.jpeg', '.jpg', '.npy', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 _NPY_MAGIC = b'\x93NUMPY'
-_BITS_PER_SAMPLE = 258  # TIFF tag
+_TIFF_MAGIC = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # of either byte order; + is BigTIFF
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in PIL
 # How far floating-point samples may lie outside [0, 1]: at an edge, and at a corner, OpenCV's bicubic resampling
 # overshoots by 1/9 of the step, and by (10/9)² - 1 = 0.23. Pixels in 0…255 and normalised ones lie further out.
@@ -21,11 +21,13 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
     """Decodes one image.
 
     Args:
-        source: A file or an open stream: any format of PIL with 8 bits per sample, a PNG or TIFF with more, or a NumPy
-            array (`.npy`) of shape (H, W) or (H, W, C).
+        source: A file or an open stream: any format of PIL with 8 bits per sample; a PNG with more; a TIFF with more,
+            or with any number of channels, which may lie in its samples, its planes or its pages; or a NumPy array
+            (`.npy`) of shape (H, W), (H, W, C) or (C, H, W).
 
     Returns:
-        A PIL image if the samples have 8 bits, else an array of shape (H, W) or (H, W, C).
+        A PIL image if the file is a photograph of 8 bits, else an array: as stored (`.npy`), or of shape (H, W) or
+        (H, W, C).
 
     Raises:
         ValueError: If it cannot be decoded. The message names the file, if the source is one.
@@ -36,6 +38,10 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
         data = Path(source).read_bytes() if is_file else source.read()
         if data.startswith(_NPY_MAGIC):
             return np.load(io.BytesIO(data), allow_pickle=False)
+        if data.startswith(_TIFF_MAGIC):
+            pixels = _read_tiff(data)
+            if pixels is not None:
+                return pixels
         image = Image.open(io.BytesIO(data))
         if _is_deep(image, data):
             return _decode_deep(image, data)
@@ -51,11 +57,7 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
 
 def _is_deep(image: Image.Image, data: bytes) -> bool:
     """Whether samples have more than 8 bits. PIL opens deep RGB files as 8-bit ones, so the header has to tell."""
-    if image.format == 'PNG':
-        return data[24] > 8
-    if image.format == 'TIFF':
-        return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))) > 8
-    return image.mode.startswith(('I', 'F'))
+    return data[24] > 8 if image.format == 'PNG' else image.mode.startswith(('I', 'F'))
 
 
 def _decode_deep(image: Image.Image, data: bytes) -> np.ndarray:
@@ -63,12 +65,45 @@ def _decode_deep(image: Image.Image, data: bytes) -> np.ndarray:
         pixels = np.asarray(image)
         # PIL widens some 16-bit greys to 32 bits.
         return pixels.astype(np.uint16) if image.format == 'PNG' else pixels
+    return _decode_by_opencv(data)[..., :3]  # without alpha
+
+
+def _decode_by_opencv(data: bytes) -> np.ndarray:
+    """(H, W), or (H, W, C) with colours in the order of RGB."""
     import cv2
 
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise ValueError('a layout that OpenCV cannot read; store it as .npy')
-    return pixels[..., 2::-1] if pixels.ndim == 3 else pixels  # BGR, and perhaps alpha, to RGB
+    return pixels[..., [2, 1, 0, 3][: pixels.shape[2]]] if pixels.ndim == 3 else pixels
+
+
+def _read_tiff(data: bytes) -> np.ndarray | None:
+    """(H, W) or (H, W, C), with all channels; None for a photograph of 8 bits, which PIL knows how to convert."""
+    from tifffile import PHOTOMETRIC, TiffFile
+
+    with TiffFile(io.BytesIO(data)) as file:
+        page, series = file.pages.first, file.series[0]
+        single = len(series.pages) == 1
+        pages = len(file.pages)
+        # Each page says where the next one is, and the last one 0; tifffile goes without pages that are not there.
+        if data[file.pages.next_page_offset :][:4] != bytes(4):
+            raise ValueError(f'it is cut off after {pages} pages')
+        # PIL takes any second sample for alpha.
+        plain = page.samplesperpixel == 1 or page.photometric != PHOTOMETRIC.MINISBLACK or page.extrasamples[0]
+        if single and page.bitspersample <= 8 and page.samplesperpixel <= 4 and plain:
+            return None
+        if series.ndim > 3 or not {'Y', 'X'} <= set(series.axes):
+            raise ValueError(f'its pages and planes have shape {series.shape}; store it as .npy (H, W, C)')
+        try:
+            pixels = series.asarray()
+        except ValueError as error:
+            # LZW and other compressions are a large package of their own; OpenCV has them, for what is laid out as RGB.
+            plain = single and page.planarconfig == 1 and page.samplesperpixel in (1, 3, 4)
+            if plain and 'imagecodecs' in str(error):
+                return _decode_by_opencv(data)
+            raise
+        return np.moveaxis(pixels, (series.axes.index('Y'), series.axes.index('X')), (0, 1))
 
 
 def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
@@ -78,8 +113,8 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
     a PIL image is dropped unless the model has 4 channels. For 8-bit PIL images this is `Image.convert`, as in timm.
 
     Args:
-        image: A PIL image, or an array of shape (H, W) or (H, W, C): uint8, uint16, or floating point in [0, 1].
-            What bicubic resampling overshoots there is clipped.
+        image: A PIL image, or an array of shape (H, W) or (H, W, C), or (C, H, W) where only that fits the model:
+            uint8, uint16, or floating point in [0, 1]. What bicubic resampling overshoots there is clipped.
         in_chans: The channels that the model takes.
 
     Returns:
@@ -100,6 +135,7 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
         shape = getattr(image, 'shape', type(image).__name__)
         raise ValueError(f'an image must be a PIL image or an array (H, W) or (H, W, C), got {shape}')
     pixels = image[..., None] if image.ndim == 2 else image
+    pixels = pixels.astype(pixels.dtype.newbyteorder('='), copy=False)
     if pixels.dtype == np.uint16:
         pixels = pixels.astype(np.float32) / 65535
     elif pixels.dtype.kind == 'f':
@@ -127,6 +163,8 @@ def _fit_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
     if (channels, in_chans) == (3, 1):
         grey = pixels @ _LUMA
         return (grey.round() if pixels.dtype == np.uint8 else grey).astype(pixels.dtype)[..., None]
+    if pixels.shape[0] == in_chans < min(pixels.shape[1:]):
+        return pixels.transpose(1, 2, 0)
     raise ValueError(
         f'it has {channels} channels, the model takes {in_chans}; set model.args.in_chans={channels}, '
         f'or store images of {in_chans} channels (arrays are height × width × channels)'

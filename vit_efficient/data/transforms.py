@@ -2,8 +2,8 @@
 
 import math
 import random
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import albumentations as A
@@ -15,8 +15,8 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torchvision.transforms import Normalize
 
-from vit_efficient.data.config import AugmentConfig, DataConfig
-from vit_efficient.data.sampler import stable_seed
+from vit_efficient.data.config import AugmentConfig, DataConfig, SizeConfig
+from vit_efficient.data.sampler import sample_seed
 from vit_efficient.data.truncation import DctTruncate
 
 _CV2_INTERPOLATION = {
@@ -79,13 +79,18 @@ class Preprocessing:
             **statistics,
         )
 
+    def scheduled(self, schedule: Sequence[SizeConfig]) -> dict[int, 'Preprocessing']:
+        """By the first epoch that has it: the same at the sizes of a schedule."""
+        others = {part.epoch: replace(self, input_size=(self.input_size[0], *part.img_size)) for part in schedule}
+        return {0: self, **others}
+
     def as_dict(self) -> dict[str, Any]:
         """The same as entries of timm's `pretrained_cfg`."""
         return dict(vars(self))
 
 
 class TrainTransform:
-    """The random transform of training. The draws for a sample are a function of (seed, epoch, index).
+    """The random transform of training. The draws for a sample are a function of (seed, epoch, index, repeat).
 
     In order: random resized crop, flips, affine map, one of grey, solarised and blurred (`three`), colour jitter,
     RandAugment-like policy (`rand_ops` operations, drawn with replacement, each with a strength drawn uniformly up to
@@ -100,37 +105,41 @@ class TrainTransform:
         preprocessing: Input size and statistics.
         config: The augmentation.
         seed: The run's seed, ≥ 0.
+        schedule: Other sizes than that of the input, from epochs on, which ascend.
     """
 
-    def __init__(self, preprocessing: Preprocessing, config: AugmentConfig, seed: int):
+    def __init__(
+        self, preprocessing: Preprocessing, config: AugmentConfig, seed: int, schedule: Sequence[SizeConfig] = ()
+    ):
         self.preprocessing = preprocessing
+        self._scheduled = preprocessing.scheduled(schedule)
         self.config = config
         self.seed = seed
+        self._pipelines: dict[tuple[int, bool], A.Compose] = {}
 
-    @cached_property
-    def photograph(self) -> A.Compose:
-        """The pipeline for 8-bit images of 1 or 3 channels."""
-        return _compose(self.preprocessing, self.config, photograph=True)
+    def _pipeline(self, epoch: int, photograph: bool) -> A.Compose:
+        """Of the size that an epoch has."""
+        since = max(start for start in self._scheduled if start <= epoch)
+        key = since, photograph
+        if key not in self._pipelines:
+            self._pipelines[key] = _compose(self._scheduled[since], self.config, photograph)
+        return self._pipelines[key]
 
-    @cached_property
-    def measurement(self) -> A.Compose:
-        """The pipeline for float32 images in [0, 1], of any number of channels."""
-        return _compose(self.preprocessing, self.config, photograph=False)
-
-    def __call__(self, image: np.ndarray, epoch: int, index: int) -> torch.Tensor:
+    def __call__(self, image: np.ndarray, epoch: int, index: int, repeat: int = 0) -> torch.Tensor:
         """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised."""
         photograph = image.dtype == np.uint8 and image.shape[2] in (1, 3)
         if not photograph and image.dtype == np.uint8:
             image = image.astype(np.float32) / 255
-        compose = self.photograph if photograph else self.measurement
+        compose = self._pipeline(epoch, photograph)
         # One pair of generators for the whole pipeline: set_random_seed would give every operation the same draws, so
         # that, for one, each image that is flipped would be brightened too.
-        draws = stable_seed('sample', self.seed, epoch, index)
+        draws = sample_seed(self.seed, epoch, index, repeat)
         compose.set_random_state(np.random.default_rng(draws), random.Random(int(draws.generate_state(1)[0])))
         return compose(image=image)['image']
 
 
 def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bool) -> A.Compose:
+    """The pipeline for 8-bit images of 1 or 3 channels, or for float32 images in [0, 1] of any number of channels."""
     height, width = preprocessing.input_size[1:]
     resize = {'interpolation': _CV2_INTERPOLATION[preprocessing.interpolation], 'area_for_downscale': 'image'}
     steps: list[Any] = []
@@ -239,7 +248,7 @@ class EvalTransform:
         self.geometry = create_transform(is_training=False, normalize=False, **options)
         self.normalize = Normalize(preprocessing.mean, preprocessing.std)
 
-    def __call__(self, image: np.ndarray, epoch: int = 0, index: int = 0) -> torch.Tensor:
+    def __call__(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
         """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised; the same for every epoch.
 
         Raises:

@@ -114,6 +114,7 @@ class Config:
     device: str = 'auto'  # auto: the GPU where there is one
     amp: str = 'none'  # none or bf16: the type of matrix products
     compile: bool = False
+    channels_last: bool = False  # layout of images and convolutions in memory, for those that a GPU computes faster so
     grad_accum: int = 1  # micro-batches per update
     clip_grad: float | None = None  # largest norm of the gradient
     grad_checkpointing: bool = False
@@ -134,6 +135,7 @@ _FREE_KEYS = {
     'recipe',
     'device',
     'compile',
+    'channels_last',
     'grad_checkpointing',
     'threads',
     'log_every',
@@ -152,6 +154,7 @@ _FREE_KEYS = {
 
 # The values with which augmentation and mixing leave every pixel at its place.
 _STILL = {
+    'data.schedule': [],
     'data.augment.crop_scale': None,
     'data.augment.hflip': 0.0,
     'data.augment.vflip': 0.0,
@@ -169,6 +172,7 @@ _STILL = {
 # The values with which nothing is done to coefficients that only pixels allow.
 _ON_COEFFICIENTS = {
     'task': 'classification',
+    'data.schedule': [],
     'data.interpolation': None,
     'data.crop_pct': None,
     'data.crop_mode': None,
@@ -326,7 +330,8 @@ def validate(config: Config) -> None:
 
     check('model.name optim.opt sched.sched', 'set', lambda v: v != '')
     check(
-        'sched.epochs data.batch_size data.eval_batch_size grad_accum threads log_every eval_every checkpoint_every',
+        'sched.epochs data.batch_size data.eval_batch_size data.repeats data.mixed_shards grad_accum threads log_every '
+        'eval_every checkpoint_every',
         'at least 1',
         lambda v: v >= 1,
     )
@@ -372,6 +377,7 @@ def validate(config: Config) -> None:
     check('resume', 'never, auto or restart', lambda v: v in ('never', 'auto', 'restart'))
     check('amp', 'none or bf16', lambda v: v in ('none', 'bf16'))
     check('data.on_error', ' or '.join(ON_ERROR), lambda v: v in ON_ERROR)
+    _check_schedule(config)
     if config.data.on_error == 'skip' and config.data.batch_size < 2:
         raise ValueError(
             'data.batch_size must be at least 2 for data.on_error=skip, got 1: another image of its batch takes the '
@@ -407,6 +413,21 @@ def validate(config: Config) -> None:
                     f'{key} must be {"null" if value is None else value} for data.decode=coefficients: they can be '
                     f'cropped by whole patches, flipped and mixed (mixup), no more; got {values[key]!r}'
                 )
+
+
+def _check_schedule(config: Config) -> None:
+    before = -1
+    for number, part in enumerate(config.data.schedule):
+        if not before < part.epoch < config.sched.epochs:
+            raise ValueError(
+                f'data.schedule[{number}].epoch must be {"above the one before" if number else "at least 0"}, and '
+                f'below sched.epochs={config.sched.epochs}, got {part.epoch}'
+            )
+        before = part.epoch
+        if len(part.img_size) != 2 or min(part.img_size) < 1:
+            raise ValueError(
+                f'data.schedule[{number}].img_size must be height and width in pixels, got {part.img_size}'
+            )
 
 
 def _check_stages(config: Config) -> None:

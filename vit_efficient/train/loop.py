@@ -40,6 +40,7 @@ from vit_efficient.data import (
     eval_input,
     input_shape,
     iterate,
+    shard_order,
     stable_seed,
     train_input,
 )
@@ -152,7 +153,14 @@ class _Run:
         if not len(self.val_samples):
             raise ValueError('the validation set is empty')
 
-        self.sampler = EpochSampler(len(train_set), config.seed, rank=team.rank, world_size=team.world_size)
+        self.sampler = EpochSampler(
+            len(train_set),
+            config.seed,
+            rank=team.rank,
+            world_size=team.world_size,
+            repeats=data.repeats,
+            **shard_order(train_set, data.mixed_shards),
+        )
         self._create_loaders()
         self.images_per_update = data.batch_size * config.grad_accum * team.world_size
         self.updates_per_epoch = len(self.sampler) // (data.batch_size * config.grad_accum)
@@ -169,7 +177,8 @@ class _Run:
         }
         self.stages = list_stages(config)
         check_stages(self.model, self.stages, config.truncation.penalty)
-        self.model.to(self.team.device)
+        self.layout = torch.channels_last if config.channels_last else torch.preserve_format
+        self.model.to(self.team.device, memory_format=self.layout)
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing()
         self.distillation: Distillation | None = None
@@ -312,19 +321,24 @@ class _Run:
         """What does not fit the model shows now, before anything is written."""
         for samples in (self.train_samples, self.val_samples):
             next(samples.readable(TRIED_IMAGES))
-        channels, height, width = self.preprocessing.input_size
+        self.task.check_logits(self._try_size(self.preprocessing, 'data.img_size, model.args'))
+        if self.config.data.schedule:
+            for scheduled in self.preprocessing.scheduled(self.config.data.schedule).values():
+                self._try_size(scheduled, 'data.schedule; try model.args.dynamic_img_size=true')
+
+    def _try_size(self, preprocessing: Preprocessing, keys: str) -> Tensor:
+        channels, height, width = preprocessing.input_size
         self.model.eval()
         try:
             # Not inference_mode: what a model caches in it could not be trained through.
             with torch.no_grad(), autocast(self.team.device, self.config.amp):
-                shape = input_shape(self.model, self.preprocessing)
-                logits = self.model(torch.zeros(1, *shape, device=self.team.device))
+                shape = input_shape(self.model, preprocessing)
+                return self.model(torch.zeros(1, *shape, device=self.team.device))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f'model {self.config.model.name} does not take images of {height}×{width} pixels and {channels} '
-                f'channels (data.img_size, model.args): {first_line(error)}'
+                f'channels ({keys}): {first_line(error)}'
             ) from error
-        self.task.check_logits(logits)
 
     def fit(self) -> dict[str, Any]:
         """From where `progress` stands to the result. A folder made for a run without an update is removed again."""
@@ -445,6 +459,7 @@ class _Run:
         for number, (*tensors, indices) in enumerate(chunk):
             seed_everything('step', config.seed, update * config.grad_accum + number, team.rank)
             images, *truth = (tensor.to(team.device, non_blocking=True) for tensor in tensors)
+            images = images.to(memory_format=self.layout)
             if self.mixup:
                 images, *truth = self.mixup(images, *truth)
             with autocast(team.device, config.amp):
