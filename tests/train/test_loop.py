@@ -100,7 +100,7 @@ def test_going_on_mid_epoch_gives_the_same_weights(data, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
         stop_after(patch, stop, fail)
         train(tiny_recipe(data, tmp_path / 'parts', **options))
-    assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['batches'] == stop
+    assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['updates'] == stop // grad_accum
     # Neither what else is drawn nor loader processes make a difference.
     np.random.rand(3), torch.rand(3)
     config = tiny_recipe(data, tmp_path / 'parts', resume='auto', **options)
@@ -160,7 +160,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(data, tmp_path):
         ('seed=1', lambda c: setattr(c, 'seed', 1), 'seed=0, this run has seed=1'),
         ('name', lambda c: setattr(c.model, 'name', 'vit_full_tiny'), "name='vit_dct_tiny', .*='vit_full_tiny'"),
         ('ratio', lambda c: c.model.args.update(attention_kwargs={'keep_ratio': 0.5}), "'keep_ratio': 0.5"),
-        ('batch', lambda c: setattr(c.data, 'batch_size', 2), r'data\.batch_size=4, this run has data\.batch_size=2'),
+        ('batch', lambda c: setattr(c.data, 'batch_size', 2), r'× processes=4, this run has data\.batch_size × .*=2'),
         ('data', lambda c: setattr(c.data, 'train', f'{data}/val'), 'training images=24, .*training images=6'),
     ]
     for _, change, message in changes:
