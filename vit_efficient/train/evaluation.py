@@ -87,7 +87,8 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
     return both / (confusion.sum(0) + confusion.sum(1) - both)
 
 
-@torch.inference_mode()
+# Not inference_mode: the memory into which it gathers a sharded model could not be written to outside of it.
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     loader: DataLoader,

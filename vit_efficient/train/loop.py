@@ -261,7 +261,9 @@ class _Run:
             torch.compiler.reset()
         self.ema = None
         if config.ema.decay:
-            self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup)
+            # PyTorch's fused operations do not take shards and whole buffers together.
+            options = {'use_warmup': config.ema.warmup, 'foreach': not self.sharded}
+            self.ema = ModelEmaV3(self.model, config.ema.decay, **options)
         if self.sharded:
             for model in (self.model, self.ema.module) if self.ema else (self.model,):
                 shard(model, self.team, config.amp)
