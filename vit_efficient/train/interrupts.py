@@ -16,6 +16,11 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(message or signal.Signals(number).name)
         self.signal = number
 
+    @property
+    def exit_status(self) -> int:
+        """After SIGTERM 75 (EX_TEMPFAIL of sysexits.h: try again), for schedulers; otherwise what a shell gives."""
+        return 75 if self.signal == signal.SIGTERM else 128 + self.signal
+
 
 class Interrupts:
     """Turns the first SIGINT or SIGTERM into `Interrupted`; a second one has its usual effect.

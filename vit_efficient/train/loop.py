@@ -108,6 +108,10 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
         run = _Run(config, team, train_set, val_set)
         try:
             return run.finished() or run.fit()
+        except ValueError as error:
+            if team.world_size == 1:
+                raise
+            raise ValueError(f'rank {team.rank}: {error}') from error
         finally:
             # DDP must not outlive its process group: its end would wait, holding the interpreter's lock, for a thread
             # of gloo that waits for that lock (PyTorch 2.10).

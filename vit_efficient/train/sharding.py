@@ -48,7 +48,7 @@ def model_state(model: nn.Module, everywhere: bool = False) -> dict[str, Tensor]
         everywhere: Give them to all processes, on the device.
     """
     if not is_sharded(model):
-        return model.state_dict()
+        return dict(model.state_dict())
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=not everywhere))
 
 
