@@ -56,7 +56,7 @@ class Processes:
     def in_step(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Sequence[Tensor], bool]]:
         """Batches as long as any process has some, with whether they are this process's own.
 
-        What others must not wait for, a sharded model's forward pass, is thus done as often by all.
+        So all do as often what none can do alone: the forward pass of a sharded model.
 
         Args:
             batches: Of this process, each beginning with images (B, C, H, W). To one that has no more is given a single

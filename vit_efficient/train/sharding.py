@@ -8,6 +8,7 @@ import itertools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -65,8 +66,13 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state, whole; of sharded parameters on the CPU. Then all processes must call."""
-    return tree_map_only(DTensor, lambda shards: shards.full_tensor().cpu(), optimizer.state_dict())
+    """The state, whole; of sharded parameters on the CPU and in the first process only. Then all must call."""
+
+    def gather(shards: DTensor) -> Tensor | None:
+        whole = shards.full_tensor()
+        return whole.cpu() if dist.get_rank() == 0 else None
+
+    return tree_map_only(DTensor, gather, optimizer.state_dict())
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
