@@ -37,9 +37,24 @@ def test_processes_share_the_samples(even):
     ]
 
 
+def test_processes_take_the_batches_of_a_single_one_in_turn():
+    """From any point on: 53 samples are 6 batches of 4 for each of two processes."""
+    whole = list(EpochSampler(53, seed=1))
+    for start in (0, 16):
+        shares = [EpochSampler(53, seed=1, rank=rank, world_size=2, block=4) for rank in range(2)]
+        for share in shares:
+            share.set_epoch(0, start)
+        keys = [list(share) for share in shares]
+        assert [len(share) for share in shares] == [len(key) for key in keys] == [(48 - start) // 2] * 2
+        batches = [keys[number % 2][number // 2 * 4 :][:4] for number in range((48 - start) // 4)]
+        assert [key for batch in batches for key in batch] == whole[start:48]
+
+
 def test_a_start_between_processes_is_an_error():
     with pytest.raises(ValueError, match='start=3 must be a multiple of world_size=2'):
         EpochSampler(50, world_size=2).set_epoch(0, start=3)
+    with pytest.raises(ValueError, match='start=4 must be a multiple of world_size=2 × block=4'):
+        EpochSampler(50, world_size=2, block=4).set_epoch(0, start=4)
 
 
 # --- repeats and groups ---------------------------------------------------------------------------------------------
@@ -95,8 +110,9 @@ def test_few_groups_are_mixed_at_a_time(mixed):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'repeats': 0}, 'repeats and mixed must be at least 1, got repeats=0, mixed=1'),
+        ({'repeats': 0}, 'block, repeats and mixed must be at least 1, got block=1, repeats=0, mixed=1'),
         ({'mixed': 0}, 'repeats=1, mixed=0'),
+        ({'block': 0}, 'got block=0'),
         ({'groups': [3, 4]}, 'groups hold 7 samples, there are 8'),
     ],
 )

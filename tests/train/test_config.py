@@ -77,6 +77,7 @@ def test_what_does_not_fit_is_named_in_one_line(recipe, text, message):
         ('loss.smoothing=1', r'loss\.smoothing must be at least 0 and below 1'),
         ('model.name=""', r'model\.name must be set'),
         ('amp=fp8', "amp must be none or bf16, got 'fp8'"),
+        ('parallel=fsdp2', "parallel must be ddp or fsdp, got 'fsdp2'"),
         ('resume=yes', 'resume must be never, auto or restart'),
     ],
 )

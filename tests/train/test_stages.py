@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.data.trees import write_tree
-from tests.train.recipes import TINY, tiny_recipe, train_on_one_and_two_processes
+from tests.train.recipes import TINY, tiny_recipe
 from tests.train.test_loop import assert_same_run, fail
 from vit_efficient.train import Interrupted, load_model, load_recipe, loop, train
 from vit_efficient.train.checkpoint import load_checkpoint
@@ -138,18 +138,6 @@ def test_a_first_stage_may_convert(data, tmp_path):
     train(staged_recipe(data, tmp_path / 'run', [StageConfig(1, 'dct', {'keep_ratio': 0.5})]))
     model = load_model(tmp_path / 'run')
     assert [block.attn.options['keep_ratio'] for block in model.blocks] == [0.5, 0.5]
-
-
-def test_two_processes_reach_the_weights_of_one(data, tmp_path):
-    def recipe(output):
-        config = staged_recipe(data, output, STAGES[:3], clip_grad=1.0)
-        config.model.args['drop_path_rate'] = 0.0
-        return config
-
-    train_on_one_and_two_processes(recipe, tmp_path, batch_size=4)
-    one, two = (load_checkpoint(tmp_path / count / 'checkpoint.pt')['model'] for count in '12')
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_going_on_mid_epoch_gives_the_same_weights(tmp_path, monkeypatch):
         stop_after(patch, 2, fail)
         train(recipe('parts', checkpoint_steps=1))
     progress = load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']
-    assert (progress['epoch'], progress['batches']) == (0, 2)
+    assert (progress['epoch'], progress['updates']) == (0, 1)
     config = recipe('parts', resume='auto')
     config.data.workers = 1
     train(config)

@@ -104,7 +104,7 @@ def accuracy_table(
             entry.results = [_result(config) for config in entry.configs]
     except Interrupted as stop:
         print(f'vit-efficient table: {stop}; the same command goes on', file=sys.stderr)
-        return 128 + stop.signal
+        return stop.exit_status
     names = [entry.results[0]['model'] for entry in entries]
     for entry, name in zip(entries, names, strict=True):
         entry.label = name if names.count(name) == 1 else f'{name} ({entry.recipe.stem})'

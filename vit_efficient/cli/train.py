@@ -1,6 +1,7 @@
 """`vit-efficient train RECIPE [key=value …]`."""
 
 import argparse
+import os
 import sys
 
 
@@ -17,8 +18,9 @@ def run(args: argparse.Namespace) -> int | None:
     try:
         result = train(config)
     except Interrupted as stop:
-        print(f'vit-efficient train: {stop}; resume=auto goes on', file=sys.stderr)
-        return 128 + stop.signal
+        if os.environ.get('RANK', '0') == '0':  # under torchrun, all have been stopped
+            print(f'vit-efficient train: {stop}; resume=auto goes on', file=sys.stderr)
+        return stop.exit_status
     if result:  # under torchrun, the first process has it
         counts = result.get('train_skipped', 0), result.get('val_skipped', 0)
         skipped = ''

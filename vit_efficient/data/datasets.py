@@ -1,6 +1,9 @@
 """Data sets: folders of class folders, what is known by name, and any torch data set of images and labels."""
 
 import inspect
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -405,13 +408,24 @@ def create_loader(
         collate_fn=partial(_collate, full=drop_last) if samples.on_error == 'skip' else None,
         pin_memory=pin,
         persistent_workers=workers > 0,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_start_worker,
     )
 
 
-def _use_one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     # Loader processes are the parallelism; OpenCV's own threads would compete with them.
     cv2.setNumThreads(0)
+    # Schedulers send SIGTERM to every process of a job. The one that trains saves a checkpoint first, and would fail
+    # where its loader is gone.
+    if hasattr(signal, 'sigwaitinfo'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def iterate(loader: Iterable[Any], unreadable: dict[int, str] | None = None) -> Iterator[Any]:

@@ -28,13 +28,15 @@ def sample_seed(seed: int, epoch: int, index: int, repeat: int = 0) -> np.random
 class EpochSampler(Sampler[tuple[int, ...]]):
     """Yields keys (epoch, index), so that loader processes know the epoch they draw for.
 
-    The order of an epoch is a permutation drawn from (seed, epoch) alone. Process `rank` of `world_size` takes every
-    `world_size`-th sample of it, hence the batches of all processes together are consecutive samples.
+    The order of an epoch is a permutation drawn from (seed, epoch) alone. The processes take `block` samples of it in
+    turn, hence the batches of all processes together are consecutive samples; with blocks of the batch size they are
+    the batches that a single process has one after the other.
 
     With `repeats`, keys are (epoch, index, repeat): each sample of the permutation comes that many times in a row, with
     another augmentation, until there are as many as the data set holds; the rest of the permutation is left out.
     That is repeated augmentation (Hoffer et al., "Augment Your Batch", 2019, arXiv 1901.09335) as in DeiT and in
-    timm's `RepeatAugSampler`: copies share a batch, with several processes each has them in another one.
+    timm's `RepeatAugSampler`, whose blocks are of one sample: several processes then have the copies in a batch each;
+    with blocks of the batch size, copies share a batch.
 
     With `groups`, such as the shards of a data set, an epoch has the groups in random order, and the samples of only
     `mixed` of them at a time: so few files are read at once, where disks are slow at random access.
@@ -45,14 +47,15 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         shuffle: False keeps the data set's order.
         rank: This process.
         world_size: Number of processes.
-        even: Leave out the last `size % world_size` samples, so that every process has as many (training); otherwise
-            none is left out (evaluation).
+        even: Leave out what does not fill a block of every process, so that all have as many samples (training);
+            otherwise none is left out (evaluation).
+        block: Samples that a process takes at once.
         repeats: How often a sample comes in an epoch that has it.
         groups: The number of samples of each group of consecutive ones; none: all are a single one.
         mixed: Groups that are shuffled together.
 
     Raises:
-        ValueError: If `repeats` or `mixed` is below 1, or groups do not add up to `size`.
+        ValueError: If `block`, `repeats` or `mixed` is below 1, or groups do not add up to `size`.
     """
 
     def __init__(
@@ -63,20 +66,22 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         rank: int = 0,
         world_size: int = 1,
         even: bool = True,
+        block: int = 1,
         repeats: int = 1,
         groups: Sequence[int] = (),
         mixed: int = 1,
     ):
-        if repeats < 1 or mixed < 1:
-            raise ValueError(f'repeats and mixed must be at least 1, got {repeats=}, {mixed=}')
+        if min(block, repeats, mixed) < 1:
+            raise ValueError(f'block, repeats and mixed must be at least 1, got {block=}, {repeats=}, {mixed=}')
         if groups and sum(groups) != size:
             raise ValueError(f'groups hold {sum(groups)} samples, there are {size}')
-        self.size = size - size % world_size if even else size
+        self.size = size - size % (world_size * block) if even else size
         self.total = size
         self.seed = seed
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
+        self.block = block
         self.repeats = repeats
         self.groups = groups
         self.mixed = mixed
@@ -85,20 +90,15 @@ class EpochSampler(Sampler[tuple[int, ...]]):
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Chooses the epoch, and how many samples of it (of all processes together) are skipped."""
-        if start % self.world_size:
-            raise ValueError(f'{start=} must be a multiple of world_size={self.world_size}')
+        if start % (self.world_size * self.block):
+            raise ValueError(f'{start=} must be a multiple of world_size={self.world_size} × block={self.block}')
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        order = self._shuffled() if self.shuffle else np.arange(self.total)
-        places = range(self.start + self.rank, self.size, self.world_size)
-        if self.repeats == 1:
-            for index in order[places.start : self.size : self.world_size].tolist():
-                yield self.epoch, index
-            return
-        for place in places:
-            which, repeat = divmod(place, self.repeats)
-            yield self.epoch, int(order[which]), repeat
+        order, places = self._shuffled() if self.shuffle else np.arange(self.total), self._positions()
+        which, repeats = np.divmod(places, self.repeats)
+        for index, repeat in zip(order[which].tolist(), repeats.tolist(), strict=True):
+            yield (self.epoch, index) if self.repeats == 1 else (self.epoch, index, repeat)
 
     def _shuffled(self) -> np.ndarray:
         draw = np.random.default_rng(stable_seed('order', self.seed, self.epoch))
@@ -110,4 +110,9 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         return np.concatenate([draw.permutation(np.concatenate([groups[g] for g in part])) for part in parts])
 
     def __len__(self) -> int:
-        return len(range(self.start + self.rank, self.size, self.world_size))
+        return len(self._positions())
+
+    def _positions(self) -> np.ndarray:
+        """Of the samples of this process, in the order of the epoch."""
+        positions = np.arange(self.start, self.size)
+        return positions[(positions - self.start) // self.block % self.world_size == self.rank]

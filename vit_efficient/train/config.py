@@ -115,7 +115,8 @@ class Config:
     amp: str = 'none'  # none or bf16: the type of matrix products
     compile: bool = False
     channels_last: bool = False  # layout of images and convolutions in memory, for those that a GPU computes faster so
-    grad_accum: int = 1  # micro-batches per update
+    parallel: str = 'ddp'  # of several processes: ddp, each holds the weights; fsdp, they share them out
+    grad_accum: int = 1  # micro-batches of each process per update
     clip_grad: float | None = None  # largest norm of the gradient
     grad_checkpointing: bool = False
     threads: int | None = None  # of PyTorch on the CPU; null: as many as it takes by itself
@@ -136,6 +137,7 @@ _FREE_KEYS = {
     'device',
     'compile',
     'channels_last',
+    'parallel',
     'grad_checkpointing',
     'threads',
     'log_every',
@@ -375,6 +377,7 @@ def validate(config: Config) -> None:
     check('data.augment.crop_ratio', 'two ratios, 0 < least ≤ most', lambda v: len(v) == 2 and 0 < v[0] <= v[1])
     check('sched.sched', 'a schedule that needs no metric', lambda v: v != 'plateau')
     check('resume', 'never, auto or restart', lambda v: v in ('never', 'auto', 'restart'))
+    check('parallel', 'ddp or fsdp', lambda v: v in ('ddp', 'fsdp'))
     check('amp', 'none or bf16', lambda v: v in ('none', 'bf16'))
     check('data.on_error', ' or '.join(ON_ERROR), lambda v: v in ON_ERROR)
     _check_schedule(config)

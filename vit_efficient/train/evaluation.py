@@ -4,7 +4,7 @@ Dimensions: B images, K classes, H × W patches of the target.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -87,7 +87,8 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
     return both / (confusion.sum(0) + confusion.sum(1) - both)
 
 
-@torch.inference_mode()
+# Not inference_mode: the memory into which it gathers a sharded model could not be written to outside of it.
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     loader: DataLoader,
@@ -95,17 +96,20 @@ def evaluate(
     amp: str = 'none',
     task: Task | None = None,
     progress: bool = True,
+    after_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Measures a model.
 
     Args:
-        model: Images (B, C, H, W) -> logits, as the task reads them. It is put in eval mode, and back as it was.
+        model: Images (B, C, H, W) -> logits, as the task reads them. It is put in eval mode, and back as it was. If it
+            is sharded, all processes of the run must call.
         loader: From `create_loader`; or any that gives batches (images, labels, indices), of patch tasks (images,
             labels, targets, indices). Every process reads its own share.
         processes: Where the work is shared; by default, the model's device alone.
         amp: none or bf16.
         task: By default, the classification of images.
         progress: Show a progress bar where there is a terminal.
+        after_batch: Called after every batch, as often in all processes.
 
     Returns:
         The same Evaluation in every process. With fewer than six classes top-5 is 100 %.
@@ -124,11 +128,16 @@ def evaluate(
     start = time.perf_counter()
     disable = None if progress and processes.is_first else True  # None: unless there is a terminal
     batches = tqdm(iterate(loader, skipped), 'evaluate', len(loader), leave=False, disable=disable)
-    for images, *truth, indices in batches:
-        truth = [tensor.to(processes.device) for tensor in truth]
+    for (images, *rest), own in processes.in_step(batches):
         with autocast(processes.device, amp):
             logits = model(images.to(processes.device, non_blocking=True))
-        logits = images_BK, patches_BKHW = task.split(logits.float(), truth)
+        if after_batch:
+            after_batch()
+        if not own:
+            continue
+        *truth, indices = rest
+        truth = [tensor.to(processes.device) for tensor in truth]
+        logits = images_BK, patches_BKHW = task.split(logits, truth)
         total_loss += len(images) * task.loss(logits, truth, F.cross_entropy).item()
         columns = [indices]
         if task.of_images:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from vit_efficient.train.distributed import Processes
+
 
 class Interrupted(KeyboardInterrupt):
     """The run was told to stop. `signal` is the signal's number."""
@@ -14,6 +16,11 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(message or signal.Signals(number).name)
         self.signal = number
 
+    @property
+    def exit_status(self) -> int:
+        """After SIGTERM 75 (EX_TEMPFAIL of sysexits.h: try again), for schedulers; otherwise what a shell gives."""
+        return 75 if self.signal == signal.SIGTERM else 128 + self.signal
+
 
 class Interrupts:
     """Turns the first SIGINT or SIGTERM into `Interrupted`; a second one has its usual effect.
@@ -21,11 +28,18 @@ class Interrupts:
     Inside `held()` the exception waits until the block is done, so that weights, optimiser and counters agree, and the
     queue of TensorBoard's writer is not left in between. In threads other than the main one signals are left as they
     are, as Python requires.
+
+    Of several processes all stop at the same point, the next `check()`, whichever was told to. They ignore further
+    signals: a scheduler may send each process one, and torchrun one more (and kills those that are not gone in time).
+
+    Args:
+        processes: Of the run; by default, this one alone.
     """
 
-    def __init__(self):
+    def __init__(self, processes: Processes | None = None):
+        self._processes = processes if processes and processes.world_size > 1 else None
         self._held = False
-        self._received: int | None = None
+        self._received = 0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> 'Interrupts':
@@ -43,10 +57,11 @@ class Interrupts:
         self._previous = {}
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._restore()
-        self._received = number
-        if not self._held:
-            raise Interrupted(number)
+        self._received = self._received or number
+        if not self._processes:
+            self._restore()
+            if not self._held:
+                raise Interrupted(number)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -56,5 +71,10 @@ class Interrupts:
             yield
         finally:
             self._held = False
-        if self._received is not None:
+        if self._received and not self._processes:
             raise Interrupted(self._received)
+
+    def check(self) -> None:
+        """Raises Interrupted if a process has been told to stop; all processes call it at the same points."""
+        if self._processes and (received := int(self._processes.max(self._received))):
+            raise Interrupted(received)

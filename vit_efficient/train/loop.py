@@ -3,6 +3,11 @@
 Everything random is a function of the recipe's seed and a counter: the order of (seed, epoch), the augmentation of
 (seed, epoch, index), mixing and dropout of (seed, update). So a run that goes on from a checkpoint, in the midst of an
 epoch too, reaches the same weights as one that was never interrupted (on the CPU, bit by bit).
+
+An update takes `data.batch_size` × `grad_accum` × processes images. Their product alone decides which images these are,
+and the weights, but for rounding and for what is drawn per batch: with the same `data.batch_size` the draws are the
+same as well; with another one mixing, dropout and drop path draw differently, and so do the images that stand in for
+those that are skipped. Normalisation by the statistics of a batch, which vision transformers have not, would differ.
 """
 
 import copy
@@ -52,11 +57,18 @@ from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
 from vit_efficient.train.config import Config, first_line, identity, to_yaml, validate
 from vit_efficient.train.distillation import Distillation
-from vit_efficient.train.distributed import Processes, processes
+from vit_efficient.train.distributed import Processes, has_unused_parameters, processes
 from vit_efficient.train.evaluation import Evaluation, autocast, describe, evaluate
 from vit_efficient.train.interrupts import Interrupted, Interrupts
 from vit_efficient.train.learning import create_loss, create_optimizer, create_scheduler
 from vit_efficient.train.log import MetricsLog
+from vit_efficient.train.sharding import (
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+    shard,
+)
 from vit_efficient.train.stages import check_stages, list_stages, stage_of
 from vit_efficient.train.tasks import Task
 
@@ -64,6 +76,7 @@ CHECKPOINT = 'checkpoint.pt'
 RESULT = 'result.json'
 SKIPPED = 'skipped.txt'
 TRIED_IMAGES = 100  # at most, of each set, until one can be read
+_IMAGES_PER_UPDATE = 'data.batch_size × grad_accum × processes'
 OCCUPANCY_IMAGES = 16  # of the validation set, for what is logged of Treeformer's leaves
 
 
@@ -73,8 +86,8 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
     The run's folder (`output`) gets recipe.yaml (resolved), environment.json, metrics.jsonl, tensorboard/,
     checkpoint.pt, and, once the run is done, model/ (timm's local-dir layout), predictions.csv, result.json and, if
     files were skipped (`data.on_error`), skipped.txt, which names them. Under torchrun the processes share the work
-    (DDP) and the first one writes. The last images of an epoch that do not fill an update are left out; evaluation
-    leaves nothing out that can be read.
+    (DDP), or the weights too (FSDP2, `parallel`), and the first one writes. The last images of an epoch that do not
+    fill an update are left out; evaluation leaves nothing out that can be read.
 
     Args:
         config: The recipe, from `load_recipe`.
@@ -97,6 +110,10 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
         run = _Run(config, team, train_set, val_set)
         try:
             return run.finished() or run.fit()
+        except ValueError as error:
+            if team.world_size == 1:
+                raise
+            raise ValueError(f'rank {team.rank}: {error}') from error
         finally:
             # DDP must not outlive its process group: its end would wait, holding the interpreter's lock, for a thread
             # of gloo that waits for that lock (PyTorch 2.10).
@@ -105,10 +122,9 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
 
 @dataclass
 class _Progress:
-    """How far a run is. `batches` counts the micro-batches of the epoch that have reached the weights."""
+    """How far a run is."""
 
     epoch: int = 0
-    batches: int = 0
     updates: int = 0
     loss_sum: float = 0.0  # over the updates of the epoch
     train_seconds: float = 0.0
@@ -137,7 +153,9 @@ class _Run:
             val_set = create_dataset(data.val, data.dataset, data.root, 'data.val', args)
         self.classes = class_names(train_set)
         check_same_classes(self.classes, class_names(val_set), 'the training set', 'the validation set')
-        self.model = create_model(config, self.classes)
+        self.sharded = config.parallel == 'fsdp' and team.world_size > 1
+        self.layout = torch.channels_last if config.channels_last else torch.preserve_format
+        self.model = self._create_model()
         self.preprocessing = Preprocessing.of(self.model, data)
         in_chans, num_classes = self.preprocessing.input_size[0], self.model.num_classes
         self.task = Task.of(config.task, self.model, self.preprocessing, self.classes, config.loss.patch_weight)
@@ -158,35 +176,57 @@ class _Run:
             config.seed,
             rank=team.rank,
             world_size=team.world_size,
+            block=data.batch_size,
             repeats=data.repeats,
             **shard_order(train_set, data.mixed_shards),
         )
         self._create_loaders()
         self.images_per_update = data.batch_size * config.grad_accum * team.world_size
-        self.updates_per_epoch = len(self.sampler) // (data.batch_size * config.grad_accum)
+        self.updates_per_epoch = len(train_set) // self.images_per_update
         if not self.updates_per_epoch:
             raise ValueError(
-                f'an update takes {self.images_per_update} images (data.batch_size × grad_accum × processes), '
+                f'an update takes {self.images_per_update} images ({_IMAGES_PER_UPDATE}), '
                 f'the training set has {len(train_set)}'
             )
         self.identity = {
-            **identity(config),
-            'processes': team.world_size,
+            **{key: value for key, value in identity(config).items() if key not in _IMAGES_PER_UPDATE.split(' × ')},
+            _IMAGES_PER_UPDATE: self.images_per_update,
             'training images': len(train_set),
             'classes': self.classes,
         }
         self.stages = list_stages(config)
-        check_stages(self.model, self.stages, config.truncation.penalty)
-        self.layout = torch.channels_last if config.channels_last else torch.preserve_format
-        self.model.to(self.team.device, memory_format=self.layout)
-        if config.grad_checkpointing:
-            self.model.set_grad_checkpointing()
+        learns_truncation = check_stages(self.model, self.stages, config.truncation.penalty)
+        if learns_truncation and self.sharded:
+            raise ValueError('parallel must be ddp for a model that learns truncations, got fsdp')
         self.distillation: Distillation | None = None
         if config.distill.teacher:
             self.distillation = Distillation(config.distill, self.model, self.preprocessing, team.device)
         self.frozen: nn.Module | None = None
         self.stage = -1
         self._enter_stage(0)
+
+    def _create_model(self) -> nn.Module:
+        model = create_model(self.config, self.classes).to(self.team.device, memory_format=self.layout)
+        if self.config.grad_checkpointing:
+            model.set_grad_checkpointing()
+        return model
+
+    def _whole(self, model: nn.Module, everywhere: bool = False) -> nn.Module:
+        """The model; of a sharded one a copy that is not, whose weights are drawn outside the first process.
+
+        Args:
+            model: As the current stage has it.
+            everywhere: Give the weights to all processes.
+        """
+        if not self.sharded:
+            return model
+        weights = model_state(model, everywhere)
+        whole = self._create_model()
+        for stage in self.stages[: self.stage + 1]:
+            stage.begin(whole)
+        if weights:
+            whole.load_state_dict(weights)
+        return whole
 
     def _create_loaders(self) -> None:
         data, team = self.config.data, self.team
@@ -205,6 +245,8 @@ class _Run:
     def _enter_stage(self, number: int) -> None:
         """The model as this stage has it, after those between; and all that learns, anew."""
         truncation = self.progress.truncation
+        if self.stage >= 0:
+            self.model = self._whole(self.model, everywhere=True)
         for between in range(self.stage + 1, number + 1):
             seed_everything('stage', self.config.seed, between)  # what a conversion adds is drawn
             stage = self.stages[between]
@@ -234,16 +276,25 @@ class _Run:
         if self.stage:
             gc.collect()  # DDP of the stage before has hooks on the parameters until it is gone
             torch.compiler.reset()
+        self.ema = None
+        if config.ema.decay:
+            # PyTorch's fused operations do not take shards and whole buffers together.
+            options = {'use_warmup': config.ema.warmup, 'foreach': not self.sharded}
+            self.ema = ModelEmaV3(self.model, config.ema.decay, **options)
+        if self.sharded:
+            for model in (self.model, self.ema.module) if self.ema else (self.model,):
+                shard(model, self.team, config.amp)
         self.optimizer = create_optimizer(self.model, stage.optim)
         self.scheduler = create_scheduler(self.optimizer, stage.sched, self.updates_per_epoch)
         self.mixup, self.loss = create_loss(config.loss, self.model.num_classes)
         self.penalised = config.truncation.penalty > 0 and has_windows(self.model)
-        self.ema = None
-        if config.ema.decay:
-            self.ema = ModelEmaV3(self.model, decay=config.ema.decay, use_warmup=config.ema.warmup)
-        if self.team.world_size > 1:
-            self.step_model = DistributedDataParallel(self.model)
-        if config.compile:
+
+    def _build_step_model(self) -> None:
+        """The model as updates call it. Until it is built, nothing but the model's forward pass has been checked."""
+        if self.team.world_size > 1 and not self.sharded:
+            unused = has_unused_parameters(self.model, self._blank_input(self.preprocessing))
+            self.step_model = DistributedDataParallel(self.model, find_unused_parameters=unused)
+        if self.config.compile:
             self.step_model = torch.compile(self.step_model)
 
     def finished(self) -> dict[str, Any] | None:
@@ -253,6 +304,11 @@ class _Run:
             ValueError: If the folder holds a run that `resume` does not allow to touch, or one of another recipe.
         """
         checkpoint, result = self.folder / CHECKPOINT, self.folder / RESULT
+        if len(set(self.team.gather((checkpoint.exists(), result.exists())))) > 1:
+            raise ValueError(
+                f'output={self.folder}: some processes find a run there and some do not; all nodes must share one file '
+                'system'
+            )
         if self.config.resume == 'never' and (checkpoint.exists() or result.exists()):
             raise ValueError(
                 f'{self.folder} holds a run already; resume=auto goes on with it, resume=restart replaces it, '
@@ -264,10 +320,11 @@ class _Run:
             raise ValueError(
                 f'{self.folder} holds a result and no checkpoint; resume=restart replaces it, output=… starts another'
             )
-        state = load_checkpoint(checkpoint, self.team.device)
-        defaults = identity(Config())  # of keys that are newer than the checkpoint
+        state = load_checkpoint(checkpoint, 'cpu' if self.sharded else self.team.device)
+        saved = {**identity(Config()), **state['identity']}  # there may be keys that are newer than the checkpoint
+        saved.setdefault(_IMAGES_PER_UPDATE, saved['data.batch_size'] * saved['grad_accum'] * saved.get('processes', 1))
         for key, ours in self.identity.items():
-            theirs = state['identity'].get(key, defaults.get(key))
+            theirs = saved.get(key)
             if theirs != json.loads(json.dumps(ours)):
                 raise ValueError(
                     f'{checkpoint} was written with {key}={theirs!r}, this run has {key}={ours!r}; set it back, or '
@@ -275,28 +332,30 @@ class _Run:
                 )
         if result.exists():
             return _read_result(result)
+        state['progress'].pop('batches', None)  # of older checkpoints; it follows from the updates
         self.progress = _Progress(**state['progress'])
         stage = stage_of(self.stages, self.progress.epoch)
         if stage != self.stage:
             self._enter_stage(stage)
-        self.model.load_state_dict(state['model'])
-        self.optimizer.load_state_dict(state['optimizer'])
+        load_model_state(self.model, state['model'])
+        load_optimizer_state(self.optimizer, state['optimizer'])
         if self.ema:
-            self.ema.module.load_state_dict(state['ema'])
+            load_model_state(self.ema.module, state['ema'])
         return None
 
     def save(self) -> None:
-        """Writes the checkpoint; only the first process does."""
-        if not self.team.is_first:
+        """Writes the checkpoint, the same whatever the processes share; all of them call, only the first one writes."""
+        if not (self.team.is_first or self.sharded):
             return
         state = {
             'identity': json.loads(json.dumps(self.identity)),
             'progress': dict(vars(self.progress)),
-            'model': self.model.state_dict(),
-            'optimizer': self.optimizer.state_dict(),
-            'ema': self.ema.module.state_dict() if self.ema else None,
+            'model': model_state(self.model),
+            'optimizer': optimizer_state(self.optimizer),
+            'ema': model_state(self.ema.module) if self.ema else None,
         }
-        save_checkpoint(self.folder / CHECKPOINT, state)
+        if self.team.is_first:
+            save_checkpoint(self.folder / CHECKPOINT, state)
 
     def _open_folder(self) -> None:
         """Makes the run's folder ready; the first thing that is written."""
@@ -312,7 +371,7 @@ class _Run:
                 for name in ('model', 'tensorboard'):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
             write_text(self.folder / 'recipe.yaml', to_yaml(self.config))
-            self.environment = describe_environment(self.team.device)
+            self.environment = {**describe_environment(self.team.device), 'scale': self._scale()}
             write_json(self.folder / 'environment.json', self.environment)
         except OSError as error:
             raise ValueError(f'output={self.folder}: cannot write there: {error.strerror}') from error
@@ -332,17 +391,32 @@ class _Run:
         try:
             # Not inference_mode: what a model caches in it could not be trained through.
             with torch.no_grad(), autocast(self.team.device, self.config.amp):
-                shape = input_shape(self.model, preprocessing)
-                return self.model(torch.zeros(1, *shape, device=self.team.device))
+                return self.model(self._blank_input(preprocessing))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f'model {self.config.model.name} does not take images of {height}×{width} pixels and {channels} '
                 f'channels ({keys}): {first_line(error)}'
             ) from error
 
+    def _blank_input(self, preprocessing: Preprocessing) -> Tensor:
+        return torch.zeros(1, *input_shape(self.model, preprocessing), device=self.team.device)
+
+    def _scale(self) -> dict[str, Any]:
+        """How an update is shared out."""
+        config, processes = self.config, self.team.world_size
+        return {
+            'images_per_update': self.images_per_update,
+            'processes': processes,
+            'batch_size': config.data.batch_size,
+            'grad_accum': config.grad_accum,
+            'lr': max(stage.optim.lr for stage in self.stages),
+            'parallel': config.parallel if processes > 1 else None,
+        }
+
     def fit(self) -> dict[str, Any]:
         """From where `progress` stands to the result. A folder made for a run without an update is removed again."""
         self._try_input()
+        self._build_step_model()
         try:
             return self._fit()
         except Exception:  # Interrupted is none: it leaves a checkpoint
@@ -356,12 +430,14 @@ class _Run:
             self.log = MetricsLog(self.folder, self.progress.epoch, self.progress.updates)
         else:
             self.log = None
+        self._announce_scale()
         self._announce_stage()
-        with Interrupts() as interrupts:
+        with Interrupts(self.team) as interrupts:
             try:
                 self._measure_frozen(interrupts)
                 evaluation, truncation = self._freeze(self._epochs(interrupts), interrupts)
-                return self._finish(evaluation, truncation) if self.team.is_first else {}
+                model = self._whole(self.evaluated_model)
+                return self._finish(model, evaluation, truncation) if self.team.is_first else {}
             except Interrupted as stop:
                 self.save()
                 message = f'stopped by {stop} after update {self.progress.updates}'
@@ -383,14 +459,24 @@ class _Run:
             if progress.epoch + 1 == config.sched.epochs:
                 return evaluation
             with interrupts.held():
-                progress.epoch, progress.batches, progress.loss_sum = progress.epoch + 1, 0, 0.0
-                progress.epoch_skipped = 0
+                progress.epoch, progress.loss_sum, progress.epoch_skipped = progress.epoch + 1, 0.0, 0
                 if stage_ends:
                     progress.stages.append(evaluation.accuracies)
                     self._enter_stage(self.stage + 1)
+                    self._build_step_model()
             if stage_ends:
                 self._announce_stage()
                 self._measure_frozen(interrupts)
+
+    def _announce_scale(self) -> None:
+        if self.team.is_first:
+            scale = self._scale()
+            how = f' ({self.config.parallel.upper()})' if self.team.world_size > 1 else ''
+            print(
+                '{images_per_update} images per update: {batch_size} per batch × {grad_accum} accumulated × '
+                '{processes} processes{how}; learning rate {lr:g}'.format(how=how, **scale),
+                file=sys.stderr,
+            )
 
     def _announce_stage(self) -> None:
         if self.team.is_first and self.config.stages:
@@ -399,11 +485,11 @@ class _Run:
     def _epoch(self, interrupts: Interrupts) -> None:
         """The updates of an epoch that are still to be done."""
         config, progress, team = self.config, self.progress, self.team
-        done = progress.batches // config.grad_accum
+        done = progress.updates - progress.epoch * self.updates_per_epoch
         if done == self.updates_per_epoch:
             return
         self.step_model.train()
-        self.sampler.set_epoch(progress.epoch, start=progress.batches * config.data.batch_size * team.world_size)
+        self.sampler.set_epoch(progress.epoch, start=done * self.images_per_update)
         unreadable: dict[int, str] = {}
         batches = iterate(self.train_loader, unreadable)
         name = f'epoch {progress.epoch + 1}/{config.sched.epochs}'
@@ -415,7 +501,6 @@ class _Run:
                 with interrupts.held():
                     loss = self._update(chunk)
                     progress.updates += 1
-                    progress.batches += config.grad_accum
                     progress.loss_sum += loss
                     self._count_skipped(unreadable)
                     now = time.perf_counter()
@@ -425,6 +510,7 @@ class _Run:
                         self._log_update(loss, self.images_per_update / seconds)
                         bar.set_postfix(loss=f'{loss:.3f}')
                 bar.update()
+                interrupts.check()
                 if config.checkpoint_steps and progress.updates % config.checkpoint_steps == 0:
                     self.save()
                     clock = time.perf_counter()
@@ -453,18 +539,19 @@ class _Run:
                 self.log.write('skipped', progress.epoch, progress.updates, {'images': progress.epoch_skipped})
 
     def _update(self, chunk: list[tuple[Tensor, ...]]) -> float:
-        """One step of the optimiser on `grad_accum` micro-batches; their mean loss in this process."""
+        """One step of the optimiser on `grad_accum` micro-batches of every process; the mean loss of all."""
         config, team, update = self.config, self.team, self.progress.updates
         total = 0.0
         for number, (*tensors, indices) in enumerate(chunk):
-            seed_everything('step', config.seed, update * config.grad_accum + number, team.rank)
+            # The number of the batch among those of all processes: a single one would draw the same.
+            seed_everything('step', config.seed, (update * len(chunk) + number) * team.world_size + team.rank)
             images, *truth = (tensor.to(team.device, non_blocking=True) for tensor in tensors)
             images = images.to(memory_format=self.layout)
             if self.mixup:
                 images, *truth = self.mixup(images, *truth)
             with autocast(team.device, config.amp):
                 logits = self.step_model(images)
-            loss = self.task.loss(self.task.split(logits.float(), truth), truth, self.loss)
+            loss = self.task.loss(self.task.split(logits, truth), truth, self.loss)
             if self.distillation:
                 with autocast(team.device, config.amp):
                     loss = self.distillation(images, logits.float(), loss)
@@ -482,7 +569,7 @@ class _Run:
                 (loss / len(chunk)).backward()
         if config.clip_grad:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
-            if not norm.isfinite():
+            if not math.isfinite(norm.full_tensor() if self.sharded else norm):
                 raise ValueError(f'the gradient is not finite at update {update}; the weights are unchanged')
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -491,11 +578,15 @@ class _Run:
             self.ema.update(self.model, step=of_stage)
         if self.scheduler:
             self.scheduler.step_update(of_stage)
-        return total / len(chunk)
+        return team.mean(total / len(chunk))
 
     def _without_sync(self, more_to_come: bool) -> Any:
         """Gradients are averaged over the processes once per update, not per micro-batch."""
-        return self.step_model.no_sync() if more_to_come and self.team.world_size > 1 else nullcontext()
+        if self.sharded:
+            self.model.set_requires_gradient_sync(not more_to_come)
+        elif more_to_come and self.team.world_size > 1:
+            return self.step_model.no_sync()
+        return nullcontext()
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -510,7 +601,9 @@ class _Run:
         return max(group['lr'] for group in self.optimizer.param_groups)
 
     def _evaluate(self, interrupts: Interrupts) -> Evaluation:
-        evaluation = self._measure()
+        evaluation = self._measure(interrupts)
+        # What a sharded model computes takes all processes.
+        leaves = self._leaf_occupancy() if self.log or self.sharded else {}
         if self.log:
             progress, accuracies = self.progress, dict(evaluation.accuracies)
             values = {
@@ -523,7 +616,6 @@ class _Run:
                 **({'skipped': len(evaluation.skipped)} if self.config.data.on_error == 'skip' else {}),
             }
             self._name_skipped('validation', evaluation.skipped)
-            leaves = self._leaf_occupancy()
             accuracies.pop('top5', None)
             with interrupts.held():
                 self.log.write('val', progress.epoch, progress.updates, values)
@@ -538,8 +630,9 @@ class _Run:
             )
         return evaluation
 
-    def _measure(self) -> Evaluation:
-        return evaluate(self.evaluated_model, self.val_loader, self.team, self.config.amp, self.task)
+    def _measure(self, interrupts: Interrupts) -> Evaluation:
+        options = self.team, self.config.amp, self.task, True, interrupts.check
+        return evaluate(self.evaluated_model, self.val_loader, *options)
 
     def _leaf_occupancy(self) -> dict[str, float]:
         """Of Treeformer's trees, on a few validation images spread over the set."""
@@ -558,7 +651,8 @@ class _Run:
         """What it costs that the stage has made truncations hard ones, before it trains on."""
         truncation = self.progress.truncation
         if 'kept' in truncation and 'frozen' not in truncation:
-            self._log_frozen(self.progress.epoch - 1, truncation, self.progress.stages[-1], self._measure(), interrupts)
+            evaluation = self._measure(interrupts)
+            self._log_frozen(self.progress.epoch - 1, truncation, self.progress.stages[-1], evaluation, interrupts)
 
     def _freeze(self, evaluation: Evaluation, interrupts: Interrupts) -> tuple[Evaluation, dict[str, Any]]:
         """Makes truncations that are learned to the end of the run hard ones, and measures what that costs."""
@@ -569,7 +663,7 @@ class _Run:
         truncation = {'cost': soft_cost(frozen, hard=True).item(), 'kept': freeze_truncation(frozen)}
         self._give_what_is_taken_by(frozen)
         self.frozen, learned = frozen, evaluation.accuracies
-        evaluation = self._measure()
+        evaluation = self._measure(interrupts)
         self._log_frozen(self.progress.epoch, truncation, learned, evaluation, interrupts)
         return evaluation, truncation
 
@@ -588,10 +682,10 @@ class _Run:
         if self.log:
             print(f'truncations frozen: {describe(learned)} before, {describe(evaluation.accuracies)}', file=sys.stderr)
 
-    def _finish(self, evaluation: Evaluation, truncation: dict[str, Any]) -> dict[str, Any]:
+    def _finish(self, model: nn.Module, evaluation: Evaluation, truncation: dict[str, Any]) -> dict[str, Any]:
         """Writes model, predictions and, last, the result: it tells that the run is complete."""
         config, progress = self.config, self.progress
-        self._save_model()
+        self._save_model(model)
         table = io.StringIO(newline='')
         writer = csv.writer(table, lineterminator='\n')
         writer.writerow(['index', 'file', *evaluation.columns[1:]])
@@ -614,7 +708,7 @@ class _Run:
             'train_images': len(self.train_samples),
             'val_skipped': len(evaluation.skipped),
             'train_skipped': len(progress.skipped),
-            'parameters': sum(parameter.numel() for parameter in self.evaluated_model.parameters()),
+            'parameters': sum(parameter.numel() for parameter in model.parameters()),
             'train_seconds': progress.train_seconds,
             'images_per_second_train': progress.updates * self.images_per_update / progress.train_seconds,
             'images_per_second_eval': evaluation.images_per_second,
@@ -625,11 +719,10 @@ class _Run:
         write_json(self.folder / RESULT, result)
         return result
 
-    def _save_model(self) -> None:
-        """The evaluated weights as a model folder that carries its preprocessing and the names of its classes."""
+    def _save_model(self, model: nn.Module) -> None:
+        """As a folder that carries its preprocessing and the names of its classes."""
         from vit_efficient.models import save_model
 
-        model = self.evaluated_model
         model.pretrained_cfg = {
             **model.pretrained_cfg,
             **self.preprocessing.as_dict(),

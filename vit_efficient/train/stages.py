@@ -72,13 +72,16 @@ def stage_of(stages: Sequence[Stage], epoch: int) -> int:
     return next(number for number, stage in enumerate(stages) if epoch < stage.end)
 
 
-def check_stages(model: nn.Module, stages: Sequence[Stage], penalty: float) -> None:
+def check_stages(model: nn.Module, stages: Sequence[Stage], penalty: float) -> bool:
     """Tries all conversions on a copy of the model that has no data.
 
     Args:
         model: As it is built.
         stages: Of the run.
         penalty: Of truncations that are learned, `truncation.penalty`.
+
+    Returns:
+        Whether a stage learns a truncation.
 
     Raises:
         ValueError: Naming the first stage that does not fit, or that would lose what an earlier one has learned to cut;
@@ -105,3 +108,4 @@ def check_stages(model: nn.Module, stages: Sequence[Stage], penalty: float) -> N
             f'truncation.penalty={penalty:g}: the model learns no truncation; set model.args.patch_window=true (with '
             'patch_embed=dct) or attention_kwargs.learned=true (attention dct)'
         )
+    return learns

@@ -8,6 +8,7 @@ Dimensions: B images, N tokens (prefix tokens, then h · w patches), K classes, 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -127,12 +128,13 @@ class Task:
     def split(self, logits: Tensor, truth: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Logits of images (B, K) and of patches (B, K, H, W), as far as the task has them.
 
-        A grid that is coarser than the target is resized bilinearly.
+        They are of float32, or finer if the model's are. A grid that is coarser than the target is resized bilinearly.
 
         Args:
             logits: The model's.
             truth: Labels (B,), and targets (B, H, W) if the task has patches.
         """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not self.of_patches:
             return logits, None
         h, w = self.grid

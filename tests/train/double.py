@@ -1,0 +1,53 @@
+"""Trains recipes one after the other, in float64, in as many processes as torchrun starts.
+
+    double.py RECIPE [RECIPE@UPDATE …]
+
+After UPDATE the last process alone is told to stop. Rounding in float32 would hide what else differs between ways to
+share the work.
+"""
+
+import os
+import signal
+import sys
+from contextlib import suppress
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from vit_efficient.train import Interrupted, load_recipe, loop, train
+from vit_efficient.train.distributed import processes
+
+
+def double(create_model):
+    def create(*args):
+        model = create_model(*args).double()
+        model.register_forward_pre_hook(lambda _, images: (images[0].double(),))
+        return model
+
+    return create
+
+
+def stop_after(last_update, update):
+    """The update, which asserts that exactly the models that are to share out their weights do."""
+
+    def updating(run, chunk):
+        models = [run.model, *([run.ema.module] if run.ema else [])]
+        for parameter in (parameter for model in models for parameter in model.parameters()):
+            assert parameter.dtype == torch.float64
+            assert isinstance(parameter, DTensor) == (run.config.parallel == 'fsdp' and run.team.world_size > 1)
+        if run.progress.updates + 1 == last_update and run.team.rank + 1 == run.team.world_size:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(run, chunk)
+
+    return updating
+
+
+if __name__ == '__main__':
+    loop.create_model = double(loop.create_model)
+    update = loop._Run._update
+    with processes('cpu'):  # a second group cannot meet where the first one did
+        for argument in sys.argv[1:]:
+            recipe, _, last_update = argument.partition('@')
+            loop._Run._update = stop_after(int(last_update or 0), update)
+            with suppress(Interrupted):
+                train(load_recipe(recipe))

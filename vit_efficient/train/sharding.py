@@ -1,0 +1,92 @@
+"""Models whose weights are shared out over the processes (PyTorch's FSDP2), and states that do not tell.
+
+What is loaded and what is given back here is whole: the state dicts that the model and its optimiser have in one
+process.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from vit_efficient.train.distributed import Processes
+
+
+def shard(model: nn.Module, processes: Processes, amp: str = 'none') -> None:
+    """Shares out the weights, in place: block by block, so that whole ones are never held of more than a few.
+
+    Args:
+        model: A timm model, the same in all processes. Where it has no `blocks`, its weights are gathered all at once.
+        processes: Those of the run, more than one.
+        amp: none, or bf16 for weights that are gathered in bf16; gradients are summed in float32 either way.
+    """
+    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+    # What blocks hand on stays as autocast leaves it: the sum of their outputs in float32.
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = policy if amp == 'bf16' else MixedPrecisionPolicy(cast_forward_inputs=False)
+    for block in getattr(model, 'blocks', ()):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # By default what is not in blocks stays gathered until a backward pass, which evaluation has not.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def model_state(model: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
+    """The weights, whole; of a sharded model on the CPU and in the first process only, the others have an empty dict.
+
+    Args:
+        model: Sharded or not. If it is, all processes must call.
+        everywhere: Give them to all processes, on the device.
+    """
+    if not is_sharded(model):
+        return dict(model.state_dict())
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=not everywhere))
+
+
+def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads what `model_state` gave, of any number of processes; all have it."""
+    if is_sharded(model):
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(state)
+
+
+# As for models, torch.distributed.checkpoint has functions for optimisers. They take a step to find out what the state
+# is made of, know no optimiser without one (SGD), and name parameters, where optimisers number them.
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state, whole; of sharded parameters on the CPU and in the first process only. Then all must call."""
+
+    def gather(shards: DTensor) -> Tensor | None:
+        whole = shards.full_tensor()
+        return whole.cpu() if dist.get_rank() == 0 else None
+
+    return tree_map_only(DTensor, gather, optimizer.state_dict())
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads what `optimizer_state` gave, of any number of processes; all have it."""
+    parameters = list(itertools.chain.from_iterable(group['params'] for group in optimizer.param_groups))
+
+    def share(parameter: nn.Parameter, value: Any) -> Any:
+        if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+            value = value.to(parameter.device)
+            return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return value
+
+    shared = {
+        number: {name: share(parameters[number], value) for name, value in values.items()}
+        for number, values in state['state'].items()
+    }
+    optimizer.load_state_dict({**state, 'state': shared})
