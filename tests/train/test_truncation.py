@@ -80,11 +80,61 @@ def test_a_stage_freezes_and_trains_on(data, tmp_path, capsys):
     assert [(line['epoch'], line['step']) for line in frozen] == [(1, 12)]
     truncation = result['truncation']
     assert truncation['frozen']['top1'] == frozen[0]['top1']
-    assert truncation['learned'] == result['stages'][0] and 0 < truncation['cost'] < 0.5
+    assert 0 < truncation['cost'] < 0.5
+    costs = [line['truncation_cost'] for line in lines if line['kind'] == 'val' and line['stage'] == 0]
+    assert len(costs) == 2 and 1.5 > costs[0] > costs[1]
     model = load_model(tmp_path / 'run')
     assert not has_windows(model)
     assert [list(pair) for pair in model.patch_embed.kept] == [list(pair) for pair in truncation['kept']['patch_embed']]
     assert model.patch_embed.kept[0] != (4, 4)
+
+
+@pytest.mark.parametrize('patch', [True, False])
+def test_what_freezing_costs_is_measured_on_what_is_frozen(data, tmp_path, monkeypatch, patch):
+    """With an average of the weights, too: it has the sizes of the weights, and these are what a stage freezes."""
+    measured = []
+    evaluate = loop.evaluate
+
+    def spy(model, *args):
+        evaluation = evaluate(model, *args)
+        shares = [p.tolist() for name, p in model.named_parameters() if name.endswith('share')]
+        measured.append((shares, evaluation.accuracies))
+        return evaluation
+
+    monkeypatch.setattr(loop, 'evaluate', spy)
+    config = freezing_recipe(data, tmp_path / 'run')
+    config.ema.decay, config.eval_every = 0.999, 9
+    if patch:
+        config.model.args = {**TINY, 'patch_embed': 'dct', 'patch_window': True}
+        config.model.name = 'vit_full_tiny'
+    truncation = train(config)['truncation']
+    (average, _), (raw, learned), (none, frozen), _ = measured
+    assert average == raw and not none
+    assert truncation['learned'] == learned and truncation['frozen'] == frozen
+    if patch:
+        assert learned == frozen
+
+
+def test_sizes_are_learned_at_the_size_of_the_model(data, tmp_path):
+    config = learning_recipe(data, tmp_path / 'run')
+    config.model.args = {**config.model.args, 'dynamic_img_size': True}
+    config.data.img_size = [24, 32]
+    with pytest.raises(ValueError, match=r'trained at the size it is built for: .*\(16, 16\), data.img_size'):
+        train(config)
+
+
+def test_a_checkpoint_from_before_a_key_of_stages_goes_on(data, tmp_path, monkeypatch):
+    train(freezing_recipe(data, tmp_path / 'whole'))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, '_finish', lambda *args: {})
+        train(freezing_recipe(data, tmp_path / 'again'))
+    path = tmp_path / 'again' / 'checkpoint.pt'
+    state = torch.load(path, weights_only=True)
+    for stage in state['identity']['stages']:
+        del stage['warmup_epochs']
+    torch.save(state, path)
+    train(freezing_recipe(data, tmp_path / 'again', resume='auto'))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'again')
 
 
 def test_a_checkpoint_of_a_run_that_freezes_is_no_model_to_start_from(data, tmp_path):

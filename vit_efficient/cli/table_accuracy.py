@@ -396,12 +396,12 @@ def _stages(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
         if not config.stages:
             continue
         trained = load_model(entry.folders[0] / 'model')
-        size = input_shape(trained, Preprocessing.of(trained))
+        preprocessing = Preprocessing.of(trained)
         with torch.device('meta'):
             model = timm.create_model(config.model.name, **{**config.model.args, 'num_classes': trained.num_classes})
             for number, stage in enumerate(list_stages(config)):
-                stage.begin(model)
-                count = count_flops(model, size)
+                stage.begin(model, entry.results[0].get('truncation', {}).get('kept'))  # of the first seed
+                count = count_flops(model, input_shape(model, preprocessing))
                 at_end = [result['stages'][number] for result in entry.results]
                 rows.append(
                     {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vit_efficient.attention import CompressedAttention, swap_attention
 from vit_efficient.compress.budget import kept_grid
+from vit_efficient.frequency_window import FrequencyWindow
 from vit_efficient.grid import PatchGrid
 from vit_efficient.models.patch_embed import DctPatchEmbed
 
@@ -29,6 +30,15 @@ def has_windows(model: nn.Module) -> bool:
 def count_windows(model: nn.Module) -> int:
     """How many parts of the model have one."""
     return _learns(getattr(model, 'patch_embed', None)) + sum(1 for _ in _layers(model))
+
+
+def copy_sizes(source: nn.Module, target: nn.Module) -> None:
+    """Copies what a model has learned of sizes to a copy of it, such as an average of its weights."""
+    pairs = zip(source.modules(), target.modules(), strict=True)
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            if isinstance(ours, FrequencyWindow):
+                theirs.share.copy_(ours.share)
 
 
 def _learns(embedding: nn.Module | None) -> bool:

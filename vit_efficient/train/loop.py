@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,10 @@ from vit_efficient.data import (
 from vit_efficient.environment import describe_environment
 from vit_efficient.files import write_json, write_text
 from vit_efficient.leaves import has_trees, leaf_occupancy
-from vit_efficient.models.truncation import freeze_truncation, has_windows, soft_cost
+from vit_efficient.models.truncation import copy_sizes, freeze_truncation, has_windows, soft_cost
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
-from vit_efficient.train.config import Config, first_line, identity, to_yaml, validate
+from vit_efficient.train.config import Config, StageConfig, first_line, identity, to_yaml, validate
 from vit_efficient.train.distillation import Distillation
 from vit_efficient.train.distributed import Processes, has_unused_parameters, processes
 from vit_efficient.train.evaluation import Evaluation, autocast, describe, evaluate
@@ -196,14 +196,24 @@ class _Run:
         }
         self.stages = list_stages(config)
         learns_truncation = check_stages(self.model, self.stages, config.truncation.penalty)
-        if learns_truncation and self.sharded:
-            raise ValueError('parallel must be ddp for a model that learns truncations, got fsdp')
+        if learns_truncation:
+            self._check_learned_truncation()
         self.distillation: Distillation | None = None
         if config.distill.teacher:
             self.distillation = Distillation(config.distill, self.model, self.preprocessing, team.device)
         self.frozen: nn.Module | None = None
         self.stage = -1
         self._enter_stage(0)
+
+    def _check_learned_truncation(self) -> None:
+        if self.sharded:
+            raise ValueError('parallel must be ddp for a model that learns truncations, got fsdp')
+        built, given = self.model.patch_embed.img_size, self.preprocessing.input_size[1:]
+        if self.config.data.schedule or built is None or tuple(built) != tuple(given):
+            raise ValueError(
+                'a model that learns truncations is trained at the size it is built for: model.args.img_size makes '
+                f'it {built}, data.img_size {given}; set both to one, and no data.schedule'
+            )
 
     def _create_model(self) -> nn.Module:
         model = create_model(self.config, self.classes).to(self.team.device, memory_format=self.layout)
@@ -250,7 +260,7 @@ class _Run:
         for between in range(self.stage + 1, number + 1):
             seed_everything('stage', self.config.seed, between)  # what a conversion adds is drawn
             stage = self.stages[between]
-            if stage.config.freeze and not truncation:
+            if stage.config.freeze and 'kept' not in truncation:
                 truncation['cost'] = soft_cost(self.model, hard=True).item()
             kept = stage.begin(self.model, truncation.get('kept'))
             if kept:
@@ -287,7 +297,8 @@ class _Run:
         self.optimizer = create_optimizer(self.model, stage.optim)
         self.scheduler = create_scheduler(self.optimizer, stage.sched, self.updates_per_epoch)
         self.mixup, self.loss = create_loss(config.loss, self.model.num_classes)
-        self.penalised = config.truncation.penalty > 0 and has_windows(self.model)
+        self.learns_sizes = has_windows(self.model)
+        self.penalised = config.truncation.penalty > 0 and self.learns_sizes
 
     def _build_step_model(self) -> None:
         """The model as updates call it. Until it is built, nothing but the model's forward pass has been checked."""
@@ -323,6 +334,7 @@ class _Run:
         state = load_checkpoint(checkpoint, 'cpu' if self.sharded else self.team.device)
         saved = {**identity(Config()), **state['identity']}  # there may be keys that are newer than the checkpoint
         saved.setdefault(_IMAGES_PER_UPDATE, saved['data.batch_size'] * saved['grad_accum'] * saved.get('processes', 1))
+        saved['stages'] = [{**asdict(StageConfig()), **stage} for stage in saved['stages']]
         for key, ours in self.identity.items():
             theirs = saved.get(key)
             if theirs != json.loads(json.dumps(ours)):
@@ -458,8 +470,13 @@ class _Run:
                 evaluation = self._evaluate(interrupts)
             if progress.epoch + 1 == config.sched.epochs:
                 return evaluation
+            freezes = stage_ends and self.stages[self.stage + 1].config.freeze
+            # What is frozen are the weights themselves, not their average.
+            learned = self._measure(interrupts, self.model) if freezes and self.ema else evaluation
             with interrupts.held():
                 progress.epoch, progress.loss_sum, progress.epoch_skipped = progress.epoch + 1, 0.0, 0
+                if freezes:
+                    progress.truncation['learned'] = learned.accuracies
                 if stage_ends:
                     progress.stages.append(evaluation.accuracies)
                     self._enter_stage(self.stage + 1)
@@ -576,6 +593,8 @@ class _Run:
         of_stage = update + 1 - self.stages[self.stage].start * self.updates_per_epoch
         if self.ema:
             self.ema.update(self.model, step=of_stage)
+            if self.learns_sizes:
+                copy_sizes(self.model, self.ema.module)
         if self.scheduler:
             self.scheduler.step_update(of_stage)
         return team.mean(total / len(chunk))
@@ -614,6 +633,7 @@ class _Run:
                 'train_seconds': progress.train_seconds,
                 **({'stage': self.stage} if self.config.stages else {}),
                 **({'skipped': len(evaluation.skipped)} if self.config.data.on_error == 'skip' else {}),
+                **({'truncation_cost': soft_cost(self.model).item()} if self.learns_sizes else {}),
             }
             self._name_skipped('validation', evaluation.skipped)
             accuracies.pop('top5', None)
@@ -630,9 +650,9 @@ class _Run:
             )
         return evaluation
 
-    def _measure(self, interrupts: Interrupts) -> Evaluation:
+    def _measure(self, interrupts: Interrupts, model: nn.Module | None = None) -> Evaluation:
         options = self.team, self.config.amp, self.task, True, interrupts.check
-        return evaluate(self.evaluated_model, self.val_loader, *options)
+        return evaluate(model or self.evaluated_model, self.val_loader, *options)
 
     def _leaf_occupancy(self) -> dict[str, float]:
         """Of Treeformer's trees, on a few validation images spread over the set."""
@@ -651,8 +671,8 @@ class _Run:
         """What it costs that the stage has made truncations hard ones, before it trains on."""
         truncation = self.progress.truncation
         if 'kept' in truncation and 'frozen' not in truncation:
-            evaluation = self._measure(interrupts)
-            self._log_frozen(self.progress.epoch - 1, truncation, self.progress.stages[-1], evaluation, interrupts)
+            evaluation = self._measure(interrupts, self.model)
+            self._log_frozen(self.progress.epoch - 1, truncation, evaluation, interrupts)
 
     def _freeze(self, evaluation: Evaluation, interrupts: Interrupts) -> tuple[Evaluation, dict[str, Any]]:
         """Makes truncations that are learned to the end of the run hard ones, and measures what that costs."""
@@ -660,27 +680,27 @@ class _Run:
             return evaluation, self.progress.truncation
         # A copy, of the model and of what is known of it: what an interrupted run saves is the model as it learns.
         frozen = copy.deepcopy(self.evaluated_model)
-        truncation = {'cost': soft_cost(frozen, hard=True).item(), 'kept': freeze_truncation(frozen)}
+        truncation = {'learned': evaluation.accuracies, 'cost': soft_cost(frozen, hard=True).item()}
+        truncation['kept'] = freeze_truncation(frozen)
         self._give_what_is_taken_by(frozen)
-        self.frozen, learned = frozen, evaluation.accuracies
+        self.frozen = frozen
         evaluation = self._measure(interrupts)
-        self._log_frozen(self.progress.epoch, truncation, learned, evaluation, interrupts)
+        self._log_frozen(self.progress.epoch, truncation, evaluation, interrupts)
         return evaluation, truncation
 
     def _log_frozen(
-        self,
-        epoch: int,
-        truncation: dict[str, Any],
-        learned: dict[str, float],
-        evaluation: Evaluation,
-        interrupts: Interrupts,
+        self, epoch: int, truncation: dict[str, Any], evaluation: Evaluation, interrupts: Interrupts
     ) -> None:
         with interrupts.held():
-            truncation['learned'], truncation['frozen'] = learned, evaluation.accuracies
+            truncation['frozen'] = evaluation.accuracies
             if self.log:
                 self.log.write('frozen', epoch, self.progress.updates, evaluation.accuracies)
         if self.log:
-            print(f'truncations frozen: {describe(learned)} before, {describe(evaluation.accuracies)}', file=sys.stderr)
+            print(
+                f'truncations frozen: {describe(truncation["learned"])} before, {describe(evaluation.accuracies)}; '
+                f'{truncation["cost"]:.3f} of the multiply-accumulates, budget {self.config.truncation.budget:g}',
+                file=sys.stderr,
+            )
 
     def _finish(self, model: nn.Module, evaluation: Evaluation, truncation: dict[str, Any]) -> dict[str, Any]:
         """Writes model, predictions and, last, the result: it tells that the run is complete."""
