@@ -18,8 +18,8 @@ table-seeds: $(READY)  ## the table that is committed: all mechanisms, three see
 	$(BIN)/python recipes/mnist5k/prepare.py
 	$(BIN)/vit-efficient table accuracy $(MNIST5K) $(MNIST5K_OTHERS) --seeds 0 1 2 --runs runs/mnist5k --out recipes/mnist5k
 
-test: $(READY)
-	$(BIN)/python -m pytest
+test: $(READY)  ## a process for each core, one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 lint: $(READY)
 	$(BIN)/ruff check .
