@@ -20,8 +20,8 @@ from vit_efficient.benchmark.timing import (
     check_plans,
     check_request,
     compare,
-    matmul_rate,
     peak_share,
+    with_matmul_rate,
 )
 from vit_efficient.flops import count_flops
 from vit_efficient.grid import PatchGrid
@@ -176,8 +176,8 @@ def _blocks(
             fit = [i for i, row in enumerate(rows) if row['error'] is None]
             makes = [partial(_layer_call, candidates[i], n, setting, work, inputs) for i in fit]
             parts = [partial(products_of, partial(make, guard=torch.no_grad)) for make in makes] if products else []
-            peak = matmul_rate(setting.dtype, setting.device)
-            for i, measured in zip(fit, compare(makes, setting.device, *options, parts), strict=True):
+            measurements, peak = with_matmul_rate(partial(compare, makes, setting.device, *options, parts), setting)
+            for i, measured in zip(fit, measurements, strict=True):
                 rows[i].update(measured)
                 rows[i]['peak_share'] = peak_share(rows[i], peak)
             yield rows

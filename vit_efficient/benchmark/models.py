@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.benchmark.timing import MEASURED, check_plans, check_request, compare, matmul_rate, peak_share
+from vit_efficient.benchmark.timing import MEASURED, check_plans, check_request, compare, peak_share, with_matmul_rate
 from vit_efficient.flops import count_flops
 from vit_efficient.models.patch_embed import input_size
 
@@ -145,8 +145,8 @@ def _blocks(
             rows = [{**plan, 'work': work, **blank, 'error': plan['error']} for plan in of_size]
             fit = [i for i, row in enumerate(rows) if row['error'] is None]
             makes = [partial(_model_call, candidates[i], size, setting, work) for i in fit]
-            peak = matmul_rate(setting.dtype, setting.device)
-            for i, measured in zip(fit, compare(makes, setting.device, *options), strict=True):
+            measurements, peak = with_matmul_rate(partial(compare, makes, setting.device, *options), setting)
+            for i, measured in zip(fit, measurements, strict=True):
                 rows[i].update(measured)
                 rows[i]['peak_share'] = peak_share(rows[i], peak)
                 if rows[i]['milliseconds']:

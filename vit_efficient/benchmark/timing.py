@@ -217,6 +217,18 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, side: int | None = Non
     return side**3 / best
 
 
+def with_matmul_rate(measure: Callable[[], Any], setting: Any) -> tuple[Any, float]:
+    """What a measurement returns, and the `matmul_rate` of a machine that may have been slower before or after it.
+
+    Args:
+        measure: Does it.
+        setting: Has a dtype and a device.
+    """
+    before = matmul_rate(setting.dtype, setting.device)
+    measured = measure()
+    return measured, max(before, matmul_rate(setting.dtype, setting.device))
+
+
 def peak_share(row: dict[str, Any], rate: float) -> float | None:
     """Multiply-accumulates per second of a row that is measured, as a share of `rate`; None if one is not known."""
     if not row['milliseconds'] or not row['gmacs']:
