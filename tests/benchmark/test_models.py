@@ -44,6 +44,7 @@ def test_a_step_of_the_optimiser_changes_weights(monkeypatch):
     )
     for work, changes in (('forward+backward', False), ('training step', True)):
         call = module._model_call(MODELS[1], 32, ModelSetting(), work)
+        assert all(p.grad is None for p in built[-1].parameters())
         before = [p.clone() for p in built[-1].parameters()]
         call()
         assert changes == any(not torch.equal(a, b) for a, b in zip(before, built[-1].parameters(), strict=True))

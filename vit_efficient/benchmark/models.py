@@ -174,6 +174,11 @@ def _model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting,
         from timm.optim import create_optimizer_v2
 
         optimizer = create_optimizer_v2(model, setting.optimizer, lr=1e-6)
+        # Its state is there before a step, as it is in all steps of a run but the first.
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        model.zero_grad()
 
     def step() -> None:
         with autocast():

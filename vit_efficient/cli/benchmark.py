@@ -172,7 +172,8 @@ def render_models(rows: Sequence[dict[str, Any]], format: str, setup: str = '') 
         return table
     return (
         f'{table}\nLeast and median of rounds in which the models take turns; × first: ratio of the least times. Peak: '
-        f'what the work adds to the memory of weights and inputs. {_OF_MATMUL_RATE}GMACs of a forward pass of all '
+        'what the work adds to the memory of weights, inputs and the state of the optimiser. '
+        f'{_OF_MATMUL_RATE}GMACs of a forward pass of all '
         f'images. {setup}'
     )
 
