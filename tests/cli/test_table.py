@@ -118,6 +118,34 @@ def test_accuracy_trains_compares_and_saves(trained):
         assert plot.format == 'PNG'
 
 
+def test_accuracy_of_a_stage_that_freezes(trained, recipes, tmp_path, capsys):
+    """It costs what is left."""
+    path = tmp_path / 'learned.yaml'
+    text = (recipes / 'full.yaml').read_text().replace('epochs: 1', 'epochs: 6', 1)
+    text = text.replace('num_heads: 2}', 'num_heads: 2, patch_embed: dct, patch_window: true}')
+    text += 'optim: {lr: 0.05}\ntruncation: {penalty: 100.0, budget: 0.1}\n'
+    path.write_text(text + 'stages: [{epochs: 5}, {epochs: 1, freeze: true}]\neval_every: 9\n')
+    command = ['table', 'accuracy', str(recipes / 'full.yaml'), str(path), '--seeds', '0', '--runs', str(trained)]
+    assert main([*command, '--out', str(tmp_path)]) == 0
+    result = json.loads((trained / 'learned-s0/result.json').read_text())
+    ((f, g),) = result['truncation']['kept']['patch_embed']
+    table = [line.split('|')[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+    table = [[cell.strip() for cell in cells] for cells in table]
+    size = dict(img_size=16, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    gmacs = []
+    for keep in (4, [(f, g)]):
+        model = timm.create_model('vit_full_tiny', **size, patch_embed='dct', patch_keep=keep)
+        gmacs.append(f'{count_flops(model, (1, 16, 16)).total / 1e9:.4f}')
+    head = next(i for i, cells in enumerate(table) if cells[0] == 'stage by stage')
+    assert [(cells[1], cells[3]) for cells in table[head + 2 : head + 4]] == [
+        ('as built', gmacs[0]),
+        ('truncations frozen', gmacs[1]),
+    ]
+    head = next(i for i, cells in enumerate(table) if cells[0] == 'learned truncation')
+    seed, kept, _, learned, frozen, end = table[head + 2][1:]
+    assert (seed, kept) == ('0', f'{f}×{g}') and learned == frozen and end == f'{result["top1"]:.2f}'
+
+
 def test_accuracy_stage_by_stage(trained, recipes, tmp_path, capsys):
     """What each stage cost and brought; what TF-Attention costs as the validation images fall into its leaves."""
     stages = """

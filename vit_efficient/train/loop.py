@@ -471,8 +471,8 @@ class _Run:
             if progress.epoch + 1 == config.sched.epochs:
                 return evaluation
             freezes = stage_ends and self.stages[self.stage + 1].config.freeze
-            # What is frozen are the weights themselves, not their average.
-            learned = self._measure(interrupts, self.model) if freezes and self.ema else evaluation
+            if freezes:  # the weights themselves, not their average
+                learned = self._measure(interrupts, self.model) if self.ema else evaluation
             with interrupts.held():
                 progress.epoch, progress.loss_sum, progress.epoch_skipped = progress.epoch + 1, 0.0, 0
                 if freezes:
