@@ -106,7 +106,7 @@ def recipe(photographs, output, decode='coefficients'):
 
 def test_training_and_evaluation_on_coefficients(photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, 'create_model', of_coefficients)
-    monkeypatch.setattr(loop._Run, '_save_model', lambda run: None)
+    monkeypatch.setattr(loop._Run, '_save_model', lambda *args: None)
     found = [train(recipe(photographs, tmp_path / str(number))) for number in range(2)]
     losses = [
         [line.get('loss') for line in map(json.loads, (tmp_path / str(number) / 'metrics.jsonl').open())]

@@ -196,5 +196,5 @@ def test_a_checkpoint_of_stages_is_no_model_to_start_from(data, tmp_path):
     train(staged_recipe(data, tmp_path / 'run', [StageConfig(1), StageConfig(1, 'dct')]))
     config = staged_recipe(data, tmp_path / 'next', [StageConfig(1)])
     config.model.init_from = str(tmp_path / 'run/checkpoint.pt')
-    with pytest.raises(ValueError, match='a run whose stages change the attention; give the folder'):
+    with pytest.raises(ValueError, match='a run whose stages change the model; give the folder'):
         train(config)
