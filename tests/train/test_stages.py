@@ -187,7 +187,9 @@ def test_stages_in_yaml(data, tmp_path):
     assert stages == [StageConfig(3, 'dct', layers=[1]), StageConfig(1)]
     with pytest.raises(ValueError, match='command line: unknown key .*epoch'):
         load_recipe(tmp_path / 'recipe.yaml', ['stages=[{epoch: 3}]'])
-    with pytest.raises(ValueError, match='command line: .*a list is replaced as a whole'):
+    with pytest.raises(
+        ValueError, match='command line: .*stages must be a list of sections, .*; it is replaced as a whole'
+    ):
         load_recipe(tmp_path / 'recipe.yaml', ['stages.1.lr=0.1'])
 
 
@@ -196,5 +198,5 @@ def test_a_checkpoint_of_stages_is_no_model_to_start_from(data, tmp_path):
     train(staged_recipe(data, tmp_path / 'run', [StageConfig(1), StageConfig(1, 'dct')]))
     config = staged_recipe(data, tmp_path / 'next', [StageConfig(1)])
     config.model.init_from = str(tmp_path / 'run/checkpoint.pt')
-    with pytest.raises(ValueError, match='a run whose stages change the attention; give the folder'):
+    with pytest.raises(ValueError, match='a run whose stages change the model; give the folder'):
         train(config)

@@ -213,7 +213,7 @@ def test_a_penalty_needs_something_that_learns(data, tmp_path):
 def test_a_run_that_ends_while_it_is_measured_goes_on(data, tmp_path, monkeypatch):
     train(learning_recipe(data, tmp_path / 'whole', penalty=30.0))
 
-    def stop(self, evaluation, frozen):
+    def stop(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
