@@ -1,7 +1,8 @@
-"""What a run ran on: recorded beside its results, so that speeds and small differences can be explained."""
+"""What a run ran on: recorded beside its results, so that it can be repeated, and what differs can be explained."""
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +17,11 @@ _PACKAGES = ('torch', 'torchvision', 'timm', 'albumentations', 'numpy', 'omegaco
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, processor, threads, GPU, state of the source tree, and the command."""
+    """Versions, processor, threads, GPU, and what it takes to repeat the run.
+
+    `git` is the state of this package's source tree, `working_git` that of the folder that the command was given in;
+    either is None where there is no such repository. `command` is a line for a shell.
+    """
     return {
         'vit_efficient': __version__,
         'python': platform.python_version(),
@@ -27,8 +32,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         'threads': torch.get_num_threads(),
         'device': str(device),
         'gpu': torch.cuda.get_device_name(device) if device.type == 'cuda' else None,
-        'git': _git_state(),
-        'command': sys.argv,
+        'git': _git_state(Path(__file__).parent),
+        'working_git': _git_state(Path.cwd()),
+        'command': _command(),
     }
 
 
@@ -48,11 +54,22 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the source tree and whether it has changes; None where it is not a git checkout."""
+def _command() -> str:
+    """The line that starts what runs here, from its own folder; of several processes, that of torchrun."""
+    command = sys.orig_argv
+    if 'LOCAL_WORLD_SIZE' in os.environ:
+        nodes = ['--nnodes', os.environ.get('GROUP_WORLD_SIZE', '1')]
+        processes = ['--nproc-per-node', os.environ['LOCAL_WORLD_SIZE']]
+        script = [argument for argument in command[1:] if argument != '-u']  # torchrun's own
+        command = ['torchrun', *nodes, *processes, *script]
+    return f'cd {shlex.quote(str(Path.cwd()))} && {shlex.join(command)}'
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of a folder's repository and whether it has changes; None where it is not a git checkout."""
 
     def git(*arguments: str) -> str:
-        command = ['git', '-C', str(Path(__file__).parent), *arguments]
+        command = ['git', '-C', str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:

@@ -5,10 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vit_efficient.train import Config, train
+import yaml
+
+from vit_efficient.train import Config, load_recipe, train
 from vit_efficient.train.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, SchedConfig, to_yaml
 
 ROOT = Path(__file__).parents[2]
+
+# Of this repository; those that others extend name no model.
+ALL = sorted(ROOT.glob('recipes/**/*.yaml'))
+_BASES = {(path.parent / base).resolve() for path in ALL if (base := yaml.safe_load(path.read_text()).get('extends'))}
+
+
+def load_any(path) -> Config:
+    return load_recipe(path, ['model.name=any'] if path in _BASES else [])
+
 
 TINY = {'img_size': 16, 'patch_size': 4, 'embed_dim': 12, 'depth': 2, 'num_heads': 2}
 

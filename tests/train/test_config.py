@@ -1,7 +1,6 @@
-from pathlib import Path
-
 import pytest
 
+from tests.train.recipes import ALL, load_any
 from vit_efficient.train import load_recipe
 from vit_efficient.train.config import to_yaml, validate
 
@@ -40,6 +39,17 @@ def test_the_resolved_recipe_reads_back(recipe, tmp_path):
         ('zzz: 3', r'dct\.yaml: unknown key zzz$'),
         ('optim: {lr: fast}', r"dct\.yaml: optim\.lr: Value 'fast' .* could not be converted to Float"),
         ('sched: {epochs: 1.5}', r'dct\.yaml: sched\.epochs: .*Integer'),
+        ('optim: 18446744073709551616', r'dct\.yaml: optim must be a section of keys'),
+        ('stages: [{epoch: 3}]', r'unknown key stages\[0\]\.epoch; did you mean stages\[0\]\.epochs\?'),
+        ('stages: [{epochs: 1}, 3]', r'dct\.yaml: stages\[1\] must be a section of keys, got 3'),
+        ('stages: 3', r'dct\.yaml: stages must be a list of sections, got 3'),
+        ('stages: [{lr: fast}]', r"dct\.yaml: stages\[0\]\.lr: Value 'fast'"),
+        ('data: {schedule: [{img_size: [a]}]}', r"dct\.yaml: data\.schedule\[0\]\.img_size\[0\]: Value 'a'"),
+        ('optim: {lr: 1' + 400 * '0' + '}', r'dct\.yaml: optim\.lr must be at most 1e\+300 in size'),
+        ('seed: ${nothing}', r"dct\.yaml: seed: Interpolation key 'nothing' not found"),
+        ('extends: ${nothing}', r'\$\{nothing\}: cannot read the recipe'),
+        ('3', r'dct\.yaml: cannot read the recipe: Invalid loaded object type: int'),
+        ('a: !!timestamp b', r'dct\.yaml: not valid YAML'),
         ('optim: 3', r'dct\.yaml: optim must be a section of keys, got 3'),
         ('data: {augment: {affine: }}', r'dct\.yaml: data\.augment\.affine must be a section of keys, got None'),
         ('data: {mean: [a]}', r'dct\.yaml: data\.mean'),
@@ -93,10 +103,9 @@ def test_mixing_needs_even_batches(recipe):
         validate(config)
 
 
-@pytest.mark.parametrize('path', sorted(Path(__file__).parents[2].glob('recipes/**/*.yaml')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', ALL, ids=lambda p: p.stem)
 def test_the_recipes_of_this_repository_are_valid(path):
-    shared = 'Not run by itself' in path.read_text()
-    load_recipe(path, ['model.name=any'] if shared else [])
+    load_any(path)
 
 
 @pytest.mark.parametrize(

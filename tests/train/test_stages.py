@@ -187,7 +187,9 @@ def test_stages_in_yaml(data, tmp_path):
     assert stages == [StageConfig(3, 'dct', layers=[1]), StageConfig(1)]
     with pytest.raises(ValueError, match='command line: unknown key .*epoch'):
         load_recipe(tmp_path / 'recipe.yaml', ['stages=[{epoch: 3}]'])
-    with pytest.raises(ValueError, match='command line: .*a list is replaced as a whole'):
+    with pytest.raises(
+        ValueError, match='command line: .*stages must be a list of sections, .*; it is replaced as a whole'
+    ):
         load_recipe(tmp_path / 'recipe.yaml', ['stages.1.lr=0.1'])
 
 

@@ -1,17 +1,70 @@
-"""The state of a run on disk."""
+"""The state of a run on disk.
 
+checkpoint.pt is the newest. Of runs that keep several, the last ones are there as checkpoint-UPDATES.pt as well; the
+newest has both names.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import nn
 
 from vit_efficient.files import replacing
+from vit_efficient.train.config import first_line
+
+CHECKPOINT = 'checkpoint.pt'
+_NUMBERED = re.compile(r'checkpoint-(\d+)\.pt')
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Saves the state of a run, atomically: a failure leaves the previous checkpoint as it was."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+def save_checkpoint(path: Path, state: dict[str, Any], keep: int = 1) -> None:
+    """Saves the state of a run, atomically: a failure leaves the previous checkpoint as it was.
+
+    Args:
+        path: Of the newest one.
+        state: With the updates done as `progress.updates`, if several are kept.
+        keep: The number of checkpoints that are left; of those before, the oldest go.
+
+    Raises:
+        ValueError: If the file cannot be written, as on a full disk.
+    """
+    with writing(path, '; the checkpoint before is as it was, resume=auto goes on from it' if path.exists() else ''):
+        # Not the path: PyTorch's own writer does not tell what the system says.
+        with replacing(path) as temporary, open(temporary, 'wb') as file:
+            torch.save(state, file)
+        updates = state['progress']['updates'] if keep > 1 else None
+        if keep > 1:
+            with replacing(path.with_name(f'checkpoint-{updates}.pt')) as temporary:
+                _link(path, temporary)
+        numbered = _numbered(path.parent)
+        # Those of more updates were there when the run went back to an earlier one.
+        last = sorted(number for number in numbered if keep > 1 and number <= updates)[-keep:]
+        for number in numbered.keys() - set(last):
+            numbered[number].unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not all file systems have links
+        shutil.copyfile(source, target)
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    matches = ((_NUMBERED.fullmatch(path.name), path) for path in folder.glob('checkpoint-*.pt'))
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in the folder of a run, the newest first."""
+    newest = folder / CHECKPOINT
+    return [newest] * newest.exists() + [path for _, path in sorted(_numbered(folder).items(), reverse=True)]
 
 
 def load_checkpoint(path: Path, device: torch.device | str = 'cpu') -> dict[str, Any]:
@@ -28,3 +81,66 @@ def load_checkpoint(path: Path, device: torch.device | str = 'cpu') -> dict[str,
     if not isinstance(state, dict) or 'identity' not in state:
         raise ValueError(f'{path}: not a checkpoint of a training run')
     return state
+
+
+def load_newest(folder: Path, device: torch.device | str = 'cpu') -> tuple[Path, dict[str, Any], list[str]]:
+    """The newest checkpoint of a run that can be read, which has at least one.
+
+    Returns:
+        Its file, what it holds, and why those that are newer cannot be read.
+
+    Raises:
+        ValueError: If none can be read.
+    """
+    unreadable = []
+    for path in list_checkpoints(folder):
+        try:
+            return path, load_checkpoint(path, device), unreadable
+        except ValueError as error:
+            unreadable.append(str(error))
+    raise ValueError(f'{"; ".join(unreadable)}; resume=restart starts anew')
+
+
+def check_room(folder: Path, model: nn.Module, average: bool, keep: int, best: bool) -> None:
+    """Checks that a disk has room for the checkpoints of a run, and for one more while it is being written.
+
+    What a quota leaves is not known.
+
+    Args:
+        folder: Of the run. What it has of checkpoints will make room for new ones.
+        model: That is trained.
+        average: With a moving average of its weights.
+        keep: Checkpoints that are kept.
+        best: Whether the best model is kept too.
+
+    Raises:
+        ValueError: If there is less.
+    """
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    checkpoint = weights * (2 if average else 1) + 2 * trained  # Adam's two averages; few optimisers have more
+    needed = (keep + 1) * checkpoint + (2 * weights if best else 0)
+    # Those with two names count once.
+    taken = {status.st_ino: status.st_size for status in (path.stat() for path in list_checkpoints(folder))}
+    free = shutil.disk_usage(folder).free + sum(taken.values())
+    if free < needed:
+        raise ValueError(
+            f'output={folder}: {free / 1e6:.0f} MB are free there, checkpoints take up to {needed / 1e6:.0f} MB '
+            f'({keep} of about {checkpoint / 1e6:.0f} MB, and one that is being written); make room, or set another '
+            'output'
+        )
+
+
+@contextmanager
+def writing(path: Path, state: str = '') -> Iterator[None]:
+    """Makes a ValueError that names a file or folder of what the system says when it cannot be written.
+
+    Args:
+        path: The file or folder.
+        state: What the message ends with.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, 'strerror', None) or first_line(error)
+        raise ValueError(f'{path}: cannot be written: {reason}{state}') from error

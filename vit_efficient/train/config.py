@@ -9,9 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -118,15 +117,21 @@ class Config:
     parallel: str = 'ddp'  # of several processes: ddp, each holds the weights; fsdp, they share them out
     grad_accum: int = 1  # micro-batches of each process per update
     clip_grad: float | None = None  # largest norm of the gradient
+    # What a loss or gradient does that is not finite. error: it ends the run, the files of its batch are named. skip:
+    # no process takes the update, which is counted; 25 of them in a row end the run.
+    on_nonfinite: str = 'error'
     grad_checkpointing: bool = False
     threads: int | None = None  # of PyTorch on the CPU; null: as many as it takes by itself
     log_every: int = 50  # updates
     eval_every: int = 1  # epochs; the last epoch is evaluated in any case
     checkpoint_every: int = 1  # epochs
     checkpoint_steps: int = 0  # updates, within an epoch; 0: at the end of epochs only
+    checkpoint_keep: int = 1  # the last ones; if the newest cannot be read, resume=auto takes the one before
+    checkpoint_best: bool = False  # keep the model of the best evaluation too, in best/
     recipe: str = ''  # the file; load_recipe fills it in
 
 
+MAX_NUMBER = 1e300  # of a key that has a type of its own; beyond it integers have no float
 TASKS = ('classification', 'segmentation', 'both')
 
 # What may change when a run goes on, because the weights do not depend on it beyond rounding.
@@ -144,6 +149,9 @@ _FREE_KEYS = {
     'eval_every',
     'checkpoint_every',
     'checkpoint_steps',
+    'checkpoint_keep',
+    'checkpoint_best',
+    'on_nonfinite',  # where both values lead to weights, these are the same
     'data.train',
     'data.val',
     'data.root',
@@ -213,13 +221,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f'command line: expected key=value, got {override!r}')
         try:
             layer = OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except Exception as error:  # see `_layers`
             raise ValueError(f'command line: {override!r} is not valid: {first_line(error)}') from error
         config = _merge(config, layer, 'command line')
     try:
         recipe = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ValueError(f'{path}: {first_line(error)}') from error
+        raise ValueError(f'{path}: {_key_of(error)}{first_line(error)}') from error
     recipe.recipe = path.as_posix()
     if not recipe.output:
         recipe.output = default_output(path).as_posix()
@@ -241,12 +249,16 @@ def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, An
     try:
         layer = OmegaConf.load(path)
     except OSError as error:
-        raise ValueError(f'{path}: cannot read the recipe: {error.strerror}') from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ValueError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from error
+        raise ValueError(f'{path}: cannot read the recipe: {error.strerror or first_line(error)}') from error
+    except Exception as error:  # a value that is not of the type its tag tells raises anything
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'{path}: not valid YAML: {reason}') from error
     if not OmegaConf.is_dict(layer):
         raise ValueError(f'{path}: a recipe is a mapping of keys to values')
-    base = layer.pop('extends', None)
+    content = OmegaConf.to_container(layer)
+    base = content.get('extends')
+    if 'extends' in content:
+        del layer['extends']
     if base is not None:
         if not isinstance(base, str):
             raise ValueError(f'{path}: extends must name a recipe, got {base!r}')
@@ -255,7 +267,7 @@ def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, An
 
 
 def _merge(config: Any, layer: Any, source: str) -> Any:
-    _check_sections(Config(), layer, source)
+    _check_sections(Config(), OmegaConf.to_container(layer), source)
     try:
         return OmegaConf.merge(config, layer)
     except (ConfigKeyError, ConfigAttributeError) as error:
@@ -264,18 +276,49 @@ def _merge(config: Any, layer: Any, source: str) -> Any:
     except TypeError as error:  # a list under a mapping, or the other way round
         raise ValueError(f'{source}: {first_line(error)}; a list is replaced as a whole') from error
     except OmegaConfBaseException as error:
-        key = f'{error.full_key}: ' if error.full_key else ''
-        raise ValueError(f'{source}: {key}{first_line(error)}') from error
+        raise ValueError(f'{source}: {_key_of(error)}{first_line(error)}') from error
 
 
-def _check_sections(config: Any, layer: Any, source: str, prefix: str = '') -> None:
-    """OmegaConf does not say which section it is that is not one."""
-    for key, value in layer.items():
-        section = getattr(config, str(key), None)
+def _key_of(error: OmegaConfBaseException) -> str:
+    return f'{error.full_key}: ' if error.full_key else ''
+
+
+def _check_sections(config: Any, layer: dict[Any, Any], source: str, prefix: str = '') -> None:
+    """What OmegaConf does not name: the section that is not one, what is in a list, an integer beyond floats."""
+    items = {item.name: item for item in fields(config)}
+    for key in layer:
+        name = f'{prefix}{key}'
+        if key not in items:
+            raise ValueError(f'{source}: unknown key {name}{_suggestion(name, [prefix + item for item in items])}')
+        value, section = layer[key], getattr(config, key)
+        part = next(iter(get_args(items[key].type)), None)
         if is_dataclass(section):
-            if not OmegaConf.is_dict(value):
-                raise ValueError(f'{source}: {prefix}{key} must be a section of keys, got {value!r}')
-            _check_sections(section, value, source, f'{prefix}{key}.')
+            if not isinstance(value, dict):
+                raise ValueError(f'{source}: {name} must be a section of keys, got {value!r}')
+            _check_sections(section, value, source, f'{name}.')
+        elif is_dataclass(part):
+            if not isinstance(value, list):
+                raise ValueError(
+                    f'{source}: {name} must be a list of sections, got {value!r}; it is replaced as a whole'
+                )
+            for number, element in enumerate(value):
+                if not isinstance(element, dict):
+                    raise ValueError(f'{source}: {name}[{number}] must be a section of keys, got {element!r}')
+                _check_sections(part(), element, source, f'{name}[{number}].')
+                try:
+                    OmegaConf.merge(OmegaConf.structured(part), element)
+                except OmegaConfBaseException as error:
+                    raise ValueError(f'{source}: {name}[{number}].{_key_of(error)}{first_line(error)}') from error
+        else:
+            origins = {get_origin(kind) for kind in (items[key].type, *get_args(items[key].type))}
+            for kind, what in ((list, 'a list'), (dict, 'a mapping of keys to values')):
+                if kind in origins and not isinstance(value, (kind, type(None))):
+                    raise ValueError(f'{source}: {name} must be {what}, got {value!r}')
+            for number in value if isinstance(value, list) else [value]:
+                if number is not value and isinstance(number, (dict, list)):
+                    raise ValueError(f'{source}: {name} must be a list of single values, got {value!r}')
+                if isinstance(number, int) and abs(number) > MAX_NUMBER:
+                    raise ValueError(f'{source}: {name} must be at most {MAX_NUMBER:g} in size')
 
 
 def first_line(error: Exception) -> str:
@@ -283,8 +326,8 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _suggestion(key: str) -> str:
-    known = list(flatten(Config()))
+def _suggestion(key: str, beside: Sequence[str] = ()) -> str:
+    known = [*flatten(Config()), *beside]
     sections = {name.rpartition('.')[0] for name in known} - {''}
     close = difflib.get_close_matches(key, [*known, *sections], n=1)
     # A key in the wrong section is the other common slip.
@@ -333,7 +376,7 @@ def validate(config: Config) -> None:
     check('model.name optim.opt sched.sched', 'set', lambda v: v != '')
     check(
         'sched.epochs data.batch_size data.eval_batch_size data.repeats data.mixed_shards grad_accum threads log_every '
-        'eval_every checkpoint_every',
+        'eval_every checkpoint_every checkpoint_keep',
         'at least 1',
         lambda v: v >= 1,
     )
@@ -379,6 +422,7 @@ def validate(config: Config) -> None:
     check('resume', 'never, auto or restart', lambda v: v in ('never', 'auto', 'restart'))
     check('parallel', 'ddp or fsdp', lambda v: v in ('ddp', 'fsdp'))
     check('amp', 'none or bf16', lambda v: v in ('none', 'bf16'))
+    check('on_nonfinite', 'error or skip', lambda v: v in ('error', 'skip'))
     check('data.on_error', ' or '.join(ON_ERROR), lambda v: v in ON_ERROR)
     _check_schedule(config)
     if config.data.on_error == 'skip' and config.data.batch_size < 2:

@@ -1,20 +1,25 @@
-"""What a run records on its way: metrics.jsonl and TensorBoard."""
+"""What a run tells on its way: metrics.jsonl, TensorBoard, and the memory it takes."""
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from vit_efficient.files import write_text
+from vit_efficient.train.checkpoint import writing
 
 
 class MetricsLog:
     """Lines of metrics, each with `kind`, `epoch` (from 0), `step` (updates done) and its values.
 
     Kinds: train (of an update), val (of an evaluation), leaves (of Treeformer's trees), frozen (an evaluation once
-    truncations that were learned are hard), skipped (images that could not be read).
+    truncations that were learned are hard), skipped (images that could not be read), nonfinite (of an update that was
+    left out, with the number of those so far).
 
     Args:
         folder: The run's folder.
@@ -33,14 +38,19 @@ class MetricsLog:
 
     def write(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
         """Adds a line."""
+        with writing(Path(self.file.name)):
+            self._append(kind, epoch, step, values)
+
+    def _append(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
         self.file.write(json.dumps({'kind': kind, 'epoch': epoch, 'step': step, **values}) + '\n')
         self.file.flush()
         for name, value in values.items():
             self.board.add_scalar(f'{kind}/{name}', value, step)
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        for writer in (self.file, self.board):
+            with suppress(OSError):  # what could not be written has been told of, and is tried once more
+                writer.close()
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -52,4 +62,14 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_before(line: dict[str, Any], epoch: int, step: int) -> bool:
-    return line['step'] <= step if line['kind'] == 'train' else line['epoch'] < epoch
+    return line['step'] <= step if line['kind'] in ('train', 'nonfinite') else line['epoch'] < epoch
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes: on a GPU the most that tensors have taken, elsewhere what the process has in memory now (0: not known)."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except OSError:
+        return 0

@@ -50,18 +50,25 @@ from vit_efficient.data import (
     train_input,
 )
 from vit_efficient.environment import describe_environment
-from vit_efficient.files import write_json, write_text
+from vit_efficient.files import remove_unfinished, write_json, write_text
 from vit_efficient.leaves import has_trees, leaf_occupancy
 from vit_efficient.models.truncation import copy_sizes, freeze_truncation, has_windows, soft_cost
 from vit_efficient.train.build import create_model
-from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
+from vit_efficient.train.checkpoint import (
+    CHECKPOINT,
+    check_room,
+    list_checkpoints,
+    load_newest,
+    save_checkpoint,
+    writing,
+)
 from vit_efficient.train.config import Config, StageConfig, first_line, identity, to_yaml, validate
 from vit_efficient.train.distillation import Distillation
 from vit_efficient.train.distributed import Processes, has_unused_parameters, processes
 from vit_efficient.train.evaluation import Evaluation, autocast, describe, evaluate
 from vit_efficient.train.interrupts import Interrupted, Interrupts
 from vit_efficient.train.learning import create_loss, create_optimizer, create_scheduler
-from vit_efficient.train.log import MetricsLog
+from vit_efficient.train.log import MetricsLog, used_memory
 from vit_efficient.train.sharding import (
     load_model_state,
     load_optimizer_state,
@@ -72,9 +79,10 @@ from vit_efficient.train.sharding import (
 from vit_efficient.train.stages import check_stages, list_stages, stage_of
 from vit_efficient.train.tasks import Task
 
-CHECKPOINT = 'checkpoint.pt'
 RESULT = 'result.json'
 SKIPPED = 'skipped.txt'
+BEST = 'best'  # a model folder
+MAX_NONFINITE = 25  # updates left out in a row (`on_nonfinite`), then the run ends
 TRIED_IMAGES = 100  # at most, of each set, until one can be read
 _IMAGES_PER_UPDATE = 'data.batch_size × grad_accum × processes'
 OCCUPANCY_IMAGES = 16  # of the validation set, for what is logged of Treeformer's leaves
@@ -85,7 +93,8 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
 
     The run's folder (`output`) gets recipe.yaml (resolved), environment.json, metrics.jsonl, tensorboard/,
     checkpoint.pt, and, once the run is done, model/ (timm's local-dir layout), predictions.csv, result.json and, if
-    files were skipped (`data.on_error`), skipped.txt, which names them. Under torchrun the processes share the work
+    files were skipped (`data.on_error`), skipped.txt, which names them; the last checkpoints (`checkpoint_keep`) and
+    best/, the best model so far (`checkpoint_best`), if it is to keep them. Under torchrun the processes share the work
     (DDP), or the weights too (FSDP2, `parallel`), and the first one writes. The last images of an epoch that do not
     fill an update are left out; evaluation leaves nothing out that can be read.
 
@@ -100,7 +109,8 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
 
     Raises:
         ValueError: For a recipe, data set, image or checkpoint that does not fit, before anything is written where that
-            can be known; and for a loss that is not finite, before it reaches the weights.
+            can be known; for a loss or gradient that is not finite, before it reaches the weights (`on_nonfinite`); and
+            for a file that cannot be written, which leaves the checkpoints as they were.
         Interrupted: After SIGINT or SIGTERM, with a checkpoint of the last update saved.
     """
     validate(config)
@@ -132,6 +142,10 @@ class _Progress:
     skipped: dict[int, str] = field(default_factory=dict)  # training images that could not be read, with the reason
     epoch_skipped: int = 0  # of them, those of the epoch
     truncation: dict[str, Any] = field(default_factory=dict)  # that a stage has frozen; as result.json has it
+    nonfinite: int = 0  # updates left out for a loss or gradient that is not finite
+    epoch_nonfinite: int = 0  # of them, those of the epoch
+    nonfinite_in_row: int = 0  # of them, the last ones without another between
+    best: dict[str, float] = field(default_factory=dict)  # epoch and accuracies of the best evaluation
 
 
 class _Run:
@@ -314,24 +328,24 @@ class _Run:
         Raises:
             ValueError: If the folder holds a run that `resume` does not allow to touch, or one of another recipe.
         """
-        checkpoint, result = self.folder / CHECKPOINT, self.folder / RESULT
-        if len(set(self.team.gather((checkpoint.exists(), result.exists())))) > 1:
+        checkpoints, result = list_checkpoints(self.folder), self.folder / RESULT
+        if len(set(self.team.gather((bool(checkpoints), result.exists())))) > 1:
             raise ValueError(
                 f'output={self.folder}: some processes find a run there and some do not; all nodes must share one file '
                 'system'
             )
-        if self.config.resume == 'never' and (checkpoint.exists() or result.exists()):
+        if self.config.resume == 'never' and (checkpoints or result.exists()):
             raise ValueError(
                 f'{self.folder} holds a run already; resume=auto goes on with it, resume=restart replaces it, '
                 'output=… starts another'
             )
-        if self.config.resume == 'restart' or not (checkpoint.exists() or result.exists()):
+        if self.config.resume == 'restart' or not (checkpoints or result.exists()):
             return None
-        if not checkpoint.exists():
+        if not checkpoints:
             raise ValueError(
                 f'{self.folder} holds a result and no checkpoint; resume=restart replaces it, output=… starts another'
             )
-        state = load_checkpoint(checkpoint, 'cpu' if self.sharded else self.team.device)
+        checkpoint, state = self._load_newest()
         saved = {**identity(Config()), **state['identity']}  # there may be keys that are newer than the checkpoint
         saved.setdefault(_IMAGES_PER_UPDATE, saved['data.batch_size'] * saved['grad_accum'] * saved.get('processes', 1))
         saved['stages'] = [{**asdict(StageConfig()), **stage} for stage in saved['stages']]
@@ -355,6 +369,15 @@ class _Run:
             load_model_state(self.ema.module, state['ema'])
         return None
 
+    def _load_newest(self) -> tuple[Path, dict[str, Any]]:
+        checkpoint, state, unreadable = load_newest(self.folder, 'cpu' if self.sharded else self.team.device)
+        if len(set(self.team.gather(checkpoint.name))) > 1:
+            raise ValueError(f'output={self.folder}: {checkpoint.name} is the newest that this process can read')
+        if unreadable and self.team.is_first:
+            updates = state['progress']['updates']
+            print(f'{"; ".join(unreadable)}; going on from {checkpoint}, update {updates}', file=sys.stderr)
+        return checkpoint, state
+
     def save(self) -> None:
         """Writes the checkpoint, the same whatever the processes share; all of them call, only the first one writes."""
         if not (self.team.is_first or self.sharded):
@@ -367,7 +390,7 @@ class _Run:
             'ema': model_state(self.ema.module) if self.ema else None,
         }
         if self.team.is_first:
-            save_checkpoint(self.folder / CHECKPOINT, state)
+            save_checkpoint(self.folder / CHECKPOINT, state, self.config.checkpoint_keep)
 
     def _open_folder(self) -> None:
         """Makes the run's folder ready; the first thing that is written."""
@@ -377,12 +400,19 @@ class _Run:
                 self.made_folder = True
             except FileExistsError:
                 self.folder.mkdir(exist_ok=True)  # unless it is a file
-            if self.config.resume == 'restart':
-                for name in (CHECKPOINT, RESULT, SKIPPED, 'metrics.jsonl', 'predictions.csv'):
+            config = self.config
+            average = self.ema is not None
+            check_room(self.folder, self.model, average, config.checkpoint_keep, config.checkpoint_best)
+            for name in ('', 'model', BEST):
+                remove_unfinished(self.folder / name)
+            if config.resume == 'restart':
+                for path in list_checkpoints(self.folder):
+                    path.unlink()
+                for name in (RESULT, SKIPPED, 'metrics.jsonl', 'predictions.csv'):
                     (self.folder / name).unlink(missing_ok=True)
-                for name in ('model', 'tensorboard'):
+                for name in ('model', BEST, 'tensorboard'):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
-            write_text(self.folder / 'recipe.yaml', to_yaml(self.config))
+            write_text(self.folder / 'recipe.yaml', to_yaml(config))
             self.environment = {**describe_environment(self.team.device), 'scale': self._scale()}
             write_json(self.folder / 'environment.json', self.environment)
         except OSError as error:
@@ -439,7 +469,8 @@ class _Run:
     def _fit(self) -> dict[str, Any]:
         if self.team.is_first:
             self._open_folder()
-            self.log = MetricsLog(self.folder, self.progress.epoch, self.progress.updates)
+            with writing(self.folder):
+                self.log = MetricsLog(self.folder, self.progress.epoch, self.progress.updates)
         else:
             self.log = None
         self._announce_scale()
@@ -449,7 +480,8 @@ class _Run:
                 self._measure_frozen(interrupts)
                 evaluation, truncation = self._freeze(self._epochs(interrupts), interrupts)
                 model = self._whole(self.evaluated_model)
-                return self._finish(model, evaluation, truncation) if self.team.is_first else {}
+                with writing(self.folder, '; resume=auto goes on from the checkpoint'):
+                    return self._finish(model, evaluation, truncation) if self.team.is_first else {}
             except Interrupted as stop:
                 self.save()
                 message = f'stopped by {stop} after update {self.progress.updates}'
@@ -468,13 +500,15 @@ class _Run:
                 self.save()
             if stage_ends or (progress.epoch + 1) % config.eval_every == 0:
                 evaluation = self._evaluate(interrupts)
+                self._keep_best(evaluation)
             if progress.epoch + 1 == config.sched.epochs:
                 return evaluation
             freezes = stage_ends and self.stages[self.stage + 1].config.freeze
             if freezes:  # the weights themselves, not their average
                 learned = self._measure(interrupts, self.model) if self.ema else evaluation
             with interrupts.held():
-                progress.epoch, progress.loss_sum, progress.epoch_skipped = progress.epoch + 1, 0.0, 0
+                progress.epoch, progress.loss_sum = progress.epoch + 1, 0.0
+                progress.epoch_skipped = progress.epoch_nonfinite = 0
                 if freezes:
                     progress.truncation['learned'] = learned.accuracies
                 if stage_ends:
@@ -510,7 +544,14 @@ class _Run:
         unreadable: dict[int, str] = {}
         batches = iterate(self.train_loader, unreadable)
         name = f'epoch {progress.epoch + 1}/{config.sched.epochs}'
-        bar = tqdm(total=self.updates_per_epoch, desc=name, initial=done, disable=None if team.is_first else True)
+        images = self.images_per_update
+        bar = tqdm(
+            desc=name,
+            total=self.updates_per_epoch * images,
+            initial=done * images,
+            unit=' images',
+            disable=None if team.is_first else True,
+        )
         clock = time.perf_counter()
         with bar:
             for _ in range(done, self.updates_per_epoch):
@@ -518,15 +559,17 @@ class _Run:
                 with interrupts.held():
                     loss = self._update(chunk)
                     progress.updates += 1
-                    progress.loss_sum += loss
+                    progress.loss_sum += loss or 0.0
                     self._count_skipped(unreadable)
                     now = time.perf_counter()
                     seconds, clock = now - clock, now
                     progress.train_seconds += seconds
-                    if progress.updates % config.log_every == 0:
-                        self._log_update(loss, self.images_per_update / seconds)
-                        bar.set_postfix(loss=f'{loss:.3f}')
-                bar.update()
+                    if loss is not None:
+                        if progress.updates % config.log_every == 0:
+                            self._log_update(loss, images / seconds)
+                        memory = f'{used_memory(team.device) / 1e9:.2f} GB'
+                        bar.set_postfix(loss=f'{loss:.3f}', memory=memory, refresh=False)
+                bar.update(images)
                 interrupts.check()
                 if config.checkpoint_steps and progress.updates % config.checkpoint_steps == 0:
                     self.save()
@@ -555,10 +598,14 @@ class _Run:
             with interrupts.held():
                 self.log.write('skipped', progress.epoch, progress.updates, {'images': progress.epoch_skipped})
 
-    def _update(self, chunk: list[tuple[Tensor, ...]]) -> float:
-        """One step of the optimiser on `grad_accum` micro-batches of every process; the mean loss of all."""
+    def _update(self, chunk: list[tuple[Tensor, ...]]) -> float | None:
+        """One step of the optimiser on `grad_accum` micro-batches of every process.
+
+        Returns:
+            The mean loss of all; None if it or its gradient is not finite, and all have left out the step.
+        """
         config, team, update = self.config, self.team, self.progress.updates
-        total = 0.0
+        total, suspects = 0.0, []
         for number, (*tensors, indices) in enumerate(chunk):
             # The number of the batch among those of all processes: a single one would draw the same.
             seed_everything('step', config.seed, (update * len(chunk) + number) * team.world_size + team.rank)
@@ -577,27 +624,57 @@ class _Run:
                 loss = loss + config.truncation.penalty * excess
             value = loss.item()
             if not math.isfinite(value):
-                raise ValueError(
-                    f'the loss is {value} at update {update} (epoch {self.progress.epoch}); '
-                    f'the weights are unchanged; samples {indices.tolist()}'
-                )
+                suspects += indices.tolist()
             total += value
             with self._without_sync(number + 1 < len(chunk)):
                 (loss / len(chunk)).backward()
-        if config.clip_grad:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
-            if not math.isfinite(norm.full_tensor() if self.sharded else norm):
-                raise ValueError(f'the gradient is not finite at update {update}; the weights are unchanged')
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        mean = team.mean(total / len(chunk))  # that of one process that is not finite makes it so for all
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        finite = math.isfinite(mean) and math.isfinite(norm.full_tensor() if self.sharded else norm)
         of_stage = update + 1 - self.stages[self.stage].start * self.updates_per_epoch
+        if finite:
+            self._step(norm, of_stage)
+        elif math.isfinite(mean):
+            self._leave_out('the gradient is not finite', torch.cat([indices for *_, indices in chunk]).tolist())
+        else:
+            self._leave_out(f'the loss is {mean}', suspects)
+        self.optimizer.zero_grad()
+        if self.scheduler:
+            self.scheduler.step_update(of_stage)
+        return mean if finite else None
+
+    def _step(self, norm: Tensor, of_stage: int) -> None:
+        """Takes the gradients, of this norm, to the weights and to their average."""
+        if self.config.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_grad, norm)
+        self.optimizer.step()
+        self.progress.nonfinite_in_row = 0
         if self.ema:
             self.ema.update(self.model, step=of_stage)
             if self.learns_sizes:
                 copy_sizes(self.model, self.ema.module)
-        if self.scheduler:
-            self.scheduler.step_update(of_stage)
-        return team.mean(total / len(chunk))
+
+    def _leave_out(self, what: str, suspects: list[int]) -> None:
+        """Counts an update without a step, which all processes leave out; ends the run if that is the recipe's policy.
+
+        Args:
+            what: Is not finite.
+            suspects: The samples of this process among which the cause is.
+        """
+        progress = self.progress
+        names = self.team.gather([self.train_samples.filename(index) for index in suspects])
+        files = ', '.join(name for share in names for name in share)
+        message = f'{what} at update {progress.updates} (epoch {progress.epoch}), images {files}'
+        if self.config.on_nonfinite == 'error':
+            raise ValueError(f'{message}; the weights are unchanged; on_nonfinite=skip goes on without it')
+        progress.nonfinite += 1
+        progress.epoch_nonfinite += 1
+        progress.nonfinite_in_row += 1
+        if progress.nonfinite_in_row == MAX_NONFINITE:
+            raise ValueError(f'{message}; with it, {MAX_NONFINITE} updates in a row were left out')
+        if self.log:
+            tqdm.write(f'left out: {message}', file=sys.stderr)
+            self.log.write('nonfinite', progress.epoch, progress.updates + 1, {'updates': progress.nonfinite})
 
     def _without_sync(self, more_to_come: bool) -> Any:
         """Gradients are averaged over the processes once per update, not per micro-batch."""
@@ -625,14 +702,16 @@ class _Run:
         leaves = self._leaf_occupancy() if self.log or self.sharded else {}
         if self.log:
             progress, accuracies = self.progress, dict(evaluation.accuracies)
+            taken = self.updates_per_epoch - progress.epoch_nonfinite
             values = {
-                'train_loss': progress.loss_sum / self.updates_per_epoch,
+                'train_loss': progress.loss_sum / taken if taken else math.nan,
                 'loss': evaluation.loss,
                 **accuracies,
                 'lr': self._lr(),
                 'train_seconds': progress.train_seconds,
                 **({'stage': self.stage} if self.config.stages else {}),
                 **({'skipped': len(evaluation.skipped)} if self.config.data.on_error == 'skip' else {}),
+                **({'nonfinite': progress.epoch_nonfinite} if self.config.on_nonfinite == 'skip' else {}),
                 **({'truncation_cost': soft_cost(self.model).item()} if self.learns_sizes else {}),
             }
             self._name_skipped('validation', evaluation.skipped)
@@ -649,6 +728,19 @@ class _Run:
                 file=sys.stderr,
             )
         return evaluation
+
+    def _keep_best(self, evaluation: Evaluation) -> None:
+        """Saves the model if its top-1, or the mIoU where there is none, is above that of all evaluations before."""
+        if not self.config.checkpoint_best:
+            return
+        name = 'top1' if self.task.of_images else 'miou'
+        accuracies = evaluation.accuracies
+        if not self.progress.best or accuracies[name] > self.progress.best[name]:
+            model = self._whole(self.evaluated_model)
+            if self.team.is_first:
+                with writing(self.folder / BEST, '; the checkpoint is as it was, resume=auto goes on from it'):
+                    self._save_model(model, BEST)
+            self.progress.best = {'epoch': self.progress.epoch, **accuracies}
 
     def _measure(self, interrupts: Interrupts, model: nn.Module | None = None) -> Evaluation:
         options = self.team, self.config.amp, self.task, True, interrupts.check
@@ -705,7 +797,7 @@ class _Run:
     def _finish(self, model: nn.Module, evaluation: Evaluation, truncation: dict[str, Any]) -> dict[str, Any]:
         """Writes model, predictions and, last, the result: it tells that the run is complete."""
         config, progress = self.config, self.progress
-        self._save_model(model)
+        self._save_model(model, 'model')
         table = io.StringIO(newline='')
         writer = csv.writer(table, lineterminator='\n')
         writer.writerow(['index', 'file', *evaluation.columns[1:]])
@@ -728,10 +820,12 @@ class _Run:
             'train_images': len(self.train_samples),
             'val_skipped': len(evaluation.skipped),
             'train_skipped': len(progress.skipped),
+            'nonfinite': progress.nonfinite,
             'parameters': sum(parameter.numel() for parameter in model.parameters()),
             'train_seconds': progress.train_seconds,
             'images_per_second_train': progress.updates * self.images_per_update / progress.train_seconds,
             'images_per_second_eval': evaluation.images_per_second,
+            **({'best': progress.best} if progress.best else {}),
             **({'truncation': truncation} if truncation else {}),
             **({'stages': [*progress.stages, evaluation.accuracies]} if config.stages else {}),
             'environment': self.environment,
@@ -739,8 +833,8 @@ class _Run:
         write_json(self.folder / RESULT, result)
         return result
 
-    def _save_model(self, model: nn.Module) -> None:
-        """As a folder that carries its preprocessing and the names of its classes."""
+    def _save_model(self, model: nn.Module, name: str) -> None:
+        """As a folder of the run's that carries its preprocessing and the names of its classes."""
         from vit_efficient.models import save_model
 
         model.pretrained_cfg = {
@@ -749,7 +843,7 @@ class _Run:
             'num_classes': model.num_classes,
         }
         names = self.classes if self.classes and len(self.classes) == model.num_classes else None
-        save_model(model, self.folder / 'model', label_names=names)
+        save_model(model, self.folder / name, label_names=names)
 
 
 def _read_result(path: Path) -> dict[str, Any]:

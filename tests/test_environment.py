@@ -1,0 +1,54 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vit_efficient.environment import describe_environment
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parents[1]))
+    for name in ('LOCAL_WORLD_SIZE', 'GROUP_WORLD_SIZE'):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_the_state_of_the_working_folder_is_told(folder):
+    def git(*arguments):
+        identity = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+        subprocess.run(['git', *identity, *arguments], check=True, capture_output=True)
+
+    assert describe_environment(torch.device('cpu'))['working_git'] is None
+    (folder / 'recipe.yaml').write_text('seed: 1')
+    git('init')
+    git('add', 'recipe.yaml')
+    git('commit', '-m', 'one')
+    state = describe_environment(torch.device('cpu'))['working_git']
+    assert len(state['commit']) == 40 and state['changed'] is False
+    (folder / 'recipe.yaml').write_text('seed: 2')
+    assert describe_environment(torch.device('cpu'))['working_git'] == {**state, 'changed': True}
+
+
+def test_the_command_repeats_what_runs(folder):
+    """Run by a shell, it gives itself again."""
+    script = folder / 'a script.py'
+    script.write_text(
+        'import torch; from vit_efficient.environment import describe_environment as describe\n'
+        'print(describe(torch.device("cpu"))["command"])'
+    )
+    said = subprocess.run([sys.executable, script, 'a b'], capture_output=True, text=True, check=True).stdout
+    assert said.endswith("a script.py' 'a b'\n") and said.startswith(f'cd {folder} && ')
+    assert subprocess.run(said, shell=True, cwd='/', capture_output=True, text=True, check=True).stdout == said
+
+
+def test_the_command_of_several_processes_is_that_of_torchrun(folder, monkeypatch):
+    monkeypatch.setattr(sys, 'orig_argv', ['/usr/bin/python', '-u', 'tools/train.py', 'a.yaml', 'seed=1'])
+    monkeypatch.setitem(os.environ, 'LOCAL_WORLD_SIZE', '8')
+    monkeypatch.setitem(os.environ, 'GROUP_WORLD_SIZE', '2')
+    command = describe_environment(torch.device('cpu'))['command']
+    assert command == f'cd {folder} && torchrun --nnodes 2 --nproc-per-node 8 tools/train.py a.yaml seed=1'

@@ -1,0 +1,354 @@
+"""What a run does without: a checkpoint that cannot be read, disks that are full, numbers that are not finite."""
+
+import builtins
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.trees import write_tree
+from tests.train.recipes import ROOT, TINY, tiny_recipe, train_on_one_and_two_processes
+from tests.train.test_loop import assert_same_run, fail, same
+from vit_efficient.cli import main
+from vit_efficient.data import EpochSampler
+from vit_efficient.train import evaluate, load_model, loop, train
+from vit_efficient.train.checkpoint import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from vit_efficient.train.config import LossConfig, to_yaml
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp('data'))
+
+
+def names(folder):
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def updates(folder):
+    return [load_checkpoint(path)['progress']['updates'] for path in list_checkpoints(folder)]
+
+
+def stop_at(monkeypatch, update, action=fail):
+    original = loop._Run._update
+
+    def stopping(run, chunk):
+        return original(run, chunk) if run.progress.updates < update else action()
+
+    monkeypatch.setattr(loop._Run, '_update', stopping)
+
+
+def state_at(number):
+    return {'identity': {}, 'progress': {'updates': number}, 'model': torch.full((3,), number)}
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    newest = tmp_path / 'checkpoint.pt'
+    for number in (2, 4, 4, 6, 8):
+        save_checkpoint(newest, state_at(number), keep=3)
+    assert names(tmp_path) == ['checkpoint.pt', 'checkpoint-8.pt', 'checkpoint-6.pt', 'checkpoint-4.pt']
+    assert updates(tmp_path) == [8, 8, 6, 4]
+    # A run that has gone back writes what came after anew.
+    save_checkpoint(newest, state_at(5), keep=3)
+    assert updates(tmp_path) == [5, 5, 4]
+    save_checkpoint(newest, state_at(6), keep=1)
+    assert names(tmp_path) == ['checkpoint.pt']
+
+
+def test_without_links_checkpoints_are_copied(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EPERM, 'Operation not permitted')
+
+    monkeypatch.setattr(os, 'link', no_links)
+    for number in (1, 2, 3):
+        save_checkpoint(tmp_path / 'checkpoint.pt', state_at(number), keep=2)
+    assert updates(tmp_path) == [3, 3, 2]
+
+
+@pytest.mark.parametrize('gone', [False, True])
+def test_a_run_goes_on_from_the_newest_checkpoint_that_can_be_read(data, tmp_path, monkeypatch, capsys, gone):
+    train(tiny_recipe(data, tmp_path / 'whole'))
+    config = tiny_recipe(data, tmp_path / 'parts', checkpoint_steps=2, checkpoint_keep=3)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        stop_at(patch, 10)
+        train(config)
+    assert updates(tmp_path / 'parts') == [10, 10, 8, 6]
+    for name in ('checkpoint.pt', 'checkpoint-10.pt'):
+        path = tmp_path / 'parts' / name
+        path.unlink() if gone else path.write_bytes(path.read_bytes()[:1000])
+    capsys.readouterr()
+    config.resume = 'auto'
+    train(config)
+    said = capsys.readouterr().err
+    line = f'{tmp_path}/parts/checkpoint.pt: not a readable checkpoint'
+    assert (line in said) is not gone
+    assert ('; going on from ' in said) is not gone
+    if not gone:
+        assert f'going on from {tmp_path}/parts/checkpoint-8.pt, update 8\n' in said
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+
+
+def test_checkpoints_none_of_which_can_be_read_are_named(data, tmp_path):
+    config = tiny_recipe(data, tmp_path / 'run', checkpoint_steps=2, checkpoint_keep=2)
+    config.sched.epochs = 1
+    train(config)
+    for path in list_checkpoints(tmp_path / 'run'):
+        path.write_bytes(b'')
+    config.resume = 'auto'
+    message = r'checkpoint\.pt: not .*checkpoint-6\.pt: not .*checkpoint-4\.pt: not'
+    with pytest.raises(ValueError, match=message) as error:
+        train(config)
+    assert '\n' not in str(error.value) and str(error.value).endswith('; resume=restart starts anew')
+    config.resume, config.checkpoint_keep = 'restart', 1
+    train(config)
+    assert names(tmp_path / 'run') == ['checkpoint.pt']
+
+
+def test_the_best_model_is_kept(data, tmp_path, monkeypatch):
+    accuracies = [30.0, 50.0, 50.0, 40.0]
+    found = iter(accuracies)
+    weights = []
+
+    def judged(model, *args):
+        evaluation = evaluate(model, *args)
+        weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        object.__setattr__(evaluation, 'top1', next(found))
+        return evaluation
+
+    monkeypatch.setattr(loop, 'evaluate', judged)
+    config = tiny_recipe(data, tmp_path / 'run', checkpoint_best=True)
+    config.sched.epochs = 4
+    result = train(config)
+    assert (result['top1'], result['best']['epoch'], result['best']['top1']) == (40, 1, 50)
+    assert same(dict(load_model(tmp_path / 'run/best').state_dict()), weights[1])
+    assert same(dict(load_model(tmp_path / 'run').state_dict()), weights[3])
+    assert main(['evaluate', f'{tmp_path}/run/best', '--data', f'{data}/val', '--device', 'cpu']) == 0
+
+
+def test_two_processes_keep_the_best_model_of_shared_weights(data, tmp_path):
+    def recipe(output):
+        config = tiny_recipe(data, output, parallel='fsdp', checkpoint_best=True, checkpoint_keep=2)
+        config.model.args = dict(TINY)
+        return config
+
+    train_on_one_and_two_processes(recipe, tmp_path, batch_size=4)
+    best = [json.loads((tmp_path / count / 'result.json').read_text())['best'] for count in '12']
+    assert best[0] == best[1]
+    ours, theirs = (load_model(tmp_path / count / 'best').state_dict() for count in '12')
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5)
+    assert updates(tmp_path / '2') == [12, 12, 6]
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize('where', ['torch.save', 'os.replace', 'os.fsync'])
+def test_a_full_disk_costs_no_checkpoint(data, tmp_path, monkeypatch, capsys, where):
+    train(tiny_recipe(data, tmp_path / 'whole'))
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(to_yaml(tiny_recipe(data, tmp_path / 'run', checkpoint_steps=2, checkpoint_keep=2)))
+    save = loop.save_checkpoint
+    with monkeypatch.context() as patch:
+
+        def full(file, state, keep):
+            if state['progress']['updates'] == 8:
+                patch.setattr(where, no_space)
+            save(file, state, keep)
+
+        patch.setattr(loop, 'save_checkpoint', full)
+        assert main(['train', str(path)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        f'vit-efficient train: error: {tmp_path}/run/checkpoint.pt: cannot be written: No space left on device; the '
+        'checkpoint before is as it was, resume=auto goes on from it'
+    )
+    assert updates(tmp_path / 'run') == [6, 6, 4]
+    assert main(['train', str(path), 'resume=auto']) == 0
+    assert_same_run(tmp_path / 'whole', tmp_path / 'run')
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
+def test_what_the_system_says_of_a_full_disk_is_told(tmp_path, monkeypatch):
+    opened = builtins.open
+    monkeypatch.setattr(
+        builtins, 'open', lambda path, *args: opened('/dev/full' if str(path).endswith('.tmp') else path, *args)
+    )
+    state = {**state_at(1), 'large': torch.zeros(1_000_000)}
+    with pytest.raises(ValueError, match=r'checkpoint\.pt: cannot be written: No space left on device$'):
+        save_checkpoint(tmp_path / 'checkpoint.pt', state)
+
+
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'model', 'best', 'predictions.csv'])
+def test_other_files_that_cannot_be_written_are_named(data, tmp_path, monkeypatch, capsys, name):
+    train(tiny_recipe(data, tmp_path / 'whole', checkpoint_best=True))
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(to_yaml(tiny_recipe(data, tmp_path / 'run', checkpoint_best=True)))
+    with monkeypatch.context() as patch:
+        if name == 'metrics.jsonl':
+            patch.setattr(loop.MetricsLog, '_append', no_space)
+        elif name == 'predictions.csv':
+            write = loop.write_text
+            patch.setattr(loop, 'write_text', lambda file, text: (no_space if file.name == name else write)(file, text))
+        else:
+            save = loop._Run._save_model
+            patch.setattr(loop._Run, '_save_model', lambda *args: (no_space if args[-1] == name else save)(*args))
+        assert main(['train', str(path)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f'vit-efficient train: error: {tmp_path}/run')
+    assert 'cannot be written: No space left on device' in last
+    if name != 'metrics.jsonl':  # before the first checkpoint
+        assert main(['train', str(path), 'resume=auto']) == 0
+        assert_same_run(tmp_path / 'whole', tmp_path / 'run')
+
+
+def test_too_little_room_is_found_before_training(data, tmp_path, monkeypatch):
+    usage = namedtuple('usage', 'total used free')
+    config = tiny_recipe(data, tmp_path / 'run')
+    config.sched.epochs = 1
+    train(config)
+    size = (tmp_path / 'run/checkpoint.pt').stat().st_size
+
+    def leave(free):
+        monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage(10**9, 10**9 - int(free), int(free)))
+
+    config.output = str(tmp_path / 'new')
+    leave(size)
+    with pytest.raises(ValueError, match=r'new: 0 MB are free there, checkpoints take up to 0 MB .*set another output'):
+        train(config)
+    assert not (tmp_path / 'new').exists()
+    leave(2.5 * size)
+    config.checkpoint_keep = 3
+    with pytest.raises(ValueError, match=r'\(3 of about 0 MB, and one that is being written\)'):
+        train(config)
+    config.checkpoint_keep = 1
+    train(config)
+    # A run that goes on, or is replaced, has a part of the room already.
+    leave(1.2 * size)
+    config.resume = 'restart'
+    train(config)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_training(data, tmp_path, monkeypatch):
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(loop, 'write_text', read_only)
+    with pytest.raises(ValueError, match='output=.*run: cannot write there: Read-only file system'):
+        train(tiny_recipe(data, tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
+
+
+def poison(monkeypatch, *numbers, gradient=False):
+    """Makes the loss, or only its gradient, of these updates NaN, by an image of each."""
+    update = loop._Run._update
+
+    def poisoned(run, chunk):
+        if run.progress.updates not in numbers:
+            return update(run, chunk)
+        if not gradient:
+            chunk[0][0][1] = float('nan')
+            return update(run, chunk)
+        weight = run.model.head.weight
+        handle = weight.register_hook(lambda gradient: gradient * float('inf'))
+        try:
+            return update(run, chunk)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(loop._Run, '_update', poisoned)
+
+
+def files_of(data, update, batch=4):
+    """Of a batch of the first epoch."""
+    sampler = EpochSampler(24, block=batch)
+    indices = [index for _, index in sampler][batch * update : batch * (update + 1)]
+    return [f'c{index // 8}/{index % 8}.png' for index in indices]
+
+
+@pytest.mark.parametrize('gradient', [False, True])
+@pytest.mark.parametrize('clip_grad', [None, 1.0])
+def test_what_is_not_finite_never_reaches_the_weights(data, tmp_path, monkeypatch, gradient, clip_grad):
+    config = tiny_recipe(data, tmp_path / 'run', checkpoint_steps=1, clip_grad=clip_grad)
+    poison(monkeypatch, 2, gradient=gradient)
+    what = 'the gradient is not finite' if gradient else 'the loss is nan'
+    with pytest.raises(ValueError) as error:
+        train(config)
+    assert str(error.value) == (
+        f'{what} at update 2 (epoch 0), images {", ".join(files_of(data, 2))}; the weights are unchanged; '
+        'on_nonfinite=skip goes on without it'
+    )
+    state = load_checkpoint(tmp_path / 'run/checkpoint.pt')
+    assert state['progress']['updates'] == 2
+    assert all(tensor.isfinite().all() for tensor in state['model'].values())
+
+
+@pytest.mark.parametrize('gradient', [False, True])
+def test_updates_may_be_left_out(data, tmp_path, monkeypatch, capsys, gradient):
+    config = tiny_recipe(data, tmp_path / 'whole', on_nonfinite='skip', checkpoint_steps=1)
+    with monkeypatch.context() as patch:
+        poison(patch, 2, 3, 7, gradient=gradient)
+        result = train(config)
+    said = capsys.readouterr().err
+    assert said.count('left out: the ') == 3 and ', '.join(files_of(data, 2)) in said
+    assert (result['steps'], result['nonfinite']) == (12, 3)
+    lines = list(map(json.loads, (tmp_path / 'whole/metrics.jsonl').open()))
+    left_out = [(line['step'], line['updates']) for line in lines if line['kind'] == 'nonfinite']
+    assert left_out == [(3, 1), (4, 2), (8, 3)]
+    assert [line['nonfinite'] for line in lines if line['kind'] == 'val'] == [2, 1]
+    assert [line['step'] for line in lines if line['kind'] == 'train'] == [1, 2, 5, 6, 7, 9, 10, 11, 12]
+    losses = [line['loss'] for line in lines if line['kind'] == 'train']
+    means = [line['train_loss'] for line in lines if line['kind'] == 'val']
+    assert means == [pytest.approx(sum(part) / len(part)) for part in (losses[:4], losses[4:])]
+
+    config.output = str(tmp_path / 'parts')
+    poison(monkeypatch, 2, 3, 7, gradient=gradient)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        stop_at(patch, 4)
+        train(config)
+    config.resume = 'auto'
+    assert train(config)['nonfinite'] == 3
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+
+
+def test_too_many_in_a_row_end_the_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, 'MAX_NONFINITE', 3)
+    poison(monkeypatch, 1, 2, 4, 5, 6)
+    with pytest.raises(ValueError, match=r'at update 6 \(epoch 1\), images .*; with it, 3 updates in a row were left'):
+        train(tiny_recipe(data, tmp_path / 'run', on_nonfinite='skip'))
+
+
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_all_processes_leave_out_the_same_updates(data, tmp_path, parallel):
+    """One process alone meets what is not finite; with it or without, all end with the same weights."""
+    config = tiny_recipe(data, tmp_path / 'run', on_nonfinite='skip', parallel=parallel, clip_grad=1.0)
+    config.model.args, config.loss = dict(TINY), LossConfig(0.1)
+    config.optim.opt, config.data.batch_size = 'sgd', 2
+    (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    command = [*launch, 'tests/train/poisoned.py', str(tmp_path / 'recipe.yaml')]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    files = ', '.join(files_of(data, 3)[2:])
+    assert f'left out: the loss is nan at update 3 (epoch 0), images {files}\n' in done.stderr
+    result = json.loads((tmp_path / 'run/result.json').read_text())
+    assert (result['steps'], result['nonfinite']) == (12, 1)
+    command = result['environment']['command']
+    assert command.startswith(f'cd {ROOT} && torchrun --nnodes 1 --nproc-per-node 2 tests/train/poisoned.py ')
+    # One process that leaves out the same update.
+    config.output, config.data.batch_size = str(tmp_path / 'one'), 4
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, 3)
+        train(config)
+    one, two = (load_newest(tmp_path / name)[1]['model'] for name in ('one', 'run'))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)

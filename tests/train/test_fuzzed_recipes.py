@@ -1,0 +1,121 @@
+"""Recipes with random damage: each is taken, or refused in one line that names the key."""
+
+import copy
+import math
+import random
+
+import yaml
+
+from tests.data.trees import write_tree
+from tests.train.recipes import ALL, load_any, tiny_recipe
+from vit_efficient.cli import main
+from vit_efficient.train import load_recipe, loop
+from vit_efficient.train.config import to_yaml
+
+ODD = (
+    *(None, True, -1, 0, 1.5, 10**12, 10**400, -math.inf, math.inf, math.nan),
+    *('', 'fast', '1e-3', 'é\n', '${seed}', '${nothing}', '${', '???', '0x'),
+    *([], [None], ['a'], [math.nan], [[1]], {}, {'a': 1}, {1: 2}, {None: None}, {'a': {'b': '${nothing}'}}),
+)
+BROKEN = (
+    *('{', '}', '[', ': :', '\t', '- ', '"', "'", '\0', '? [1]'),
+    *('&a [*a]', '*b', '!!int x', '!!timestamp x', '!!python/name:os.system'),
+)
+
+
+def sections(tree, path=''):
+    """Every mapping and list of a recipe, with its dotted key."""
+    yield path, tree
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, (dict, list)):
+            yield from sections(value, f'{path}[{key}]' if isinstance(tree, list) else f'{path}.{key}'.lstrip('.'))
+
+
+def damage(draw, tree):
+    """Changes one value in place, or adds a key; its dotted key."""
+    path, section = draw.choice([(path, section) for path, section in sections(tree) if section])
+    key = draw.choice(list(section) if isinstance(section, dict) else range(len(section)))
+    full = f'{path}[{key}]' if isinstance(section, list) else f'{path}.{key}'.lstrip('.')
+    if isinstance(section, dict) and draw.random() < 0.3:
+        section[f'{key}x'] = section.pop(key)
+        return full + 'x'
+    section[key] = draw.choice(ODD)
+    return full
+
+
+def resolved(draw):
+    """A recipe of the repository, with stages and sizes if it has none."""
+    tree = yaml.safe_load(to_yaml(load_any(draw.choice(ALL))))
+    if tree['task'] == 'classification' and tree['data']['decode'] != 'coefficients':
+        tree['data']['schedule'] = tree['data']['schedule'] or [{'epoch': 0, 'img_size': [16, 16]}]
+    if not tree['stages']:
+        tree['sched'].update(epochs=3, warmup_epochs=0.0)
+        tree['stages'] = [{'epochs': 2}, {'epochs': 1, 'attention': 'dct', 'layers': [-1]}]
+    return tree
+
+
+def refusal(read):
+    """The message, None if there is none; anything but a ValueError of one line fails."""
+    try:
+        read()
+    except ValueError as error:
+        assert type(error) is ValueError, repr(error)
+        assert '\n' not in str(error) and len(str(error)) < 1000, str(error)
+        return str(error)
+
+
+def test_damaged_values_are_refused_by_key(tmp_path):
+    draw = random.Random(0)
+    trees = [resolved(draw) for _ in range(10)]
+    path = tmp_path / 'fuzzed.yaml'
+    refused = 0
+    for number in range(120):
+        tree = copy.deepcopy(trees[number % 10])
+        key = damage(draw, tree)
+        path.write_text(yaml.safe_dump(tree, allow_unicode=True))
+        message = refusal(lambda: load_recipe(path))
+        if message is not None:
+            refused += 1
+            # Where values contradict each other the message may begin with the other one.
+            name = key.rpartition('.')[2].partition('[')[0]
+            contradicts = not name.endswith('x') and (name in message or message.startswith('distill has options'))
+            assert key in message or contradicts, (key, message)
+    assert refused > 60
+
+
+def test_broken_yaml_is_refused_by_line(tmp_path):
+    draw = random.Random(0)
+    path = tmp_path / 'fuzzed.yaml'
+    refused = 0
+    for _ in range(50):
+        text = draw.choice(ALL).read_text()
+        place = draw.randrange(len(text))
+        text = text[:place] + draw.choice(BROKEN) + text[place + draw.choice((0, 0, 1, 5)) :]
+        path.write_text(text)
+        (tmp_path / 'base.yaml').write_text('seed: 1')
+        message = refusal(lambda: load_recipe(path))
+        if message is not None:
+            refused += 1
+            assert str(path) in message or str(tmp_path) in message or 'model.name' in message, (text, message)
+    assert refused > 25
+
+
+def test_what_only_training_can_tell_is_one_line_too(tmp_path, monkeypatch, capsys):
+    """Arguments of models, optimisers and schedules."""
+    monkeypatch.setattr(loop._Run, 'fit', lambda run: run._try_input() or {})
+    path = tmp_path / 'fuzzed.yaml'
+    draw = random.Random(0)
+    config = tiny_recipe(write_tree(tmp_path / 'data'), tmp_path / 'run')
+    config.model.args['attention_kwargs'] = {'keep_ratio': 0.25}
+    config.optim.args, config.sched.args = {'betas': [0.9, 0.99]}, {'cycle_limit': 1}
+    statuses = []
+    for _ in range(20):
+        tree = yaml.safe_load(to_yaml(config))
+        section = draw.choice([tree['model'], tree['model'], tree['optim'], tree['sched']])
+        damage(draw, section['args'])
+        path.write_text(yaml.safe_dump(tree, allow_unicode=True))
+        statuses.append(main(['train', str(path)]))
+        output = capsys.readouterr()
+        lines = output.err.splitlines()
+        assert statuses[-1] == 0 or (len(lines) == 1 and 'error: ' in lines[0]), output.err
+    assert statuses.count(2) > 10
