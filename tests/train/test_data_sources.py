@@ -375,7 +375,7 @@ def test_repeats_of_odd_files(odd, tmp_path):
             r'data\.schedule\[1\]\.epoch must be above the one before, and below sched\.epochs=2, got 1',
         ),
         ('data.schedule=[{epoch: 1, img_size: [8]}]', r'data\.schedule\[0\]\.img_size must be height and .* got \[8\]'),
-        ('data.schedule=[{epoch: 1, size: 8}]', rr'unknown key data.schedule\[0\].size'),
+        ('data.schedule=[{epoch: 1, size: 8}]', r'unknown key data.schedule\[0\].size'),
         ('data.schedule=8', r'data\.schedule'),
         (
             'data.schedule=[{epoch: 1, img_size: [8, 8]}]',
