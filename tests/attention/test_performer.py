@@ -11,7 +11,7 @@ from timm.layers import Attention
 from torch import nn
 
 from vit_efficient import PatchGrid, count_flops, create_attention
-from vit_efficient.attention import swap_attention
+from vit_efficient.attention import performer, swap_attention
 from vit_efficient.attention.performer import attend, orthogonal_features, redraw_features
 
 from .test_compressed import EVERYTHING, assert_same, gradients, randomised
@@ -72,6 +72,63 @@ class TestAgainstEquations:
     @pytest.mark.parametrize('head_dim', [1, 5, 6, 7])
     def test_other_head_sizes(self, options, head_dim):
         self.check(self.build(options, attn_head_dim=head_dim), PatchGrid(6, 4))
+
+
+class TestInBlocks:
+    """92 keys in blocks of 5, the last one smaller."""
+
+    grid = PatchGrid(7, 13, 1)
+
+    @pytest.fixture(autouse=True)
+    def small_blocks(self, monkeypatch):
+        monkeypatch.setattr(performer, 'KEYS_OF_BLOCK', 5)
+
+    def build(self, **arguments):
+        return randomised(create_attention('performer', 12, 3, dtype=torch.float64, num_features=21, **arguments))
+
+    @pytest.mark.parametrize('arguments', [dict(qkv_bias=True), EVERYTHING], ids=['plain', 'norms'])
+    def test_against_equations(self, arguments):
+        attention = self.build(**arguments)
+        x = torch.randn(2, 92, 12, dtype=torch.float64, requires_grad=True)
+        assert_same(attention(x, self.grid), reference(attention, x), [x, *attention.parameters()], 1e-9)
+
+    def test_scores_far_apart(self):
+        """Blocks whose largest scores differ by hundreds."""
+        q, k, v = (torch.randn(2, 3, 92, 4, dtype=torch.float64) for _ in range(3))
+        k *= torch.linspace(0, 30, 92, dtype=torch.float64)[:, None]
+        w = orthogonal_features(21, 4)
+        y = attend(q, k, v, w, 0.5, True)
+        features_q, features_k = (positive_features(x / 2**0.5, w) for x in (q.flatten(0, 2), k.flatten(0, 2)))
+        kernel = features_q.unflatten(0, (6, 92)) @ features_k.unflatten(0, (6, 92)).mT
+        expected = kernel / kernel.sum(dim=2, keepdim=True) @ v.flatten(0, 1)
+        assert torch.allclose(y.flatten(0, 1), expected, atol=1e-9)
+
+    def test_gradients_of_gradients(self):
+        k, v = (torch.randn(2, 3, 11, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        q, w = torch.randn(2, 3, 11, 2, dtype=torch.float64), orthogonal_features(21, 2)
+        assert torch.autograd.gradgradcheck(lambda k, v: attend(q, k, v, w, 0.7, False), (k, v))
+
+    def test_features_of_keys_are_not_kept(self, monkeypatch):
+        def largest_kept():
+            sizes = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+                attention(x, self.grid)
+            return max(sizes)
+
+        attention, x = self.build(), torch.randn(2, 92, 12, dtype=torch.float64)
+        assert largest_kept() < 2 * 3 * 21 * 92
+        monkeypatch.setattr(performer, 'KEYS_OF_BLOCK', 92)
+        assert largest_kept() == 2 * 3 * 21 * 92
+
+    def test_autocast(self):
+        attention, x = self.build().float(), torch.randn(2, 92, 12)
+        y = attention(x, self.grid)
+        with torch.autocast('cpu', torch.bfloat16):
+            autocast = attention(x, self.grid)
+        parameters = list(attention.parameters())
+        assert autocast.dtype == torch.bfloat16
+        assert_same(y, reference(attention, x), parameters, 1e-4)
+        assert_same(autocast.float(), reference(attention, x), parameters, 5e-2)
 
 
 class TestAgainstThePackage:

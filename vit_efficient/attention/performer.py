@@ -21,12 +21,15 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vit_efficient.attention import base
 from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.bases import without_autocast
 from vit_efficient.grid import PatchGrid
+
+KEYS_OF_BLOCK = 1024  # at most
 
 
 @register_attention('performer')
@@ -152,14 +155,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: float, fuse
     dtype = torch.promote_types(v.dtype, torch.float32)
     with without_autocast(v):
         w_BHrD = (features.to(dtype) * scale**0.5).expand(*k.shape[:2], -1, -1)
-
-        # w · k̂ − ‖k̂‖² / 2, as one product; the largest score of each feature is taken off, and given back to b.
-        k = k.to(dtype)
-        minus_half_square = k.square().sum(dim=-1, keepdim=True) * (-0.5 * scale)
-        scores_BHrN = F.pad(w_BHrD, (0, 1), value=1.0) @ torch.cat([k, minus_half_square], dim=-1).mT
-        largest = scores_BHrN.detach().amax(dim=-1, keepdim=True)
-        weights_BHrN = scores_BHrN.sub_(largest).exp_()
-        sums = weights_BHrN @ F.pad(v.to(dtype), (0, 1), value=1.0)
+        sums, largest = sum_over_keys(w_BHrD, k.to(dtype), v.to(dtype), scale)
         total = sums[..., -1:]
         u_BHrD, b_BHr1 = sums[..., :-1] / total, total.log() + largest
 
@@ -172,3 +168,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: float, fuse
         else:
             y = (q @ w_and_b.mT).softmax(dim=-1) @ u_BHrD
     return y.to(v.dtype)
+
+
+def sum_over_keys(w: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Σ_n φ_w(k̂_n) (v_n, 1) of each feature, divided by the exponential of its largest score.
+
+    Keys are taken in blocks, so that their N × r features are never there at once; a backward pass computes those of a
+    block again. A graph that is compiled or exported has one block, which it keeps: it would grow with their number.
+
+    Args:
+        w: (B, H, r, D)
+        k, v: (B, H, N, D), of the dtype of w.
+        scale: 1 / √D
+
+    Returns:
+        The sums, (B, H, r, D + 1), and the largest scores, (B, H, r, 1).
+    """
+    if torch.compiler.is_compiling() or k.shape[2] <= KEYS_OF_BLOCK:
+        return sum_over_block(w, k, v, scale)
+    count = -(-k.shape[2] // KEYS_OF_BLOCK)
+    blocks = [
+        checkpoint(sum_over_block, w, *kv, scale, use_reentrant=False, preserve_rng_state=False)
+        for kv in zip(k.chunk(count, dim=2), v.chunk(count, dim=2), strict=True)
+    ]
+    largest = torch.stack([of_block for _, of_block in blocks]).amax(dim=0)
+    return sum(sums * (of_block - largest).exp() for sums, of_block in blocks), largest
+
+
+def sum_over_block(w: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`sum_over_keys` of keys that are taken at once."""
+    # w · k̂ − ‖k̂‖² / 2, as one product.
+    minus_half_square = k.square().sum(dim=-1, keepdim=True) * (-0.5 * scale)
+    scores_BHrN = F.pad(w, (0, 1), value=1.0) @ torch.cat([k, minus_half_square], dim=-1).mT
+    largest = scores_BHrN.detach().amax(dim=-1, keepdim=True)
+    weights_BHrN = scores_BHrN.sub_(largest).exp_()
+    return weights_BHrN @ F.pad(v, (0, 1), value=1.0), largest
