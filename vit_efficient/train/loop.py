@@ -605,8 +605,8 @@ class _Run:
             The mean loss of all; None if it or its gradient is not finite, and all have left out the step.
         """
         config, team, update = self.config, self.team, self.progress.updates
-        total, suspects = 0.0, []
-        for number, (*tensors, indices) in enumerate(chunk):
+        losses = []
+        for number, (*tensors, _) in enumerate(chunk):
             # The number of the batch among those of all processes: a single one would draw the same.
             seed_everything('step', config.seed, (update * len(chunk) + number) * team.world_size + team.rank)
             images, *truth = (tensor.to(team.device, non_blocking=True) for tensor in tensors)
@@ -622,21 +622,20 @@ class _Run:
             if self.penalised:
                 excess = (soft_cost(self.model) - config.truncation.budget).clamp(min=0)
                 loss = loss + config.truncation.penalty * excess
-            value = loss.item()
-            if not math.isfinite(value):
-                suspects += indices.tolist()
-            total += value
+            losses.append(loss.detach())
             with self._without_sync(number + 1 < len(chunk)):
                 (loss / len(chunk)).backward()
-        mean = team.mean(total / len(chunk))  # that of one process that is not finite makes it so for all
+        values = torch.stack(losses).tolist()  # once all is under way: reading a number waits for the device
+        mean = team.mean(sum(values) / len(chunk))  # that of one process that is not finite makes it so for all
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         finite = math.isfinite(mean) and math.isfinite(norm.full_tensor() if self.sharded else norm)
         of_stage = update + 1 - self.stages[self.stage].start * self.updates_per_epoch
         if finite:
             self._step(norm, of_stage)
         elif math.isfinite(mean):
-            self._leave_out('the gradient is not finite', torch.cat([indices for *_, indices in chunk]).tolist())
+            self._leave_out('the gradient is not finite', [indices for *_, indices in chunk])
         else:
+            suspects = [indices for value, (*_, indices) in zip(values, chunk, strict=True) if not math.isfinite(value)]
             self._leave_out(f'the loss is {mean}', suspects)
         self.optimizer.zero_grad()
         if self.scheduler:
@@ -654,15 +653,15 @@ class _Run:
             if self.learns_sizes:
                 copy_sizes(self.model, self.ema.module)
 
-    def _leave_out(self, what: str, suspects: list[int]) -> None:
+    def _leave_out(self, what: str, suspects: list[Tensor]) -> None:
         """Counts an update without a step, which all processes leave out; ends the run if that is the recipe's policy.
 
         Args:
             what: Is not finite.
-            suspects: The samples of this process among which the cause is.
+            suspects: Indices of samples of this process, by micro-batch, among which the cause is.
         """
         progress = self.progress
-        names = self.team.gather([self.train_samples.filename(index) for index in suspects])
+        names = self.team.gather([self.train_samples.filename(int(index)) for batch in suspects for index in batch])
         files = ', '.join(name for share in names for name in share)
         message = f'{what} at update {progress.updates} (epoch {progress.epoch}), images {files}'
         if self.config.on_nonfinite == 'error':
