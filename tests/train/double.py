@@ -12,7 +12,9 @@ import sys
 from contextlib import suppress
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from vit_efficient.train import Interrupted, load_recipe, loop, train
 from vit_efficient.train.distributed import processes
@@ -27,8 +29,25 @@ def double(create_model):
     return create
 
 
+def counting(build_step_model):
+    """Counts in `run.reductions` how often DDP averages gradients: small models have one bucket of them."""
+
+    def build(run):
+        build_step_model(run)
+        if isinstance(run.step_model, DistributedDataParallel):
+            run.reductions = []
+            run.step_model.register_comm_hook(run.reductions, count_and_reduce)
+
+    def count_and_reduce(reductions, bucket):
+        reductions.append(bucket.index())
+        return allreduce_hook(None, bucket)
+
+    return build
+
+
 def stop_after(last_update, update):
-    """The update, which asserts that exactly the models that are to share out their weights do."""
+    """The update, which asserts that exactly the models that are to share out their weights do, and that processes talk
+    once, however many micro-batches there are."""
 
     def updating(run, chunk):
         models = [run.model, *([run.ema.module] if run.ema else [])]
@@ -37,13 +56,18 @@ def stop_after(last_update, update):
             assert isinstance(parameter, DTensor) == (run.config.parallel == 'fsdp' and run.team.world_size > 1)
         if run.progress.updates + 1 == last_update and run.team.rank + 1 == run.team.world_size:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, chunk)
+        loss = update(run, chunk)
+        if isinstance(run.step_model, DistributedDataParallel):
+            assert run.reductions == [0]
+            run.reductions.clear()
+        return loss
 
     return updating
 
 
 if __name__ == '__main__':
     loop.create_model = double(loop.create_model)
+    loop._Run._build_step_model = counting(loop._Run._build_step_model)
     update = loop._Run._update
     with processes('cpu'):  # a second group cannot meet where the first one did
         for argument in sys.argv[1:]:

@@ -199,8 +199,8 @@ class _Run:
         self.updates_per_epoch = len(train_set) // self.images_per_update
         if not self.updates_per_epoch:
             raise ValueError(
-                f'an update takes {self.images_per_update} images ({_IMAGES_PER_UPDATE}), '
-                f'the training set has {len(train_set)}'
+                f'an update takes {self.images_per_update} images ({_IMAGES_PER_UPDATE}), the training set has '
+                f'{len(train_set)}; make data.batch_size={data.batch_size} or grad_accum={config.grad_accum} smaller'
             )
         self.identity = {
             **{key: value for key, value in identity(config).items() if key not in _IMAGES_PER_UPDATE.split(' × ')},
@@ -609,22 +609,10 @@ class _Run:
         for number, (*tensors, _) in enumerate(chunk):
             # The number of the batch among those of all processes: a single one would draw the same.
             seed_everything('step', config.seed, (update * len(chunk) + number) * team.world_size + team.rank)
-            images, *truth = (tensor.to(team.device, non_blocking=True) for tensor in tensors)
-            images = images.to(memory_format=self.layout)
-            if self.mixup:
-                images, *truth = self.mixup(images, *truth)
-            with autocast(team.device, config.amp):
-                logits = self.step_model(images)
-            loss = self.task.loss(self.task.split(logits, truth), truth, self.loss)
-            if self.distillation:
-                with autocast(team.device, config.amp):
-                    loss = self.distillation(images, logits.float(), loss)
-            if self.penalised:
-                excess = (soft_cost(self.model) - config.truncation.budget).clamp(min=0)
-                loss = loss + config.truncation.penalty * excess
-            losses.append(loss.detach())
             with self._without_sync(number + 1 < len(chunk)):
+                loss = self._loss(*tensors)
                 (loss / len(chunk)).backward()
+            losses.append(loss.detach())
         values = torch.stack(losses).tolist()  # once all is under way: reading a number waits for the device
         mean = team.mean(sum(values) / len(chunk))  # that of one process that is not finite makes it so for all
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -641,6 +629,24 @@ class _Run:
         if self.scheduler:
             self.scheduler.step_update(of_stage)
         return mean if finite else None
+
+    def _loss(self, images: Tensor, *truth: Tensor) -> Tensor:
+        """That of a micro-batch, all that is learned from taken together."""
+        config, device = self.config, self.team.device
+        images, *truth = (tensor.to(device, non_blocking=True) for tensor in (images, *truth))
+        images = images.to(memory_format=self.layout)
+        if self.mixup:
+            images, *truth = self.mixup(images, *truth)
+        with autocast(device, config.amp):
+            logits = self.step_model(images)
+        loss = self.task.loss(self.task.split(logits, truth), truth, self.loss)
+        if self.distillation:
+            with autocast(device, config.amp):
+                loss = self.distillation(images, logits.float(), loss)
+        if self.penalised:
+            excess = (soft_cost(self.model) - config.truncation.budget).clamp(min=0)
+            loss = loss + config.truncation.penalty * excess
+        return loss
 
     def _step(self, norm: Tensor, of_stage: int) -> None:
         """Takes the gradients, of this norm, to the weights and to their average."""
@@ -676,7 +682,7 @@ class _Run:
             self.log.write('nonfinite', progress.epoch, progress.updates + 1, {'updates': progress.nonfinite})
 
     def _without_sync(self, more_to_come: bool) -> Any:
-        """Gradients are averaged over the processes once per update, not per micro-batch."""
+        """Gradients are averaged once per update, not per micro-batch: a context for its forward and backward pass."""
         if self.sharded:
             self.model.set_requires_gradient_sync(not more_to_come)
         elif more_to_come and self.team.world_size > 1:
