@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from vit_efficient.cli import main, table_accuracy
 from vit_efficient.cli.options import parse_spec
+from vit_efficient.cli.table_accuracy import _folder
 from vit_efficient.flops import count_flops
 
 RECIPE = """
@@ -184,6 +186,15 @@ def test_accuracy_reuses_finished_runs(trained, recipes, tmp_path):
     assert main(command(recipes, trained, '--out', str(tmp_path), 'log_every=7')) == 0
     assert before == [(trained / f'{name}-s0/result.json').stat().st_mtime_ns for name in ('full', 'dct')]
     assert {path.name for path in tmp_path.iterdir()} == {'results.md', 'results.csv', 'results.png'}
+
+
+def test_accuracy_takes_what_the_train_command_has_finished(trained, recipes, tmp_path):
+    for name in ('full', 'dct'):
+        shutil.copytree(trained / f'{name}-s0', tmp_path / name)
+    both = [str(recipes / 'full.yaml'), str(recipes / 'dct.yaml')]
+    assert main(['table', 'accuracy', *both, '--runs', str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {'full', 'dct'}
+    assert _folder(recipes / 'full.yaml', 1, tmp_path) == tmp_path / 'full-s1'  # another seed
 
 
 @pytest.mark.parametrize('override', ['optim.lr=0.5', 'model.args.depth=2', 'data.val=elsewhere'])

@@ -76,7 +76,8 @@ def accuracy_table(
         recipes: YAML files; the first one is what the others are compared against.
         overrides: `key=value` for all recipes.
         seeds: One run of every recipe for each; by default the recipe's own.
-        runs: The runs are its folders RECIPE-sSEED; by default the folder in which the first recipe would run.
+        runs: The runs are its folders RECIPE-sSEED, or RECIPE where that is a finished run of the seed; by default the
+            folder in which the first recipe would run.
         out: Where the results go; `runs` by default.
 
     Returns:
@@ -140,9 +141,17 @@ def _configs(recipe: Path, overrides: Sequence[str], seeds: Sequence[int] | None
             raise ValueError(f'{key}= is set by the table; see --seeds and --runs')
     configs = []
     for seed in dict.fromkeys(seeds) if seeds else [load_recipe(recipe, overrides).seed]:
-        own = [f'seed={seed}', f'output={runs / f"{recipe.stem}-s{seed}"}', 'resume=auto']
+        own = [f'seed={seed}', f'output={_folder(recipe, seed, runs)}', 'resume=auto']
         configs.append(load_recipe(recipe, [*overrides, *own]))
     return configs
+
+
+def _folder(recipe: Path, seed: int, runs: Path) -> Path:
+    """Of a run: one of the table, or one that `vit-efficient train` has finished with that seed."""
+    folder, trained = runs / f'{recipe.stem}-s{seed}', runs / recipe.stem
+    if not folder.exists() and (trained / 'result.json').exists() and load_recipe(trained / 'recipe.yaml').seed == seed:
+        return trained
+    return folder
 
 
 def _check_reusable(config: Config) -> None:
