@@ -5,7 +5,8 @@
 #
 # The recipe, the data and the run's folder lie on a file system that all nodes share. data.batch_size is that of one
 # GPU: an update takes batch_size × grad_accum × GPUs images. A job that goes on may have another number of GPUs if that
-# product stays, since then the weights do as well.
+# product stays, since then the weights do as well. The recipes of imagenet1k are for 8 GPUs: on these 16, give half of
+# their data.batch_size.
 #
 # A run that is told to stop (SIGTERM) saves a checkpoint. By itself `vit-efficient train` then ends with status 75,
 # torchrun with 1 as for any other end that is none; so this script goes by the reason why the job ends:
@@ -40,7 +41,7 @@ requeue=
 # The signal is for the steps of the job, not for this script.
 trap 'requeue=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
-srun --kill-on-bad-exit=1 \
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     torchrun \
     --nnodes="$SLURM_NNODES" \
     --nproc-per-node="$SLURM_GPUS_ON_NODE" \

@@ -7,11 +7,14 @@ The second one adds the GPU hours that a recipe would take, a projection, from w
 
     vit-efficient benchmark model --device cuda --dtype bfloat16 --amp --compile --work 'training step' --format csv …
 
-has measured for its model at its size (see README.md); a model that was not measured has none.
+has measured for its model at its size (see README.md); a recipe whose models were not measured has none. Computing
+activations again (`grad_checkpointing`) is taken to be another forward pass, a third more; a teacher is heard in
+inference; of a model that is converted in part, the mean of what it was and what it becomes counts.
 """
 
 import argparse
 import csv
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,11 @@ TEACHER = 'regnety_160.deit_in1k'
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--throughput', type=Path, metavar='FILE.csv', help='of `vit-efficient benchmark model`')
-    measured = _read(parser.parse_args().throughput)
+    args = parser.parse_args()
+    try:
+        measured = _read(args.throughput)
+    except (OSError, KeyError) as error:
+        parser.error(f'--throughput {args.throughput}: not a table of `vit-efficient benchmark model`: {error!r}')
     for attention in ATTENTIONS:
         for setting, about in (('deit3', 'DeiT III'), ('augreg', 'AugReg')):
             for size, drop_path in DROP_PATH[setting].items():
@@ -60,25 +67,52 @@ def main() -> None:
         what = f'deit3/{attention}_small with the teacher of DeiT (arXiv 2012.12877)'
         _write(f'distill/{attention}_small', what, f'../deit3/{attention}_small.yaml', keys, 224, measured)
     what = 'Treeformer (TC) bootstrapped from exact attention, which stands half of the epochs, at 224 px'
-    _write('deit3/treeformer_tc_base-bootstrapped', what, '../deit3.yaml', _bootstrap('treeformer_tc', 'base'), 224, {})
+    keys = _bootstrap('treeformer_tc', 'base')
+    _write('deit3/treeformer_tc_base-bootstrapped', what, '../deit3.yaml', keys, 224, measured, 'treeformer_tc')
 
 
-def _write(name: str, what: str, extends: str, keys: dict[str, Any], px: int, measured: dict) -> None:
+def _write(
+    name: str, what: str, extends: str, keys: dict[str, Any], px: int, measured: dict, becomes: str | None = None
+) -> None:
     path = FOLDER / f'{name}.yaml'
     path.parent.mkdir(exist_ok=True)
     model = _model_name(path, extends, keys)
-    with torch.device('meta'):
-        macs = count_flops(timm.create_model(model, img_size=px), (3, px, px)).total
-    lines = [f'{what}; {macs / 1e9:,.2f} GMACs per image.', 'For a node of 8 GPUs.']
-    if (model, px) in measured:
-        epochs = _setting(path.parent / extends)['sched']['epochs']
-        hours = epochs * TRAIN_IMAGES / measured[model, px] / 3600
-        lines.append(
-            f'Projection, not a result: {hours:,.0f} GPU hours, at {measured[model, px]:,.0f} images/s per GPU.'
-        )
+    last = model.replace('full', becomes) if becomes else model
+    gmacs = f'{_gmacs(model, px):,.2f} GMACs per image'
+    if becomes:
+        gmacs += f', {_gmacs(last, px):,.2f} at the end'
+    lines = [f'{what}; {gmacs}.', 'For a node of 8 GPUs of 80 GB.']
+    epochs = _setting(path.parent / extends)['sched']['epochs']
+    seconds = _seconds_of_an_image(keys, model, last, px, epochs, measured)
+    if seconds:
+        hours = epochs * TRAIN_IMAGES * seconds / 3600
+        lines.append(f'Projection, not a result: {hours:,.0f} GPU hours, at {1 / seconds:,.0f} images/s per GPU.')
     lines.append(f'    torchrun --nproc-per-node 8 -m vit_efficient.cli train recipes/imagenet1k/{name}.yaml')
     header = ''.join(f'# {line}\n' for line in lines)
     path.write_text(f'{header}\n{yaml.safe_dump({"extends": extends, **keys}, sort_keys=False)}', encoding='utf-8')
+
+
+@cache
+def _gmacs(model: str, px: int) -> float:
+    with torch.device('meta'):
+        return count_flops(timm.create_model(model, img_size=px), (3, px, px)).total / 1e9
+
+
+def _seconds_of_an_image(
+    keys: dict[str, Any], first: str, last: str, px: int, epochs: int, measured: dict[tuple[str, str, int], float]
+) -> float | None:
+    """Of training on one GPU; the mean over the epochs. None where a part was not measured."""
+    needed = [('training step', first, px), ('training step', last, px)]
+    if 'distill' in keys:
+        needed.append(('inference', TEACHER, 224))
+    if any(key not in measured for key in needed):
+        return None
+    before, after, *teacher = (1 / measured[key] for key in needed)
+    step = before
+    if 'stages' in keys:
+        whole, half, all_of_it = (stage['epochs'] for stage in keys['stages'])
+        step = (whole * before + half * (before + after) / 2 + all_of_it * after) / epochs
+    return step * (4 / 3 if keys.get('grad_checkpointing') else 1) + sum(teacher)
 
 
 def _model_name(path: Path, extends: str, keys: dict[str, Any]) -> str:
@@ -103,13 +137,13 @@ def _bootstrap(attention: str, size: str) -> dict[str, Any]:
     return {'model': {'name': f'vit_full_{size}', 'args': {'drop_path_rate': 0.1}}, 'stages': stages}
 
 
-def _read(path: Path | None) -> dict[tuple[str, int], float]:
-    """Images per second by model and size."""
+def _read(path: Path | None) -> dict[tuple[str, str, int], float]:
+    """Images per second by work, model and size."""
     if path is None:
         return {}
     with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row['work'] == 'training step' and row['images_per_second']]
-    return {(row['model'], int(row['img_size'])): float(row['images_per_second']) for row in rows}
+        rows = [row for row in csv.DictReader(file) if row['images_per_second']]
+    return {(row['work'], row['model'], int(row['img_size'])): float(row['images_per_second']) for row in rows}
 
 
 if __name__ == '__main__':
