@@ -58,7 +58,7 @@ def test_flops_command(capsys):
 def test_training_commands_are_valid():
     command = next(c for c in commands() if c[1] == 'train')
     config = load_recipe(ROOT / command[2], command[3:])
-    assert config.output == 'runs/mine' and config.model.args['in_chans'] == 3
+    assert config.output == 'runs/mine' and config.data.train == 'images/train'
     timm.create_model(config.model.name, **config.model.args)
 
 
