@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from vit_efficient import DctPatchEmbed, count_flops, freeze_truncation
+from vit_efficient import DctPatchEmbed, PatchGrid, count_flops, create_attention, freeze_truncation
 from vit_efficient.frequency_window import FrequencyWindow
 from vit_efficient.models.truncation import has_windows, soft_cost
 
@@ -290,3 +290,28 @@ def test_switches_are_true_or_false(options):
 def test_an_embedding_of_ones_own_and_one_of_ours():
     with pytest.raises(ValueError, match="embed_layer cannot be had with patch_embed='dct'"):
         timm.create_model('vit_full_tiny', **SMALL, patch_embed='dct', embed_layer=DctPatchEmbed)
+
+
+@pytest.mark.parametrize('place', ['x', 'kv'])
+@pytest.mark.parametrize('prefix', [0, 5])
+def test_gains_of_keys_are_part_of_the_product(place, prefix):
+    """Fused as written out, and no matrix of scores is kept for the gradient of the window."""
+    options = dict(LEARNED, keep_ratio=1 / 4, domain='frequency', place=place)
+    attention = create_attention('dct', 12, 3, dtype=torch.float64, **options)
+    grid = PatchGrid(14, 26, prefix)
+    with torch.no_grad():
+        attention.compress.window.share.copy_(torch.tensor([0.5, 0.7]))
+    x = torch.randn(2, grid.num_tokens, 12, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *attention.parameters()]
+    found, kept = [], []
+    for attention.fused_attn in (True, False):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):  # noqa: B023
+            y = attention(x, grid)
+        found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+        kept.append(max(sizes))
+    for fused, written_out in zip(*found, strict=True):
+        assert torch.allclose(fused, written_out, atol=1e-10)
+    queries = grid.num_tokens if place == 'kv' else attention.num_attended(grid)
+    scores = 2 * 3 * queries * attention.num_attended(grid)
+    assert kept[0] < scores == kept[1]

@@ -204,9 +204,7 @@ class CompressedAttention(GridAttention):
         q, k = self.q_norm(q), self.k_norm(k)
         bias = self.compress.log_counts(grid, q)
         if self.fused_attn:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0.0, scale=self.scale
-            )
+            y = attend_fused(q, k, v, bias, self.attn_drop.p if self.training else 0.0, self.scale)
         else:
             scores = add_bias((q * self.scale) @ k.mT, bias)
             y = self.attn_drop(scores.softmax(dim=-1)) @ v
@@ -232,7 +230,10 @@ class CompressedAttention(GridAttention):
     @staticmethod
     def _split(x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
         """Prefix tokens and the others, of (…, tokens, channels)."""
-        return x[..., : grid.prefix, :], x[..., grid.prefix :, :]
+        if not grid.prefix:
+            return x[..., :0, :], x
+        # Split, not sliced: the gradient of a slice is as large as the whole.
+        return x.split([grid.prefix, x.shape[-2] - grid.prefix], dim=-2)
 
     def _down(self, x: Tensor, grid: PatchGrid, way: nn.Module | None = None) -> Tensor:
         prefix, patches = self._split(x, grid)
@@ -251,7 +252,25 @@ class CompressedAttention(GridAttention):
         return f"place='{self.place}'"
 
 
-# A leaf for FX, to which nothing is None.
+# Leaves for FX, to which nothing is None.
+
+
+@torch.fx.wrap
+@register_notrace_function
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float) -> Tensor:
+    """`F.scaled_dot_product_attention` with a bias of keys, (1, m), whose gradient costs no N × m matrix.
+
+    No fused kernel takes a mask that has a gradient. As one channel more, 1 for queries, it is a part of the product.
+    """
+    if bias is None or not bias.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    more = 4 - q.shape[-1] % 4  # fused kernels of GPUs want multiples of 4 channels
+    channel = (bias / scale).to(k.dtype)[0, :, None].expand(*k.shape[:-1], 1)
+    q, v = F.pad(q, (0, more), value=1.0), F.pad(v, (0, more))
+    k = F.pad(torch.cat([k, channel], dim=-1), (0, more - 1))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)[..., :-more]
+
+
 @torch.fx.wrap
 @register_notrace_function
 def add_bias(scores: Tensor, bias: Tensor | None) -> Tensor:

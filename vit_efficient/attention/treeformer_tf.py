@@ -55,7 +55,8 @@ class LeafAttention(TreeAttention):
         dim, num_heads, **kwargs: As timm's `Attention`.
         tree_height: h. There are 2^h leaves.
         num_leaves: How many leaves a query reads: its own, and the others of largest product of path probabilities
-            (ties as `torch.topk` has them).
+            (ties as `torch.topk` has them). From 2 on nearly every query has a set of leaves of its own, whose keys are
+            gathered for it: that takes more time and memory than exact attention does, and is there to be compared.
 
     Raises:
         ValueError: If an option is unknown or out of range; in `forward`, under `torch.jit.trace` and `torch.export`.
