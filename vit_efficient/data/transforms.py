@@ -151,9 +151,9 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
     else:
         steps += [A.SmallestMaxSize(max_size_hw=(height, width), **resize), A.CenterCrop(height, width)]
     if config.hflip:
-        steps.append(A.HorizontalFlip(p=config.hflip))
+        steps.append((A.HorizontalFlip if photograph else _HorizontalFlip)(p=config.hflip))
     if config.vflip:
-        steps.append(A.VerticalFlip(p=config.vflip))
+        steps.append((A.VerticalFlip if photograph else _VerticalFlip)(p=config.vflip))
     affine = config.affine
     if affine.rotate or affine.translate or affine.scale or affine.shear:
         steps.append(
@@ -181,6 +181,20 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
         A.ToTensorV2(),
     ]
     return A.Compose(steps)
+
+
+class _HorizontalFlip(A.HorizontalFlip):
+    """Of any number of channels: OpenCV 5 flips no more than 128."""
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        return np.ascontiguousarray(img[:, ::-1])
+
+
+class _VerticalFlip(A.VerticalFlip):
+    """Of any number of channels, likewise."""
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        return np.ascontiguousarray(img[::-1])
 
 
 def _color_jitter(config: AugmentConfig, photograph: bool) -> A.BasicTransform:
