@@ -70,6 +70,20 @@ def test_one_rectangle_of_200_channels_is_erased():
     assert torch.equal(kept.all(0), ~erased) and kept[:, erased].float().mean() < 0.01
 
 
+@pytest.mark.parametrize('size', [(32, 512), (512, 32), (16, 256), (4, 400), (4, 1000)])
+@pytest.mark.parametrize('dtype', ['uint8', 'float32'])
+def test_images_of_any_aspect_are_augmented_and_erased(size, dtype):
+    preprocessing = replace(PLAIN, input_size=(3, *size))
+    default = TrainTransform(preprocessing, AugmentConfig(three=True), 7)
+    erasing = TrainTransform(preprocessing, AugmentConfig(None, 0, color_jitter=0, rand_ops=0, erasing=1), 7)
+    image, plain = pixels(0, (40, 50, 3), dtype), np.zeros((*size, 3), dtype)
+    shares = []
+    for index in range(40):
+        assert default(image, 0, index).shape == (3, *size)
+        shares.append((erasing(plain, 0, index) > -2).any(0).float().mean().item())
+    assert min(shares) > 0.01 and max(shares) < 0.4
+
+
 def test_the_size_follows_the_epoch():
     schedule = [SizeConfig(0, [16, 24]), SizeConfig(3, [40, 40])]
     transform, plain = (TrainTransform(PLAIN, EVERYTHING, 7, *more) for more in ([schedule], []))

@@ -175,7 +175,11 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
     if config.dct_truncate:
         steps.append(DctTruncate(tuple(config.dct_truncate_ratio), p=config.dct_truncate))
     if config.erasing:
-        steps.append(A.Erasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), fill='random', p=config.erasing))
+        aspect = width / height
+        # Where the image is longer than 8:1, so are the rectangles: of the usual ones, the smallest would not fit.
+        stretch = aspect / min(max(aspect, 1 / 8), 8)
+        ratio = (0.3 * stretch, stretch / 0.3)
+        steps.append(A.Erasing(scale=(0.02, 1 / 3), ratio=ratio, fill='random', p=config.erasing))
     steps += [
         A.Normalize(preprocessing.mean, preprocessing.std, max_pixel_value=255.0 if photograph else 1.0),
         A.ToTensorV2(),
