@@ -1,3 +1,7 @@
+import re
+import struct
+import zlib
+
 import cv2
 import numpy as np
 import pytest
@@ -26,6 +30,41 @@ def test_rgba_keeps_its_fourth_channel_for_a_model_of_four(tmp_path):
     image = pixels(0, (7, 9, 4))
     Image.fromarray(image).save(tmp_path / 'image.png')
     assert np.array_equal(load(tmp_path / 'image.png', 4), image)
+
+
+def write_deep_png(path, image, colour_type):
+    """As neither PIL nor OpenCV can: big-endian samples, none of which is filtered."""
+
+    def chunk(name, content):
+        return struct.pack('>I', len(content)) + name + content + struct.pack('>I', zlib.crc32(name + content))
+
+    header = struct.pack('>IIBBBBB', image.shape[1], image.shape[0], 16, colour_type, 0, 0, 0)
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in image)
+    content = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + content)
+
+
+@pytest.mark.parametrize(('channels', 'colour_type'), [(2, 4), (3, 2), (4, 6)])
+@pytest.mark.parametrize('in_chans', [1, 2, 3, 4, 5])
+def test_a_16_bit_png_has_the_channels_of_an_8_bit_one(tmp_path, channels, colour_type, in_chans):
+    image = pixels(0, (7, 9, channels))
+    Image.fromarray(image).save(tmp_path / 'shallow.png')
+    write_deep_png(tmp_path / 'deep.png', image.astype(np.uint16) * 257, colour_type)
+    try:
+        expected = load(tmp_path / 'shallow.png', in_chans) / 255
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            load(tmp_path / 'deep.png', in_chans)
+    else:
+        found = load(tmp_path / 'deep.png', in_chans)
+        assert found.dtype == np.float32 and type(found) is np.ndarray
+        assert np.abs(found - expected).max() <= (0.5 / 255 + 1e-3 if in_chans == 1 else 1e-6)
+
+
+def test_inks_are_no_channels(tmp_path):
+    Image.fromarray(pixels(0, (7, 9, 3))).convert('CMYK').save(tmp_path / 'image.jpg')
+    with pytest.raises(ValueError, match=r'it is CMYK, the model takes 4 channels; set model\.args\.in_chans=3'):
+        load(tmp_path / 'image.jpg', 4)
 
 
 @pytest.mark.parametrize('suffix', ['png', 'tif'])

@@ -15,6 +15,13 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in PIL
 # overshoots by 1/9 of the step, and by (10/9)² - 1 = 0.23. Pixels in 0…255 and normalised ones lie further out.
 _OVERSHOOT = 0.25
 _PIL_MODES = {1: 'L', 3: 'RGB'}
+# Of what OpenCV makes of a PNG, by the colour type in its header: RGB, without the transparency that a chunk may add;
+# grey and alpha; RGB and alpha.
+_PNG_CHANNELS = {2: [0, 1, 2], 4: [0, 3], 6: [0, 1, 2, 3]}
+
+
+class WithAlpha(np.ndarray):
+    """Pixels (H, W, C) whose last channel is alpha, as a PIL image says by its mode."""
 
 
 def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
@@ -65,7 +72,9 @@ def _decode_deep(image: Image.Image, data: bytes) -> np.ndarray:
         pixels = np.asarray(image)
         # PIL widens some 16-bit greys to 32 bits.
         return pixels.astype(np.uint16) if image.format == 'PNG' else pixels
-    return _decode_by_opencv(data)[..., :3]  # without alpha
+    channels = _PNG_CHANNELS[data[25]]
+    pixels = _decode_by_opencv(data)[..., channels]
+    return pixels if len(channels) == 3 else pixels.view(WithAlpha)
 
 
 def _decode_by_opencv(data: bytes) -> np.ndarray:
@@ -109,12 +118,15 @@ def _read_tiff(data: bytes) -> np.ndarray | None:
 def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
     """Brings an image to the channels of the model and to one of two sample types.
 
-    Grey is repeated for a model of 3 channels, RGB is weighed to luma for a model of 1 channel, and an alpha channel of
-    a PIL image is dropped unless the model has 4 channels. For 8-bit PIL images this is `Image.convert`, as in timm.
+    Grey is repeated for a model of 3 channels, RGB is weighed to luma for a model of 1 channel. An alpha channel of a
+    PIL image or a PNG is dropped for a model of 1 or 3 channels, else it is a channel: RGBA fits a model of 4. CMYK is
+    converted for a model of 1 or 3 channels and fits no other. Of 8-bit PIL images, `Image.convert` makes 1 or 3
+    channels, as in timm.
 
     Args:
-        image: A PIL image, or an array of shape (H, W) or (H, W, C), or (C, H, W) where only that fits the model:
-            uint8, uint16, or floating point in [0, 1]. What bicubic resampling overshoots there is clipped.
+        image: What `read_image` gives: a PIL image, or an array of shape (H, W) or (H, W, C), or (C, H, W) where only
+            that fits the model: uint8, uint16, or floating point in [0, 1]. What bicubic resampling overshoots there is
+            clipped.
         in_chans: The channels that the model takes.
 
     Returns:
@@ -129,8 +141,15 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
         else:
             if in_chans in _PIL_MODES:
                 image = image.convert(_PIL_MODES[in_chans])
+            elif image.mode == 'CMYK':
+                raise ValueError(
+                    f'it is CMYK, the model takes {in_chans} channels; set model.args.in_chans=3, to which it is '
+                    'converted, or store its inks as .npy (H, W, 4)'
+                )
             image = np.asarray(image.convert('RGB') if image.mode == 'P' else image)
             image = image.astype(np.uint8) * 255 if image.dtype == bool else image
+    if isinstance(image, WithAlpha):
+        image = np.asarray(image[..., :-1] if in_chans in _PIL_MODES else image)
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or 0 in image.shape:
         shape = getattr(image, 'shape', type(image).__name__)
         raise ValueError(f'an image must be a PIL image or an array (H, W) or (H, W, C), got {shape}')
