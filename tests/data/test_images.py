@@ -84,6 +84,25 @@ def test_16_bit_grey_written_by_pil(tmp_path):
     assert np.array_equal(load(tmp_path / 'image.png', 1)[..., 0], image.astype(np.float32) / 65535)
 
 
+@pytest.mark.parametrize('maximum', [100, 255, 256, 4095, 65535])
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('plain', [False, True])
+def test_pgm_and_ppm_keep_their_depth(tmp_path, maximum, channels, plain):
+    image = pixels(0, (7, 9, channels), 'uint16').astype(int) % (maximum + 1)
+    deep = maximum > 255
+    magic = {(1, False): 'P5', (3, False): 'P6', (1, True): 'P2', (3, True): 'P3'}[channels, plain]
+    samples = ' '.join(map(str, image.ravel())).encode() if plain else image.astype('>u2' if deep else 'u1').tobytes()
+    path = tmp_path / ('image.pgm' if channels == 1 else 'image.ppm')
+    path.write_bytes(f'{magic}\n# made by a camera\n9 7\n{maximum}\n'.encode() + samples)
+    found = load(path, channels)
+    assert found.dtype == (np.float32 if deep else np.uint8)
+    expected = (image / maximum * (65535 if deep else 255)).round()
+    assert np.abs(found * (65535 if deep else 1) - expected).max() <= (0.01 if deep else 1)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r'image\.p.m: not a readable image'):
+        load(path, channels)
+
+
 @pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'float16', 'float64'])
 def test_arrays_of_many_channels(tmp_path, dtype):
     image = pixels(0, (7, 9, 5), dtype)

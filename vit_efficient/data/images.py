@@ -28,9 +28,9 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
     """Decodes one image.
 
     Args:
-        source: A file or an open stream: any format of PIL with 8 bits per sample; a PNG with more; a TIFF with more,
-            or with any number of channels, which may lie in its samples, its planes or its pages; or a NumPy array
-            (`.npy`) of shape (H, W), (H, W, C) or (C, H, W).
+        source: A file or an open stream: any format of PIL with 8 bits per sample; a PNG, PGM or PPM with more; a
+            TIFF with more, or with any number of channels, which may lie in its samples, its planes or its pages; or a
+            NumPy array (`.npy`) of shape (H, W), (H, W, C) or (C, H, W).
 
     Returns:
         A PIL image if the file is a photograph of 8 bits, else an array: as stored (`.npy`), or of shape (H, W) or
@@ -64,14 +64,26 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
 
 def _is_deep(image: Image.Image, data: bytes) -> bool:
     """Whether samples have more than 8 bits. PIL opens deep RGB files as 8-bit ones, so the header has to tell."""
-    return data[24] > 8 if image.format == 'PNG' else image.mode.startswith(('I', 'F'))
+    if image.format == 'PNG':
+        return data[24] > 8
+    return image.mode.startswith(('I', 'F')) or _ppm_maximum(image) > 255
+
+
+def _ppm_maximum(image: Image.Image) -> int:
+    """The sample that stands for 1 in a PPM, by what PIL hands to its decoder; 255 for other files."""
+    args = image.tile[0][3] if image.format == 'PPM' and image.mode == 'RGB' else ''
+    return args[1] if isinstance(args, tuple) else 255
 
 
 def _decode_deep(image: Image.Image, data: bytes) -> np.ndarray:
     if image.mode.startswith(('I', 'F')):  # one channel, which PIL keeps in full depth
         pixels = np.asarray(image)
         # PIL widens some 16-bit greys to 32 bits.
-        return pixels.astype(np.uint16) if image.format == 'PNG' else pixels
+        return pixels.astype(np.uint16) if image.format in ('PNG', 'PPM') and image.mode != 'F' else pixels
+    if image.format == 'PPM':
+        # Samples that are text may end with the file, but not for OpenCV. It leaves their scale as it is, unlike PIL.
+        pixels = _decode_by_opencv(data + b'\n' if data.startswith(b'P3') else data)
+        return (pixels * (65535 / _ppm_maximum(image))).round().astype(np.uint16)
     channels = _PNG_CHANNELS[data[25]]
     pixels = _decode_by_opencv(data)[..., channels]
     return pixels if len(channels) == 3 else pixels.view(WithAlpha)
