@@ -305,3 +305,15 @@ def test_files_of_any_data_set_are_skipped_and_faults_of_others_are_not(tmp_path
         samples_of(Failing(KeyError('a slip in the code')), on_error='skip')[0, 0]
     with pytest.raises(ValueError, match="on_error must be error or skip, got 'ignore'"):
         samples_of(dataset, on_error='ignore')
+
+
+@pytest.mark.parametrize('on_error', ['error', 'skip'])
+@pytest.mark.parametrize('name', [None, 'folder'])
+def test_images_beyond_the_limit_of_pil_are_not_corrupt(tmp_path, monkeypatch, on_error, name):
+    root = write_tree(tmp_path)
+    dataset = create_dataset('train', name, str(root)) if name else create_dataset(str(root / 'train'))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(ValueError, match=r'c0/0\.png: PIL decodes at most 200 pixels, twice PIL\.Image\.MAX') as error:
+        samples_of(dataset, on_error=on_error)[0, 0]
+    assert 'not a readable image' not in str(error.value) and 'on_error' not in str(error.value)
+    assert str(error.value).count('0.png') == 1

@@ -26,7 +26,7 @@ from torchvision.datasets import DatasetFolder
 
 from vit_efficient.data.config import ON_ERROR
 from vit_efficient.data.hugging_face import HuggingFaceReader
-from vit_efficient.data.images import EXTENSIONS, read_image, to_array
+from vit_efficient.data.images import EXTENSIONS, ImageTooLarge, read_image, to_array
 from vit_efficient.data.jpeg import QuantizedJpeg
 from vit_efficient.data.megapixel_mnist import SPLITS, MegapixelMnist
 from vit_efficient.data.sampler import EpochSampler
@@ -116,7 +116,8 @@ class ReaderImages(Dataset):
             with file:
                 return self.loader(file), label
         except ValueError as error:
-            raise ValueError(f'{Path(self.root, self.filename(index))}: {error}') from error
+            kind = ImageTooLarge if isinstance(error, ImageTooLarge) else ValueError
+            raise kind(f'{Path(self.root, self.filename(index))}: {error}') from error
 
     def filename(self, index: int) -> str:
         return str(self.reader.filename(index))
@@ -246,7 +247,8 @@ class Samples(Dataset):
 
     With `check_target` it is (tensor, label, target, index), the target (rows, columns) being the class of each patch.
     With `on_error` skip it is Unreadable if the data set cannot read the sample. A sample that is read and does not fit
-    the model (its label, channels, type or range, its target) is an error all the same.
+    the model (its label, channels, type or range, its target), or that PIL refuses for its size, is an error all the
+    same.
 
     Args:
         dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`), or a
@@ -312,6 +314,8 @@ class Samples(Dataset):
         except _READ_ERRORS as error:
             where = self._where(index)
             what = ' '.join(str(error).removeprefix(f'{where}: ').split()) or type(error).__name__
+            if isinstance(error, ImageTooLarge):
+                raise ValueError(f'{where}: {what}') from error
             if self.on_error == 'skip':
                 return Unreadable(index, f'{where}: {what}')
             raise ValueError(f'{where}: {what}; on_error=skip goes on without it') from error

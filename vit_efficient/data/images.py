@@ -24,6 +24,10 @@ class WithAlpha(np.ndarray):
     """Pixels (H, W, C) whose last channel is alpha, as a PIL image says by its mode."""
 
 
+class ImageTooLarge(ValueError):
+    """An image has more pixels than PIL decodes. It is no damage: under `on_error` skip, too, it is an error."""
+
+
 def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
     """Decodes one image.
 
@@ -37,7 +41,8 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
         (H, W, C).
 
     Raises:
-        ValueError: If it cannot be decoded. The message names the file, if the source is one.
+        ValueError: If it cannot be decoded. The message names the file, if the source is one. `ImageTooLarge` if that
+            is for PIL's limit alone.
     """
     is_file = isinstance(source, str | Path)
     prefix = f'{source}: ' if is_file else ''
@@ -56,6 +61,13 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
         return image
     except UnidentifiedImageError as error:
         raise ValueError(f'{prefix}not a readable image (unknown format)') from error
+    except Image.DecompressionBombError as error:
+        reason = str(error).rstrip('.')
+        raise ImageTooLarge(
+            f'{prefix}PIL decodes at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels, twice PIL.Image.MAX_IMAGE_PIXELS '
+            f'({reason}); raise that in a script of your own, store the image smaller, or as .npy; data.decode=scaled '
+            'reads large JPEGs'
+        ) from error
     # PIL, OpenCV and NumPy raise all kinds of errors on damaged files: SyntaxError, struct.error, EOFError, …
     except Exception as error:
         reason = str(error).replace(str(source), '').strip() if isinstance(error, OSError) else error
