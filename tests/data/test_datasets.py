@@ -73,13 +73,37 @@ def test_classes_are_in_natural_order(tmp_path):
     assert labels == {'1/a.png': 0, '9/a.png': 1, '10/a.png': 2}
 
 
+def test_hidden_files_are_no_images(tmp_path, capsys):
+    root = write_tree(tmp_path) / 'train'
+    (root / 'c1' / '.checkpoints').mkdir()
+    for name in ('._0.png', '.DS_Store', '.checkpoints/0.png', 'Thumbs.db', 'NOTES.TXT', 'boxes.xml'):
+        (root / 'c1' / name).write_bytes(b'nothing')
+    assert len(ImageTree(root)) == 24
+    hidden = write_tree(tmp_path / '.hidden') / 'train'
+    assert len(ImageTree(hidden)) == 24
+    assert capsys.readouterr().err == ''
+
+
+def test_files_of_other_types_are_told_once(tmp_path, capsys, monkeypatch):
+    root = write_tree(tmp_path) / 'train'
+    for name in ('c1/0.gif', 'c1/1.JFIF', 'c2/n01440764_18'):
+        (root / name).write_bytes(b'an image')
+    assert len(ImageTree(root)) == 24
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'{root}: left out 3 of its files, the first one {root}/c1/0.gif (files that are read end')
+    assert '.jpg' in line
+    monkeypatch.setenv('RANK', '1')
+    ImageTree(root)
+    assert capsys.readouterr().err == ''
+
+
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
         ([], 'no such data folder'),
         (['data/'], 'the data folder is empty'),
         (['data/readme.txt'], 'holds no class folders'),
-        (['data/cat/', 'data/dog/a.txt'], 'data: .*cat, dog'),
+        (['data/cat/', 'data/dog/a.txt'], r'data: .*cat, dog \(files that are read end in \.bmp, '),
     ],
 )
 def test_a_folder_without_images_is_named(tmp_path, make, message):
@@ -281,3 +305,15 @@ def test_files_of_any_data_set_are_skipped_and_faults_of_others_are_not(tmp_path
         samples_of(Failing(KeyError('a slip in the code')), on_error='skip')[0, 0]
     with pytest.raises(ValueError, match="on_error must be error or skip, got 'ignore'"):
         samples_of(dataset, on_error='ignore')
+
+
+@pytest.mark.parametrize('on_error', ['error', 'skip'])
+@pytest.mark.parametrize('name', [None, 'folder'])
+def test_images_beyond_the_limit_of_pil_are_not_corrupt(tmp_path, monkeypatch, on_error, name):
+    root = write_tree(tmp_path)
+    dataset = create_dataset('train', name, str(root)) if name else create_dataset(str(root / 'train'))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(ValueError, match=r'c0/0\.png: PIL decodes at most 200 pixels, twice PIL\.Image\.MAX') as error:
+        samples_of(dataset, on_error=on_error)[0, 0]
+    assert 'not a readable image' not in str(error.value) and 'on_error' not in str(error.value)
+    assert str(error.value).count('0.png') == 1

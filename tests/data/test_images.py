@@ -1,3 +1,7 @@
+import re
+import struct
+import zlib
+
 import cv2
 import numpy as np
 import pytest
@@ -28,6 +32,41 @@ def test_rgba_keeps_its_fourth_channel_for_a_model_of_four(tmp_path):
     assert np.array_equal(load(tmp_path / 'image.png', 4), image)
 
 
+def write_deep_png(path, image, colour_type):
+    """As neither PIL nor OpenCV can: big-endian samples, none of which is filtered."""
+
+    def chunk(name, content):
+        return struct.pack('>I', len(content)) + name + content + struct.pack('>I', zlib.crc32(name + content))
+
+    header = struct.pack('>IIBBBBB', image.shape[1], image.shape[0], 16, colour_type, 0, 0, 0)
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in image)
+    content = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + content)
+
+
+@pytest.mark.parametrize(('channels', 'colour_type'), [(2, 4), (3, 2), (4, 6)])
+@pytest.mark.parametrize('in_chans', [1, 2, 3, 4, 5])
+def test_a_16_bit_png_has_the_channels_of_an_8_bit_one(tmp_path, channels, colour_type, in_chans):
+    image = pixels(0, (7, 9, channels))
+    Image.fromarray(image).save(tmp_path / 'shallow.png')
+    write_deep_png(tmp_path / 'deep.png', image.astype(np.uint16) * 257, colour_type)
+    try:
+        expected = load(tmp_path / 'shallow.png', in_chans) / 255
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            load(tmp_path / 'deep.png', in_chans)
+    else:
+        found = load(tmp_path / 'deep.png', in_chans)
+        assert found.dtype == np.float32 and type(found) is np.ndarray
+        assert np.abs(found - expected).max() <= (0.5 / 255 + 1e-3 if in_chans == 1 else 1e-6)
+
+
+def test_inks_are_no_channels(tmp_path):
+    Image.fromarray(pixels(0, (7, 9, 3))).convert('CMYK').save(tmp_path / 'image.jpg')
+    with pytest.raises(ValueError, match=r'it is CMYK, the model takes 4 channels; set model\.args\.in_chans=3'):
+        load(tmp_path / 'image.jpg', 4)
+
+
 @pytest.mark.parametrize('suffix', ['png', 'tif'])
 @pytest.mark.parametrize('channels', [1, 3])
 def test_16_bit_images_keep_their_depth(tmp_path, suffix, channels):
@@ -43,6 +82,25 @@ def test_16_bit_grey_written_by_pil(tmp_path):
     image = pixels(0, (7, 9), 'uint16')
     Image.fromarray(image).save(tmp_path / 'image.png')
     assert np.array_equal(load(tmp_path / 'image.png', 1)[..., 0], image.astype(np.float32) / 65535)
+
+
+@pytest.mark.parametrize('maximum', [100, 255, 256, 4095, 65535])
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('plain', [False, True])
+def test_pgm_and_ppm_keep_their_depth(tmp_path, maximum, channels, plain):
+    image = pixels(0, (7, 9, channels), 'uint16').astype(int) % (maximum + 1)
+    deep = maximum > 255
+    magic = {(1, False): 'P5', (3, False): 'P6', (1, True): 'P2', (3, True): 'P3'}[channels, plain]
+    samples = ' '.join(map(str, image.ravel())).encode() if plain else image.astype('>u2' if deep else 'u1').tobytes()
+    path = tmp_path / ('image.pgm' if channels == 1 else 'image.ppm')
+    path.write_bytes(f'{magic}\n# made by a camera\n9 7\n{maximum}\n'.encode() + samples)
+    found = load(path, channels)
+    assert found.dtype == (np.float32 if deep else np.uint8)
+    expected = (image / maximum * (65535 if deep else 255)).round()
+    assert np.abs(found * (65535 if deep else 1) - expected).max() <= (0.01 if deep else 1)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r'image\.p.m: not a readable image'):
+        load(path, channels)
 
 
 @pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'float16', 'float64'])

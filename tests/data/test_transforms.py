@@ -47,6 +47,43 @@ def test_draws_are_a_function_of_seed_epoch_and_index(channels, dtype):
     assert not torch.equal(other(image, 0, 0), forward[0, 0])
 
 
+@pytest.mark.parametrize('crop_scale', [None, [0.08, 1.0]])
+@pytest.mark.parametrize('size', [(20, 24), (80, 90)])
+def test_each_of_200_channels_is_what_it_is_alone(size, crop_scale):
+    image = pixels(0, (*size, 200), 'float32')
+    config = replace(EVERYTHING, crop_scale=crop_scale, three=True, dct_truncate=0.5, erasing=0)
+    for index in range(6):
+        found = TrainTransform(of_channels(200), config, 7)(image, 0, index)
+        for channel in (0, 1, 127, 128, 199):
+            alone = TrainTransform(of_channels(1), config, 7)(image[..., channel, None], 0, index)
+            assert torch.allclose(found[channel], alone[0], atol=1e-5)
+
+
+def test_one_rectangle_of_200_channels_is_erased():
+    config = AugmentConfig(None, hflip=0, color_jitter=0, rand_ops=0, erasing=1)
+    image = pixels(0, (32, 32, 200), 'float32')
+    found = TrainTransform(of_channels(200), config, 7)(image, 0, 0)
+    kept = torch.isclose(found * 0.25 + 0.5, torch.from_numpy(image).permute(2, 0, 1), atol=1e-6)
+    alone = TrainTransform(of_channels(1), config, 7)(np.zeros((32, 32, 1), np.float32), 0, 0)
+    erased = alone[0] > -2
+    assert 0 < erased.sum() < 32 * 32 / 2
+    assert torch.equal(kept.all(0), ~erased) and kept[:, erased].float().mean() < 0.01
+
+
+@pytest.mark.parametrize('size', [(32, 512), (512, 32), (16, 256), (4, 400), (4, 1000)])
+@pytest.mark.parametrize('dtype', ['uint8', 'float32'])
+def test_images_of_any_aspect_are_augmented_and_erased(size, dtype):
+    preprocessing = replace(PLAIN, input_size=(3, *size))
+    default = TrainTransform(preprocessing, AugmentConfig(three=True), 7)
+    erasing = TrainTransform(preprocessing, AugmentConfig(None, 0, color_jitter=0, rand_ops=0, erasing=1), 7)
+    image, plain = pixels(0, (40, 50, 3), dtype), np.zeros((*size, 3), dtype)
+    shares = []
+    for index in range(40):
+        assert default(image, 0, index).shape == (3, *size)
+        shares.append((erasing(plain, 0, index) > -2).any(0).float().mean().item())
+    assert min(shares) > 0.01 and max(shares) < 0.4
+
+
 def test_the_size_follows_the_epoch():
     schedule = [SizeConfig(0, [16, 24]), SizeConfig(3, [40, 40])]
     transform, plain = (TrainTransform(PLAIN, EVERYTHING, 7, *more) for more in ([schedule], []))

@@ -90,10 +90,11 @@ def _open(path: str) -> 'Tensor':
     import torch
 
     from vit_efficient.data import read_image, to_array
+    from vit_efficient.data.images import WithAlpha
 
     image = read_image(path)
     if isinstance(image, np.ndarray):
-        channels = image.shape[2] if image.ndim == 3 else 1
+        channels = image.shape[2] - isinstance(image, WithAlpha) if image.ndim == 3 else 1
     else:
         channels = 1 if image.mode in ('1', 'L', 'LA') else 3
     try:

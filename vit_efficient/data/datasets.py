@@ -3,6 +3,7 @@
 import inspect
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torchvision.datasets import DatasetFolder
 
 from vit_efficient.data.config import ON_ERROR
 from vit_efficient.data.hugging_face import HuggingFaceReader
-from vit_efficient.data.images import EXTENSIONS, read_image, to_array
+from vit_efficient.data.images import EXTENSIONS, ImageTooLarge, read_image, to_array
 from vit_efficient.data.jpeg import QuantizedJpeg
 from vit_efficient.data.megapixel_mnist import SPLITS, MegapixelMnist
 from vit_efficient.data.sampler import EpochSampler
@@ -33,12 +34,15 @@ from vit_efficient.data.shards import ShardReader
 
 # What data sets raise where a file is damaged or gone; PIL has the last two as well.
 _READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError)
+# What lies beside images and is none.
+_OTHER_FILES = ('.csv', '.db', '.html', '.ini', '.json', '.log', '.md', '.tsv', '.txt', '.xml', '.yaml', '.yml')
 
 
 class ImageTree(DatasetFolder):
     """A folder that holds one folder of images per class, numbered in natural order (2 before 10), as in timm.
 
-    Items are (image, label), the image as `read_image` gives it. Hidden files and files of other types are skipped.
+    Items are (image, label), the image as `read_image` gives it. Hidden files and folders are skipped, and so are
+    files of other types, of which a line on stderr tells unless they are text or tables.
 
     Args:
         root: The folder.
@@ -53,13 +57,26 @@ class ImageTree(DatasetFolder):
             raise ValueError(f'{root}: no such data folder')
         if not any(root.iterdir()):
             raise ValueError(f'{root}: the data folder is empty')
+        others: list[str] = []
+
+        def is_image(path: str) -> bool:
+            if f'{os.sep}.' in path[len(str(root)) :]:
+                return False
+            known = path.lower().endswith(EXTENSIONS)
+            if not known and not path.lower().endswith(_OTHER_FILES):
+                others.append(path)
+            return known
+
+        read = f'(files that are read end in {", ".join(EXTENSIONS)})'
         try:
-            super().__init__(root, loader=read_image, extensions=EXTENSIONS)
+            super().__init__(root, loader=read_image, is_valid_file=is_image)
         except FileNotFoundError as error:
             names = sorted(path.name for path in root.iterdir() if path.is_dir())
             if names:
-                raise ValueError(f'{root}: {error}'.splitlines()[0]) from error
+                raise ValueError(f'{root}: {str(error).rstrip(". ")} {read}') from error
             raise ValueError(f'{root}: holds no class folders (expected {root}/CLASS/IMAGE)') from error
+        if others and os.environ.get('RANK', '0') == '0':  # under torchrun, all have them
+            print(f'{root}: left out {len(others):,} of its files, the first one {others[0]} {read}', file=sys.stderr)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         names = (path.name for path in Path(directory).iterdir() if path.is_dir() and not path.name.startswith('.'))
@@ -99,7 +116,8 @@ class ReaderImages(Dataset):
             with file:
                 return self.loader(file), label
         except ValueError as error:
-            raise ValueError(f'{Path(self.root, self.filename(index))}: {error}') from error
+            kind = ImageTooLarge if isinstance(error, ImageTooLarge) else ValueError
+            raise kind(f'{Path(self.root, self.filename(index))}: {error}') from error
 
     def filename(self, index: int) -> str:
         return str(self.reader.filename(index))
@@ -229,7 +247,8 @@ class Samples(Dataset):
 
     With `check_target` it is (tensor, label, target, index), the target (rows, columns) being the class of each patch.
     With `on_error` skip it is Unreadable if the data set cannot read the sample. A sample that is read and does not fit
-    the model (its label, channels, type or range, its target) is an error all the same.
+    the model (its label, channels, type or range, its target), or that PIL refuses for its size, is an error all the
+    same.
 
     Args:
         dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`), or a
@@ -295,6 +314,8 @@ class Samples(Dataset):
         except _READ_ERRORS as error:
             where = self._where(index)
             what = ' '.join(str(error).removeprefix(f'{where}: ').split()) or type(error).__name__
+            if isinstance(error, ImageTooLarge):
+                raise ValueError(f'{where}: {what}') from error
             if self.on_error == 'skip':
                 return Unreadable(index, f'{where}: {what}')
             raise ValueError(f'{where}: {what}; on_error=skip goes on without it') from error

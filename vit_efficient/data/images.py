@@ -15,22 +15,34 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in PIL
 # overshoots by 1/9 of the step, and by (10/9)² - 1 = 0.23. Pixels in 0…255 and normalised ones lie further out.
 _OVERSHOOT = 0.25
 _PIL_MODES = {1: 'L', 3: 'RGB'}
+# Of what OpenCV makes of a PNG, by the colour type in its header: RGB, without the transparency that a chunk may add;
+# grey and alpha; RGB and alpha.
+_PNG_CHANNELS = {2: [0, 1, 2], 4: [0, 3], 6: [0, 1, 2, 3]}
+
+
+class WithAlpha(np.ndarray):
+    """Pixels (H, W, C) whose last channel is alpha, as a PIL image says by its mode."""
+
+
+class ImageTooLarge(ValueError):
+    """An image has more pixels than PIL decodes. It is no damage: under `on_error` skip, too, it is an error."""
 
 
 def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
     """Decodes one image.
 
     Args:
-        source: A file or an open stream: any format of PIL with 8 bits per sample; a PNG with more; a TIFF with more,
-            or with any number of channels, which may lie in its samples, its planes or its pages; or a NumPy array
-            (`.npy`) of shape (H, W), (H, W, C) or (C, H, W).
+        source: A file or an open stream: any format of PIL with 8 bits per sample; a PNG, PGM or PPM with more; a
+            TIFF with more, or with any number of channels, which may lie in its samples, its planes or its pages; or a
+            NumPy array (`.npy`) of shape (H, W), (H, W, C) or (C, H, W).
 
     Returns:
         A PIL image if the file is a photograph of 8 bits, else an array: as stored (`.npy`), or of shape (H, W) or
         (H, W, C).
 
     Raises:
-        ValueError: If it cannot be decoded. The message names the file, if the source is one.
+        ValueError: If it cannot be decoded. The message names the file, if the source is one. `ImageTooLarge` if that
+            is for PIL's limit alone.
     """
     is_file = isinstance(source, str | Path)
     prefix = f'{source}: ' if is_file else ''
@@ -49,6 +61,13 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
         return image
     except UnidentifiedImageError as error:
         raise ValueError(f'{prefix}not a readable image (unknown format)') from error
+    except Image.DecompressionBombError as error:
+        reason = str(error).rstrip('.')
+        raise ImageTooLarge(
+            f'{prefix}PIL decodes at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels, twice PIL.Image.MAX_IMAGE_PIXELS '
+            f'({reason}); raise that in a script of your own, store the image smaller, or as .npy; data.decode=scaled '
+            'reads large JPEGs'
+        ) from error
     # PIL, OpenCV and NumPy raise all kinds of errors on damaged files: SyntaxError, struct.error, EOFError, …
     except Exception as error:
         reason = str(error).replace(str(source), '').strip() if isinstance(error, OSError) else error
@@ -57,15 +76,29 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
 
 def _is_deep(image: Image.Image, data: bytes) -> bool:
     """Whether samples have more than 8 bits. PIL opens deep RGB files as 8-bit ones, so the header has to tell."""
-    return data[24] > 8 if image.format == 'PNG' else image.mode.startswith(('I', 'F'))
+    if image.format == 'PNG':
+        return data[24] > 8
+    return image.mode.startswith(('I', 'F')) or _ppm_maximum(image) > 255
+
+
+def _ppm_maximum(image: Image.Image) -> int:
+    """The sample that stands for 1 in a PPM, by what PIL hands to its decoder; 255 for other files."""
+    args = image.tile[0][3] if image.format == 'PPM' and image.mode == 'RGB' else ''
+    return args[1] if isinstance(args, tuple) else 255
 
 
 def _decode_deep(image: Image.Image, data: bytes) -> np.ndarray:
     if image.mode.startswith(('I', 'F')):  # one channel, which PIL keeps in full depth
         pixels = np.asarray(image)
         # PIL widens some 16-bit greys to 32 bits.
-        return pixels.astype(np.uint16) if image.format == 'PNG' else pixels
-    return _decode_by_opencv(data)[..., :3]  # without alpha
+        return pixels.astype(np.uint16) if image.format in ('PNG', 'PPM') and image.mode != 'F' else pixels
+    if image.format == 'PPM':
+        # Samples that are text may end with the file, but not for OpenCV. It leaves their scale as it is, unlike PIL.
+        pixels = _decode_by_opencv(data + b'\n' if data.startswith(b'P3') else data)
+        return (pixels * (65535 / _ppm_maximum(image))).round().astype(np.uint16)
+    channels = _PNG_CHANNELS[data[25]]
+    pixels = _decode_by_opencv(data)[..., channels]
+    return pixels if len(channels) == 3 else pixels.view(WithAlpha)
 
 
 def _decode_by_opencv(data: bytes) -> np.ndarray:
@@ -109,12 +142,15 @@ def _read_tiff(data: bytes) -> np.ndarray | None:
 def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
     """Brings an image to the channels of the model and to one of two sample types.
 
-    Grey is repeated for a model of 3 channels, RGB is weighed to luma for a model of 1 channel, and an alpha channel of
-    a PIL image is dropped unless the model has 4 channels. For 8-bit PIL images this is `Image.convert`, as in timm.
+    Grey is repeated for a model of 3 channels, RGB is weighed to luma for a model of 1 channel. An alpha channel of a
+    PIL image or a PNG is dropped for a model of 1 or 3 channels, else it is a channel: RGBA fits a model of 4. CMYK is
+    converted for a model of 1 or 3 channels and fits no other. Of 8-bit PIL images, `Image.convert` makes 1 or 3
+    channels, as in timm.
 
     Args:
-        image: A PIL image, or an array of shape (H, W) or (H, W, C), or (C, H, W) where only that fits the model:
-            uint8, uint16, or floating point in [0, 1]. What bicubic resampling overshoots there is clipped.
+        image: What `read_image` gives: a PIL image, or an array of shape (H, W) or (H, W, C), or (C, H, W) where only
+            that fits the model: uint8, uint16, or floating point in [0, 1]. What bicubic resampling overshoots there is
+            clipped.
         in_chans: The channels that the model takes.
 
     Returns:
@@ -129,8 +165,15 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
         else:
             if in_chans in _PIL_MODES:
                 image = image.convert(_PIL_MODES[in_chans])
+            elif image.mode == 'CMYK':
+                raise ValueError(
+                    f'it is CMYK, the model takes {in_chans} channels; set model.args.in_chans=3, to which it is '
+                    'converted, or store its inks as .npy (H, W, 4)'
+                )
             image = np.asarray(image.convert('RGB') if image.mode == 'P' else image)
             image = image.astype(np.uint8) * 255 if image.dtype == bool else image
+    if isinstance(image, WithAlpha):
+        image = np.asarray(image[..., :-1] if in_chans in _PIL_MODES else image)
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or 0 in image.shape:
         shape = getattr(image, 'shape', type(image).__name__)
         raise ValueError(f'an image must be a PIL image or an array (H, W) or (H, W, C), got {shape}')

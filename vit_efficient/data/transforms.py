@@ -151,9 +151,9 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
     else:
         steps += [A.SmallestMaxSize(max_size_hw=(height, width), **resize), A.CenterCrop(height, width)]
     if config.hflip:
-        steps.append(A.HorizontalFlip(p=config.hflip))
+        steps.append((A.HorizontalFlip if photograph else _HorizontalFlip)(p=config.hflip))
     if config.vflip:
-        steps.append(A.VerticalFlip(p=config.vflip))
+        steps.append((A.VerticalFlip if photograph else _VerticalFlip)(p=config.vflip))
     affine = config.affine
     if affine.rotate or affine.translate or affine.scale or affine.shear:
         steps.append(
@@ -175,12 +175,30 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
     if config.dct_truncate:
         steps.append(DctTruncate(tuple(config.dct_truncate_ratio), p=config.dct_truncate))
     if config.erasing:
-        steps.append(A.Erasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), fill='random', p=config.erasing))
+        aspect = width / height
+        # Where the image is longer than 8:1, so are the rectangles: of the usual ones, the smallest would not fit.
+        stretch = aspect / min(max(aspect, 1 / 8), 8)
+        ratio = (0.3 * stretch, stretch / 0.3)
+        steps.append(A.Erasing(scale=(0.02, 1 / 3), ratio=ratio, fill='random', p=config.erasing))
     steps += [
         A.Normalize(preprocessing.mean, preprocessing.std, max_pixel_value=255.0 if photograph else 1.0),
         A.ToTensorV2(),
     ]
     return A.Compose(steps)
+
+
+class _HorizontalFlip(A.HorizontalFlip):
+    """Of any number of channels: OpenCV 5 flips no more than 128."""
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        return np.ascontiguousarray(img[:, ::-1])
+
+
+class _VerticalFlip(A.VerticalFlip):
+    """Of any number of channels, likewise."""
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        return np.ascontiguousarray(img[::-1])
 
 
 def _color_jitter(config: AugmentConfig, photograph: bool) -> A.BasicTransform:
