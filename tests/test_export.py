@@ -1,9 +1,12 @@
 """Exported graphs compute what the model computes, run by PyTorch and by onnxruntime."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 
 import vit_efficient
 from vit_efficient.cli import main
@@ -24,6 +27,13 @@ VARIANTS = [
     ('window', dict(window_size=3)),
     ('treeformer_tc', dict(tree_height=3)),
 ]
+
+
+class Listed(nn.Module):
+    """As a model that returns the features of some of its layers."""
+
+    def forward(self, x):
+        return [x, x]
 
 
 def build(name, options, **arguments):
@@ -82,6 +92,46 @@ def test_what_cannot_be_exported(name, options, file, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         export_model(build(name, options), tmp_path / file, (3, 56, 104))
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'change, file, size, message',
+    [
+        (lambda model: model, 'vit.pt2', (3, 64, 64), r'input_size=\(3, 64, 64\): Input height \(64\)'),
+        (lambda model: model, 'vit.pt2', (1, 56, 104), r'input_size=\(1, 56, 104\): .*give the size'),
+        (lambda model: model, 'vit.pt2', (3, 72), r'three positive integers, got input_size=\(3, 72\)'),
+        (lambda model: model, 'vit.pt2', 72, 'three positive integers, got input_size=72'),
+        (lambda model: model, 'vit.pt2', (3, 0, 104), r'three positive integers, got input_size=\(3, 0, 104\)'),
+        (lambda model: model.to('meta'), 'vit.pt2', (3, 56, 104), "'meta', which holds no weights"),
+        (lambda model: model.double(), 'vit.onnx', (3, 56, 104), r'torch.float64; export model.float\(\)'),
+        (lambda model: nn.Sequential(model, Listed()), 'vit.pt2', (3, 56, 104), 'Sequential returns a list; '),
+    ],
+)
+def test_what_is_refused_before_it_is_traced(change, file, size, message, tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.export.export', lambda *args, **options: pytest.fail('it was traced'))
+    with pytest.raises(ValueError, match=message):
+        export_model(change(build('dct', {})), tmp_path / file, size)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_dtype(dtype, tmp_path):
+    model = build('dct', {}).to(dtype)
+    assert export_model(model, tmp_path / 'vit.pt2', (3, 56, 104)) <= 1e-6
+    program = torch.export.load(tmp_path / 'vit.pt2').module()
+    x = torch.randn(4, 3, 56, 104).to(dtype)
+    torch.testing.assert_close(program(x), model.eval()(x))
+
+
+@pytest.mark.parametrize('size', [(3, 56, 104), (3, 64, 64)])
+def test_each_module_stays_in_its_mode(size, tmp_path):
+    model = build('dct', {})
+    model.blocks[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    with contextlib.suppress(ValueError):
+        export_model(model, tmp_path / 'vit.pt2', size)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert (tmp_path / 'vit.pt2').exists() == (size == (3, 56, 104))
 
 
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
