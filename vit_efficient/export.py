@@ -72,7 +72,7 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
         expected = [_output(model, x) for x in examples]
         program = _trace(model, examples[0], not fixed_batch)
         with replacing(path) as temporary:
-            run = (_write_onnx if path.suffix == '.onnx' else _write_program)(program, temporary, examples[0])
+            run = (_write_onnx if path.suffix == '.onnx' else _write_program)(program, temporary)
             found = [run(x) for x in examples]
             scale = max(y.abs().max().item() for y in expected)
             pairs = zip(found, expected, strict=True)
@@ -117,7 +117,8 @@ def _trace(model: nn.Module, example: Tensor, open_batch: bool) -> torch.export.
         raise ValueError(f'export: {type(model).__name__} cannot be exported: {_reason(error)}') from error
 
 
-def _write_program(program: torch.export.ExportedProgram, path: Path, example: Tensor):
+def _write_program(program: torch.export.ExportedProgram, path: Path):
+    program.example_inputs = None  # they would be in the file
     stream = io.BytesIO()
     torch.export.save(program, stream)
     path.write_bytes(stream.getvalue())
@@ -125,7 +126,7 @@ def _write_program(program: torch.export.ExportedProgram, path: Path, example: T
     return torch.export.load(stream).module()
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, example: Tensor):
+def _write_onnx(program: torch.export.ExportedProgram, path: Path):
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (PyTorch's exporter needs it)
