@@ -36,6 +36,11 @@ class Listed(nn.Module):
         return [x, x]
 
 
+class PseudoInverse(nn.Module):
+    def forward(self, x):
+        return torch.linalg.pinv(x)
+
+
 def build(name, options, **arguments):
     torch.manual_seed(0)
     return timm.create_model(f'vit_{name}_tiny', **{**SMALL, **arguments}, attention_kwargs=options).train()
@@ -70,6 +75,19 @@ def test_to_a_program_of_pytorch(arguments, tmp_path):
     torch.testing.assert_close(program(x), model.eval()(x))
 
 
+def test_what_only_a_program_of_pytorch_can_do(tmp_path):
+    model = build('nystrom', dict(num_landmarks=(2, 3), pinv='exact'))
+    assert export_model(model, tmp_path / 'vit.pt2', (3, 56, 104)) <= 1e-5
+
+
+def test_an_error_of_the_exporter_to_onnx(tmp_path):
+    """It has pages of text."""
+    pytest.importorskip('onnxscript')
+    with pytest.raises(ValueError, match='ONNX cannot have this model: .*pinv') as error:
+        export_model(PseudoInverse(), tmp_path / 'model.onnx', (3, 8, 8))
+    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
 def test_a_fixed_batch(tmp_path):
     model = build('dct', {})
     export_model(model, tmp_path / 'vit.pt2', (3, 56, 104), fixed_batch=1)
@@ -84,8 +102,7 @@ def test_a_fixed_batch(tmp_path):
     'name, options, file, message',
     [
         ('treeformer_tf', dict(tree_height=2), 'vit.pt2', 'reads the sizes of its leaves from the data'),
-        ('nystrom', dict(num_landmarks=(2, 3), pinv='exact'), 'vit.onnx', 'ONNX cannot have this model: .*pinv'),
-        ('dct', dict(learned=True), 'vit.pt2', 'freeze_truncation'),
+        ('dct', dict(learned=True), 'vit.pt2', 'freeze_truncation, .*at the end of a run'),
         ('dct', {}, 'vit.pt', 'must end in .onnx or .pt2'),
     ],
 )
@@ -94,6 +111,11 @@ def test_what_cannot_be_exported(name, options, file, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         export_model(build(name, options), tmp_path / file, (3, 56, 104))
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def untraced(monkeypatch):
+    monkeypatch.setattr('torch.export.export', lambda *args, **options: pytest.fail('it was traced'))
 
 
 @pytest.mark.parametrize(
@@ -109,11 +131,16 @@ def test_what_cannot_be_exported(name, options, file, message, tmp_path):
         (lambda model: nn.Sequential(model, Listed()), 'vit.pt2', (3, 56, 104), 'Sequential returns a list; '),
     ],
 )
-def test_what_is_refused_before_it_is_traced(change, file, size, message, tmp_path, monkeypatch):
-    monkeypatch.setattr('torch.export.export', lambda *args, **options: pytest.fail('it was traced'))
+def test_what_is_refused_before_it_is_traced(change, file, size, message, tmp_path, untraced):
     with pytest.raises(ValueError, match=message):
         export_model(change(build('dct', {})), tmp_path / file, size)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_exact_pseudo_inverse(tmp_path, untraced):
+    model = build('nystrom', dict(num_landmarks=(2, 3), pinv='exact'))
+    with pytest.raises(ValueError, match=r"pinv='exact'; export to .pt2, or use pinv='iterative'"):
+        export_model(model, tmp_path / 'vit.onnx', (3, 56, 104))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vit_efficient.attention.nystrom import NystromAttention
 from vit_efficient.files import replacing
 from vit_efficient.models.truncation import has_windows
 
@@ -53,7 +54,14 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
         )
     if has_windows(model):
         raise ValueError(
-            'export: the model learns a truncation; make it hard first, by vit_efficient.freeze_truncation'
+            'export: the model learns a truncation; make it hard first, by vit_efficient.freeze_truncation, or export '
+            "the folder 'model' that `vit-efficient train` writes at the end of a run, which has it hard"
+        )
+    exact = any(isinstance(module, NystromAttention) and module.pinv == 'exact' for module in model.modules())
+    if path.suffix == '.onnx' and exact:
+        raise ValueError(
+            "export: ONNX has no pseudo-inverse for attention 'nystrom' with pinv='exact'; export to .pt2, or use "
+            "pinv='iterative'"
         )
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
