@@ -1,9 +1,11 @@
 """Exported graphs compute what the model computes, run by PyTorch and by onnxruntime."""
 
-import numpy as np
+import contextlib
+
 import pytest
 import timm
 import torch
+from torch import nn
 
 import vit_efficient
 from vit_efficient.cli import main
@@ -24,6 +26,18 @@ VARIANTS = [
     ('window', dict(window_size=3)),
     ('treeformer_tc', dict(tree_height=3)),
 ]
+
+
+class Listed(nn.Module):
+    """As a model that returns the features of some of its layers."""
+
+    def forward(self, x):
+        return [x, x]
+
+
+class PseudoInverse(nn.Module):
+    def forward(self, x):
+        return torch.linalg.pinv(x)
 
 
 def build(name, options, **arguments):
@@ -60,10 +74,25 @@ def test_to_a_program_of_pytorch(arguments, tmp_path):
     torch.testing.assert_close(program(x), model.eval()(x))
 
 
+def test_what_only_a_program_of_pytorch_can_do(tmp_path):
+    model = build('nystrom', dict(num_landmarks=(2, 3), pinv='exact'))
+    assert export_model(model, tmp_path / 'vit.pt2', (3, 56, 104)) <= 1e-5
+
+
+def test_an_error_of_the_exporter_to_onnx(tmp_path):
+    """It has pages of text."""
+    pytest.importorskip('onnxscript')
+    with pytest.raises(ValueError, match='ONNX cannot have this model: .*pinv') as error:
+        export_model(PseudoInverse(), tmp_path / 'model.onnx', (3, 8, 8))
+    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
 def test_a_fixed_batch(tmp_path):
     model = build('dct', {})
     export_model(model, tmp_path / 'vit.pt2', (3, 56, 104), fixed_batch=1)
-    program = torch.export.load(tmp_path / 'vit.pt2').module()
+    program = torch.export.load(tmp_path / 'vit.pt2')
+    assert program.example_inputs is None  # a batch of images, which the file would carry
+    program = program.module()
     x = torch.randn(1, 3, 56, 104)
     torch.testing.assert_close(program(x), model.eval()(x))
 
@@ -72,8 +101,7 @@ def test_a_fixed_batch(tmp_path):
     'name, options, file, message',
     [
         ('treeformer_tf', dict(tree_height=2), 'vit.pt2', 'reads the sizes of its leaves from the data'),
-        ('nystrom', dict(num_landmarks=(2, 3), pinv='exact'), 'vit.onnx', 'ONNX cannot have this model: .*pinv'),
-        ('dct', dict(learned=True), 'vit.pt2', 'freeze_truncation'),
+        ('dct', dict(learned=True), 'vit.pt2', 'freeze_truncation, .*at the end of a run'),
         ('dct', {}, 'vit.pt', 'must end in .onnx or .pt2'),
     ],
 )
@@ -84,9 +112,59 @@ def test_what_cannot_be_exported(name, options, file, message, tmp_path):
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def untraced(monkeypatch):
+    monkeypatch.setattr('torch.export.export', lambda *args, **options: pytest.fail('it was traced'))
+
+
+@pytest.mark.parametrize(
+    'change, file, size, message',
+    [
+        (lambda model: model, 'vit.pt2', (3, 64, 64), r'input_size=\(3, 64, 64\): Input height \(64\)'),
+        (lambda model: model, 'vit.pt2', (1, 56, 104), r'input_size=\(1, 56, 104\): .*give the size'),
+        (lambda model: model, 'vit.pt2', (3, 72), r'three positive integers, got input_size=\(3, 72\)'),
+        (lambda model: model, 'vit.pt2', 72, 'three positive integers, got input_size=72'),
+        (lambda model: model, 'vit.pt2', (3, 0, 104), r'three positive integers, got input_size=\(3, 0, 104\)'),
+        (lambda model: model.to('meta'), 'vit.pt2', (3, 56, 104), "'meta', which holds no weights"),
+        (lambda model: model.double(), 'vit.onnx', (3, 56, 104), r'torch.float64; export model.float\(\)'),
+        (lambda model: nn.Sequential(model, Listed()), 'vit.pt2', (3, 56, 104), 'Sequential returns a list; '),
+    ],
+)
+def test_what_is_refused_before_it_is_traced(change, file, size, message, tmp_path, untraced):
+    with pytest.raises(ValueError, match=message):
+        export_model(change(build('dct', {})), tmp_path / file, size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exact_pseudo_inverse(tmp_path, untraced):
+    model = build('nystrom', dict(num_landmarks=(2, 3), pinv='exact'))
+    with pytest.raises(ValueError, match=r"pinv='exact'; export to .pt2, or use pinv='iterative'"):
+        export_model(model, tmp_path / 'vit.onnx', (3, 56, 104))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_dtype(dtype, tmp_path):
+    model = build('dct', {}).to(dtype)
+    assert export_model(model, tmp_path / 'vit.pt2', (3, 56, 104)) <= 1e-6
+    program = torch.export.load(tmp_path / 'vit.pt2').module()
+    x = torch.randn(4, 3, 56, 104).to(dtype)
+    torch.testing.assert_close(program(x), model.eval()(x))
+
+
+@pytest.mark.parametrize('size', [(3, 56, 104), (3, 64, 64)])
+def test_each_module_stays_in_its_mode(size, tmp_path):
+    model = build('dct', {})
+    model.blocks[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    with contextlib.suppress(ValueError):
+        export_model(model, tmp_path / 'vit.pt2', size)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert (tmp_path / 'vit.pt2').exists() == (size == (3, 56, 104))
+
+
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
     model = build('dct', {})
-    monkeypatch.setattr('vit_efficient.export._write_program', lambda program, path, x: lambda x: x.mean() + model(x))
+    monkeypatch.setattr('vit_efficient.export._write_program', lambda program, path: lambda x: x.mean() + model(x))
     with pytest.raises(ValueError, match='computes something else'):
         export_model(model, tmp_path / 'vit.pt2', (3, 56, 104))
     assert not list(tmp_path.iterdir())
@@ -99,6 +177,8 @@ def test_by_command(tmp_path, capsys):
     assert main(['export', str(tmp_path / 'model'), '--out', str(out), '--img-size', '64', '80']) == 0
     assert 'any number of images of 3×64×80' in capsys.readouterr().out
     program = torch.export.load(out).module()
-    assert np.isfinite(program(torch.randn(4, 3, 64, 80)).detach()).all()
+    resized = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True, img_size=(64, 80)).eval()
+    x = torch.randn(4, 3, 64, 80)
+    torch.testing.assert_close(program(x), resized(x))
     assert main(['export', str(tmp_path / 'model'), '--out', str(tmp_path / 'vit.tflite')]) == 2
     assert 'must end in .onnx or .pt2' in capsys.readouterr().err

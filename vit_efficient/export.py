@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vit_efficient.attention.nystrom import NystromAttention
 from vit_efficient.files import replacing
 from vit_efficient.models.truncation import has_windows
 
@@ -26,7 +27,8 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
     """Exports a model in evaluation mode, for one image size and any number of images.
 
     Args:
-        model: Of this package or of timm; it is left as it was.
+        model: Of this package or of timm, returning one tensor; it is left as it was. The graph takes images of its
+            dtype, which for ONNX is float32, and, in a .pt2 file, of its device.
         path: Ends in .onnx or .pt2.
         input_size: Channels, height and width of what the model takes.
         fixed_batch: Images of a batch; 0 leaves their number open.
@@ -36,7 +38,8 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
         largest output.
 
     Raises:
-        ValueError: If the path has another suffix, the model cannot be exported, or the graph computes something else.
+        ValueError: If the path has another suffix, the model cannot take such images or cannot be exported, or the
+            graph computes something else.
         ImportError: If ONNX's packages are not installed.
     """
     path = Path(path)
@@ -44,20 +47,40 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
         raise ValueError(f'export: the file must end in {" or ".join(SUFFIXES)}, got {path}')
     if type(fixed_batch) is not int or fixed_batch < 0:
         raise ValueError(f'export: fixed_batch must be 0 or a number of images, got {fixed_batch=}')
+    sides = input_size if isinstance(input_size, (tuple, list)) else ()
+    if len(sides) != 3 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(
+            f'export: input_size must be channels, height and width, three positive integers, got {input_size=}'
+        )
     if has_windows(model):
         raise ValueError(
-            'export: the model learns a truncation; make it hard first, by vit_efficient.freeze_truncation'
+            'export: the model learns a truncation; make it hard first, by vit_efficient.freeze_truncation, or export '
+            "the folder 'model' that `vit-efficient train` writes at the end of a run, which has it hard"
         )
+    exact = any(isinstance(module, NystromAttention) and module.pinv == 'exact' for module in model.modules())
+    if path.suffix == '.onnx' and exact:
+        raise ValueError(
+            "export: ONNX has no pseudo-inverse for attention 'nystrom' with pinv='exact'; export to .pt2, or use "
+            "pinv='iterative'"
+        )
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError(
+            "export: the model is on the device 'meta', which holds no weights; create it on another one, and load them"
+        )
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0, dtype=torch.float32))
+    if path.suffix == '.onnx' and like.dtype != torch.float32:
+        raise ValueError(f'export: ONNX takes a model of float32, got {like.dtype}; export model.float(), or to .pt2')
     batches = (fixed_batch,) if fixed_batch else _BATCHES
     examples = [torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(batch)) for batch in batches]
-    training = model.training
+    examples = [x.to(like.device, like.dtype) for x in examples]
+    training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad():
-            expected = [model(x) for x in examples]
+        expected = [_output(model, x) for x in examples]
         program = _trace(model, examples[0], not fixed_batch)
         with replacing(path) as temporary:
-            run = (_write_onnx if path.suffix == '.onnx' else _write_program)(program, temporary, examples[0])
+            run = (_write_onnx if path.suffix == '.onnx' else _write_program)(program, temporary)
             found = [run(x) for x in examples]
             scale = max(y.abs().max().item() for y in expected)
             pairs = zip(found, expected, strict=True)
@@ -68,8 +91,28 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
                     f'output (allowed: {TOLERANCE:g}); nothing was written'
                 )
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     return difference
+
+
+def _output(model: nn.Module, x: Tensor) -> Tensor:
+    name, input_size = type(model).__name__, tuple(x.shape[1:])
+    try:
+        with torch.no_grad():
+            y = model(x)
+    # What does not fit fails in many ways, from an AssertionError of timm to a RuntimeError of PyTorch.
+    except Exception as error:
+        raise ValueError(
+            f'export: {name} does not run on {x.dtype} images of {input_size=}: {_reason(error)}; give the size that '
+            'the model was built for, or build it for that one'
+        ) from error
+    if not isinstance(y, Tensor):
+        raise ValueError(
+            f'export: the model must return one tensor, {name} returns a {type(y).__name__}; build it without '
+            'features_only, or wrap it in a module that returns one'
+        )
+    return y
 
 
 def _trace(model: nn.Module, example: Tensor, open_batch: bool) -> torch.export.ExportedProgram:
@@ -82,7 +125,8 @@ def _trace(model: nn.Module, example: Tensor, open_batch: bool) -> torch.export.
         raise ValueError(f'export: {type(model).__name__} cannot be exported: {_reason(error)}') from error
 
 
-def _write_program(program: torch.export.ExportedProgram, path: Path, example: Tensor):
+def _write_program(program: torch.export.ExportedProgram, path: Path):
+    program.example_inputs = None  # they would be in the file
     stream = io.BytesIO()
     torch.export.save(program, stream)
     path.write_bytes(stream.getvalue())
@@ -90,7 +134,7 @@ def _write_program(program: torch.export.ExportedProgram, path: Path, example: T
     return torch.export.load(stream).module()
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, example: Tensor):
+def _write_onnx(program: torch.export.ExportedProgram, path: Path):
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (PyTorch's exporter needs it)
@@ -108,7 +152,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, example: Tens
         raise ValueError(f'export: ONNX cannot have this model: {_reason(error)}') from error
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+    return lambda x: torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0]).to(x.device)
 
 
 def _reason(error: BaseException) -> str:
