@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from vit_efficient.benchmark.timing import (
     check_plans,
     check_request,
     compare,
+    compiled_by_now,
     peak_share,
     with_matmul_rate,
 )
@@ -175,12 +176,18 @@ def _blocks(
             rows = [{**plan, 'work': work, **dict.fromkeys(MEASURED), 'error': plan['error']} for plan in of_tokens]
             fit = [i for i, row in enumerate(rows) if row['error'] is None]
             makes = [partial(_layer_call, candidates[i], n, setting, work, inputs) for i in fit]
-            parts = [partial(products_of, partial(make, guard=torch.no_grad)) for make in makes] if products else []
+            parts = [partial(_products, candidates[i], n, setting, work, inputs) for i in fit] if products else []
             measurements, peak = with_matmul_rate(partial(compare, makes, setting.device, *options, parts), setting)
             for i, measured in zip(fit, measurements, strict=True):
                 rows[i].update(measured)
                 rows[i]['peak_share'] = peak_share(rows[i], peak)
             yield rows
+
+
+def _products(candidate: Candidate, tokens: int, setting: LayerSetting, work: str, inputs: Shared):
+    # Of the layer as it is written: what it was compiled to shows no operators.
+    setting = replace(setting, compiled=False)
+    return products_of(partial(_layer_call, candidate, tokens, setting, work, inputs, guard=torch.no_grad))
 
 
 def _layer_call(
@@ -193,7 +200,7 @@ def _layer_call(
 ) -> Callable[[], object]:
     x, gradient = inputs()
     module = setting.layer(candidate, tokens).train(work != 'forward')
-    run = torch.compile(module) if setting.compiled else module
+    run = torch.compile(module, dynamic=False) if setting.compiled else module
     if work == 'forward':
 
         def call() -> None:
@@ -206,4 +213,4 @@ def _layer_call(
             module.zero_grad()
             x.grad = None
 
-    return call
+    return compiled_by_now(call, setting.device) if setting.compiled else call
