@@ -46,8 +46,14 @@ class ModelCandidate:
         """The model for square images of that size.
 
         Raises:
-            ValueError: If there is none: an unknown name or argument, or patches that do not divide the image.
+            ValueError: If there is none: an unknown name or argument, a size among the arguments, or patches that do
+                not divide the image.
         """
+        if 'img_size' in self.args:
+            raise ValueError(
+                f'{self}: img_size={self.args["img_size"]!r} must not be among its arguments; sizes are the '
+                "benchmark's, img_sizes (--img-sizes)"
+            )
         if not timm.is_model(self.name):
             raise ValueError(f'timm knows no model {self.name!r}; see timm.list_models()')
         try:
