@@ -66,6 +66,14 @@ def test_by_default_all_attentions(capsys):
     assert all(row['slope'] is None for row in rows)  # of one N
 
 
+def test_prefix_tokens(capsys):
+    command = ['benchmark', 'layer', *FAST, '--attentions', 'dct', '--prefix', '5']
+    assert main([*command, '--format', 'json']) == 0
+    assert [row['attended'] for row in json.loads(capsys.readouterr().out)[:2]] == [41, 14]
+    assert main(command) == 0
+    assert 'batch 1, float32, 5 prefix tokens, cpu' in capsys.readouterr().out
+
+
 def test_layer_counts_what_count_flops_counts(capsys):
     main(['benchmark', 'layer', *FAST, '--attentions', 'dct', '--format', 'json', '--batch-size', '3'])
     row = json.loads(capsys.readouterr().out)[1]
@@ -114,6 +122,7 @@ def test_markdown_says_what_failed(capsys, monkeypatch):
         (['--attentions', 'dtc'], "'dct'"),
         (['--attentions', 'dct:keep_ratio'], 'keep_ratio'),
         (['--attentions', 'dct:keep_ratio=2'], 'keep_ratio=2'),
+        (['--prefix', '-1'], 'prefix=-1'),
         (['--tokens', '0'], 'tokens=0'),
         (['--heads', '5'], 'num_heads=5'),
         (['--rounds', '0'], 'rounds=0'),

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'packages: package/linformer, package/nystrom-attention, package/performer-pytorch',
     )
     layer.add_argument('--tokens', nargs='+', type=int, default=[1024, 4096, 16384], metavar='N', help='patches')
+    layer.add_argument('--prefix', type=int, default=0, metavar='P', help='tokens before them: class token, registers')
     layer.add_argument('--dim', type=int, default=768)
     layer.add_argument('--heads', type=int, default=12)
     layer.add_argument('--products', action='store_true', help='time the matrix products of each layer alone, too')
@@ -187,11 +188,13 @@ def _layers(args: argparse.Namespace, device) -> None:
 
     attentions = args.attentions or [*(name for name in list_attentions() if name != 'full'), 'dct:keep_ratio=1/16']
     candidates = [_candidate(text) for text in attentions]
-    setting = LayerSetting(args.dim, args.heads, args.batch_size, getattr(torch, args.dtype), device, args.compile)
+    setting = LayerSetting(
+        args.dim, args.heads, args.batch_size, getattr(torch, args.dtype), device, args.compile, args.prefix
+    )
     blocks = benchmark_layer(
         candidates, args.tokens, setting, args.rounds, args.max_seconds, args.memory, args.products
     )
-    how = ', compiled' * args.compile
+    how = f', {args.prefix} prefix tokens' * bool(args.prefix) + ', compiled' * args.compile
     setup = f'd = {args.dim}, {args.heads} heads, batch {args.batch_size}, {args.dtype}{how}, {_on(device)}'
     rows: list[dict[str, Any]] = []
     text = ''
