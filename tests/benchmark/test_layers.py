@@ -78,6 +78,7 @@ def test_error_rows(picky):
         ([Candidate('dct')], [16], dict(max_seconds=math.nan), 'max_seconds=nan'),
         ([Candidate('dct')], [16], dict(setting=LayerSetting(dim=16, num_heads=3)), 'num_heads=3'),
         ([Candidate('dct')], [16], dict(setting=LayerSetting(16, 2, prefix=-1)), 'prefix=-1'),
+        ([Candidate('dct', dict(place='block'))], [16], {}, "place='block'.*benchmark model"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_timed(candidates, tokens, kwargs, named, picky, monkeypatch):

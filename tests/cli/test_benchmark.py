@@ -122,6 +122,7 @@ def test_markdown_says_what_failed(capsys, monkeypatch):
         (['--attentions', 'dtc'], "'dct'"),
         (['--attentions', 'dct:keep_ratio'], 'keep_ratio'),
         (['--attentions', 'dct:keep_ratio=2'], 'keep_ratio=2'),
+        (['--attentions', 'dct:place=block'], "place='block'"),
         (['--prefix', '-1'], 'prefix=-1'),
         (['--tokens', '0'], 'tokens=0'),
         (['--heads', '5'], 'num_heads=5'),

@@ -74,7 +74,8 @@ class LayerSetting:
         """A layer that is called with (B, prefix + tokens, dim).
 
         Raises:
-            ValueError: If the name or an option is unknown, or an option does not fit the grid.
+            ValueError: If the name or an option is unknown, an option does not fit the grid, or place='block' is asked
+                for, which is no layer's.
         """
         kwargs = dict(qkv_bias=True, device=device or self.device, dtype=self.dtype)
         grid = squarest_grid(tokens, self.prefix)
@@ -86,6 +87,11 @@ class LayerSetting:
         size = (grid.height, grid.width)
         options = layer_options(candidate.name, candidate.options, layer=0, depth=1, grid_size=size)
         attention = create_attention(candidate.name, self.dim, self.num_heads, **kwargs, **options)
+        if attention.of_block:
+            raise ValueError(
+                f"{candidate}: at place='block' it is the block that goes down and up, with its MLP, and no layer to "
+                "time alone; time it in a model (benchmark model, attention_kwargs={'place':'block'})"
+            )
         return _OnGrid(attention, grid)
 
     def inputs(self, tokens: int) -> tuple[Tensor, Tensor]:
