@@ -91,11 +91,20 @@ def test_memory(capsys, monkeypatch):
 def test_markdown_says_on_what_it_was_measured(capsys):
     assert main(['benchmark', 'layer', *FAST, '--attentions', 'dct']) == 0
     text = capsys.readouterr().out
+    assert 'spread: ' in text
     assert f'timm {timm.__version__}' in text and 'd = 32, 2 heads, batch 1, float32, cpu' in text
     assert 'peak' not in text.lower() and 'error' not in text
     head, *lines = [line.split('|')[1:-1] for line in text.split('\n\n')[1].splitlines()]
     assert [cell.strip() for cell in head] == ['slope', 'forward', 'forward+backward']
     assert [line[0].strip() for line in lines[1:]] == ['exact (timm)', 'dct']
+
+
+def test_the_spread_of_one_round_is_not_known(capsys):
+    assert main(['benchmark', 'layer', *FAST, '--rounds', '1', '--tokens', '16', '--attentions', 'dct']) == 0
+    head, _, *lines = [line.split('|') for line in capsys.readouterr().out.split('\n\n')[0].splitlines()]
+    at = [cell.strip() for cell in head].index('spread %')
+    assert head[at - 1].strip() == 'median ms'
+    assert [line[at].strip() for line in lines] == ['–'] * 4
 
 
 def test_markdown_says_what_failed(capsys, monkeypatch):

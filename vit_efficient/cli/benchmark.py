@@ -160,6 +160,7 @@ def render_models(rows: Sequence[dict[str, Any]], format: str, setup: str = '') 
         Column('gmacs', 'GMACs', 2),
         Column('milliseconds', 'ms', 1),
         Column('median_milliseconds', 'median ms', 1),
+        Column('spread_percent', 'spread %', 1),
         Column('rounds'),
         Column('images_per_second', 'images/s', 2),
         Column('ratio', '× first', 2),
@@ -167,16 +168,20 @@ def render_models(rows: Sequence[dict[str, Any]], format: str, setup: str = '') 
         Column('peak_share', 'of matmul rate', 2),
         Column('error'),
     ]
-    columns = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+    columns = _with_content(columns, rows)
     table = Table(columns, [{column.key: row.get(column.key) for column in columns} for row in rows]).render(format)
     if format != 'markdown':
         return table
     return (
-        f'{table}\nLeast and median of rounds in which the models take turns; × first: ratio of the least times. Peak: '
-        'what the work adds to the memory of weights, inputs and the state of the optimiser. '
-        f'{_OF_MATMUL_RATE}GMACs of a forward pass of all '
-        f'images. {setup}'
+        f'{table}\nLeast and median of rounds in which the models take turns; spread: from least to most, of the '
+        'median; × first: ratio of the least times. Peak: what the work adds to the memory of weights, inputs and the '
+        f'state of the optimiser. {_OF_MATMUL_RATE}GMACs of a forward pass of all images. {setup}'
     )
+
+
+def _with_content(columns: Sequence[Any], rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """The columns but those in which nothing stands; that a spread is not known is something."""
+    return [c for c in columns if c.key == 'spread_percent' or any(row.get(c.key) is not None for row in rows)]
 
 
 def _layers(args: argparse.Namespace, device) -> None:
@@ -241,6 +246,7 @@ def render(rows: Sequence[dict[str, Any]], format: str, setup: str = '') -> str:
         Column('gmacs', 'GMACs', 2),
         Column('milliseconds', 'ms', 1),
         Column('median_milliseconds', 'median ms', 1),
+        Column('spread_percent', 'spread %', 1),
         Column('rounds'),
         Column('ratio', '× exact', 2),
         Column('to_part', 'to its products', 2),
@@ -253,14 +259,16 @@ def render(rows: Sequence[dict[str, Any]], format: str, setup: str = '') -> str:
         return Table([*columns[:-1], Column('slope'), columns[-1]], rows).render(format)
 
     def table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
-        """Without the columns in which nothing stands."""
-        columns = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+        columns = _with_content(columns, rows)
         return Table(columns, [{column.key: row.get(column.key) for column in columns} for row in rows]).render()
 
     tokens = list(dict.fromkeys(row['tokens'] for row in rows))
     parts = [table(columns, rows)]
     measured = {column.key for column in columns if any(row.get(column.key) is not None for row in rows)}
-    notes = 'Least and median of rounds in which the layers take turns; × exact: ratio of the least times. '
+    notes = (
+        'Least and median of rounds in which the layers take turns; spread: from least to most, of the median; '
+        '× exact: ratio of the least times. '
+    )
     if any(value is not None for value in slopes.values()):
         second = []
         for attention in dict.fromkeys(row['attention'] for row in rows):
