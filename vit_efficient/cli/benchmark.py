@@ -108,7 +108,7 @@ def _on(device) -> str:
     from vit_efficient.environment import describe_environment, one_line
 
     threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
-    return f'{device}{threads}. {one_line(describe_environment(device))}.\n'
+    return f'{device}{threads}. {one_line(describe_environment(device), measured=True)}.\n'
 
 
 def _models(args: argparse.Namespace, device) -> None:
