@@ -16,9 +16,11 @@ from vit_efficient.version import __version__
 
 _PACKAGES = ('torch', 'torchvision', 'timm', 'albumentations', 'numpy', 'omegaconf', 'opencv-python-headless', 'pillow')
 
-#: What changes times and memory from outside, if it is set: threads, allocators, compilers.
+#: What changes times and memory from outside, if it is set: threads, allocators, compilers. (PyTorch sets the folder of
+#: the compiler's cache itself.)
 _VARIABLES = re.compile(
-    r'THP_MEM_ALLOC_ENABLE|LD_PRELOAD|OMP_NUM_THREADS|(MALLOC|MKL|KMP|TORCHINDUCTOR)_.*|PYTORCH_.*ALLOC.*'
+    r'THP_MEM_ALLOC_ENABLE|LD_PRELOAD|OMP_NUM_THREADS|(MALLOC|MKL|KMP)_.*|PYTORCH_.*ALLOC.*'
+    r'|TORCHINDUCTOR_(?!CACHE_DIR).*'
 )
 
 
