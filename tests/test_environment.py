@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vit_efficient.environment import describe_environment
+from vit_efficient.environment import describe_environment, one_line
 
 
 @pytest.fixture
@@ -52,3 +52,21 @@ def test_the_command_of_several_processes_is_that_of_torchrun(folder, monkeypatc
     monkeypatch.setitem(os.environ, 'GROUP_WORLD_SIZE', '2')
     command = describe_environment(torch.device('cpu'))['command']
     assert command == f'cd {folder} && torchrun --nnodes 2 --nproc-per-node 8 tools/train.py a.yaml seed=1'
+
+
+def test_one_line_names_what_changes_times(monkeypatch):
+    changing = ['THP_MEM_ALLOC_ENABLE', 'MALLOC_ARENA_MAX', 'OMP_NUM_THREADS', 'MKL_DYNAMIC', 'KMP_AFFINITY']
+    changing += ['PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_ALLOC_CONF', 'TORCHINDUCTOR_FREEZING']
+    others = ['PYTORCH_JIT', 'NO_MALLOC_HERE', 'TORCHINDUCTOR_CACHE_DIR']
+    for name in (*changing, *others):
+        monkeypatch.setenv(name, '1')
+    monkeypatch.setenv('LD_PRELOAD', '')
+    environment = describe_environment(torch.device('cpu'))
+    environment['git'] = dict(commit='0123456789abcdef', changed=False)
+    measured, plain = one_line(environment, measured=True), one_line(environment)
+    assert {'LD_PRELOAD', *changing} <= {part.partition('=')[0] for part in measured.split(', ')}
+    assert not any(name in measured for name in others)
+    assert measured.startswith(f'{plain}, commit 0123456789, ') and 'OMP_NUM_THREADS' not in plain
+    environment['git']['changed'] = True
+    assert ', commit 0123456789 (changed), ' in one_line(environment, measured=True)
+    assert 'commit' not in one_line(environment | dict(git=None), measured=True)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -15,10 +16,18 @@ from vit_efficient.version import __version__
 
 _PACKAGES = ('torch', 'torchvision', 'timm', 'albumentations', 'numpy', 'omegaconf', 'opencv-python-headless', 'pillow')
 
+#: What changes times and memory from outside, if it is set: threads, allocators, compilers. (PyTorch sets the folder of
+#: the compiler's cache itself.)
+_VARIABLES = re.compile(
+    r'THP_MEM_ALLOC_ENABLE|LD_PRELOAD|OMP_NUM_THREADS|(MALLOC|MKL|KMP)_.*|PYTORCH_.*ALLOC.*'
+    r'|TORCHINDUCTOR_(?!CACHE_DIR).*'
+)
+
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, threads, GPU, and what it takes to repeat the run.
 
+    `variables` are those of the process's environment that change times and memory.
     `git` is the state of this package's source tree, `working_git` that of the folder that the command was given in;
     either is None where there is no such repository. `command` is a line for a shell.
     """
@@ -32,6 +41,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         'threads': torch.get_num_threads(),
         'device': str(device),
         'gpu': torch.cuda.get_device_name(device) if device.type == 'cuda' else None,
+        'variables': {name: os.environ[name] for name in sorted(os.environ) if _VARIABLES.fullmatch(name)},
         'git': _git_state(Path(__file__).parent),
         'working_git': _git_state(Path.cwd()),
         'command': _command(),
@@ -78,8 +88,19 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def one_line(environment: dict[str, Any]) -> str:
-    """Machine and versions, for below a table."""
+def one_line(environment: dict[str, Any], measured: bool = False) -> str:
+    """Machine and versions, for below a table.
+
+    Args:
+        environment: Of `describe_environment`.
+        measured: Times or memory stand there: name the variables that change them and the commit of the package, too.
+    """
     packages = environment['packages']
     machine = environment['gpu'] or f'{environment["cpu"]}, {environment["cores"]} cores'
-    return f'{machine}, torch {packages["torch"]}, timm {packages["timm"]}'
+    parts = [machine, f'torch {packages["torch"]}', f'timm {packages["timm"]}']
+    if measured:
+        git = environment['git']
+        if git:
+            parts.append(f'commit {git["commit"][:10]}' + ' (changed)' * git['changed'])
+        parts += [f'{name}={value}' for name, value in environment['variables'].items()]
+    return ', '.join(parts)

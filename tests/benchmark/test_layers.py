@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from vit_efficient.attention import GridAttention, registry
+from vit_efficient.attention import GridAttention, list_attentions, registry
 from vit_efficient.benchmark import (
     EXACT,
     PASSES,
@@ -76,6 +77,8 @@ def test_error_rows(picky):
         ([Candidate('dct')], [16], dict(max_seconds=0), 'max_seconds=0'),
         ([Candidate('dct')], [16], dict(max_seconds=math.nan), 'max_seconds=nan'),
         ([Candidate('dct')], [16], dict(setting=LayerSetting(dim=16, num_heads=3)), 'num_heads=3'),
+        ([Candidate('dct')], [16], dict(setting=LayerSetting(16, 2, prefix=-1)), 'prefix=-1'),
+        ([Candidate('dct', dict(place='block'))], [16], {}, "place='block'.*benchmark model"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_timed(candidates, tokens, kwargs, named, picky, monkeypatch):
@@ -106,6 +109,24 @@ def test_the_passes_compute_what_they_say():
         layers._layer_call(Candidate('dct'), n, setting, work, lambda: (x, gradient))()
     assert seen == [(False, False), (True, True), True]
     assert x.grad is None
+
+
+@pytest.mark.parametrize('name', [EXACT.name, *list_attentions(), 'package/linformer'])
+def test_prefix_tokens(name):
+    if name.startswith('package'):
+        pytest.importorskip('linformer')
+    setting = LayerSetting(dim=16, num_heads=2, batch_size=3, prefix=5)
+    candidate = EXACT if name == EXACT.name else Candidate(name)
+    x, gradient = setting.inputs(16)
+    assert x.shape == gradient.shape == setting.layer(candidate, 16)(x).shape == (3, 21, 16)
+    plan = layers._plan(candidate, 16, setting)
+    assert plan['error'] is None
+    if name in (EXACT.name, 'full'):
+        assert plan['attended'] == 21
+        assert plan['gmacs'] == 3 * (4 * 21 * 16 * 16 + 2 * 21 * 21 * 16) / 1e9
+    elif name == 'dct':
+        assert plan['attended'] == 5 + 4
+        assert plan['gmacs'] > layers._plan(candidate, 16, replace(setting, prefix=0))['gmacs']
 
 
 def test_grids():

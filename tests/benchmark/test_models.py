@@ -68,6 +68,8 @@ def test_a_model_of_coefficients():
         ([ModelCandidate('vit_nothing')], {}, "no model 'vit_nothing'"),
         ([ModelCandidate('vit_dct_tiny', dict(keep=3))], {}, "vit_dct_tiny keep=3: .*'keep'"),
         ([ModelCandidate('resnet18', dict(keep=3))], {}, "resnet18 keep=3: .*'keep'"),
+        ([ModelCandidate('vit_dct_tiny', dict(img_size=64))], {}, 'vit_dct_tiny .*img_size=64 .*--img-sizes'),
+        ([ModelCandidate('resnet18', dict(img_size=64), 'ours')], {}, 'ours: img_size=64 .*--img-sizes'),
         (MODELS, dict(works=['sleep']), "work must be one of .*, got 'sleep'"),
         (MODELS, dict(setting=ModelSetting(0)), 'batch_size=0'),
         ([*MODELS, MODELS[0]], {}, 'is given twice'),

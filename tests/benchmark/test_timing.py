@@ -69,6 +69,12 @@ def test_rounds_adapt(clock, max_seconds, rounds):
     assert rounds == 1 or clock.now <= max_seconds
 
 
+@pytest.mark.parametrize(('rounds', 'spread'), [(3, 40), (1, None)])
+def test_spread(clock, rounds, spread):
+    (row,) = compare([lambda: clock.call('a', 1, 5, 4, 6)], CPU, rounds=rounds, memory=False)
+    assert row['spread_percent'] == spread and row['median_milliseconds'] == 5000
+
+
 def test_slope_of_a_power_law():
     sizes = (1024, 4096, 16384, 65536)
     assert slope([(n, 3e-5 * n**1.7) for n in sizes]) == pytest.approx(1.7, abs=1e-12)

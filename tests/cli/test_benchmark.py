@@ -66,6 +66,62 @@ def test_by_default_all_attentions(capsys):
     assert all(row['slope'] is None for row in rows)  # of one N
 
 
+def test_prefix_tokens(capsys):
+    command = ['benchmark', 'layer', *FAST, '--attentions', 'dct', '--prefix', '5']
+    assert main([*command, '--format', 'json']) == 0
+    assert [row['attended'] for row in json.loads(capsys.readouterr().out)[:2]] == [41, 14]
+    assert main(command) == 0
+    assert 'batch 1, float32, 5 prefix tokens, cpu' in capsys.readouterr().out
+
+
+@pytest.fixture
+def plotted(monkeypatch):
+    """The lines of plots: (work, label) and points."""
+    from matplotlib.figure import Figure
+
+    lines = {}
+
+    def save(figure, *_, **__):
+        for axes in figure.axes:
+            for line in axes.lines:
+                points = dict(zip(map(float, line.get_xdata()), line.get_ydata(), strict=True))
+                lines[axes.get_title(), line.get_label()] = points
+
+    monkeypatch.setattr(Figure, 'savefig', save)
+    return lines
+
+
+def test_a_sweep_of_layers(capsys, tmp_path, plotted):
+    out = tmp_path / 'layer.md'
+    sweep = ['--attentions', 'dct', '--batch-size', '1', '3', '--dtype', 'float32', 'bfloat16', '--out', str(out)]
+    assert main(['benchmark', 'layer', *FAST, *sweep]) == 0
+    printed = capsys.readouterr()
+    assert 'batch 1 / 3, float32 / bfloat16' in printed.out
+    assert 'N = 91, forward, batch 3, bfloat16: done' in printed.err
+    rows = list(csv.DictReader(out.with_suffix('.csv').read_text().splitlines()))
+    assert [row['batch_size'] + row['dtype'] for row in rows[::8]] == ['1float32', '1bfloat16', '3float32', '3bfloat16']
+    assert len(rows) == 4 * 2 * 2 * 2 and len(plotted) == 4 * 2 * 2
+    assert float(rows[16]['gmacs']) == pytest.approx(3 * float(rows[0]['gmacs']))
+    for i, row in enumerate(rows):
+        milliseconds = float(row['milliseconds'])
+        assert float(row['ratio']) == pytest.approx(float(rows[i - i % 2]['milliseconds']) / milliseconds)
+        line = plotted[row['work'], f'{row["attention"]}, batch {row["batch_size"]}, {row["dtype"]}']
+        assert line[int(row['tokens'])] == milliseconds
+        assert float(row['slope']) == pytest.approx(math.log(line[91] / line[36]) / math.log(91 / 36))
+    slopes = [line.split('|')[1].strip() for line in printed.out.split('\n\n')[1].splitlines()[2:]]
+    assert slopes == list(dict.fromkeys(label for _, label in plotted))
+
+
+def test_a_sweep_of_models(capsys, tmp_path, plotted):
+    out = tmp_path / 'model.md'
+    model = 'vit_tiny_patch16_224:patch_size=8,embed_dim=16,depth=1,num_heads=2'
+    command = ['benchmark', 'model', '--models', model, '--img-sizes', '16', '--rounds', '1', '--no-memory']
+    assert main([*command, '--labels', 'ViT', '--batch-size', '1', '2', '--out', str(out)]) == 0
+    head, _, *lines = [line.split('|')[1:3] for line in capsys.readouterr().out.split('\n\n')[0].splitlines()]
+    assert [[cell.strip() for cell in line] for line in [head, *lines]] == [['batch', 'px'], ['1', '16'], ['2', '16']]
+    assert list(plotted) == [('inference', 'ViT, batch 1'), ('inference', 'ViT, batch 2')]
+
+
 def test_layer_counts_what_count_flops_counts(capsys):
     main(['benchmark', 'layer', *FAST, '--attentions', 'dct', '--format', 'json', '--batch-size', '3'])
     row = json.loads(capsys.readouterr().out)[1]
@@ -80,14 +136,24 @@ def test_memory(capsys, monkeypatch):
     assert text.count(' 1.5 |') == 4 and 'peak MiB' in text and 'Peak: ' in text
 
 
-def test_markdown_says_on_what_it_was_measured(capsys):
+def test_markdown_says_on_what_it_was_measured(capsys, monkeypatch):
+    monkeypatch.setenv('MKL_DYNAMIC', 'FALSE')
     assert main(['benchmark', 'layer', *FAST, '--attentions', 'dct']) == 0
     text = capsys.readouterr().out
+    assert 'MKL_DYNAMIC=FALSE' in text and 'spread: ' in text
     assert f'timm {timm.__version__}' in text and 'd = 32, 2 heads, batch 1, float32, cpu' in text
     assert 'peak' not in text.lower() and 'error' not in text
     head, *lines = [line.split('|')[1:-1] for line in text.split('\n\n')[1].splitlines()]
     assert [cell.strip() for cell in head] == ['slope', 'forward', 'forward+backward']
     assert [line[0].strip() for line in lines[1:]] == ['exact (timm)', 'dct']
+
+
+def test_the_spread_of_one_round_is_not_known(capsys):
+    assert main(['benchmark', 'layer', *FAST, '--rounds', '1', '--tokens', '16', '--attentions', 'dct']) == 0
+    head, _, *lines = [line.split('|') for line in capsys.readouterr().out.split('\n\n')[0].splitlines()]
+    at = [cell.strip() for cell in head].index('spread %')
+    assert head[at - 1].strip() == 'median ms'
+    assert [line[at].strip() for line in lines] == ['–'] * 4
 
 
 def test_markdown_says_what_failed(capsys, monkeypatch):
@@ -114,8 +180,13 @@ def test_markdown_says_what_failed(capsys, monkeypatch):
         (['--attentions', 'dtc'], "'dct'"),
         (['--attentions', 'dct:keep_ratio'], 'keep_ratio'),
         (['--attentions', 'dct:keep_ratio=2'], 'keep_ratio=2'),
+        (['--attentions', 'dct:place=block'], "place='block'"),
+        (['--prefix', '-1'], 'prefix=-1'),
         (['--tokens', '0'], 'tokens=0'),
         (['--heads', '5'], 'num_heads=5'),
+        (['--batch-size', '2', '2'], '2 is given twice'),
+        (['--batch-size', '2', '0'], 'batch_size=0'),
+        (['--dtype', 'float32', 'float32'], 'float32 is given twice'),
         (['--rounds', '0'], 'rounds=0'),
         (['--max-seconds', '0'], 'max_seconds=0'),
         (['--threads', '0'], '--threads'),

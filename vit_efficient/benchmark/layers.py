@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vit_efficient.attention import GridAttention, create_attention, layer_options
 from vit_efficient.benchmark.peers import PEERS, create_peer
@@ -20,6 +21,7 @@ from vit_efficient.benchmark.timing import (
     check_plans,
     check_request,
     compare,
+    compiled_by_now,
     peak_share,
     with_matmul_rate,
 )
@@ -51,7 +53,14 @@ EXACT = Candidate('exact (timm)')
 
 @dataclass(frozen=True)
 class LayerSetting:
-    """What layers that are compared have in common. Compiling, if they are `compiled`, is not timed."""
+    """What layers that are compared have in common.
+
+    Attributes:
+        dim, num_heads: Of the layers.
+        batch_size, dtype, device: Of their input, and of the weights.
+        compiled: Time `torch.compile`d layers. Compiling is not timed.
+        prefix: Tokens before the patches (class token, registers).
+    """
 
     dim: int = 768
     num_heads: int = 12
@@ -59,34 +68,42 @@ class LayerSetting:
     dtype: torch.dtype = torch.float32
     device: torch.device = _CPU
     compiled: bool = False
+    prefix: int = 0
 
     def layer(self, candidate: Candidate, tokens: int, device: torch.device | str | None = None) -> nn.Module:
-        """A layer that is called with (B, tokens, dim).
+        """A layer that is called with (B, prefix + tokens, dim).
 
         Raises:
-            ValueError: If the name or an option is unknown, or an option does not fit the grid.
+            ValueError: If the name or an option is unknown, an option does not fit the grid, or place='block' is asked
+                for, which is no layer's.
         """
         kwargs = dict(qkv_bias=True, device=device or self.device, dtype=self.dtype)
-        grid = squarest_grid(tokens)
+        grid = squarest_grid(tokens, self.prefix)
         if candidate == EXACT:
             return _OnGrid(Attention(self.dim, self.num_heads, **kwargs), grid)
         if candidate.name in PEERS:
-            peer = create_peer(candidate.name, self.dim, self.num_heads, tokens, candidate.options)
+            peer = create_peer(candidate.name, self.dim, self.num_heads, grid.num_tokens, candidate.options)
             return _OnGrid(peer.to(device=device or self.device, dtype=self.dtype), grid)
         size = (grid.height, grid.width)
         options = layer_options(candidate.name, candidate.options, layer=0, depth=1, grid_size=size)
-        return _OnGrid(create_attention(candidate.name, self.dim, self.num_heads, **kwargs, **options), grid)
+        attention = create_attention(candidate.name, self.dim, self.num_heads, **kwargs, **options)
+        if attention.of_block:
+            raise ValueError(
+                f"{candidate}: at place='block' it is the block that goes down and up, with its MLP, and no layer to "
+                "time alone; time it in a model (benchmark model, attention_kwargs={'place':'block'})"
+            )
+        return _OnGrid(attention, grid)
 
     def inputs(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Tokens, and the gradient of what a layer makes of them."""
-        x = torch.randn(self.batch_size, tokens, self.dim, dtype=self.dtype, device=self.device)
+        x = torch.randn(self.batch_size, self.prefix + tokens, self.dim, dtype=self.dtype, device=self.device)
         return x.requires_grad_(), torch.randn_like(x)
 
 
-def squarest_grid(tokens: int) -> PatchGrid:
-    """The grid of `tokens` patches whose sides are closest to each other."""
+def squarest_grid(tokens: int, prefix: int = 0) -> PatchGrid:
+    """The grid of `tokens` patches whose sides are closest to each other, after `prefix` other tokens."""
     height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)
-    return PatchGrid(height, tokens // height)
+    return PatchGrid(height, tokens // height, prefix)
 
 
 class _OnGrid(nn.Module):
@@ -98,8 +115,8 @@ class _OnGrid(nn.Module):
         self.grid = grid
 
     def forward(self, x: Tensor) -> Tensor:
-        # Counting FLOPs gives an image of `dim` channels.
-        x = x.flatten(2).mT if x.ndim == 4 else x
+        if x.ndim == 4:  # counting FLOPs gives an image of `dim` channels
+            x = F.pad(x.flatten(2).mT, (0, 0, self.grid.prefix, 0))
         return self.attn(x, self.grid) if isinstance(self.attn, GridAttention) else self.attn(x)
 
 
@@ -158,7 +175,8 @@ def _plan(candidate: Candidate, tokens: int, setting: LayerSetting) -> dict[str,
         macs = count_flops(layer, size, setting.batch_size).total
     except ValueError as error:
         return plan | dict(error=str(error))
-    return plan | dict(attended=tokens if candidate == EXACT else layer.attn.num_attended(layer.grid), gmacs=macs / 1e9)
+    attended = layer.grid.num_tokens if candidate == EXACT else layer.attn.num_attended(layer.grid)
+    return plan | dict(attended=attended, gmacs=macs / 1e9)
 
 
 def _blocks(
@@ -175,12 +193,18 @@ def _blocks(
             rows = [{**plan, 'work': work, **dict.fromkeys(MEASURED), 'error': plan['error']} for plan in of_tokens]
             fit = [i for i, row in enumerate(rows) if row['error'] is None]
             makes = [partial(_layer_call, candidates[i], n, setting, work, inputs) for i in fit]
-            parts = [partial(products_of, partial(make, guard=torch.no_grad)) for make in makes] if products else []
+            parts = [partial(_products, candidates[i], n, setting, work, inputs) for i in fit] if products else []
             measurements, peak = with_matmul_rate(partial(compare, makes, setting.device, *options, parts), setting)
             for i, measured in zip(fit, measurements, strict=True):
                 rows[i].update(measured)
                 rows[i]['peak_share'] = peak_share(rows[i], peak)
             yield rows
+
+
+def _products(candidate: Candidate, tokens: int, setting: LayerSetting, work: str, inputs: Shared):
+    # Of the layer as it is written: what it was compiled to shows no operators.
+    setting = replace(setting, compiled=False)
+    return products_of(partial(_layer_call, candidate, tokens, setting, work, inputs, guard=torch.no_grad))
 
 
 def _layer_call(
@@ -193,7 +217,7 @@ def _layer_call(
 ) -> Callable[[], object]:
     x, gradient = inputs()
     module = setting.layer(candidate, tokens).train(work != 'forward')
-    run = torch.compile(module) if setting.compiled else module
+    run = torch.compile(module, dynamic=False) if setting.compiled else module
     if work == 'forward':
 
         def call() -> None:
@@ -206,4 +230,4 @@ def _layer_call(
             module.zero_grad()
             x.grad = None
 
-    return call
+    return compiled_by_now(call, setting.device) if setting.compiled else call

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.benchmark.timing import MEASURED, check_plans, check_request, compare, peak_share, with_matmul_rate
+from vit_efficient.benchmark.timing import (
+    MEASURED,
+    check_plans,
+    check_request,
+    compare,
+    compiled_by_now,
+    peak_share,
+    with_matmul_rate,
+)
 from vit_efficient.flops import count_flops
 from vit_efficient.models.patch_embed import input_size
 
@@ -38,8 +46,14 @@ class ModelCandidate:
         """The model for square images of that size.
 
         Raises:
-            ValueError: If there is none: an unknown name or argument, or patches that do not divide the image.
+            ValueError: If there is none: an unknown name or argument, a size among the arguments, or patches that do
+                not divide the image.
         """
+        if 'img_size' in self.args:
+            raise ValueError(
+                f'{self}: img_size={self.args["img_size"]!r} must not be among its arguments; sizes are the '
+                "benchmark's, img_sizes (--img-sizes)"
+            )
         if not timm.is_model(self.name):
             raise ValueError(f'timm knows no model {self.name!r}; see timm.list_models()')
         try:
@@ -158,7 +172,7 @@ def _model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting,
     factory = dict(device=setting.device, dtype=setting.weights)
     model = candidate.build(img_size, **factory).train(work != 'inference')
     x = setting.images(input_size(model, img_size))
-    run = torch.compile(model) if setting.compiled else model
+    run = torch.compile(model, dynamic=False) if setting.compiled else model
     autocast = partial(torch.autocast, setting.device.type, setting.dtype, enabled=setting.amp)
     if work == 'inference':
 
@@ -166,7 +180,7 @@ def _model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting,
             with torch.inference_mode(), autocast():
                 run(x)
 
-        return call
+        return compiled_by_now(call, setting.device) if setting.compiled else call
 
     labels = torch.zeros(setting.batch_size, dtype=torch.int64, device=setting.device)
     optimizer = None
@@ -188,4 +202,4 @@ def _model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting,
             optimizer.step()
         model.zero_grad()
 
-    return step
+    return compiled_by_now(step, setting.device) if setting.compiled else step

@@ -6,6 +6,7 @@ time of the code, and what lies above it is the machine's.
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +16,10 @@ import torch
 from vit_efficient.benchmark.peak_memory import Killed, one_line, peak_in_child, peak_on_cuda
 
 #: What is measured of each call: by `compare`, and `peak_share`.
-MEASURED = ('milliseconds', 'median_milliseconds', 'rounds', 'ratio', 'to_part', 'peak_mib', 'peak_share', 'error')
+MEASURED = (
+    *('milliseconds', 'median_milliseconds', 'spread_percent', 'rounds'),
+    *('ratio', 'to_part', 'peak_mib', 'peak_share', 'error'),
+)
 
 # Forward passes that a work costs: the gradients of activations and of weights take one each.
 _FORWARDS = {'forward': 1, 'inference': 1, 'forward+backward': 3, 'training step': 3}
@@ -73,6 +77,19 @@ def take_turns(
     return timed
 
 
+def compiled_by_now(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A call of something compiled, made once: both passes are compiled when they first run, however long that takes.
+
+    What is timed, and whose memory is measured, is the calls after it.
+    """
+    # What is timed shares its code (one class, one forward), and past the limit that code would run as it is written.
+    with torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
+        call()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return call
+
+
 def compare(
     makes: Sequence[Callable[[], Callable[[], object]]],
     device: torch.device,
@@ -91,9 +108,10 @@ def compare(
         parts: Makes calls that take turns too, one for each of the others: what they are to be compared with.
 
     Returns:
-        For each: milliseconds (the least), median_milliseconds, rounds, ratio (of the first's least time to its own),
-        to_part (of its own least time to that of its part), peak_mib (what a call adds to inputs and weights), error.
-        None where there is nothing to say.
+        For each: milliseconds (the least), median_milliseconds, spread_percent (from the least to the most, of the
+        median; of several rounds), rounds, ratio (of the first's least time to its own), to_part (of its own least
+        time to that of its part), peak_mib (what a call adds to inputs and weights), error. None where there is
+        nothing to say.
     """
     trials = [_Trial(make) for make in makes]
     if memory and device.type != 'cuda':
@@ -115,6 +133,7 @@ def compare(
         dict(
             milliseconds=trial.least and 1e3 * trial.least,
             median_milliseconds=trial.times and 1e3 * statistics.median(trial.times),
+            spread_percent=_spread(trial.times),
             rounds=trial.times and len(trial.times),
             ratio=_ratio(first, trial.least),
             to_part=_ratio(trial.least, part and part.least),
@@ -123,6 +142,12 @@ def compare(
         )
         for trial, part in zip(trials, others or [None] * len(trials), strict=True)
     ]
+
+
+def _spread(times: Sequence[float] | None) -> float | None:
+    if times is None or len(times) < 2:
+        return None
+    return 100 * (max(times) - min(times)) / statistics.median(times)
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

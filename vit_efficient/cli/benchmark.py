@@ -1,8 +1,9 @@
 """`vit-efficient benchmark layer …` and `vit-efficient benchmark model …`."""
 
 import argparse
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'packages: package/linformer, package/nystrom-attention, package/performer-pytorch',
     )
     layer.add_argument('--tokens', nargs='+', type=int, default=[1024, 4096, 16384], metavar='N', help='patches')
+    layer.add_argument('--prefix', type=int, default=0, metavar='P', help='tokens before them: class token, registers')
     layer.add_argument('--dim', type=int, default=768)
     layer.add_argument('--heads', type=int, default=12)
     layer.add_argument('--products', action='store_true', help='time the matrix products of each layer alone, too')
@@ -51,8 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser, what: str, block: str) -> None:
-    parser.add_argument('--batch-size', type=int, default=1)
-    parser.add_argument('--dtype', choices=DTYPES, default='float32')
+    parser.add_argument('--batch-size', nargs='+', type=int, default=[1], metavar='B', help='one or several')
+    parser.add_argument(
+        '--dtype', nargs='+', choices=DTYPES, default=['float32'], metavar='DTYPE', help=f'of {", ".join(DTYPES)}'
+    )
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, help='of PyTorch on the CPU (default: its own choice)')
     parser.add_argument('--rounds', type=int, default=5, help='turns of each; the least time counts')
@@ -107,12 +111,45 @@ def _on(device) -> str:
     from vit_efficient.environment import describe_environment, one_line
 
     threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
-    return f'{device}{threads}. {one_line(describe_environment(device))}.\n'
+    return f'{device}{threads}. {one_line(describe_environment(device), measured=True)}.\n'
+
+
+def _sweep(args: argparse.Namespace, blocks_of: Callable) -> Iterator[list[dict[str, Any]]]:
+    """The blocks of rows for each batch size and dtype. Of what has several values, rows say theirs.
+
+    Args:
+        args: Of the command.
+        blocks_of: Makes the blocks of one batch size and dtype; it finds mistakes before the first block is asked for.
+    """
+    import torch
+
+    from vit_efficient.benchmark.timing import check_request
+
+    check_request((), args.max_seconds, [args.batch_size, args.dtype])
+    parts = []
+    for batch_size, dtype in itertools.product(args.batch_size, args.dtype):
+        said = dict(batch_size=batch_size) if len(args.batch_size) > 1 else {}
+        said |= dict(dtype=dtype) if len(args.dtype) > 1 else {}
+        parts.append((said, blocks_of(batch_size, getattr(torch, dtype))))
+    return ([said | row for row in block] for said, blocks in parts for block in blocks)
+
+
+def _all(values: Sequence[Any]) -> str:
+    return ' / '.join(map(str, values))
+
+
+def _series(row: dict[str, Any]) -> str:
+    """What tells the rows of a sweep apart, beside size and work."""
+    batch = f', batch {row["batch_size"]}' if 'batch_size' in row else ''
+    return batch + (f', {row["dtype"]}' if 'dtype' in row else '')
+
+
+def _by_series(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The rows under names that no two of one size and work share: a line of a plot, and its slope, is of one name."""
+    return [row | {name: row[name] + _series(row)} for row in rows]
 
 
 def _models(args: argparse.Namespace, device) -> None:
-    import torch
-
     import vit_efficient  # noqa: F401 (registers its models)
     from vit_efficient.benchmark import ModelCandidate, ModelSetting, benchmark_models, plot_times
     from vit_efficient.cli.options import parse_spec
@@ -122,22 +159,26 @@ def _models(args: argparse.Namespace, device) -> None:
     if len(labels) != len(args.models):
         raise ValueError(f'--labels must be as many as --models, {len(args.models)}, got {len(labels)}')
     candidates = [ModelCandidate(*parse_spec(text), label) for text, label in zip(args.models, labels, strict=True)]
-    setting = ModelSetting(args.batch_size, getattr(torch, args.dtype), args.amp, device, args.compile)
-    blocks = benchmark_models(
-        candidates, args.img_sizes, args.work, setting, args.rounds, args.max_seconds, args.memory
-    )
+
+    def blocks_of(batch_size, dtype):
+        setting = ModelSetting(batch_size, dtype, args.amp, device, args.compile)
+        return benchmark_models(
+            candidates, args.img_sizes, args.work, setting, args.rounds, args.max_seconds, args.memory
+        )
+
+    blocks = _sweep(args, blocks_of)
     how = ', autocast' * args.amp + ', compiled' * args.compile
-    setup = f'Batch {args.batch_size}, {args.dtype}{how}, {_on(device)}'
+    setup = f'Batch {_all(args.batch_size)}, {_all(args.dtype)}{how}, {_on(device)}'
     rows: list[dict[str, Any]] = []
     text = ''
     for block in blocks:
         rows += block
-        print(f'{block[0]["img_size"]:,} px, {block[0]["work"]}: done', file=sys.stderr)
+        print(f'{block[0]["img_size"]:,} px, {block[0]["work"]}{_series(block[0])}: done', file=sys.stderr)
         text = render_models(rows, args.format, setup)
         if args.out:
             write_text(args.out, text)
             write_text(args.out.with_suffix('.csv'), render_models(rows, 'csv'))
-            plot_times(rows, args.out.with_suffix('.png'), 'img_size', 'model')
+            plot_times(_by_series(rows, 'model'), args.out.with_suffix('.png'), 'img_size', 'model')
     print(text, end='')
 
 
@@ -152,6 +193,8 @@ def render_models(rows: Sequence[dict[str, Any]], format: str, setup: str = '') 
     from vit_efficient.tables import Column, Table
 
     columns = [
+        Column('batch_size', 'batch'),
+        Column('dtype'),
         Column('img_size', 'px'),
         Column('work'),
         Column('model'),
@@ -159,6 +202,7 @@ def render_models(rows: Sequence[dict[str, Any]], format: str, setup: str = '') 
         Column('gmacs', 'GMACs', 2),
         Column('milliseconds', 'ms', 1),
         Column('median_milliseconds', 'median ms', 1),
+        Column('spread_percent', 'spread %', 1),
         Column('rounds'),
         Column('images_per_second', 'images/s', 2),
         Column('ratio', '× first', 2),
@@ -166,43 +210,49 @@ def render_models(rows: Sequence[dict[str, Any]], format: str, setup: str = '') 
         Column('peak_share', 'of matmul rate', 2),
         Column('error'),
     ]
-    columns = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+    columns = _with_content(columns, rows)
     table = Table(columns, [{column.key: row.get(column.key) for column in columns} for row in rows]).render(format)
     if format != 'markdown':
         return table
     return (
-        f'{table}\nLeast and median of rounds in which the models take turns; × first: ratio of the least times. Peak: '
-        'what the work adds to the memory of weights, inputs and the state of the optimiser. '
-        f'{_OF_MATMUL_RATE}GMACs of a forward pass of all '
-        f'images. {setup}'
+        f'{table}\nLeast and median of rounds in which the models take turns; spread: from least to most, of the '
+        'median; × first: ratio of the least times. Peak: what the work adds to the memory of weights, inputs and the '
+        f'state of the optimiser. {_OF_MATMUL_RATE}GMACs of a forward pass of all images. {setup}'
     )
 
 
-def _layers(args: argparse.Namespace, device) -> None:
-    import torch
+def _with_content(columns: Sequence[Any], rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """The columns but those in which nothing stands; that a spread is not known is something."""
+    return [c for c in columns if c.key == 'spread_percent' or any(row.get(c.key) is not None for row in rows)]
 
+
+def _layers(args: argparse.Namespace, device) -> None:
     from vit_efficient.attention import list_attentions
     from vit_efficient.benchmark import LayerSetting, benchmark_layer, plot_times
     from vit_efficient.files import write_text
 
     attentions = args.attentions or [*(name for name in list_attentions() if name != 'full'), 'dct:keep_ratio=1/16']
     candidates = [_candidate(text) for text in attentions]
-    setting = LayerSetting(args.dim, args.heads, args.batch_size, getattr(torch, args.dtype), device, args.compile)
-    blocks = benchmark_layer(
-        candidates, args.tokens, setting, args.rounds, args.max_seconds, args.memory, args.products
-    )
-    how = ', compiled' * args.compile
-    setup = f'd = {args.dim}, {args.heads} heads, batch {args.batch_size}, {args.dtype}{how}, {_on(device)}'
+
+    def blocks_of(batch_size, dtype):
+        setting = LayerSetting(args.dim, args.heads, batch_size, dtype, device, args.compile, args.prefix)
+        return benchmark_layer(
+            candidates, args.tokens, setting, args.rounds, args.max_seconds, args.memory, args.products
+        )
+
+    blocks = _sweep(args, blocks_of)
+    how = f', {args.prefix} prefix tokens' * bool(args.prefix) + ', compiled' * args.compile
+    setup = f'd = {args.dim}, {args.heads} heads, batch {_all(args.batch_size)}, {_all(args.dtype)}{how}, {_on(device)}'
     rows: list[dict[str, Any]] = []
     text = ''
     for block in blocks:
         rows += block
-        print(f'N = {block[0]["tokens"]:,}, {block[0]["work"]}: done', file=sys.stderr)
+        print(f'N = {block[0]["tokens"]:,}, {block[0]["work"]}{_series(block[0])}: done', file=sys.stderr)
         text = render(rows, args.format, setup)
         if args.out:  # what is measured is not lost if the rest is not
             write_text(args.out, text)
             write_text(args.out.with_suffix('.csv'), render(rows, 'csv'))
-            plot_times(rows, args.out.with_suffix('.png'))
+            plot_times(_by_series(rows, 'attention'), args.out.with_suffix('.png'))
     print(text, end='')
 
 
@@ -225,12 +275,15 @@ def render(rows: Sequence[dict[str, Any]], format: str, setup: str = '') -> str:
     from vit_efficient.tables import Column, Table
 
     lines: dict[tuple[str, str], dict[int, float]] = {}
-    for row in rows:
+    series = _by_series(rows, 'attention')
+    for row in series:
         line = lines.setdefault((row['attention'], row['work']), {})
         if row['milliseconds'] is not None:
             line[row['tokens']] = row['milliseconds']
     slopes = {key: slope(list(line.items())) for key, line in lines.items()}
     columns = [
+        Column('batch_size', 'batch'),
+        Column('dtype'),
         Column('tokens', 'N'),
         Column('work'),
         Column('attention'),
@@ -238,6 +291,7 @@ def render(rows: Sequence[dict[str, Any]], format: str, setup: str = '') -> str:
         Column('gmacs', 'GMACs', 2),
         Column('milliseconds', 'ms', 1),
         Column('median_milliseconds', 'median ms', 1),
+        Column('spread_percent', 'spread %', 1),
         Column('rounds'),
         Column('ratio', '× exact', 2),
         Column('to_part', 'to its products', 2),
@@ -246,21 +300,24 @@ def render(rows: Sequence[dict[str, Any]], format: str, setup: str = '') -> str:
         Column('error'),
     ]
     if format != 'markdown':
-        rows = [{**row, 'slope': slopes[row['attention'], row['work']]} for row in rows]
+        columns = [c for c in columns if c.key not in ('batch_size', 'dtype') or any(c.key in row for row in rows)]
+        rows = [row | dict(slope=slopes[of['attention'], of['work']]) for row, of in zip(rows, series, strict=True)]
         return Table([*columns[:-1], Column('slope'), columns[-1]], rows).render(format)
 
     def table(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
-        """Without the columns in which nothing stands."""
-        columns = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+        columns = _with_content(columns, rows)
         return Table(columns, [{column.key: row.get(column.key) for column in columns} for row in rows]).render()
 
     tokens = list(dict.fromkeys(row['tokens'] for row in rows))
     parts = [table(columns, rows)]
     measured = {column.key for column in columns if any(row.get(column.key) is not None for row in rows)}
-    notes = 'Least and median of rounds in which the layers take turns; × exact: ratio of the least times. '
+    notes = (
+        'Least and median of rounds in which the layers take turns; spread: from least to most, of the median; '
+        '× exact: ratio of the least times. '
+    )
     if any(value is not None for value in slopes.values()):
         second = []
-        for attention in dict.fromkeys(row['attention'] for row in rows):
+        for attention in dict.fromkeys(row['attention'] for row in series):
             line = {work: slopes.get((attention, work)) for work in PASSES}
             left_out = [f'{n:,} {work}' for work in PASSES for n in tokens if n not in lines.get((attention, work), ())]
             second.append({'attention': attention, **line, 'left_out': ', '.join(left_out) or None})
