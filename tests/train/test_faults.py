@@ -18,7 +18,7 @@ from tests.train.recipes import ROOT, TINY, tiny_recipe, train_on_one_and_two_pr
 from tests.train.test_loop import assert_same_run, fail, same
 from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler
-from vit_efficient.train import evaluate, load_model, loop, train
+from vit_efficient.train import checkpoint, evaluate, load_model, loop, train
 from vit_efficient.train.checkpoint import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from vit_efficient.train.config import LossConfig, to_yaml
 
@@ -185,6 +185,28 @@ def test_what_the_system_says_of_a_full_disk_is_told(tmp_path, monkeypatch):
     state = {**state_at(1), 'large': torch.zeros(1_000_000)}
     with pytest.raises(ValueError, match=r'checkpoint\.pt: cannot be written: No space left on device$'):
         save_checkpoint(tmp_path / 'checkpoint.pt', state)
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_checkpoint_is_told(tmp_path):
+    resource = pytest.importorskip('resource')
+    path = tmp_path / 'checkpoint.pt'
+    save_checkpoint(path, state_at(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # Python ignores the signal that goes with it
+    try:
+        with pytest.raises(ValueError) as error:
+            save_checkpoint(path, {**state_at(2), 'large': [torch.zeros(100_000) for _ in range(20)]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value) == (
+        f'{path}: cannot be written: File too large; the checkpoint before is as it was, resume=auto goes on from it'
+    )
+    assert updates(tmp_path) == [1] and list(tmp_path.iterdir()) == [path]
+
+
+def test_other_errors_of_pytorch_keep_their_traceback(tmp_path):
+    with pytest.raises(RuntimeError, match='a bug'), checkpoint.writing(tmp_path):
+        raise RuntimeError('a bug')
 
 
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'model', 'best', 'predictions.csv'])

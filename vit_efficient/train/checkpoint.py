@@ -141,6 +141,16 @@ def writing(path: Path, state: str = '') -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, 'strerror', None) or first_line(error)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = _system_error(error)
+        if isinstance(error, RuntimeError) and not cause:
+            raise
+        reason = (cause and cause.strerror) or first_line(error)
         raise ValueError(f'{path}: cannot be written: {reason}{state}') from error
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """What the system has said: PyTorch's writer, stopped in the middle, raises an error of its own over it."""
+    while error and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
