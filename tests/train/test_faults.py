@@ -28,6 +28,15 @@ def data(tmp_path_factory):
     return write_tree(tmp_path_factory.mktemp('data'))
 
 
+@pytest.fixture(scope='module')
+def stopped(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('stopped') / 'run'
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        stop_at(patch, 2)
+        train(tiny_recipe(data, folder, checkpoint_steps=1))
+    return folder
+
+
 def names(folder):
     return [path.name for path in list_checkpoints(folder)]
 
@@ -46,7 +55,8 @@ def stop_at(monkeypatch, update, action=fail):
 
 
 def state_at(number):
-    return {'identity': {}, 'progress': {'updates': number}, 'model': torch.full((3,), number)}
+    weights = {'weight': torch.full((3,), number)}
+    return {'identity': {}, 'progress': {'updates': number}, 'model': weights, 'optimizer': {}}
 
 
 def test_the_last_checkpoints_are_kept(tmp_path):
@@ -93,6 +103,26 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_can_be_read(data, tmp_pat
     if not gone:
         assert f'going on from {tmp_path}/parts/checkpoint-8.pt, update 8\n' in said
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+
+
+@pytest.mark.parametrize(
+    'part, value, message',
+    [
+        ('progress', {'epoch': 0, 'updates': 3, 'momentum': 1}, "unexpected keyword argument 'momentum'"),
+        ('model', {}, r'Missing key\(s\) in state_dict: "cls_token"'),
+        ('optimizer', {'state': {}, 'param_groups': []}, 'different number of parameter groups'),
+        ('optimizer', {}, "KeyError: 'state'"),
+        ('identity', {'stages': 3}, "'int' object is not iterable"),
+        ('ema', None, 'Missing key|NoneType'),
+    ],
+)
+def test_what_is_not_a_state_of_the_run_is_named(data, stopped, tmp_path, part, value, message):
+    folder = shutil.copytree(stopped, tmp_path / 'run')
+    state = {**load_checkpoint(folder / 'checkpoint.pt'), part: value}
+    save_checkpoint(folder / 'checkpoint.pt', state)
+    with pytest.raises(ValueError, match=rf'run/checkpoint\.pt: not a state of this run \(.*{message}') as error:
+        train(tiny_recipe(data, folder, resume='auto'))
+    assert '\n' not in str(error.value)
 
 
 def test_checkpoints_none_of_which_can_be_read_are_named(data, tmp_path):

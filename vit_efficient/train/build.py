@@ -99,7 +99,7 @@ def _load_weights(source: Path, name: str, args: dict[str, Any]) -> dict[str, to
                 'finished run, which says what it has become'
             )
         _check_same_attention(source, name, args, saved.get('model.name'), saved.get('model.args') or {})
-        return state['ema'] or state['model']
+        return state.get('ema') or state['model']
     try:
         weights = load_state_dict(str(source), use_ema=True)
     # A damaged file raises whatever the archive reader or the unpickler stumbles over.

@@ -7,6 +7,7 @@ newest has both names.
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from vit_efficient.files import replacing
 from vit_efficient.train.config import first_line
 
 CHECKPOINT = 'checkpoint.pt'
+_PARTS = ('identity', 'progress', 'model', 'optimizer')  # and, of runs that have one, ema
 _NUMBERED = re.compile(r'checkpoint-(\d+)\.pt')
 
 
@@ -71,15 +73,23 @@ def load_checkpoint(path: Path, device: torch.device | str = 'cpu') -> dict[str,
     """Loads what save_checkpoint saved. Nothing in the file is executed.
 
     Raises:
-        ValueError: If the file is not such a checkpoint.
+        ValueError: If the file is not such a checkpoint, or its content is not what was written.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        # PyTorch writes sums of what it stores, and does not look at them when it reads.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(path, map_location=device, weights_only=True)
     # A damaged file raises whatever the archive reader or the unpickler stumbles over.
     except Exception as error:
         raise ValueError(f'{path}: not a readable checkpoint ({type(error).__name__})') from error
+    if damaged:
+        raise ValueError(f'{path}: not a readable checkpoint ({damaged} is not what was written)')
     if not isinstance(state, dict) or 'identity' not in state:
         raise ValueError(f'{path}: not a checkpoint of a training run')
+    for part in _PARTS:
+        if not isinstance(state.get(part), dict):
+            raise ValueError(f'{path}: not a whole checkpoint (it has no {part})')
     return state
 
 

@@ -20,7 +20,8 @@ import random
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -346,9 +347,8 @@ class _Run:
                 f'{self.folder} holds a result and no checkpoint; resume=restart replaces it, output=… starts another'
             )
         checkpoint, state = self._load_newest()
-        saved = {**identity(Config()), **state['identity']}  # there may be keys that are newer than the checkpoint
-        saved.setdefault(_IMAGES_PER_UPDATE, saved['data.batch_size'] * saved['grad_accum'] * saved.get('processes', 1))
-        saved['stages'] = [{**asdict(StageConfig()), **stage} for stage in saved['stages']]
+        with _reading(checkpoint):
+            saved = self._saved_identity(state)
         for key, ours in self.identity.items():
             theirs = saved.get(key)
             if theirs != json.loads(json.dumps(ours)):
@@ -358,6 +358,19 @@ class _Run:
                 )
         if result.exists():
             return _read_result(result)
+        with _reading(checkpoint):
+            self._restore(state)
+        return None
+
+    @staticmethod
+    def _saved_identity(state: dict[str, Any]) -> dict[str, Any]:
+        saved = {**identity(Config()), **state['identity']}  # there may be keys that are newer than the checkpoint
+        saved.setdefault(_IMAGES_PER_UPDATE, saved['data.batch_size'] * saved['grad_accum'] * saved.get('processes', 1))
+        saved['stages'] = [{**asdict(StageConfig()), **stage} for stage in saved['stages']]
+        return saved
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Goes back to where a checkpoint was written."""
         state['progress'].pop('batches', None)  # of older checkpoints; it follows from the updates
         self.progress = _Progress(**state['progress'])
         stage = stage_of(self.stages, self.progress.epoch)
@@ -367,7 +380,6 @@ class _Run:
         load_optimizer_state(self.optimizer, state['optimizer'])
         if self.ema:
             load_model_state(self.ema.module, state['ema'])
-        return None
 
     def _load_newest(self) -> tuple[Path, dict[str, Any]]:
         checkpoint, state, unreadable = load_newest(self.folder, 'cpu' if self.sharded else self.team.device)
@@ -843,6 +855,16 @@ class _Run:
         }
         names = self.classes if self.classes and len(self.classes) == model.num_classes else None
         save_model(model, self.folder / name, label_names=names)
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Names the file whose content does not fit; it may be anything."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise ValueError(f'{checkpoint}: not a state of this run ({type(error).__name__}: {reason})') from error
 
 
 def _read_result(path: Path) -> dict[str, Any]:
