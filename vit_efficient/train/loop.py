@@ -68,7 +68,7 @@ from vit_efficient.train.distillation import Distillation
 from vit_efficient.train.distributed import Processes, has_unused_parameters, processes
 from vit_efficient.train.evaluation import Evaluation, autocast, describe, evaluate
 from vit_efficient.train.interrupts import Interrupted, Interrupts
-from vit_efficient.train.learning import create_loss, create_optimizer, create_scheduler
+from vit_efficient.train.learning import create_loss, create_optimizer, create_scheduler, try_learning
 from vit_efficient.train.log import MetricsLog, used_memory
 from vit_efficient.train.sharding import (
     load_model_state,
@@ -216,6 +216,8 @@ class _Run:
         self.distillation: Distillation | None = None
         if config.distill.teacher:
             self.distillation = Distillation(config.distill, self.model, self.preprocessing, team.device)
+        for stage in self.stages:
+            try_learning(stage.optim, stage.sched, self.updates_per_epoch, team.device)
         self.frozen: nn.Module | None = None
         self.stage = -1
         self._enter_stage(0)
@@ -233,7 +235,12 @@ class _Run:
     def _create_model(self) -> nn.Module:
         model = create_model(self.config, self.classes).to(self.team.device, memory_format=self.layout)
         if self.config.grad_checkpointing:
-            model.set_grad_checkpointing()
+            try:
+                model.set_grad_checkpointing()
+            except Exception as error:  # of models that have it not, or only the name
+                raise ValueError(
+                    f'grad_checkpointing=true: model {self.config.model.name} does not have it ({first_line(error)})'
+                ) from error
         return model
 
     def _whole(self, model: nn.Module, everywhere: bool = False) -> nn.Module:
@@ -435,6 +442,7 @@ class _Run:
         for samples in (self.train_samples, self.val_samples):
             next(samples.readable(TRIED_IMAGES))
         self.task.check_logits(self._try_size(self.preprocessing, 'data.img_size, model.args'))
+        self._try_training()
         if self.config.data.schedule:
             for scheduled in self.preprocessing.scheduled(self.config.data.schedule).values():
                 self._try_size(scheduled, 'data.schedule; try model.args.dynamic_img_size=true')
@@ -446,11 +454,28 @@ class _Run:
             # Not inference_mode: what a model caches in it could not be trained through.
             with torch.no_grad(), autocast(self.team.device, self.config.amp):
                 return self.model(self._blank_input(preprocessing))
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # models check what they are given in all ways, or not at all
             raise ValueError(
                 f'model {self.config.model.name} does not take images of {height}×{width} pixels and {channels} '
                 f'channels ({keys}): {first_line(error)}'
             ) from error
+
+    def _try_training(self) -> None:
+        """What a model does in training only: dropping paths and patches, statistics of a batch."""
+        images = torch.cat([self._blank_input(self.preprocessing)] * min(2, self.config.data.batch_size))
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        self.model.train()
+        try:
+            with torch.no_grad(), autocast(self.team.device, self.config.amp):
+                self.model(images)
+        except Exception as error:  # as in `_try_size`
+            config = self.config.model
+            raise ValueError(
+                f'model.name={config.name} with model.args={config.args} cannot be trained '
+                f'(data.batch_size={self.config.data.batch_size}): {first_line(error)}'
+            ) from error
+        for buffer, value in zip(self.model.buffers(), kept, strict=True):
+            buffer.copy_(value)
 
     def _blank_input(self, preprocessing: Preprocessing) -> Tensor:
         return torch.zeros(1, *input_shape(self.model, preprocessing), device=self.team.device)
