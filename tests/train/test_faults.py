@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -297,6 +298,31 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(data, tmp_path
     with pytest.raises(ValueError, match='output=.*run: cannot write there: Read-only file system'):
         train(tiny_recipe(data, tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('where', ['create_dataset', 'load_newest', 'describe_environment'])
+def test_a_signal_before_the_first_update_is_one_line(data, stopped, tmp_path, monkeypatch, capsys, number, where):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    folder = shutil.copytree(stopped, tmp_path / 'run')
+    before = (folder / 'checkpoint.pt').read_bytes()
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(to_yaml(tiny_recipe(data, folder, resume='auto')))
+    original = getattr(loop, where)
+
+    def interrupted(*args):
+        os.kill(os.getpid(), number)
+        return original(*args)
+
+    monkeypatch.setattr(loop, where, interrupted)
+    assert main(['train', str(path)]) == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
+    line = capsys.readouterr().err.removesuffix('\n')
+    if where == 'describe_environment':  # the folder is being written
+        assert f'stopped by {number.name} after update 2; {folder}/checkpoint.pt is saved; resume=auto' in line
+    else:
+        assert line == f'vit-efficient train: stopped by {number.name} before an update; resume=auto goes on'
+        assert (folder / 'checkpoint.pt').read_bytes() == before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def poison(monkeypatch, *numbers, gradient=False):

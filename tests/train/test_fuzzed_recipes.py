@@ -104,7 +104,7 @@ def test_broken_yaml_is_refused_by_line(tmp_path):
 
 def test_what_only_training_can_tell_is_one_line_too(tmp_path, monkeypatch, capsys):
     """Arguments of models, optimisers and schedules."""
-    monkeypatch.setattr(loop._Run, 'fit', lambda run: run._try_input() or {})
+    monkeypatch.setattr(loop._Run, 'fit', lambda run, interrupts: run._try_input() or {})
     path = tmp_path / 'fuzzed.yaml'
     draw = random.Random(0)
     config = tiny_recipe(write_tree(tmp_path / 'data'), tmp_path / 'run')
@@ -195,7 +195,7 @@ def test_what_is_tried_leaves_nothing_behind(tmp_path, monkeypatch, name):
         states.append(run.model.state_dict())
 
     monkeypatch.setattr(loop._Run, '_try_training', watched)
-    monkeypatch.setattr(loop._Run, '_fit', lambda run: {})
+    monkeypatch.setattr(loop._Run, '_fit', lambda run, interrupts: {})
     config = tiny_recipe(write_tree(tmp_path / 'data'), tmp_path / 'run')
     if name == 'resnet10t':
         config.model.name, config.model.args, config.data.img_size = name, {}, [32, 32]

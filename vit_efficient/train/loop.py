@@ -18,6 +18,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -112,15 +113,16 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
         ValueError: For a recipe, data set, image or checkpoint that does not fit, before anything is written where that
             can be known; for a loss or gradient that is not finite, before it reaches the weights (`on_nonfinite`); and
             for a file that cannot be written, which leaves the checkpoints as they were.
-        Interrupted: After SIGINT or SIGTERM, with a checkpoint of the last update saved.
+        Interrupted: After SIGINT or SIGTERM, with a checkpoint of the last update saved; before there is one to lose,
+            with nothing written.
     """
     validate(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    with processes(config.device) as team:
+    with Interrupts() as interrupts, processes(config.device) as team:
         run = _Run(config, team, train_set, val_set)
         try:
-            return run.finished() or run.fit()
+            return run.finished() or run.fit(interrupts)
         except ValueError as error:
             if team.world_size == 1:
                 raise
@@ -492,40 +494,40 @@ class _Run:
             'parallel': config.parallel if processes > 1 else None,
         }
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self, interrupts: Interrupts) -> dict[str, Any]:
         """From where `progress` stands to the result. A folder made for a run without an update is removed again."""
         self._try_input()
         self._build_step_model()
         try:
-            return self._fit()
+            return self._fit(interrupts)
         except Exception:  # Interrupted is none: it leaves a checkpoint
             if self.made_folder and not self.progress.updates:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
-    def _fit(self) -> dict[str, Any]:
-        if self.team.is_first:
-            self._open_folder()
-            with writing(self.folder):
-                self.log = MetricsLog(self.folder, self.progress.epoch, self.progress.updates)
-        else:
-            self.log = None
-        self._announce_scale()
-        self._announce_stage()
-        with Interrupts(self.team) as interrupts:
-            try:
-                self._measure_frozen(interrupts)
-                evaluation, truncation = self._freeze(self._epochs(interrupts), interrupts)
-                model = self._whole(self.evaluated_model)
-                with writing(self.folder, '; resume=auto goes on from the checkpoint'):
-                    return self._finish(model, evaluation, truncation) if self.team.is_first else {}
-            except Interrupted as stop:
-                self.save()
-                message = f'stopped by {stop} after update {self.progress.updates}'
-                raise Interrupted(stop.signal, f'{message}; {self.folder / CHECKPOINT} is saved') from None
-            finally:
-                if self.log:
-                    self.log.close()
+    def _fit(self, interrupts: Interrupts) -> dict[str, Any]:
+        self.log = None
+        interrupts.share(self.team)
+        try:
+            with interrupts.held():
+                if self.team.is_first:
+                    self._open_folder()
+                    with writing(self.folder):
+                        self.log = MetricsLog(self.folder, self.progress.epoch, self.progress.updates)
+            self._announce_scale()
+            self._announce_stage()
+            self._measure_frozen(interrupts)
+            evaluation, truncation = self._freeze(self._epochs(interrupts), interrupts)
+            model = self._whole(self.evaluated_model)
+            with writing(self.folder, '; resume=auto goes on from the checkpoint'):
+                return self._finish(model, evaluation, truncation) if self.team.is_first else {}
+        except Interrupted as stop:
+            self.save()
+            message = f'stopped by {signal.Signals(stop.signal).name} after update {self.progress.updates}'
+            raise Interrupted(stop.signal, f'{message}; {self.folder / CHECKPOINT} is saved') from None
+        finally:
+            if self.log:
+                self.log.close()
 
     def _epochs(self, interrupts: Interrupts) -> Evaluation:
         config, progress = self.config, self.progress
