@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -124,6 +125,19 @@ def test_what_is_not_a_state_of_the_run_is_named(data, stopped, tmp_path, part, 
     with pytest.raises(ValueError, match=rf'run/checkpoint\.pt: not a state of this run \(.*{message}') as error:
         train(tiny_recipe(data, folder, resume='auto'))
     assert '\n' not in str(error.value)
+
+
+def test_a_run_does_not_start_from_damaged_weights(data, stopped, tmp_path):
+    source = shutil.copy(stopped / 'checkpoint.pt', tmp_path)
+    with zipfile.ZipFile(source) as archive:
+        largest = max(archive.infolist(), key=lambda part: part.file_size if '/data/' in part.filename else 0)
+    content = bytearray(Path(source).read_bytes())
+    content[largest.header_offset + 300] ^= 1  # names and alignment come before, 64 bytes each
+    Path(source).write_bytes(content)
+    config = tiny_recipe(data, tmp_path / 'run')
+    config.model.init_from = str(source)
+    with pytest.raises(ValueError, match=rf'model\.init_from={source}: damaged \({largest.filename} is not'):
+        train(config)
 
 
 def test_checkpoints_none_of_which_can_be_read_are_named(data, tmp_path):

@@ -1,6 +1,7 @@
 """The model of a recipe, and a model folder read back."""
 
 import json
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from vit_efficient.models import DctPatchEmbed, model_arguments
-from vit_efficient.train.checkpoint import load_checkpoint
+from vit_efficient.train.checkpoint import damaged_part, load_checkpoint
 from vit_efficient.train.config import Config, ModelConfig, first_line
 
 # What a saved model tells of its attention.
@@ -110,6 +111,9 @@ def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
 def _load_weights(source: Path, name: str, args: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint of ours or of timm; their moving average, if it holds one."""
     state = None
+    with suppress(OSError, zipfile.BadZipFile):  # timm says what is wrong with it, if anything
+        if damaged := damaged_part(source):
+            raise ValueError(f'model.init_from={source}: damaged ({damaged} is not what was written)')
     with suppress(ValueError):
         state = load_checkpoint(source)
     if state:

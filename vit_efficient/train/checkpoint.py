@@ -76,9 +76,7 @@ def load_checkpoint(path: Path, device: torch.device | str = 'cpu') -> dict[str,
         ValueError: If the file is not such a checkpoint, or its content is not what was written.
     """
     try:
-        # PyTorch writes sums of what it stores, and does not look at them when it reads.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        damaged = damaged_part(path)
         state = None if damaged else torch.load(path, map_location=device, weights_only=True)
     # A damaged file raises whatever the archive reader or the unpickler stumbles over.
     except Exception as error:
@@ -91,6 +89,18 @@ def load_checkpoint(path: Path, device: torch.device | str = 'cpu') -> dict[str,
         if not isinstance(state.get(part), dict):
             raise ValueError(f'{path}: not a whole checkpoint (it has no {part})')
     return state
+
+
+def damaged_part(path: Path) -> str | None:
+    """The first part of a file of PyTorch that is not what was written.
+
+    PyTorch writes sums of what it stores, and does not look at them when it reads.
+
+    Raises:
+        BadZipFile: If it is no such file, or cut off.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def load_newest(folder: Path, device: torch.device | str = 'cpu') -> tuple[Path, dict[str, Any], list[str]]:
