@@ -44,6 +44,23 @@ def test_a_line_for_each_run(tmp_path, monkeypatch):
     assert plot_curves(runs, tmp_path / 'h.svg', against='hours') == ['val/loss', 'val/top1']
 
 
+def test_runs_too_short_for_lines_of_updates_have_a_training_loss(tmp_path, monkeypatch):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
+    lines = [{'kind': 'val', 'epoch': epoch, 'step': 3 * epoch + 3, 'train_loss': 2.0 - epoch} for epoch in range(2)]
+    (tmp_path / 'short').mkdir()
+    (tmp_path / 'short/metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    assert points_of(lines, 'train/loss', 'epoch') == [(1, 2), (2, 1)]
+    assert plot_curves([tmp_path / 'short'], tmp_path / 'c.png') == ['train/loss']
+    assert plot_curves([tmp_path / 'short', write_run(tmp_path / 'long')], tmp_path / 'c.png')[0] == 'train/loss'
+    assert [len(axes.lines) for axes in figures[1].axes] == [2, 1, 1]
+
+
+def test_a_folder_in_the_place_of_the_figure(tmp_path, capsys):
+    assert main(['plot', str(write_run(tmp_path / 'run')), '--out', str(tmp_path)]) == 2
+    assert f'error: --out={tmp_path} is a folder' in capsys.readouterr().err
+
+
 def test_by_command(tmp_path, capsys):
     run, out = write_run(tmp_path / 'run'), tmp_path / 'curves.png'
     assert main(['plot', str(run), '--values', 'train/lr', 'val/top1', '--out', str(out)]) == 0

@@ -11,6 +11,7 @@ from vit_efficient.files import save_figure
 
 METRICS = 'metrics.jsonl'
 AXES = ('epoch', 'step', 'hours')
+TRAIN_LOSS = 'train/loss'
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -47,6 +48,8 @@ def known_values(lines: Sequence[dict[str, Any]]) -> list[str]:
         for key, value in line.items():
             if key not in ('kind', 'epoch', 'step') and isinstance(value, (int, float)):
                 names[f'{line["kind"]}/{key}'] = None
+    if 'val/train_loss' in names:  # of which the curve is made where no other is
+        names = {TRAIN_LOSS: None, **names}
     return list(names)
 
 
@@ -55,12 +58,14 @@ def points_of(lines: Sequence[dict[str, Any]], value: str, against: str) -> list
 
     Args:
         lines: Of a run.
-        value: One of `known_values`.
+        value: One of `known_values`. Where no update has been logged, train/loss is the mean of the epochs evaluated.
         against: 'epoch', from 0 to the number of epochs; 'step', updates; 'hours', of training, which only the lines of
             evaluations have.
     """
     per_epoch = max((line['step'] / (line['epoch'] + 1) for line in lines if line['kind'] == 'val'), default=None)
     kind, _, key = value.partition('/')
+    if value == TRAIN_LOSS and not any(line['kind'] == kind for line in lines):
+        kind, key = 'val', 'train_loss'  # the mean of each epoch, of runs that are shorter than `log_every`
     points = []
     for line in lines:
         if line['kind'] != kind or key not in line:
@@ -103,8 +108,8 @@ def plot_curves(
         if value not in known:
             raise ValueError(f'no run has {value!r}; they have {", ".join(known)}')
     if not values:
-        wanted = ('train/loss', 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou')
-        values = [name for name in wanted if name in known and (against != 'hours' or name != 'train/loss')]
+        wanted = (TRAIN_LOSS, 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou')
+        values = [name for name in wanted if name in known and (against != 'hours' or name != TRAIN_LOSS)]
     if not values:
         raise ValueError(f'nothing to draw against {against}: the runs have {", ".join(known)}')
     figure = Figure(figsize=(1 + 4.5 * len(values), 4.5), dpi=150, layout='constrained')

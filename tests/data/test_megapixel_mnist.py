@@ -217,9 +217,9 @@ def test_by_name_in_a_recipe():
     dataset = create_dataset('val', 'megapixel_mnist', args={'size': [96, 128], 'length': 3, 'digits': 4})
     assert (dataset.split, dataset.size, len(dataset)) == ('val', (96, 128), 3)
     for path, args, message in [
-        ('val', {'lenght': 3}, r'data\.args\.lenght: MegapixelMnist has no such argument; it has size, length'),
-        ('val', {'split': 'val'}, r'data\.args\.split: MegapixelMnist has no such argument'),
-        ('val', {'size': 3}, r'data\.args: cell=4 must divide'),
+        ('val', {'lenght': 3}, r'data\.val_args\.lenght: MegapixelMnist has no such argument; it has size, length'),
+        ('val', {'split': 'val'}, r'data\.val_args\.split: MegapixelMnist has no such argument'),
+        ('val', {'size': 3}, r'data\.val_args: cell=4 must divide'),
         ('test', {}, r"data\.val must be a split of megapixel_mnist \(train or val\), got 'test'"),
     ]:
         with pytest.raises(ValueError, match=message):

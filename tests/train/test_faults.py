@@ -5,8 +5,10 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from tests.train.recipes import ROOT, TINY, tiny_recipe, train_on_one_and_two_pr
 from tests.train.test_loop import assert_same_run, fail, same
 from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler
-from vit_efficient.train import evaluate, load_model, loop, train
+from vit_efficient.train import checkpoint, evaluate, load_model, loop, train
 from vit_efficient.train.checkpoint import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from vit_efficient.train.config import LossConfig, to_yaml
 
@@ -26,6 +28,15 @@ from vit_efficient.train.config import LossConfig, to_yaml
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     return write_tree(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='module')
+def stopped(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('stopped') / 'run'
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        stop_at(patch, 2)
+        train(tiny_recipe(data, folder, checkpoint_steps=1))
+    return folder
 
 
 def names(folder):
@@ -46,7 +57,8 @@ def stop_at(monkeypatch, update, action=fail):
 
 
 def state_at(number):
-    return {'identity': {}, 'progress': {'updates': number}, 'model': torch.full((3,), number)}
+    weights = {'weight': torch.full((3,), number)}
+    return {'identity': {}, 'progress': {'updates': number}, 'model': weights, 'optimizer': {}}
 
 
 def test_the_last_checkpoints_are_kept(tmp_path):
@@ -93,6 +105,39 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_can_be_read(data, tmp_pat
     if not gone:
         assert f'going on from {tmp_path}/parts/checkpoint-8.pt, update 8\n' in said
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+
+
+@pytest.mark.parametrize(
+    'part, value, message',
+    [
+        ('progress', {'epoch': 0, 'updates': 3, 'momentum': 1}, "unexpected keyword argument 'momentum'"),
+        ('model', {}, r'Missing key\(s\) in state_dict: "cls_token"'),
+        ('optimizer', {'state': {}, 'param_groups': []}, 'different number of parameter groups'),
+        ('optimizer', {}, "KeyError: 'state'"),
+        ('identity', {'stages': 3}, "'int' object is not iterable"),
+        ('ema', None, 'Missing key|NoneType'),
+    ],
+)
+def test_what_is_not_a_state_of_the_run_is_named(data, stopped, tmp_path, part, value, message):
+    folder = shutil.copytree(stopped, tmp_path / 'run')
+    state = {**load_checkpoint(folder / 'checkpoint.pt'), part: value}
+    save_checkpoint(folder / 'checkpoint.pt', state)
+    with pytest.raises(ValueError, match=rf'run/checkpoint\.pt: not a state of this run \(.*{message}') as error:
+        train(tiny_recipe(data, folder, resume='auto'))
+    assert '\n' not in str(error.value)
+
+
+def test_a_run_does_not_start_from_damaged_weights(data, stopped, tmp_path):
+    source = shutil.copy(stopped / 'checkpoint.pt', tmp_path)
+    with zipfile.ZipFile(source) as archive:
+        largest = max(archive.infolist(), key=lambda part: part.file_size if '/data/' in part.filename else 0)
+    content = bytearray(Path(source).read_bytes())
+    content[largest.header_offset + 300] ^= 1  # names and alignment come before, 64 bytes each
+    Path(source).write_bytes(content)
+    config = tiny_recipe(data, tmp_path / 'run')
+    config.model.init_from = str(source)
+    with pytest.raises(ValueError, match=rf'model\.init_from={source}: damaged \({largest.filename} is not'):
+        train(config)
 
 
 def test_checkpoints_none_of_which_can_be_read_are_named(data, tmp_path):
@@ -187,6 +232,28 @@ def test_what_the_system_says_of_a_full_disk_is_told(tmp_path, monkeypatch):
         save_checkpoint(tmp_path / 'checkpoint.pt', state)
 
 
+def test_a_disk_that_fills_in_the_middle_of_a_checkpoint_is_told(tmp_path):
+    resource = pytest.importorskip('resource')
+    path = tmp_path / 'checkpoint.pt'
+    save_checkpoint(path, state_at(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))  # Python ignores the signal that goes with it
+    try:
+        with pytest.raises(ValueError) as error:
+            save_checkpoint(path, {**state_at(2), 'large': [torch.zeros(100_000) for _ in range(20)]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value) == (
+        f'{path}: cannot be written: File too large; the checkpoint before is as it was, resume=auto goes on from it'
+    )
+    assert updates(tmp_path) == [1] and list(tmp_path.iterdir()) == [path]
+
+
+def test_other_errors_of_pytorch_keep_their_traceback(tmp_path):
+    with pytest.raises(RuntimeError, match='a bug'), checkpoint.writing(tmp_path):
+        raise RuntimeError('a bug')
+
+
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'model', 'best', 'predictions.csv'])
 def test_other_files_that_cannot_be_written_are_named(data, tmp_path, monkeypatch, capsys, name):
     train(tiny_recipe(data, tmp_path / 'whole', checkpoint_best=True))
@@ -245,6 +312,31 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(data, tmp_path
     with pytest.raises(ValueError, match='output=.*run: cannot write there: Read-only file system'):
         train(tiny_recipe(data, tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('where', ['create_dataset', 'load_newest', 'describe_environment'])
+def test_a_signal_before_the_first_update_is_one_line(data, stopped, tmp_path, monkeypatch, capsys, number, where):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    folder = shutil.copytree(stopped, tmp_path / 'run')
+    before = (folder / 'checkpoint.pt').read_bytes()
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(to_yaml(tiny_recipe(data, folder, resume='auto')))
+    original = getattr(loop, where)
+
+    def interrupted(*args):
+        os.kill(os.getpid(), number)
+        return original(*args)
+
+    monkeypatch.setattr(loop, where, interrupted)
+    assert main(['train', str(path)]) == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
+    line = capsys.readouterr().err.removesuffix('\n')
+    if where == 'describe_environment':  # the folder is being written
+        assert f'stopped by {number.name} after update 2; {folder}/checkpoint.pt is saved; resume=auto' in line
+    else:
+        assert line == f'vit-efficient train: stopped by {number.name} before an update; resume=auto goes on'
+        assert (folder / 'checkpoint.pt').read_bytes() == before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def poison(monkeypatch, *numbers, gradient=False):

@@ -4,10 +4,12 @@ import copy
 import math
 import random
 
+import pytest
 import yaml
 
 from tests.data.trees import write_tree
 from tests.train.recipes import ALL, load_any, tiny_recipe
+from tests.train.test_loop import same
 from vit_efficient.cli import main
 from vit_efficient.train import load_recipe, loop
 from vit_efficient.train.config import to_yaml
@@ -102,7 +104,7 @@ def test_broken_yaml_is_refused_by_line(tmp_path):
 
 def test_what_only_training_can_tell_is_one_line_too(tmp_path, monkeypatch, capsys):
     """Arguments of models, optimisers and schedules."""
-    monkeypatch.setattr(loop._Run, 'fit', lambda run: run._try_input() or {})
+    monkeypatch.setattr(loop._Run, 'fit', lambda run, interrupts: run._try_input() or {})
     path = tmp_path / 'fuzzed.yaml'
     draw = random.Random(0)
     config = tiny_recipe(write_tree(tmp_path / 'data'), tmp_path / 'run')
@@ -119,3 +121,83 @@ def test_what_only_training_can_tell_is_one_line_too(tmp_path, monkeypatch, caps
         lines = output.err.splitlines()
         assert statuses[-1] == 0 or (len(lines) == 1 and 'error: ' in lines[0]), output.err
     assert statuses.count(2) > 10
+
+
+@pytest.fixture(scope='module')
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('recipe')
+    path = folder / 'tiny.yaml'
+    config = tiny_recipe(write_tree(folder / 'data'), folder / 'run')
+    path.write_text(to_yaml(config))
+    config.model.args = {}
+    path.with_name('plain.yaml').write_text(to_yaml(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ('optim.args={betas: [0.9]}', "optim.opt=adamw with optim.args={'betas': [0.9]}: "),
+        ('optim.args={betas: [2, 2]}', "with optim.args={'betas': [2, 2]}: "),
+        ('optim.args={fused: true, foreach: true}', "with optim.args={'fused': True, 'foreach': True}: "),
+        ('optim.args={eps: abc}', "with optim.args={'eps': 'abc'}: "),
+        ('optim.opt=adahessian', 'optim.opt=adahessian: '),
+        ('optim.opt=lbfgs', 'optim.opt=lbfgs'),
+        ('sched.sched=step | sched.args={decay_epochs: 0}', "sched.sched=step with sched.args={'decay_epochs': 0}: "),
+        ('sched.sched=step | sched.args={decay_rate: abc}', "sched.sched=step with sched.args={'decay_rate': 'abc'}: "),
+        (
+            'sched.sched=step | sched.args={decay_epochs: 1, decay_rate: -1}',
+            'the learning rate of update 6 would be -0.0',
+        ),
+        ('sched.args={cycle_mul: 0}', "sched.sched=cosine with sched.args={'cycle_mul': 0}: "),
+        ('stages=[{epochs: 1, lr: 1e300},{epochs: 1}] | optim.args={betas: 3}', "optim.args={'betas': 3}"),
+        ('model.args.drop_path_rate=2', 'model.args.drop_path_rate must be at least 0 and below 1, got 2'),
+        ('model.args.drop_path_rate=-1', 'model.args.drop_path_rate must be at least 0 and below 1, got -1'),
+        ('model.args.depth=0', "'depth': 0"),
+        (
+            'model.name=resnet10t | data.img_size=[32, 32] | data.batch_size=1 | loss={mixup: 0, cutmix: 0}',
+            'model.name=resnet10t with model.args={} cannot be trained (data.batch_size=1): Expected more than 1 value',
+        ),
+        ('model.name=resnet10t | model.args.features_only=true', "model.args={'features_only': True}: "),
+        (
+            'model.name=pit_ti_224 | grad_checkpointing=true',
+            'grad_checkpointing=true: model pit_ti_224 does not have',
+        ),
+        ('model.init_from=/etc/passwd', 'model.init_from=/etc/passwd: not a file of weights that timm can read ('),
+        ('data.crop_pct=1e-9', 'data.crop_pct must be at least 0.1 and at most 1, got 1e-09'),
+        ('data.augment.color_jitter=1.5', 'data.augment.color_jitter must be between 0 and 1, got 1.5'),
+        ('data.mean=[nan,0,0]', 'data.mean must be numbers from -1e6 to 1e6, got [nan, 0.0, 0.0]'),
+        ('data.mean=[1e300,0,0]', 'data.mean must be numbers from -1e6 to 1e6, got [1e+300, 0.0, 0.0]'),
+        ('data.std=[1,nan,1]', 'data.std must be numbers from 1e-6 to 1e6, got [1.0, nan, 1.0]'),
+        ('data.val_args={a: 1}', "data.val_args={'a': 1} are for"),
+        ('threads=100000', 'threads must be from 1 to 1024, got 100000'),
+        ('parallel=fsdp | channels_last=true', 'channels_last must be false for parallel=fsdp'),
+    ],
+)
+def test_keys_whose_values_only_fail_later_are_named(recipe, capsys, arguments, message):
+    before = sorted(recipe.parent.iterdir())
+    if 'model.name' in arguments:
+        recipe = recipe.with_name('plain.yaml')  # without arguments of ours
+    assert main(['train', str(recipe), *arguments.split(' | ')]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count('\n') == 1
+    assert sorted(recipe.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize('name', ['resnet10t', 'vit_dct_tiny'])
+def test_what_is_tried_leaves_nothing_behind(tmp_path, monkeypatch, name):
+    states = []
+    try_training = loop._Run._try_training
+
+    def watched(run):
+        states.append(copy.deepcopy(run.model.state_dict()))
+        try_training(run)
+        states.append(run.model.state_dict())
+
+    monkeypatch.setattr(loop._Run, '_try_training', watched)
+    monkeypatch.setattr(loop._Run, '_fit', lambda run, interrupts: {})
+    config = tiny_recipe(write_tree(tmp_path / 'data'), tmp_path / 'run')
+    if name == 'resnet10t':
+        config.model.name, config.model.args, config.data.img_size = name, {}, [32, 32]
+    loop.train(config)
+    assert same(*map(dict, states))

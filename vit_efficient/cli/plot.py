@@ -20,5 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from vit_efficient.curves import plot_curves
 
+    if args.out.is_dir():
+        raise ValueError(
+            f'--out={args.out} is a folder; give the file of the figure, such as {args.out / "curves.png"}'
+        )
     values = plot_curves(args.runs, args.out, args.values, args.against)
     print(f'saved {args.out}: {", ".join(values)} of {len(args.runs)} runs')

@@ -150,18 +150,19 @@ def create_dataset(
         ValueError: If there are no images there, the data set is a stream, or it does not take the arguments.
     """
     args = dict(args or {})
+    args_key = 'data.val_args' if key == 'data.val' else 'data.args'
     if not path:
         raise ValueError(f'{key} is not set: it names a folder of class folders')
     if not dataset and path.endswith('.tar'):
-        return ReaderImages(_create(ShardReader, path, args, key, key))
+        return ReaderImages(_create(ShardReader, path, args, args_key, key, key))
     if not dataset:
         if args:
-            raise ValueError(f'data.args={args} are for a data set with a name, or shards; set data.dataset')
+            raise ValueError(f'{args_key}={args} are for a data set with a name, or shards; set data.dataset')
         return ImageTree(path)
     if dataset == 'megapixel_mnist':
         if path not in SPLITS:
             raise ValueError(f'{key} must be a split of megapixel_mnist ({" or ".join(SPLITS)}), got {path!r}')
-        return _create(MegapixelMnist, path, args, 'data.args', f'data.dataset={dataset}')
+        return _create(MegapixelMnist, path, args, args_key, args_key, f'data.dataset={dataset}')
     try:
         prefix, _, name = dataset.partition('/')
         if prefix == 'hfds':
@@ -183,12 +184,13 @@ def create_dataset(
     return ReaderImages(opened.reader) if isinstance(opened, ImageDataset) else opened
 
 
-def _create(make: Callable[..., Any], path: str, args: dict[str, Any], key: str, name: str) -> Any:
-    """Calls `make` with arguments that are its own. Errors begin with `key`, that a package is missing with `name`."""
+def _create(make: Callable[..., Any], path: str, args: dict[str, Any], args_key: str, key: str, name: str) -> Any:
+    """Calls `make` with arguments (`args_key`) that are its own. Errors begin with `key`, that a package is
+    missing with `name`."""
     known = list(inspect.signature(make).parameters)[1:]
     for argument in args:
         if argument not in known:
-            raise ValueError(f'data.args.{argument}: {make.__name__} has no such argument; it has {", ".join(known)}')
+            raise ValueError(f'{args_key}.{argument}: {make.__name__} has no such argument; it has {", ".join(known)}')
     try:
         return make(path, **args)
     except ValueError as error:

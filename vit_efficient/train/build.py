@@ -1,6 +1,7 @@
 """The model of a recipe, and a model folder read back."""
 
 import json
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from vit_efficient.models import DctPatchEmbed, model_arguments
-from vit_efficient.train.checkpoint import load_checkpoint
+from vit_efficient.train.checkpoint import damaged_part, load_checkpoint
 from vit_efficient.train.config import Config, ModelConfig, first_line
 
 # What a saved model tells of its attention.
@@ -40,12 +41,33 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
     if not timm.is_model(config.model.name):
         raise ValueError(f'model.name: timm knows no model {config.model.name!r}; see timm.list_models()')
     torch.manual_seed(config.seed)
+    _check_rates(args)
     if not config.model.init_from:
-        return _create(config.model.name, {**args, 'num_classes': num_classes})
-    model = _create_from(config.model, args)
+        model = _create(config.model.name, {**args, 'num_classes': num_classes})
+    else:
+        model = _create_from(config.model, args)
+    _check_usable(model, config.model)
     if model.num_classes != num_classes:
         model.reset_classifier(num_classes)
     return model
+
+
+def _check_rates(args: dict[str, Any]) -> None:
+    """Models take rates below 0 for none, and find out about those above 1 when they train."""
+    for key, value in args.items():
+        if 'drop' in key and key.endswith('_rate') and isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise ValueError(f'model.args.{key} must be at least 0 and below 1, got {value!r}')
+
+
+def _check_usable(model: nn.Module, config: ModelConfig) -> None:
+    """Whether it tells classes, and can be saved once it is trained."""
+    what = f'model.name={config.name} with model.args={config.args}'
+    if not isinstance(getattr(model, 'num_classes', None), int):
+        raise ValueError(f'{what}: {type(model).__name__} is no classifier (it has no num_classes)')
+    try:
+        model_arguments(model)
+    except Exception as error:
+        raise ValueError(f'{what} could not be saved: {type(error).__name__}: {first_line(error)}') from error
 
 
 def _create(name: str, args: dict[str, Any]) -> nn.Module:
@@ -89,6 +111,9 @@ def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
 def _load_weights(source: Path, name: str, args: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint of ours or of timm; their moving average, if it holds one."""
     state = None
+    with suppress(OSError, zipfile.BadZipFile):  # timm says what is wrong with it, if anything
+        if damaged := damaged_part(source):
+            raise ValueError(f'model.init_from={source}: damaged ({damaged} is not what was written)')
     with suppress(ValueError):
         state = load_checkpoint(source)
     if state:
@@ -99,12 +124,13 @@ def _load_weights(source: Path, name: str, args: dict[str, Any]) -> dict[str, to
                 'finished run, which says what it has become'
             )
         _check_same_attention(source, name, args, saved.get('model.name'), saved.get('model.args') or {})
-        return state['ema'] or state['model']
+        return state.get('ema') or state['model']
     try:
         weights = load_state_dict(str(source), use_ema=True)
     # A damaged file raises whatever the archive reader or the unpickler stumbles over.
     except Exception as error:
-        raise ValueError(f'model.init_from={source}: {first_line(error)}') from error
+        reason = f'{type(error).__name__}: {first_line(error)}'
+        raise ValueError(f'model.init_from={source}: not a file of weights that timm can read ({reason})') from error
     if not weights:  # timm would look for others elsewhere
         raise ValueError(f'model.init_from={source}: holds no weights')
     return weights

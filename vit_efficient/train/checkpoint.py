@@ -7,6 +7,7 @@ newest has both names.
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from vit_efficient.files import replacing
 from vit_efficient.train.config import first_line
 
 CHECKPOINT = 'checkpoint.pt'
+_PARTS = ('identity', 'progress', 'model', 'optimizer')  # and, of runs that have one, ema
 _NUMBERED = re.compile(r'checkpoint-(\d+)\.pt')
 
 
@@ -71,16 +73,34 @@ def load_checkpoint(path: Path, device: torch.device | str = 'cpu') -> dict[str,
     """Loads what save_checkpoint saved. Nothing in the file is executed.
 
     Raises:
-        ValueError: If the file is not such a checkpoint.
+        ValueError: If the file is not such a checkpoint, or its content is not what was written.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        damaged = damaged_part(path)
+        state = None if damaged else torch.load(path, map_location=device, weights_only=True)
     # A damaged file raises whatever the archive reader or the unpickler stumbles over.
     except Exception as error:
         raise ValueError(f'{path}: not a readable checkpoint ({type(error).__name__})') from error
+    if damaged:
+        raise ValueError(f'{path}: not a readable checkpoint ({damaged} is not what was written)')
     if not isinstance(state, dict) or 'identity' not in state:
         raise ValueError(f'{path}: not a checkpoint of a training run')
+    for part in _PARTS:
+        if not isinstance(state.get(part), dict):
+            raise ValueError(f'{path}: not a whole checkpoint (it has no {part})')
     return state
+
+
+def damaged_part(path: Path) -> str | None:
+    """The first part of a file of PyTorch that is not what was written.
+
+    PyTorch writes sums of what it stores, and does not look at them when it reads.
+
+    Raises:
+        BadZipFile: If it is no such file, or cut off.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def load_newest(folder: Path, device: torch.device | str = 'cpu') -> tuple[Path, dict[str, Any], list[str]]:
@@ -141,6 +161,16 @@ def writing(path: Path, state: str = '') -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, 'strerror', None) or first_line(error)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = _system_error(error)
+        if isinstance(error, RuntimeError) and not cause:
+            raise
+        reason = (cause and cause.strerror) or first_line(error)
         raise ValueError(f'{path}: cannot be written: {reason}{state}') from error
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """What the system has said: PyTorch's writer, stopped in the middle, raises an error of its own over it."""
+    while error and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -131,6 +131,7 @@ class Config:
     recipe: str = ''  # the file; load_recipe fills it in
 
 
+MAX_THREADS = 1024  # of PyTorch; from some number on, that of the system, they end the process
 MAX_NUMBER = 1e300  # of a key that has a type of its own; beyond it integers have no float
 TASKS = ('classification', 'segmentation', 'both')
 
@@ -375,15 +376,15 @@ def validate(config: Config) -> None:
 
     check('model.name optim.opt sched.sched', 'set', lambda v: v != '')
     check(
-        'sched.epochs data.batch_size data.eval_batch_size data.repeats data.mixed_shards grad_accum threads log_every '
+        'sched.epochs data.batch_size data.eval_batch_size data.repeats data.mixed_shards grad_accum log_every '
         'eval_every checkpoint_every checkpoint_keep',
         'at least 1',
         lambda v: v >= 1,
     )
     check(
         'data.workers checkpoint_steps sched.warmup_epochs sched.warmup_lr sched.min_lr optim.weight_decay '
-        'loss.mixup loss.cutmix loss.patch_weight truncation.penalty data.augment.color_jitter data.augment.rand_ops '
-        'data.augment.affine.rotate data.augment.affine.shear',
+        'loss.mixup loss.cutmix loss.patch_weight truncation.penalty data.augment.rand_ops data.augment.affine.rotate '
+        'data.augment.affine.shear',
         'at least 0',
         lambda v: v >= 0,
     )
@@ -391,9 +392,14 @@ def validate(config: Config) -> None:
     check('data.decode', ', '.join(DECODE[:-1]) + f' or {DECODE[-1]}', lambda v: v in DECODE)
     check('seed', 'at least 0 and below 2**32', lambda v: 0 <= v < 2**32)
     check('optim.lr clip_grad distill.temperature', 'above 0', lambda v: v > 0)
-    check('optim.layer_decay data.crop_pct', 'above 0 and at most 1', lambda v: 0 < v <= 1)
+    check('optim.layer_decay', 'above 0 and at most 1', lambda v: 0 < v <= 1)
+    check('threads', f'from 1 to {MAX_THREADS}', lambda v: 1 <= v <= MAX_THREADS)
+    check('data.crop_pct', 'at least 0.1 and at most 1', lambda v: 0.1 <= v <= 1)
+    check('data.mean', 'numbers from -1e6 to 1e6', lambda v: all(-1e6 <= number <= 1e6 for number in v))
+    check('data.std', 'numbers from 1e-6 to 1e6', lambda v: all(1e-6 <= number <= 1e6 for number in v))
     check(
-        'data.augment.hflip data.augment.vflip data.augment.dct_truncate data.augment.erasing',
+        'data.augment.hflip data.augment.vflip data.augment.color_jitter data.augment.dct_truncate '
+        'data.augment.erasing',
         'between 0 and 1',
         lambda v: 0 <= v <= 1,
     )
@@ -424,6 +430,8 @@ def validate(config: Config) -> None:
     check('amp', 'none or bf16', lambda v: v in ('none', 'bf16'))
     check('on_nonfinite', 'error or skip', lambda v: v in ('error', 'skip'))
     check('data.on_error', ' or '.join(ON_ERROR), lambda v: v in ON_ERROR)
+    if config.parallel == 'fsdp' and config.channels_last:
+        raise ValueError('channels_last must be false for parallel=fsdp, which takes contiguous weights only; got true')
     _check_schedule(config)
     if config.data.on_error == 'skip' and config.data.batch_size < 2:
         raise ValueError(

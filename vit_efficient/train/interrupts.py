@@ -13,7 +13,7 @@ class Interrupted(KeyboardInterrupt):
     """The run was told to stop. `signal` is the signal's number."""
 
     def __init__(self, number: int, message: str = ''):
-        super().__init__(message or signal.Signals(number).name)
+        super().__init__(message or f'stopped by {signal.Signals(number).name} before an update')
         self.signal = number
 
     @property
@@ -29,15 +29,13 @@ class Interrupts:
     queue of TensorBoard's writer is not left in between. In threads other than the main one signals are left as they
     are, as Python requires.
 
-    Of several processes all stop at the same point, the next `check()`, whichever was told to. They ignore further
-    signals: a scheduler may send each process one, and torchrun one more (and kills those that are not gone in time).
-
-    Args:
-        processes: Of the run; by default, this one alone.
+    Of several processes, once they `share` it, all stop at the same point, the next `check()`, whichever was told to.
+    They ignore further signals: a scheduler may send each process one, and torchrun one more (and kills those that are
+    not gone in time).
     """
 
-    def __init__(self, processes: Processes | None = None):
-        self._processes = processes if processes and processes.world_size > 1 else None
+    def __init__(self):
+        self._processes: Processes | None = None
         self._held = False
         self._received = 0
         self._previous: dict[int, object] = {}
@@ -55,6 +53,10 @@ class Interrupts:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+    def share(self, processes: Processes) -> None:
+        """From here on, the processes of a run have something to lose, and stop together."""
+        self._processes = processes if processes.world_size > 1 else None
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._received = self._received or number

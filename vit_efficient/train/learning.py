@@ -1,5 +1,9 @@
 """Optimiser, schedule and loss of a recipe, from timm."""
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import timm.optim
 import timm.scheduler
 import torch
@@ -10,6 +14,8 @@ from torch import nn
 
 from vit_efficient.frequency_window import FrequencyWindow
 from vit_efficient.train.config import LossConfig, OptimConfig, SchedConfig, first_line
+
+TRIED_RATES = 100  # of a schedule, over its length
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -24,8 +30,8 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
         optimizer = timm.optim.create_optimizer_v2(
             model, config.opt, config.lr, config.weight_decay, layer_decay=config.layer_decay, **config.args
         )
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f'optim.opt={config.opt}: {first_line(error)}') from error
+    except Exception as error:  # optimisers check their arguments in all ways, or not at all
+        raise _refused('optim', config.opt, config.args, error) from error
     if config.layer_decay:
         _keep_rate_of_windows(model, optimizer)
     return optimizer
@@ -65,13 +71,48 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: SchedConfig, upda
             updates_per_epoch=updates_per_epoch,
             **config.args,
         )
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f'sched.sched={config.sched}: {first_line(error)}') from error
+    except Exception as error:
+        raise _refused('sched', config.sched, config.args, error) from error
     if scheduler is None and config.sched != 'none':  # what older timm gives for an unknown name
         raise ValueError(f'sched.sched={config.sched}: timm knows no such schedule')
     if epochs != config.epochs:
         raise ValueError(f'sched.args make a schedule of {epochs} epochs; set sched.epochs to that, without them')
     return scheduler
+
+
+def try_learning(
+    optim: OptimConfig, sched: SchedConfig, updates_per_epoch: int, device: torch.device | str = 'cpu'
+) -> None:
+    """Takes a step of a tiny model, and the learning rates of some updates: most arguments are read only there.
+
+    Raises:
+        ValueError: Naming the section's arguments, if the step or a rate cannot be taken, or a rate is no rate.
+    """
+    model = nn.Linear(2, 2, device=device)
+    optimizer = create_optimizer(model, replace(optim, layer_decay=None))
+    scheduler = create_scheduler(optimizer, sched, updates_per_epoch)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise _refused('optim', optim.opt, optim.args, error) from error
+    updates = sched.epochs * updates_per_epoch
+    try:
+        for update in sorted({1, *(updates * part // TRIED_RATES for part in range(TRIED_RATES + 1))}):
+            if scheduler:
+                scheduler.step_update(update)
+            for rate in (group['lr'] for group in optimizer.param_groups):
+                if not 0 <= rate < math.inf:
+                    raise ValueError(f'the learning rate of update {update} would be {rate}')
+    except Exception as error:
+        raise _refused('sched', sched.sched, sched.args, error) from error
+
+
+def _refused(section: str, name: str, args: dict[str, Any], error: Exception) -> ValueError:
+    key = {'optim': 'optim.opt', 'sched': 'sched.sched'}[section]
+    given = f' with {section}.args={args}' if args else ''
+    return ValueError(f'{key}={name}{given}: {first_line(error)}')
 
 
 def create_loss(config: LossConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:

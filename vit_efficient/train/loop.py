@@ -18,9 +18,11 @@ import json
 import math
 import random
 import shutil
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -67,7 +69,7 @@ from vit_efficient.train.distillation import Distillation
 from vit_efficient.train.distributed import Processes, has_unused_parameters, processes
 from vit_efficient.train.evaluation import Evaluation, autocast, describe, evaluate
 from vit_efficient.train.interrupts import Interrupted, Interrupts
-from vit_efficient.train.learning import create_loss, create_optimizer, create_scheduler
+from vit_efficient.train.learning import create_loss, create_optimizer, create_scheduler, try_learning
 from vit_efficient.train.log import MetricsLog, used_memory
 from vit_efficient.train.sharding import (
     load_model_state,
@@ -111,15 +113,16 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
         ValueError: For a recipe, data set, image or checkpoint that does not fit, before anything is written where that
             can be known; for a loss or gradient that is not finite, before it reaches the weights (`on_nonfinite`); and
             for a file that cannot be written, which leaves the checkpoints as they were.
-        Interrupted: After SIGINT or SIGTERM, with a checkpoint of the last update saved.
+        Interrupted: After SIGINT or SIGTERM, with a checkpoint of the last update saved; before there is one to lose,
+            with nothing written.
     """
     validate(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    with processes(config.device) as team:
+    with Interrupts() as interrupts, processes(config.device) as team:
         run = _Run(config, team, train_set, val_set)
         try:
-            return run.finished() or run.fit()
+            return run.finished() or run.fit(interrupts)
         except ValueError as error:
             if team.world_size == 1:
                 raise
@@ -215,6 +218,8 @@ class _Run:
         self.distillation: Distillation | None = None
         if config.distill.teacher:
             self.distillation = Distillation(config.distill, self.model, self.preprocessing, team.device)
+        for stage in self.stages:
+            try_learning(stage.optim, stage.sched, self.updates_per_epoch, team.device)
         self.frozen: nn.Module | None = None
         self.stage = -1
         self._enter_stage(0)
@@ -232,7 +237,12 @@ class _Run:
     def _create_model(self) -> nn.Module:
         model = create_model(self.config, self.classes).to(self.team.device, memory_format=self.layout)
         if self.config.grad_checkpointing:
-            model.set_grad_checkpointing()
+            try:
+                model.set_grad_checkpointing()
+            except Exception as error:  # of models that have it not, or only the name
+                raise ValueError(
+                    f'grad_checkpointing=true: model {self.config.model.name} does not have it ({first_line(error)})'
+                ) from error
         return model
 
     def _whole(self, model: nn.Module, everywhere: bool = False) -> nn.Module:
@@ -346,9 +356,8 @@ class _Run:
                 f'{self.folder} holds a result and no checkpoint; resume=restart replaces it, output=… starts another'
             )
         checkpoint, state = self._load_newest()
-        saved = {**identity(Config()), **state['identity']}  # there may be keys that are newer than the checkpoint
-        saved.setdefault(_IMAGES_PER_UPDATE, saved['data.batch_size'] * saved['grad_accum'] * saved.get('processes', 1))
-        saved['stages'] = [{**asdict(StageConfig()), **stage} for stage in saved['stages']]
+        with _reading(checkpoint):
+            saved = self._saved_identity(state)
         for key, ours in self.identity.items():
             theirs = saved.get(key)
             if theirs != json.loads(json.dumps(ours)):
@@ -358,6 +367,19 @@ class _Run:
                 )
         if result.exists():
             return _read_result(result)
+        with _reading(checkpoint):
+            self._restore(state)
+        return None
+
+    @staticmethod
+    def _saved_identity(state: dict[str, Any]) -> dict[str, Any]:
+        saved = {**identity(Config()), **state['identity']}  # there may be keys that are newer than the checkpoint
+        saved.setdefault(_IMAGES_PER_UPDATE, saved['data.batch_size'] * saved['grad_accum'] * saved.get('processes', 1))
+        saved['stages'] = [{**asdict(StageConfig()), **stage} for stage in saved['stages']]
+        return saved
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Goes back to where a checkpoint was written."""
         state['progress'].pop('batches', None)  # of older checkpoints; it follows from the updates
         self.progress = _Progress(**state['progress'])
         stage = stage_of(self.stages, self.progress.epoch)
@@ -367,7 +389,6 @@ class _Run:
         load_optimizer_state(self.optimizer, state['optimizer'])
         if self.ema:
             load_model_state(self.ema.module, state['ema'])
-        return None
 
     def _load_newest(self) -> tuple[Path, dict[str, Any]]:
         checkpoint, state, unreadable = load_newest(self.folder, 'cpu' if self.sharded else self.team.device)
@@ -423,6 +444,7 @@ class _Run:
         for samples in (self.train_samples, self.val_samples):
             next(samples.readable(TRIED_IMAGES))
         self.task.check_logits(self._try_size(self.preprocessing, 'data.img_size, model.args'))
+        self._try_training()
         if self.config.data.schedule:
             for scheduled in self.preprocessing.scheduled(self.config.data.schedule).values():
                 self._try_size(scheduled, 'data.schedule; try model.args.dynamic_img_size=true')
@@ -434,11 +456,28 @@ class _Run:
             # Not inference_mode: what a model caches in it could not be trained through.
             with torch.no_grad(), autocast(self.team.device, self.config.amp):
                 return self.model(self._blank_input(preprocessing))
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # models check what they are given in all ways, or not at all
             raise ValueError(
                 f'model {self.config.model.name} does not take images of {height}×{width} pixels and {channels} '
                 f'channels ({keys}): {first_line(error)}'
             ) from error
+
+    def _try_training(self) -> None:
+        """What a model does in training only: dropping paths and patches, statistics of a batch."""
+        images = torch.cat([self._blank_input(self.preprocessing)] * min(2, self.config.data.batch_size))
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        self.model.train()
+        try:
+            with torch.no_grad(), autocast(self.team.device, self.config.amp):
+                self.model(images)
+        except Exception as error:  # as in `_try_size`
+            config = self.config.model
+            raise ValueError(
+                f'model.name={config.name} with model.args={config.args} cannot be trained '
+                f'(data.batch_size={self.config.data.batch_size}): {first_line(error)}'
+            ) from error
+        for buffer, value in zip(self.model.buffers(), kept, strict=True):
+            buffer.copy_(value)
 
     def _blank_input(self, preprocessing: Preprocessing) -> Tensor:
         return torch.zeros(1, *input_shape(self.model, preprocessing), device=self.team.device)
@@ -455,40 +494,40 @@ class _Run:
             'parallel': config.parallel if processes > 1 else None,
         }
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self, interrupts: Interrupts) -> dict[str, Any]:
         """From where `progress` stands to the result. A folder made for a run without an update is removed again."""
         self._try_input()
         self._build_step_model()
         try:
-            return self._fit()
+            return self._fit(interrupts)
         except Exception:  # Interrupted is none: it leaves a checkpoint
             if self.made_folder and not self.progress.updates:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
-    def _fit(self) -> dict[str, Any]:
-        if self.team.is_first:
-            self._open_folder()
-            with writing(self.folder):
-                self.log = MetricsLog(self.folder, self.progress.epoch, self.progress.updates)
-        else:
-            self.log = None
-        self._announce_scale()
-        self._announce_stage()
-        with Interrupts(self.team) as interrupts:
-            try:
-                self._measure_frozen(interrupts)
-                evaluation, truncation = self._freeze(self._epochs(interrupts), interrupts)
-                model = self._whole(self.evaluated_model)
-                with writing(self.folder, '; resume=auto goes on from the checkpoint'):
-                    return self._finish(model, evaluation, truncation) if self.team.is_first else {}
-            except Interrupted as stop:
-                self.save()
-                message = f'stopped by {stop} after update {self.progress.updates}'
-                raise Interrupted(stop.signal, f'{message}; {self.folder / CHECKPOINT} is saved') from None
-            finally:
-                if self.log:
-                    self.log.close()
+    def _fit(self, interrupts: Interrupts) -> dict[str, Any]:
+        self.log = None
+        interrupts.share(self.team)
+        try:
+            with interrupts.held():
+                if self.team.is_first:
+                    self._open_folder()
+                    with writing(self.folder):
+                        self.log = MetricsLog(self.folder, self.progress.epoch, self.progress.updates)
+            self._announce_scale()
+            self._announce_stage()
+            self._measure_frozen(interrupts)
+            evaluation, truncation = self._freeze(self._epochs(interrupts), interrupts)
+            model = self._whole(self.evaluated_model)
+            with writing(self.folder, '; resume=auto goes on from the checkpoint'):
+                return self._finish(model, evaluation, truncation) if self.team.is_first else {}
+        except Interrupted as stop:
+            self.save()
+            message = f'stopped by {signal.Signals(stop.signal).name} after update {self.progress.updates}'
+            raise Interrupted(stop.signal, f'{message}; {self.folder / CHECKPOINT} is saved') from None
+        finally:
+            if self.log:
+                self.log.close()
 
     def _epochs(self, interrupts: Interrupts) -> Evaluation:
         config, progress = self.config, self.progress
@@ -849,6 +888,16 @@ class _Run:
         }
         names = self.classes if self.classes and len(self.classes) == model.num_classes else None
         save_model(model, self.folder / name, label_names=names)
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Names the file whose content does not fit; it may be anything."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise ValueError(f'{checkpoint}: not a state of this run ({type(error).__name__}: {reason})') from error
 
 
 def _read_result(path: Path) -> dict[str, Any]:
