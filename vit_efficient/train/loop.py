@@ -464,7 +464,8 @@ class _Run:
 
     def _try_training(self) -> None:
         """What a model does in training only: dropping paths and patches, statistics of a batch."""
-        images = torch.cat([self._blank_input(self.preprocessing)] * min(2, self.config.data.batch_size))
+        images = self._blank_input(self.preprocessing).repeat(min(2, self.config.data.batch_size), 1, 1, 1)
+        images = images.to(memory_format=self.layout)
         kept = [buffer.clone() for buffer in self.model.buffers()]
         self.model.train()
         try:
