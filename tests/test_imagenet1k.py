@@ -42,10 +42,11 @@ def test_projected_hours(script, tmp_path, monkeypatch):
         ('training step', 'vit_dct_base', 1024, 50),
         ('inference', 'regnety_160.deit_in1k', 224, 2000),
     ]
-    with (tmp_path / 'throughput.csv').open('w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerows([('work', 'model', 'img_size', 'images_per_second'), *speeds])
-    files = write(script, tmp_path, monkeypatch, '--throughput', tmp_path / 'throughput.csv')
+    tables = {'throughput.csv': speeds[:-1], 'teacher.csv': speeds[-1:]}
+    for name, rows in tables.items():
+        with (tmp_path / name).open('w', newline='') as file:
+            csv.writer(file).writerows([('work', 'model', 'img_size', 'images_per_second'), *rows])
+    files = write(script, tmp_path, monkeypatch, '--throughput', *(tmp_path / name for name in tables))
 
     def hours(name):
         found = re.findall(r'^# Projection, not a result: ([\d,]+) GPU hours', files[f'{name}.yaml'], re.MULTILINE)

@@ -1,7 +1,7 @@
 """Writes the recipes of this folder: each holds what differs from the settings that it extends.
 
     python recipes/imagenet1k/write_recipes.py
-    python recipes/imagenet1k/write_recipes.py --throughput recipes/imagenet1k/throughput.csv
+    python recipes/imagenet1k/write_recipes.py --throughput throughput.csv …
 
 The second one adds the GPU hours that a recipe would take, a projection, from what
 
@@ -14,6 +14,7 @@ inference; of a model that is converted in part, the mean of what it was and wha
 
 import argparse
 import csv
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,15 @@ TEACHER = 'regnety_160.deit_in1k'
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--throughput', type=Path, metavar='FILE.csv', help='of `vit-efficient benchmark model`')
+    parser.add_argument(
+        '--throughput', type=Path, nargs='+', default=[], metavar='FILE.csv', help='of `vit-efficient benchmark model`'
+    )
     args = parser.parse_args()
     try:
         measured = _read(args.throughput)
     except (OSError, KeyError) as error:
-        parser.error(f'--throughput {args.throughput}: not a table of `vit-efficient benchmark model`: {error!r}')
+        files = ' '.join(map(str, args.throughput))
+        parser.error(f'--throughput {files}: not a table of `vit-efficient benchmark model`: {error!r}')
     for attention in ATTENTIONS:
         for setting, about in (('deit3', 'DeiT III'), ('augreg', 'AugReg')):
             for size, drop_path in DROP_PATH[setting].items():
@@ -137,12 +141,12 @@ def _bootstrap(attention: str, size: str) -> dict[str, Any]:
     return {'model': {'name': f'vit_full_{size}', 'args': {'drop_path_rate': 0.1}}, 'stages': stages}
 
 
-def _read(path: Path | None) -> dict[tuple[str, str, int], float]:
+def _read(paths: Sequence[Path]) -> dict[tuple[str, str, int], float]:
     """Images per second by work, model and size."""
-    if path is None:
-        return {}
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row['images_per_second']]
+    rows = []
+    for path in paths:
+        with path.open() as file:
+            rows += [row for row in csv.DictReader(file) if row['images_per_second']]
     return {(row['work'], row['model'], int(row['img_size'])): float(row['images_per_second']) for row in rows}
 
 

@@ -47,7 +47,7 @@ def test_a_layer():
     setting = LayerSetting(dim=1024, num_heads=16)
     n = 4096
     make = partial(_layer_call, EXACT, n, setting, 'forward', Shared(partial(setting.inputs, n)))
-    assert peak_in_child(make) == pytest.approx(5 * n * 1024 * 4, rel=0.2)
+    assert peak_in_child(make) == pytest.approx(5 * n * 1024 * 4, rel=0.15)
 
 
 def test_what_fails_says_why():

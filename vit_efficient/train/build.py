@@ -111,9 +111,6 @@ def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
 def _load_weights(source: Path, name: str, args: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint of ours or of timm; their moving average, if it holds one."""
     state = None
-    with suppress(OSError, zipfile.BadZipFile):  # timm says what is wrong with it, if anything
-        if damaged := damaged_part(source):
-            raise ValueError(f'model.init_from={source}: damaged ({damaged} is not what was written)')
     with suppress(ValueError):
         state = load_checkpoint(source)
     if state:
@@ -125,6 +122,9 @@ def _load_weights(source: Path, name: str, args: dict[str, Any]) -> dict[str, to
             )
         _check_same_attention(source, name, args, saved.get('model.name'), saved.get('model.args') or {})
         return state.get('ema') or state['model']
+    with suppress(OSError, zipfile.BadZipFile):  # timm says what is wrong with it, if anything
+        if damaged := damaged_part(source):
+            raise ValueError(f'model.init_from={source}: damaged ({damaged} is not what was written)')
     try:
         weights = load_state_dict(str(source), use_ema=True)
     # A damaged file raises whatever the archive reader or the unpickler stumbles over.
