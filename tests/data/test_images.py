@@ -136,6 +136,32 @@ def test_channels_of_a_tiff_lie_anywhere(tmp_path, dtype, channels, layout):
     assert np.array_equal(load(tmp_path / 'image.tif', channels), stored(image))
 
 
+@pytest.mark.parametrize('channels', [2, 4])
+@pytest.mark.parametrize('planar', ['contig', 'separate'])
+def test_the_alpha_of_a_16_bit_tiff_is_dropped_as_that_of_an_8_bit_one(tmp_path, channels, planar):
+    image = pixels(0, (20, 24, channels), 'uint16')
+    tifffile.imwrite(
+        tmp_path / 'image.tif',
+        image if planar == 'contig' else np.ascontiguousarray(image.transpose(2, 0, 1)),
+        photometric='rgb' if channels == 4 else 'minisblack',
+        planarconfig=planar,
+        extrasamples=['unassalpha'],
+    )
+    assert np.array_equal(load(tmp_path / 'image.tif', channels), stored(image))
+    colour = stored(image[..., :-1])
+    assert np.array_equal(load(tmp_path / 'image.tif', 3), colour if channels == 4 else colour.repeat(3, axis=2))
+    with pytest.raises(ValueError, match=f'it has {channels} channels, the model takes 5'):
+        load(tmp_path / 'image.tif', 5)
+
+
+def test_an_extra_channel_that_is_no_alpha_is_not_dropped(tmp_path):
+    tifffile.imwrite(
+        tmp_path / 'image.tif', pixels(0, (20, 24, 4), 'uint16'), photometric='rgb', extrasamples=['unspecified']
+    )
+    with pytest.raises(ValueError, match='it has 4 channels, the model takes 3'):
+        load(tmp_path / 'image.tif', 3)
+
+
 def test_a_thumbnail_is_no_channel(tmp_path):
     image = pixels(0, (20, 24))
     with tifffile.TiffWriter(tmp_path / 'image.tif') as file:

@@ -21,7 +21,7 @@ _PNG_CHANNELS = {2: [0, 1, 2], 4: [0, 3], 6: [0, 1, 2, 3]}
 
 
 class WithAlpha(np.ndarray):
-    """Pixels (H, W, C) whose last channel is alpha, as a PIL image says by its mode."""
+    """Pixels (H, W, C) whose last channel is alpha, as the mode of a PIL image or the header of a deep file says."""
 
 
 class ImageTooLarge(ValueError):
@@ -113,7 +113,7 @@ def _decode_by_opencv(data: bytes) -> np.ndarray:
 
 def _read_tiff(data: bytes) -> np.ndarray | None:
     """(H, W) or (H, W, C), with all channels; None for a photograph of 8 bits, which PIL knows how to convert."""
-    from tifffile import PHOTOMETRIC, TiffFile
+    from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFile
 
     with TiffFile(io.BytesIO(data)) as file:
         page, series = file.pages.first, file.series[0]
@@ -129,23 +129,25 @@ def _read_tiff(data: bytes) -> np.ndarray | None:
         if series.ndim > 3 or not {'Y', 'X'} <= set(series.axes):
             raise ValueError(f'its pages and planes have shape {series.shape}; store it as .npy (H, W, C)')
         try:
-            pixels = series.asarray()
+            pixels = np.moveaxis(series.asarray(), (series.axes.index('Y'), series.axes.index('X')), (0, 1))
         except ValueError as error:
             # LZW and other compressions are a large package of their own; OpenCV has them, for what is laid out as RGB.
             plain = single and page.planarconfig == 1 and page.samplesperpixel in (1, 3, 4)
-            if plain and 'imagecodecs' in str(error):
-                return _decode_by_opencv(data)
-            raise
-        return np.moveaxis(pixels, (series.axes.index('Y'), series.axes.index('X')), (0, 1))
+            if not plain or 'imagecodecs' not in str(error):
+                raise
+            pixels = _decode_by_opencv(data)
+        # Grey or RGB, and an alpha by which it is not multiplied.
+        alpha = page.samplesperpixel in (2, 4) and page.extrasamples == (EXTRASAMPLE.UNASSALPHA,)
+        return pixels.view(WithAlpha) if alpha else pixels
 
 
 def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
     """Brings an image to the channels of the model and to one of two sample types.
 
     Grey is repeated for a model of 3 channels, RGB is weighed to luma for a model of 1 channel. An alpha channel of a
-    PIL image or a PNG is dropped for a model of 1 or 3 channels, else it is a channel: RGBA fits a model of 4. CMYK is
-    converted for a model of 1 or 3 channels and fits no other. Of 8-bit PIL images, `Image.convert` makes 1 or 3
-    channels, as in timm.
+    PIL image, a PNG or a TIFF (an unassociated one) is dropped for a model of 1 or 3 channels, else it is a channel:
+    RGBA fits a model of 4. CMYK is converted for a model of 1 or 3 channels and fits no other. Of 8-bit PIL images,
+    `Image.convert` makes 1 or 3 channels, as in timm.
 
     Args:
         image: What `read_image` gives: a PIL image, or an array of shape (H, W) or (H, W, C), or (C, H, W) where only
