@@ -88,19 +88,16 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def one_line(environment: dict[str, Any], measured: bool = False) -> str:
-    """Machine and versions, for below a table.
+def one_line(environment: dict[str, Any]) -> str:
+    """Machine, versions, commit of the package and variables that change times and memory, for below a table.
 
     Args:
         environment: Of `describe_environment`.
-        measured: Times or memory stand there: name the variables that change them and the commit of the package, too.
     """
     packages = environment['packages']
     machine = environment['gpu'] or f'{environment["cpu"]}, {environment["cores"]} cores'
     parts = [machine, f'torch {packages["torch"]}', f'timm {packages["timm"]}']
-    if measured:
-        git = environment['git']
-        if git:
-            parts.append(f'commit {git["commit"][:10]}' + ' (changed)' * git['changed'])
-        parts += [f'{name}={value}' for name, value in environment['variables'].items()]
+    if git := environment['git']:
+        parts.append(f'commit {git["commit"][:10]}' + ' (changed)' * git['changed'])
+    parts += [f'{name}={value}' for name, value in environment.get('variables', {}).items()]  # old runs have none
     return ', '.join(parts)

@@ -111,7 +111,7 @@ def _on(device) -> str:
     from vit_efficient.environment import describe_environment, one_line
 
     threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
-    return f'{device}{threads}. {one_line(describe_environment(device), measured=True)}.\n'
+    return f'{device}{threads}. {one_line(describe_environment(device))}.\n'
 
 
 def _sweep(args: argparse.Namespace, blocks_of: Callable) -> Iterator[list[dict[str, Any]]]:
