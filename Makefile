@@ -30,5 +30,5 @@ $(READY): setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-clean:
-	rm -rf $(VENV) runs
+clean:  ## what is made anew; runs/ is not
+	rm -rf $(VENV)

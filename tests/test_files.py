@@ -1,6 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 
-from vit_efficient.files import write_text
+from vit_efficient import files
+from vit_efficient.files import lock, write_text
 
 
 def test_folders_are_made_and_files_replaced(tmp_path):
@@ -22,3 +26,31 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='no space'):
         write_text(path, 'new')
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+
+
+TAKE = (
+    'import sys; from vit_efficient.files import lock; file = lock(sys.argv[1]); print(bool(file), flush=True); input()'
+)
+
+
+@pytest.mark.skipif(not hasattr(files, 'fcntl'), reason='needs fcntl')
+def test_a_file_is_taken_by_one_process_as_long_as_it_lives(tmp_path):
+    path = tmp_path / '.lock'
+    ours = lock(path)
+    with subprocess.Popen([sys.executable, '-c', TAKE, path], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == 'False\n'
+        other.kill()
+    ours.close()
+    with subprocess.Popen([sys.executable, '-c', TAKE, path], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == 'True\n' and lock(path) is None
+        other.kill()
+        other.wait()
+        assert lock(path)
+
+
+def test_without_locks_a_file_is_always_given(tmp_path, monkeypatch):
+    def without(*_):
+        raise OSError('no locks here')
+
+    monkeypatch.setattr(files.fcntl, 'lockf', without)
+    assert lock(tmp_path / '.lock')

@@ -5,13 +5,15 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+with suppress(ImportError):  # Windows has none
+    import fcntl
 
 _TEMPORARY = re.compile(r'\..+\.\d+\.tmp')
 
@@ -40,6 +42,24 @@ def remove_unfinished(folder: str | Path) -> None:
     for path in Path(folder).glob('.*.tmp'):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def lock(path: str | Path) -> IO[str] | None:
+    """Takes a file for this process alone, until what is returned is closed or the process has ended, however it does.
+
+    Returns:
+        The open file; None if another process has taken it. File systems without locks always give it.
+    """
+    file = open(path, 'a')  # noqa: SIM115  open as long as it is taken
+    try:
+        # A lock of the process, not of the open file: loader processes do not inherit it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except (OSError, NameError):
+        pass
+    return file
 
 
 def _sync_folder(folder: Path) -> None:

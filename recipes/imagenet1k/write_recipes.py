@@ -67,7 +67,7 @@ def main() -> None:
                 keys['grad_checkpointing'] = True
             what = f'Fine-tuning of deit3/{attention}_base at {px} px'
             _write(f'finetune/{attention}_base_{px}', what, '../finetune.yaml', keys, px, measured)
-        keys = {'distill': {'teacher': TEACHER, 'kind': 'hard', 'weight': 0.5}}
+        keys = {'loss': {'bce': False}, 'distill': {'teacher': TEACHER, 'kind': 'hard', 'weight': 0.5}}
         what = f'deit3/{attention}_small with the teacher of DeiT (arXiv 2012.12877)'
         _write(f'distill/{attention}_small', what, f'../deit3/{attention}_small.yaml', keys, 224, measured)
     what = 'Treeformer (TC) bootstrapped from exact attention, which stands half of the epochs, at 224 px'
@@ -85,12 +85,14 @@ def _write(
     gmacs = f'{_gmacs(model, px):,.2f} GMACs per image'
     if becomes:
         gmacs += f', {_gmacs(last, px):,.2f} at the end'
-    lines = [f'{what}; {gmacs}.', 'For a node of 8 GPUs of 80 GB.']
+    lines = [f'{what}; {gmacs}.', 'Meant for a node of 8 GPUs of 80 GB.']
     epochs = _setting(path.parent / extends)['sched']['epochs']
     seconds = _seconds_of_an_image(keys, model, last, px, epochs, measured)
     if seconds:
         hours = epochs * TRAIN_IMAGES * seconds / 3600
         lines.append(f'Projection, not a result: {hours:,.0f} GPU hours, at {1 / seconds:,.0f} images/s per GPU.')
+    else:
+        lines.append('GPU hours: not projected, since no throughput has been measured (README.md).')
     lines.append(f'    torchrun --nproc-per-node 8 -m vit_efficient.cli train recipes/imagenet1k/{name}.yaml')
     header = ''.join(f'# {line}\n' for line in lines)
     path.write_text(f'{header}\n{yaml.safe_dump({"extends": extends, **keys}, sort_keys=False)}', encoding='utf-8')

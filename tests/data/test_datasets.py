@@ -53,14 +53,17 @@ def test_batches_do_not_depend_on_workers_cache_or_start(tmp_path):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_loader_processes_stay_and_memory_is_pinned(tmp_path, workers):
+def test_loader_processes_of_training_stay_and_memory_is_pinned(tmp_path, workers):
     samples = samples_of(ImageTree(write_tree(tmp_path) / 'train'))
     assert create_loader(samples, EpochSampler(len(samples)), 5, workers, pin=True).pin_memory
-    loader = create_loader(samples, EpochSampler(len(samples)), 5, workers)
+    loader = create_loader(samples, EpochSampler(len(samples)), 5, workers, drop_last=True)
     assert loader.persistent_workers == (workers > 0)
     if workers:
         processes = [{worker.pid for worker in iter(loader)._workers} for _ in range(2)]
         assert processes[0] == processes[1]
+    assert not create_loader(samples, EpochSampler(len(samples)), 5, workers).persistent_workers
+    samples.cached = {}
+    assert create_loader(samples, EpochSampler(len(samples)), 5, workers).persistent_workers == (workers > 0)
 
 
 def test_classes_are_in_natural_order(tmp_path):

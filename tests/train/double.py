@@ -21,11 +21,15 @@ from vit_efficient.train.distributed import processes
 
 
 def double(create_model):
+    """The model in float64. It is made once in a run: what it was made from may be gone later."""
+
     def create(*args):
+        create.calls += 1
         model = create_model(*args).double()
         model.register_forward_pre_hook(lambda _, images: (images[0].double(),))
         return model
 
+    create.calls = 0
     return create
 
 
@@ -75,3 +79,5 @@ if __name__ == '__main__':
             loop._Run._update = stop_after(int(last_update or 0), update)
             with suppress(Interrupted):
                 train(load_recipe(recipe))
+            assert loop.create_model.calls == 1
+            loop.create_model.calls = 0

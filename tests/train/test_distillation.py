@@ -61,6 +61,17 @@ def test_teachers_that_do_not_fit(teacher, tmp_path):
             Distillation(DistillConfig(name), student, Preprocessing.of(student))
 
 
+def test_a_teacher_of_other_classes(tmp_path):
+    student = timm.create_model('vit_full_tiny', img_size=16, patch_size=4, **SIZE)
+    save_model(student, tmp_path, label_names=['a', 'b', 'c', 'd'])
+    config, preprocessing = DistillConfig(str(tmp_path)), Preprocessing.of(student)
+    Distillation(config, student, preprocessing)
+    Distillation(config, student, preprocessing, classes=['a', 'b', 'c', 'd'])
+    for classes, message in ((['a', 'b', 'd', 'c'], 'their order differs'), (['a', 'b', 'c', 'e'], 'missing .*d')):
+        with pytest.raises(ValueError, match=f'the training set .* differ from those of distill.teacher=.*{message}'):
+            Distillation(config, student, preprocessing, classes=classes)
+
+
 def test_a_run(tmp_path):
     data = write_tree(tmp_path / 'data')
 
@@ -82,3 +93,6 @@ def test_a_run(tmp_path):
         run('bad', teacher=str(teacher), weight=2.0)
     with pytest.raises(ValueError, match='distill has options, and no teacher'):
         run('bad', kind='hard')
+    config = tiny_recipe(data, tmp_path / 'bad', distill=DistillConfig(str(teacher)), loss=LossConfig(bce=True))
+    with pytest.raises(ValueError, match='loss.bce=true is too small to be heard beside a teacher; set loss.bce=false'):
+        train(config)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,48 @@ def stop_at(monkeypatch, update, action=fail):
         return original(run, chunk) if run.progress.updates < update else action()
 
     monkeypatch.setattr(loop._Run, '_update', stopping)
+
+
+@contextmanager
+def taken(path):
+    """A file that another process has taken."""
+    take = 'import sys; from vit_efficient.files import lock; lock(sys.argv[1]); print(flush=True); input()'
+    take = take.replace('lock(sys', 'file = lock(sys')
+    with subprocess.Popen([sys.executable, '-c', take, path], cwd=ROOT, stdin=-1, stdout=-1, text=True) as other:
+        other.stdout.readline()
+        yield
+        other.kill()
+
+
+@pytest.mark.parametrize('resume', ['never', 'auto', 'restart'])
+def test_a_folder_is_of_one_run_at_a_time(data, tmp_path, resume):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    with taken(folder / '.lock'), pytest.raises(ValueError, match='output=.*/run: another process trains there; wait'):
+        train(tiny_recipe(data, folder, resume=resume))
+    assert [path.name for path in folder.iterdir()] == ['.lock']
+    assert train(tiny_recipe(data, folder, resume=resume))['steps'] == 12
+
+
+def test_a_run_without_a_checkpoint_is_one_too(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        stop_at(patch, 2)
+        train(tiny_recipe(data, tmp_path / 'run'))
+    before = (tmp_path / 'run/metrics.jsonl').read_text()
+    with pytest.raises(ValueError, match='run holds a run already; resume=auto goes on'):
+        train(tiny_recipe(data, tmp_path / 'run', seed=1))
+    assert (tmp_path / 'run/metrics.jsonl').read_text() == before != ''
+    assert train(tiny_recipe(data, tmp_path / 'run', seed=1, resume='auto'))['steps'] == 12
+
+
+def test_other_files_are_another_run(data, stopped, tmp_path):
+    other = shutil.copytree(data, tmp_path / 'data')
+    folder = shutil.copytree(stopped, tmp_path / 'run')
+    assert (moved := tiny_recipe(other, folder, resume='auto')) and train(moved)['steps'] == 12
+    folder = shutil.copytree(stopped, tmp_path / 'again')
+    (other / 'train/c1/3.png').rename(other / 'train/c1/30.png')
+    with pytest.raises(ValueError, match='was written with training files=.*, this run has training files='):
+        train(tiny_recipe(other, folder, resume='auto'))
 
 
 def state_at(number):
@@ -292,7 +335,7 @@ def test_too_little_room_is_found_before_training(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r'new: 0 MB are free there, checkpoints take up to 0 MB .*set another output'):
         train(config)
     assert not (tmp_path / 'new').exists()
-    leave(2.5 * size)
+    leave(2.4 * size)
     config.checkpoint_keep = 3
     with pytest.raises(ValueError, match=r'\(3 of about 0 MB, and one that is being written\)'):
         train(config)
@@ -409,6 +452,18 @@ def test_updates_may_be_left_out(data, tmp_path, monkeypatch, capsys, gradient):
     config.resume = 'auto'
     assert train(config)['nonfinite'] == 3
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+
+
+def test_an_epoch_without_an_update_has_no_loss(data, tmp_path, monkeypatch):
+    poison(monkeypatch, *range(6))
+    train(tiny_recipe(data, tmp_path / 'run', on_nonfinite='skip'))
+
+    def refuse(constant):
+        raise AssertionError(f'{constant} is no JSON')
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / 'run/metrics.jsonl').open()]
+    losses = [line['train_loss'] for line in lines if line['kind'] == 'val']
+    assert losses[0] is None and losses[1] > 0
 
 
 def test_too_many_in_a_row_end_the_run(data, tmp_path, monkeypatch):

@@ -139,6 +139,7 @@ def test_how_the_work_is_shared_changes_nothing_but_rounding(data, tmp_path):
         'batch_size': 2,
         'grad_accum': 2,
         'lr': 0.1,
+        'updates_per_epoch': 5,
         'parallel': 'fsdp',
     }
 
@@ -212,6 +213,22 @@ def test_learned_truncations_are_not_shared_out(data, tmp_path, monkeypatch):
     config.model = ModelConfig('vit_dct_tiny', {**TINY, 'attention_kwargs': {'learned': True}})
     with pytest.raises(ValueError, match='parallel must be ddp for a model that learns truncations, got fsdp'):
         train(config)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_optimisers_that_do_not_take_shared_weights_are_named(data, tmp_path):
+    config = recipe(data, tmp_path / 'run', parallel='fsdp')
+    config.optim.opt = 'adafactor'
+    done = subprocess.run(
+        [*TORCHRUN, 'tools/train.py', save(config)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode
+    assert 'error: optim.opt=adafactor, with parallel=fsdp: ' in done.stderr and 'Traceback' not in done.stderr
     assert not (tmp_path / 'run').exists()
 
 

@@ -1,5 +1,6 @@
 """Data sets: folders of class folders, what is known by name, and any torch data set of images and labels."""
 
+import hashlib
 import inspect
 import os
 import signal
@@ -88,6 +89,13 @@ class ImageTree(DatasetFolder):
     def filename(self, index: int) -> str:
         return Path(self.samples[index][0]).relative_to(self.root).as_posix()
 
+    def digest(self) -> str:
+        """A hash of the names and the order of the files, as they are below `root`."""
+        below = len(str(self.root))
+        return hashlib.sha256(
+            '\n'.join(path[below:] for path, _ in self.samples).encode(errors='surrogateescape')
+        ).hexdigest()
+
 
 class ReaderImages(Dataset):
     """What a reader of timm's kind reads; timm's ImageDataset hands out the next image in the place of a corrupt one.
@@ -121,6 +129,11 @@ class ReaderImages(Dataset):
 
     def filename(self, index: int) -> str:
         return str(self.reader.filename(index))
+
+    def digest(self) -> str | None:
+        """A hash of the names and the order of the samples, where the reader has one."""
+        digest = getattr(self.reader, 'digest', None)
+        return digest() if digest else None
 
 
 def create_dataset(
@@ -417,7 +430,7 @@ def create_loader(
         samples: The data.
         sampler: Their order. Training sets its epoch before each pass.
         batch_size: Images per batch.
-        workers: Loader processes; they live as long as the loader.
+        workers: Loader processes. Those of training, and those that cache images, live as long as the loader.
         drop_last: Full batches only (training): a last batch that is not full is left out, and a copy of another sample
             of the batch takes the place of one that is skipped. Evaluation keeps the former and leaves out the latter.
         pin: Page-locked memory, for a GPU.
@@ -430,7 +443,8 @@ def create_loader(
         drop_last=drop_last,
         collate_fn=partial(_collate, full=drop_last) if samples.on_error == 'skip' else None,
         pin_memory=pin,
-        persistent_workers=workers > 0,
+        # Those of an evaluation would idle, beside the others, for an epoch.
+        persistent_workers=workers > 0 and (drop_last or samples.cached is not None),
         worker_init_fn=_start_worker,
     )
 

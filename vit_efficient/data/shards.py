@@ -95,6 +95,10 @@ class ShardReader(Reader):
         except ValueError:
             raise ValueError(f'its label ({self.target_key}) is {label[:20]!r}, not an integer') from None
 
+    def digest(self) -> str:
+        """A hash of the names and the order of the samples and of how many each shard has."""
+        return hashlib.sha256(self._names.tobytes() + repr(self.groups).encode()).hexdigest()
+
     def _shard(self, index: int) -> str:
         return self.shards[np.searchsorted(self._ends, index, side='right')]
 

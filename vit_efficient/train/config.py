@@ -446,6 +446,10 @@ def validate(config: Config) -> None:
         for key, allowed in (('task', ('classification',)), ('data.decode', ('pixels', 'scaled'))):
             if values[key] not in allowed:
                 raise ValueError(f'{key} must be {" or ".join(allowed)} with distill.teacher, got {values[key]!r}')
+        if config.loss.bce:  # a mean over the classes, in the place of a sum
+            raise ValueError(
+                'loss.bce=true is too small to be heard beside a teacher; set loss.bce=false with distill.teacher'
+            )
     elif config.distill != DistillConfig():
         raise ValueError('distill has options, and no teacher; set distill.teacher')
     if config.stages:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.task import DistillationTeacher
 from torch import Tensor, nn
 
-from vit_efficient.data import Preprocessing
+from vit_efficient.data import Preprocessing, check_same_classes
 from vit_efficient.train.build import load_model
 from vit_efficient.train.config import DistillConfig, first_line
 
@@ -27,6 +27,7 @@ class Distillation:
         student: Gives the number of classes and channels.
         preprocessing: The student's.
         device: The teacher's.
+        classes: Names of the student's, if known. A teacher that is a folder must have been trained on these.
 
     Raises:
         ValueError: If the teacher cannot be had, or has other classes or channels than the student.
@@ -38,26 +39,30 @@ class Distillation:
         student: nn.Module,
         preprocessing: Preprocessing,
         device: torch.device | str = 'cpu',
+        classes: list[str] | None = None,
     ):
         self.config = config
-        channels, classes = preprocessing.input_size[0], student.num_classes
+        channels, num_classes = preprocessing.input_size[0], student.num_classes
         try:
             if Path(config.teacher).is_dir():
                 teacher = DistillationTeacher(load_model(config.teacher).to(device), device=device)
             else:
                 weights = config.weights or None
-                teacher = DistillationTeacher(config.teacher, classes, channels, weights, device=device)
+                teacher = DistillationTeacher(config.teacher, num_classes, channels, weights, device=device)
         except Exception as error:  # an unknown name, no weights, weights of another model, no network
             raise ValueError(f'distill.teacher={config.teacher}: {first_line(error)}') from error
         self.teacher = teacher.requires_grad_(False)
         taken = self.teacher.model.pretrained_cfg['input_size']
         self.size = tuple(taken[1:])
         told = self.teacher.model.num_classes
-        if taken[0] != channels or told != classes:
+        if taken[0] != channels or told != num_classes:
             raise ValueError(
                 f'distill.teacher={config.teacher} takes {taken[0]} channels and tells {told} classes, the student '
-                f'{channels} and {classes}'
+                f'{channels} and {num_classes}'
             )
+        if Path(config.teacher).is_dir():  # models on a hub may name theirs in other words
+            names = self.teacher.model.pretrained_cfg.get('label_names')
+            check_same_classes(names, classes, f'distill.teacher={config.teacher}', 'the training set')
         statistics = torch.tensor([preprocessing.mean, preprocessing.std], device=device)
         self.mean, self.std = statistics[:, None, :, None, None]
 

@@ -1,6 +1,7 @@
 """Optimiser, schedule and loss of a recipe, from timm."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from vit_efficient.frequency_window import FrequencyWindow
 from vit_efficient.train.config import LossConfig, OptimConfig, SchedConfig, first_line
 
 TRIED_RATES = 100  # of a schedule, over its length
+TRIED_WIDTH = 128  # of a layer: some optimisers treat large matrices in their own way
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -81,14 +83,25 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: SchedConfig, upda
 
 
 def try_learning(
-    optim: OptimConfig, sched: SchedConfig, updates_per_epoch: int, device: torch.device | str = 'cpu'
+    optim: OptimConfig,
+    sched: SchedConfig,
+    updates_per_epoch: int,
+    device: torch.device | str = 'cpu',
+    shard: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Takes a step of a tiny model, and the learning rates of some updates: most arguments are read only there.
+
+    Args:
+        optim, sched, updates_per_epoch: As `create_optimizer` and `create_scheduler` take them.
+        device: That of the run.
+        shard: Shares out the weights of a model, in place, as it does those of the run. Not all optimisers take that.
 
     Raises:
         ValueError: Naming the section's arguments, if the step or a rate cannot be taken, or a rate is no rate.
     """
-    model = nn.Linear(2, 2, device=device)
+    model = nn.Linear(TRIED_WIDTH, TRIED_WIDTH, device=device)
+    if shard:
+        shard(model)
     optimizer = create_optimizer(model, replace(optim, layer_decay=None))
     scheduler = create_scheduler(optimizer, sched, updates_per_epoch)
     for parameter in model.parameters():
@@ -96,7 +109,8 @@ def try_learning(
     try:
         optimizer.step()
     except Exception as error:
-        raise _refused('optim', optim.opt, optim.args, error) from error
+        where = ', with parallel=fsdp' if shard else ''
+        raise _refused('optim', optim.opt, optim.args, error, where) from error
     updates = sched.epochs * updates_per_epoch
     try:
         for update in sorted({1, *(updates * part // TRIED_RATES for part in range(TRIED_RATES + 1))}):
@@ -109,10 +123,10 @@ def try_learning(
         raise _refused('sched', sched.sched, sched.args, error) from error
 
 
-def _refused(section: str, name: str, args: dict[str, Any], error: Exception) -> ValueError:
+def _refused(section: str, name: str, args: dict[str, Any], error: Exception, where: str = '') -> ValueError:
     key = {'optim': 'optim.opt', 'sched': 'sched.sched'}[section]
     given = f' with {section}.args={args}' if args else ''
-    return ValueError(f'{key}={name}{given}: {first_line(error)}')
+    return ValueError(f'{key}={name}{given}{where}: {first_line(error)}')
 
 
 def create_loss(config: LossConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:

@@ -1,6 +1,7 @@
 """What a run tells on its way: metrics.jsonl, TensorBoard, and the memory it takes."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from vit_efficient.curves import METRICS
 from vit_efficient.files import write_text
 from vit_efficient.train.checkpoint import writing
 
@@ -21,6 +23,8 @@ class MetricsLog:
     truncations that were learned are hard), skipped (images that could not be read), nonfinite (of an update that was
     left out, with the number of those so far).
 
+    JSON has no numbers that are not finite: they are null.
+
     Args:
         folder: The run's folder.
         epoch: The epoch that the run stands in. What was written of it and of later ones after `step` is dropped,
@@ -29,7 +33,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, epoch: int = 0, step: int = 0):
-        path = folder / 'metrics.jsonl'
+        path = folder / METRICS
         if path.exists():
             kept = [line for line in _lines(path) if _is_before(line, epoch, step)]
             write_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
@@ -42,7 +46,8 @@ class MetricsLog:
             self._append(kind, epoch, step, values)
 
     def _append(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
-        self.file.write(json.dumps({'kind': kind, 'epoch': epoch, 'step': step, **values}) + '\n')
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({'kind': kind, 'epoch': epoch, 'step': step, **finite}) + '\n')
         self.file.flush()
         for name, value in values.items():
             self.board.add_scalar(f'{kind}/{name}', value, step)
@@ -51,6 +56,12 @@ class MetricsLog:
         for writer in (self.file, self.board):
             with suppress(OSError):  # what could not be written has been told of, and is tried once more
                 writer.close()
+
+
+def has_metrics(folder: Path) -> bool:
+    """Whether a run in this folder has come to its first line."""
+    path = folder / METRICS
+    return path.exists() and path.stat().st_size > 0
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from vit_efficient.curves import METRICS
 from vit_efficient.data import (
     EpochSampler,
     Preprocessing,
@@ -52,7 +54,7 @@ from vit_efficient.data import (
     train_input,
 )
 from vit_efficient.environment import describe_environment
-from vit_efficient.files import remove_unfinished, write_json, write_text
+from vit_efficient.files import lock, remove_unfinished, write_json, write_text
 from vit_efficient.leaves import has_trees, leaf_occupancy
 from vit_efficient.models.truncation import copy_sizes, freeze_truncation, has_windows, soft_cost
 from vit_efficient.train.build import create_model
@@ -70,8 +72,9 @@ from vit_efficient.train.distributed import Processes, has_unused_parameters, pr
 from vit_efficient.train.evaluation import Evaluation, autocast, describe, evaluate
 from vit_efficient.train.interrupts import Interrupted, Interrupts
 from vit_efficient.train.learning import create_loss, create_optimizer, create_scheduler, try_learning
-from vit_efficient.train.log import MetricsLog, used_memory
+from vit_efficient.train.log import MetricsLog, has_metrics, used_memory
 from vit_efficient.train.sharding import (
+    copy_empty,
     load_model_state,
     load_optimizer_state,
     model_state,
@@ -83,6 +86,7 @@ from vit_efficient.train.tasks import Task
 
 RESULT = 'result.json'
 SKIPPED = 'skipped.txt'
+LOCK = '.lock'
 BEST = 'best'  # a model folder
 MAX_NONFINITE = 25  # updates left out in a row (`on_nonfinite`), then the run ends
 TRIED_IMAGES = 100  # at most, of each set, until one can be read
@@ -209,6 +213,7 @@ class _Run:
             **{key: value for key, value in identity(config).items() if key not in _IMAGES_PER_UPDATE.split(' × ')},
             _IMAGES_PER_UPDATE: self.images_per_update,
             'training images': len(train_set),
+            'training files': digest() if (digest := getattr(train_set, 'digest', None)) else None,
             'classes': self.classes,
         }
         self.stages = list_stages(config)
@@ -217,9 +222,11 @@ class _Run:
             self._check_learned_truncation()
         self.distillation: Distillation | None = None
         if config.distill.teacher:
-            self.distillation = Distillation(config.distill, self.model, self.preprocessing, team.device)
+            options = self.preprocessing, team.device, self.classes
+            self.distillation = Distillation(config.distill, self.model, *options)
         for stage in self.stages:
-            try_learning(stage.optim, stage.sched, self.updates_per_epoch, team.device)
+            share = partial(shard, processes=team, amp=config.amp) if self.sharded else None
+            try_learning(stage.optim, stage.sched, self.updates_per_epoch, team.device, share)
         self.frozen: nn.Module | None = None
         self.stage = -1
         self._enter_stage(0)
@@ -246,7 +253,7 @@ class _Run:
         return model
 
     def _whole(self, model: nn.Module, everywhere: bool = False) -> nn.Module:
-        """The model; of a sharded one a copy that is not, whose weights are drawn outside the first process.
+        """The model; of a sharded one a copy that is not, which has its weights in the first process.
 
         Args:
             model: As the current stage has it.
@@ -255,12 +262,12 @@ class _Run:
         if not self.sharded:
             return model
         weights = model_state(model, everywhere)
-        whole = self._create_model()
-        for stage in self.stages[: self.stage + 1]:
-            stage.begin(whole)
-        if weights:
-            whole.load_state_dict(weights)
-        return whole
+        if not weights:
+            return self.unsharded
+        device = self.team.device if everywhere else 'cpu'
+        whole = copy_empty(self.unsharded, device)
+        whole.load_state_dict(weights)
+        return whole.to(device, memory_format=self.layout)
 
     def _create_loaders(self) -> None:
         data, team = self.config.data, self.team
@@ -316,6 +323,7 @@ class _Run:
             options = {'use_warmup': config.ema.warmup, 'foreach': not self.sharded}
             self.ema = ModelEmaV3(self.model, config.ema.decay, **options)
         if self.sharded:
+            self.unsharded = copy_empty(self.model, 'meta')
             for model in (self.model, self.ema.module) if self.ema else (self.model,):
                 shard(model, self.team, config.amp)
         self.optimizer = create_optimizer(self.model, stage.optim)
@@ -344,7 +352,7 @@ class _Run:
                 f'output={self.folder}: some processes find a run there and some do not; all nodes must share one file '
                 'system'
             )
-        if self.config.resume == 'never' and (checkpoints or result.exists()):
+        if self.config.resume == 'never' and (checkpoints or result.exists() or has_metrics(self.folder)):
             raise ValueError(
                 f'{self.folder} holds a run already; resume=auto goes on with it, resume=restart replaces it, '
                 'output=… starts another'
@@ -371,10 +379,10 @@ class _Run:
             self._restore(state)
         return None
 
-    @staticmethod
-    def _saved_identity(state: dict[str, Any]) -> dict[str, Any]:
+    def _saved_identity(self, state: dict[str, Any]) -> dict[str, Any]:
         saved = {**identity(Config()), **state['identity']}  # there may be keys that are newer than the checkpoint
         saved.setdefault(_IMAGES_PER_UPDATE, saved['data.batch_size'] * saved['grad_accum'] * saved.get('processes', 1))
+        saved.setdefault('training files', self.identity['training files'])
         saved['stages'] = [{**asdict(StageConfig()), **stage} for stage in saved['stages']]
         return saved
 
@@ -421,6 +429,12 @@ class _Run:
                 self.made_folder = True
             except FileExistsError:
                 self.folder.mkdir(exist_ok=True)  # unless it is a file
+            self.lock = lock(self.folder / LOCK)
+            if not self.lock:
+                self.made_folder = False
+                raise ValueError(
+                    f'output={self.folder}: another process trains there; wait for its end, or set another output'
+                )
             config = self.config
             average = self.ema is not None
             check_room(self.folder, self.model, average, config.checkpoint_keep, config.checkpoint_best)
@@ -429,7 +443,7 @@ class _Run:
             if config.resume == 'restart':
                 for path in list_checkpoints(self.folder):
                     path.unlink()
-                for name in (RESULT, SKIPPED, 'metrics.jsonl', 'predictions.csv'):
+                for name in (RESULT, SKIPPED, METRICS, 'predictions.csv'):
                     (self.folder / name).unlink(missing_ok=True)
                 for name in ('model', BEST, 'tensorboard'):
                     shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -492,6 +506,7 @@ class _Run:
             'batch_size': config.data.batch_size,
             'grad_accum': config.grad_accum,
             'lr': max(stage.optim.lr for stage in self.stages),
+            'updates_per_epoch': self.updates_per_epoch,
             'parallel': config.parallel if processes > 1 else None,
         }
 
@@ -507,7 +522,7 @@ class _Run:
             raise
 
     def _fit(self, interrupts: Interrupts) -> dict[str, Any]:
-        self.log = None
+        self.log = self.lock = None
         interrupts.share(self.team)
         try:
             with interrupts.held():
@@ -527,8 +542,9 @@ class _Run:
             message = f'stopped by {signal.Signals(stop.signal).name} after update {self.progress.updates}'
             raise Interrupted(stop.signal, f'{message}; {self.folder / CHECKPOINT} is saved') from None
         finally:
-            if self.log:
-                self.log.close()
+            for file in (self.log, self.lock):
+                if file:
+                    file.close()
 
     def _epochs(self, interrupts: Interrupts) -> Evaluation:
         config, progress = self.config, self.progress
@@ -765,11 +781,14 @@ class _Run:
                 self.log.write('val', progress.epoch, progress.updates, values)
                 if leaves:
                     self.log.write('leaves', progress.epoch, progress.updates, leaves)
+            to_go = self.config.sched.epochs * self.updates_per_epoch - progress.updates
+            left = tqdm.format_interval(progress.train_seconds / progress.updates * to_go)
+            ends = f', about {left} to go' if to_go else ''
             counts = progress.epoch_skipped, len(evaluation.skipped)
-            skipped = '; skipped {} training and {} validation images'.format(*counts) if any(counts) else ''
+            ends += '; skipped {} training and {} validation images'.format(*counts) if any(counts) else ''
             print(
                 f'epoch {progress.epoch + 1}/{self.config.sched.epochs}: train loss {values["train_loss"]:.3f}, '
-                f'val loss {evaluation.loss:.3f}, {describe(accuracies)}, {progress.train_seconds:.0f} s{skipped}',
+                f'val loss {evaluation.loss:.3f}, {describe(accuracies)}, {progress.train_seconds:.0f} s{ends}',
                 file=sys.stderr,
             )
         return evaluation

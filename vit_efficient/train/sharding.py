@@ -4,6 +4,7 @@ What is loaded and what is given back here is whole: the state dicts that the mo
 process.
 """
 
+import copy
 import itertools
 from typing import Any
 
@@ -39,6 +40,15 @@ def shard(model: nn.Module, processes: Processes, amp: str = 'none') -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
+
+
+def copy_empty(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """A copy whose parameters have no values yet. Buffers are copied, as those that a state does not hold must be."""
+    parameters = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, parameters)
 
 
 def model_state(model: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
