@@ -207,7 +207,8 @@ class _Run:
         if not self.updates_per_epoch:
             raise ValueError(
                 f'an update takes {self.images_per_update} images ({_IMAGES_PER_UPDATE}), the training set has '
-                f'{len(train_set)}; make data.batch_size={data.batch_size} or grad_accum={config.grad_accum} smaller'
+                f'{len(train_set)}; make data.batch_size={data.batch_size} smaller'
+                + (f', or grad_accum={config.grad_accum}' if config.grad_accum > 1 else '')
             )
         self.identity = {
             **{key: value for key, value in identity(config).items() if key not in _IMAGES_PER_UPDATE.split(' × ')},
