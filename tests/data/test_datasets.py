@@ -76,6 +76,13 @@ def test_classes_are_in_natural_order(tmp_path):
     assert labels == {'1/a.png': 0, '9/a.png': 1, '10/a.png': 2}
 
 
+def test_classes_that_tie_are_ordered_by_name(tmp_path):
+    for name in ('01', '0001', '1', '001', '00001'):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels(0, (4, 4))).save(tmp_path / name / 'a.png')
+    assert class_names(create_dataset(str(tmp_path))) == ['00001', '0001', '001', '01', '1']
+
+
 def test_hidden_files_are_no_images(tmp_path, capsys):
     root = write_tree(tmp_path) / 'train'
     (root / 'c1' / '.checkpoints').mkdir()

@@ -56,6 +56,9 @@ def test_bytes_of_deep_images_and_labels_of_every_kind(tmp_path):
     assert [named[index][1] for index in range(3)] == [1, 0, 1]
     assert np.array_equal(to_array(named[1][0], 5), images[1].astype(np.float32) / 65535)
     assert named.filename(1) == 'train[1]'
+    names = ['ab', 'AB', '1', 'aB', '01', 'Ab', '001']
+    tied = create_dataset('train', save(tmp_path / 'tied', files[:1] * 7, names, image=binary, label=text))
+    assert class_names(tied) == ['001', '01', '1', 'AB', 'Ab', 'aB', 'ab']
     number = datasets.Value('int64')
     numbered = create_dataset('train', save(tmp_path / 'numbers', files, [4, 2, None], image=binary, label=number))
     assert class_names(numbered) is None

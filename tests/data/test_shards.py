@@ -111,6 +111,14 @@ def test_keys_of_images_and_labels(tmp_path):
         create_dataset(path, args={'label': 'cls'})
 
 
+def test_a_tar_of_class_folders_is_no_shard(tree, tmp_path):
+    with tarfile.open(tmp_path / 'x.tar', 'w') as archive:
+        archive.add(tree, '')
+    with pytest.raises(ValueError, match=r'^data\.val: .*x\.tar: no sample has a label \(cls\); .* data\.dataset=tar'):
+        create_dataset(f'{tmp_path}/x.tar', key='data.val')
+    assert len(create_dataset('x.tar', 'tar', str(tmp_path))) == 24
+
+
 @pytest.mark.parametrize('damage', ['empty', 'text', 'cut', 'cut between members', 'header', 'compressed'])
 def test_a_damaged_shard_is_named(tree, tmp_path, damage):
     pattern = write_shards(tree, tmp_path / 'shards')

@@ -18,6 +18,7 @@ from vit_efficient.data import (
     Preprocessing,
     SizeConfig,
     TrainTransform,
+    to_array,
 )
 
 PLAIN = Preprocessing(
@@ -64,8 +65,8 @@ def test_one_rectangle_of_200_channels_is_erased():
     image = pixels(0, (32, 32, 200), 'float32')
     found = TrainTransform(of_channels(200), config, 7)(image, 0, 0)
     kept = torch.isclose(found * 0.25 + 0.5, torch.from_numpy(image).permute(2, 0, 1), atol=1e-6)
-    alone = TrainTransform(of_channels(1), config, 7)(np.zeros((32, 32, 1), np.float32), 0, 0)
-    erased = alone[0] > -2
+    alone = TrainTransform(of_channels(1), config, 7)(np.ones((32, 32, 1), np.float32), 0, 0)
+    erased = alone[0] < 1.99
     assert 0 < erased.sum() < 32 * 32 / 2
     assert torch.equal(kept.all(0), ~erased) and kept[:, erased].float().mean() < 0.01
 
@@ -76,11 +77,11 @@ def test_images_of_any_aspect_are_augmented_and_erased(size, dtype):
     preprocessing = replace(PLAIN, input_size=(3, *size))
     default = TrainTransform(preprocessing, AugmentConfig(three=True), 7)
     erasing = TrainTransform(preprocessing, AugmentConfig(None, 0, color_jitter=0, rand_ops=0, erasing=1), 7)
-    image, plain = pixels(0, (40, 50, 3), dtype), np.zeros((*size, 3), dtype)
+    image, white = pixels(0, (40, 50, 3), dtype), np.full((*size, 3), 255 if dtype == 'uint8' else 1, dtype)
     shares = []
     for index in range(40):
         assert default(image, 0, index).shape == (3, *size)
-        shares.append((erasing(plain, 0, index) > -2).any(0).float().mean().item())
+        shares.append((erasing(white, 0, index) < 1.99).any(0).float().mean().item())
     assert min(shares) > 0.01 and max(shares) < 0.4
 
 
@@ -135,6 +136,67 @@ def test_three_augment_draws_one_of_three_evenly(channels):
         assert found == {'perhaps blurred': 120}
     else:
         assert len(found) == 3 and min(found.values()) > 25
+
+
+@pytest.mark.parametrize(
+    'config',
+    [AugmentConfig(), AugmentConfig(three=True), replace(EVERYTHING, three=True, rand_magnitude=10, dct_truncate=0.5)],
+    ids=['default', 'three', 'everything'],
+)
+@pytest.mark.parametrize('dtype', ['uint16', 'float32'])
+@pytest.mark.parametrize('channels', [1, 3, 5])
+def test_augmentation_of_a_measurement_scales_with_it(channels, dtype, config):
+    """12 bits of a detector lie in the lowest sixteenth of 16 bits."""
+    image = pixels(0, (40, 50, channels), 'uint16') // 256 * 16
+    if dtype == 'float32':
+        image = image.astype(dtype) / 65535
+    darker = image // 16 if dtype == 'uint16' else image / 16
+    plain = replace(of_channels(channels), mean=(0.0,) * channels, std=(1.0,) * channels)
+    transform = TrainTransform(plain, config, seed=7)
+    for index in range(40):
+        found = transform(to_array(image, channels), 0, index)
+        assert found.max() > 0
+        assert torch.allclose(transform(to_array(darker, channels), 0, index) * 16, found, atol=1e-6)
+
+
+def test_a_bright_measurement_is_clipped():
+    image = pixels(0, (20, 24, 5), 'float32').round()
+    found = torch.stack([TrainTransform(of_channels(5), AugmentConfig(), 7)(image, 0, index) for index in range(20)])
+    assert (found.min(), found.max()) == (-2, 2)
+
+
+def test_contrast_of_a_measurement_is_about_its_mean():
+    config = AugmentConfig(None, hflip=0, color_jitter=0.5, rand_ops=0, erasing=0)
+    image = 0.4 + 0.1 * pixels(0, (32, 32, 5), 'float32')
+    image[..., 1] /= 2
+    mean, spread = image.mean((0, 1)), image.std((0, 1))
+    found = [TrainTransform(of_channels(5), config, 7)(image, 0, index) * 0.25 + 0.5 for index in range(200)]
+    brightness = torch.stack([y.mean((1, 2)) for y in found]) / torch.from_numpy(mean)
+    contrast = torch.stack([y.std((1, 2), correction=0) for y in found]) / torch.from_numpy(spread) / brightness
+    for factors in (brightness, contrast):
+        assert torch.allclose(factors, factors[:, :1].expand(-1, 5), rtol=1e-3)
+        assert 0.5 <= factors.min() < 0.52 and 1.48 < factors.max() <= 1.501
+        assert 0.95 < factors.mean() < 1.05
+    assert abs(np.corrcoef(brightness[:, 0], contrast[:, 0])[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize('channels', [1, 3, 5])
+def test_three_augment_leaves_measurements_sharp_where_it_does_not_apply(channels):
+    config = AugmentConfig(crop_scale=None, hflip=0.0, color_jitter=0.0, rand_ops=0, erasing=0.0, three=True)
+    transform = TrainTransform(of_channels(channels), config, seed=0)
+    image = pixels(0, (32, 32, channels), 'float32')
+    untouched = torch.from_numpy(image).permute(2, 0, 1)
+    found = Counter()
+    for index in range(300):
+        y = transform(image, 0, index) * 0.25 + 0.5
+        same = torch.allclose(y, untouched, atol=1e-6)
+        found['same' if same else 'grey' if channels > 1 and torch.equal(y[0], y[1]) else 'blurred'] += 1
+    # A blur of less than 1/3.5 pixels is none.
+    expected = {'grey': (80, 120), 'same': (80, 130), 'blurred': (70, 120)}
+    if channels != 3:
+        expected = {'same': (180, 230), 'blurred': (70, 120)}
+    assert found.keys() == expected.keys()
+    assert all(low < found[kind] < high for kind, (low, high) in expected.items())
 
 
 def test_without_augmentation_training_sees_the_normalised_image():

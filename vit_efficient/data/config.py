@@ -29,7 +29,9 @@ class AugmentConfig:
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width to height of the crop
     hflip: float = 0.5  # probability
     vflip: float = 0.0  # probability
-    three: bool = False  # one of grey, solarised and blurred, at even odds (the "3-Augment" of DeiT III)
+    # One of grey, solarised and blurred, at even odds (the "3-Augment" of DeiT III). All but 8-bit grey and RGB stay as
+    # they are where what is drawn is not defined for them: solarised, and grey of other than 3 channels.
+    three: bool = False
     color_jitter: float = 0.3  # brightness, contrast and saturation factors are drawn from 1 ± color_jitter
     hue: float = 0.0  # share of the colour circle, drawn from ± hue
     rand_ops: int = 2  # operations of the RandAugment-like policy per image

@@ -81,7 +81,8 @@ class ImageTree(DatasetFolder):
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         names = (path.name for path in Path(directory).iterdir() if path.is_dir() and not path.name.startswith('.'))
-        classes = sorted(names, key=natural_key)
+        # Names that tie, such as 1 and 01, would come as the file system lists them.
+        classes = sorted(names, key=lambda name: (natural_key(name), name))
         if not classes:
             raise FileNotFoundError('no class folders')
         return classes, {name: label for label, name in enumerate(classes)}

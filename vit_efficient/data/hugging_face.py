@@ -73,7 +73,8 @@ class HuggingFaceReader(Reader):
         self.classes = getattr(label, 'names', None)
         if getattr(label, 'dtype', None) in ('string', 'large_string'):
             names = set(dataset.unique(target_key)) - {None}
-            self.classes = sorted(names, key=natural_key)
+            # Names that tie, such as 1 and 01, would come as the set has them: otherwise in each process.
+            self.classes = sorted(names, key=lambda name: (natural_key(name), name))
             self.numbers = {name: number for number, name in enumerate(self.classes)}
         elif self.classes is None and not str(getattr(label, 'dtype', '')).startswith(('int', 'uint', 'bool')):
             raise ValueError(f'column {target_key!r} must hold labels, integers or names, it holds {label}')

@@ -53,7 +53,7 @@ class ShardReader(Reader):
 
     Raises:
         ValueError: If the shards are not plain tar files on this machine, one of them is missing or damaged, or there
-            is no image in them.
+            is no image or no label in them.
         ImportError: If `webdataset` is not installed.
     """
 
@@ -78,6 +78,11 @@ class ShardReader(Reader):
         self._places = np.concatenate([places for _, places in found])
         if not (self._places['image'] >= 0).any():
             raise ValueError(f'{pattern}: no sample has an image ({input_key})')
+        if not (self._places['label'] >= 0).any():
+            raise ValueError(
+                f'{pattern}: no sample has a label ({target_key}); a tar of class folders is read with '
+                'data.dataset=tar (its folder is data.root), labels of another extension with target_key'
+            )
 
     def __len__(self) -> int:
         return len(self._names)

@@ -98,8 +98,11 @@ class TrainTransform:
     image shrinks it is resized by area averaging: OpenCV's other interpolations do not antialias. Without a crop
     (`crop_scale` null), geometry is that of evaluation at `crop_pct` 1.
 
-    Images of more than 8 bits, or of other than 1 or 3 channels, skip what is defined for photographs only:
-    saturation and hue, and the policy's tonal operations other than brightness and contrast.
+    Images of more than 8 bits, or of other than 1 or 3 channels, are measurements, which need not fill their range.
+    What they go through scales with them: brightness is a factor, contrast is about the mean of each channel, and the
+    noise of erasing goes up to its maximum. They skip what is defined for photographs only: saturation and hue, the
+    policy's tonal operations other than brightness and contrast, and of `three`, solarising, which would need to know
+    their white, and grey of other than 3 channels. An image that draws one of `three` that it skips stays as it is.
 
     Args:
         preprocessing: Input size and statistics.
@@ -140,7 +143,7 @@ class TrainTransform:
 
 def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bool) -> A.Compose:
     """The pipeline for 8-bit images of 1 or 3 channels, or for float32 images in [0, 1] of any number of channels."""
-    height, width = preprocessing.input_size[1:]
+    channels, height, width = preprocessing.input_size
     resize = {'interpolation': _CV2_INTERPOLATION[preprocessing.interpolation], 'area_for_downscale': 'image'}
     steps: list[Any] = []
     if config.crop_scale is not None:
@@ -166,7 +169,7 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
             )
         )
     if config.three:
-        steps.append(A.OneOf(_three(photograph), p=1))
+        steps.append(A.OneOf(_three(photograph, channels), p=1))
     if config.color_jitter or config.hue:
         steps.append(_color_jitter(config, photograph))
     if config.rand_ops:
@@ -179,7 +182,8 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
         # Where the image is longer than 8:1, so are the rectangles: of the usual ones, the smallest would not fit.
         stretch = aspect / min(max(aspect, 1 / 8), 8)
         ratio = (0.3 * stretch, stretch / 0.3)
-        steps.append(A.Erasing(scale=(0.02, 1 / 3), ratio=ratio, fill='random', p=config.erasing))
+        erasing = A.Erasing if photograph else _Erasing
+        steps.append(erasing(scale=(0.02, 1 / 3), ratio=ratio, fill='random', p=config.erasing))
     steps += [
         A.Normalize(preprocessing.mean, preprocessing.std, max_pixel_value=255.0 if photograph else 1.0),
         A.ToTensorV2(),
@@ -201,20 +205,49 @@ class _VerticalFlip(A.VerticalFlip):
         return np.ascontiguousarray(img[::-1])
 
 
+class _BrightnessContrast(A.ImageOnlyTransform):
+    """By factors that are drawn from ranges, of any number of channels: contrast about the mean of each.
+
+    RandomBrightnessContrast adds a share of white, in which an image that is far from filling its range drowns.
+    """
+
+    def __init__(self, brightness: tuple[float, float], contrast: tuple[float, float]):
+        super().__init__(p=1)
+        self.brightness, self.contrast = brightness, contrast
+
+    def get_params(self) -> dict[str, Any]:
+        return {name: self.py_random.uniform(*getattr(self, name)) for name in ('brightness', 'contrast')}
+
+    def apply(self, img: np.ndarray, brightness: float, contrast: float, **params: Any) -> np.ndarray:
+        mean = img.mean((0, 1), np.float64).astype(np.float32)
+        return (img * (brightness * contrast) + mean * (brightness * (1 - contrast))).clip(0, 1)
+
+
+class _Erasing(A.Erasing):
+    """With noise of up to the maximum of each channel."""
+
+    def apply(self, img: np.ndarray, holes: np.ndarray, **params: Any) -> np.ndarray:
+        erased = super().apply(img, holes=holes, **params)
+        for left, top, right, bottom in holes:
+            erased[top:bottom, left:right] *= img.max((0, 1))
+        return erased
+
+
 def _color_jitter(config: AugmentConfig, photograph: bool) -> A.BasicTransform:
     strength = config.color_jitter
     factors = (1 - strength, 1 + strength)
     if photograph:
         return A.ColorJitter(factors, factors, factors, hue=(-config.hue, config.hue), p=1)
-    limits = (-strength, strength)
-    return A.RandomBrightnessContrast(limits, limits, p=1)
+    return _BrightnessContrast(factors, factors)
 
 
-def _three(photograph: bool) -> list[A.BasicTransform]:
-    """Touvron, Cord, Jégou, "DeiT III: revenge of the ViT", ECCV 2022, arXiv 2204.07118; of other than photographs, the
-    one that is defined for them."""
-    blur = A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=1)
-    return [A.ToGray(p=1), A.Solarize(threshold_range=(0.5, 0.5), p=1), blur] if photograph else [blur]
+def _three(photograph: bool, channels: int) -> list[A.BasicTransform]:
+    """Touvron, Cord, Jégou, "DeiT III: revenge of the ViT", ECCV 2022, arXiv 2204.07118."""
+    return [
+        A.ToGray(p=1) if photograph or channels == 3 else A.NoOp(p=1),
+        A.Solarize(threshold_range=(0.5, 0.5), p=1) if photograph else A.NoOp(p=1),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=1),
+    ]
 
 
 def _policy(strength: float, photograph: bool) -> list[A.BasicTransform]:
@@ -232,8 +265,8 @@ def _policy(strength: float, photograph: bool) -> list[A.BasicTransform]:
     if not photograph:
         return [
             *operations,
-            A.RandomBrightnessContrast((-factor, factor), (0, 0), p=1),
-            A.RandomBrightnessContrast((0, 0), (-factor, factor), p=1),
+            _BrightnessContrast(around, still),
+            _BrightnessContrast(still, around),
         ]
     return [
         *operations,
