@@ -47,7 +47,8 @@ class Preprocessing:
         """Reads it off a timm model; what `config` sets goes first.
 
         The size is the one that the model is built for, or, of a model that takes any (`dynamic_img_size`) and is as it
-        was saved, the one that it was saved with. A model of another number of channels than its statistics takes their mean for every channel.
+        was saved, the one that it was saved with. A model of another number of channels than its statistics takes their
+        mean for every channel.
 
         Raises:
             ValueError: If the statistics in `config` do not have one value per channel, or a name is unknown.
