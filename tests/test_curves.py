@@ -56,6 +56,61 @@ def test_runs_too_short_for_lines_of_updates_have_a_training_loss(tmp_path, monk
     assert [len(axes.lines) for axes in figures[1].axes] == [2, 1, 1]
 
 
+FIRST_EPOCH = [{'kind': 'train', 'epoch': 0, 'step': step, 'loss': 5 - step} for step in (1, 2)]
+
+
+def write_lines(folder, lines, per_epoch=None):
+    folder.mkdir()
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    if per_epoch:
+        (folder / 'environment.json').write_text(json.dumps({'scale': {'updates_per_epoch': per_epoch}}))
+    return folder
+
+
+def test_a_run_in_its_first_epoch(tmp_path, monkeypatch, capsys):
+    """Its environment tells how many updates an epoch has, until an evaluation does."""
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
+    plot_curves([write_lines(tmp_path / 'told', FIRST_EPOCH, 8)], tmp_path / 'c.png')
+    assert figures[0].axes[0].lines[0].get_xydata().tolist() == [[0.125, 4], [0.25, 3]]
+    evaluated = [*FIRST_EPOCH, {'kind': 'val', 'epoch': 0, 'step': 2}]
+    assert points_of(evaluated, 'train/loss', 'epoch', 8) == [(0.5, 4), (1, 3)]
+    untold, out = write_lines(tmp_path / 'untold', FIRST_EPOCH), tmp_path / 'd.png'
+    assert main(['plot', str(untold), '--out', str(out)]) == 2
+    assert f'{untold}: nothing to draw against epoch, it has train/loss; --against step' in capsys.readouterr().err
+    assert not out.exists()
+    assert main(['plot', str(untold), '--out', str(out), '--against', 'step']) == 0
+
+
+def test_runs_without_curves_are_left_out(tmp_path, monkeypatch, capsys):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
+    runs = [write_lines(tmp_path / 'empty', []), write_lines(tmp_path / 'untold', FIRST_EPOCH)]
+    runs = [str(run) for run in (*runs, write_run(tmp_path / 'good'))]
+    assert main(['plot', *runs, '--out', str(tmp_path / 'c.png')]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith('of 1 runs\n') and [line.get_label() for line in figures[0].axes[0].lines] == ['good']
+    empty, untold = err.splitlines()
+    assert empty == f'left out: {runs[0]}/metrics.jsonl is empty: the run has not come to its first line'
+    assert untold.startswith(f'left out: {runs[1]}: nothing to draw against epoch')
+    assert main(['plot', *runs[:2], '--out', str(tmp_path / 'd.png')]) == 2
+    err = capsys.readouterr().err
+    assert all(run in err for run in runs[:2]) and err.count('\n') == 1
+    assert main(['plot', *runs, str(tmp_path / 'typo'), '--out', str(tmp_path / 'd.png')]) == 2
+    assert not (tmp_path / 'd.png').exists()
+
+
+@pytest.mark.parametrize('gap', ['null', 'NaN', 'Infinity'])
+def test_values_that_are_not_finite_are_passed_over(gap, tmp_path):
+    folder = write_run(tmp_path / 'run')
+    path = folder / 'metrics.jsonl'
+    path.write_text(path.read_text().replace('"loss": 4.0', f'"loss": {gap}').replace('"lr": 0.1', f'"lr": {gap}'))
+    lines = read_metrics(folder)
+    assert points_of(lines, 'val/loss', 'epoch') == [(1, 5), (3, 3)]
+    assert 'train/lr' not in known_values(lines) and 'val/loss' in known_values(lines)
+    assert plot_curves([folder], tmp_path / 'c.png') == ['train/loss', 'val/loss', 'val/top1']
+
+
 def test_a_folder_in_the_place_of_the_figure(tmp_path, capsys):
     assert main(['plot', str(write_run(tmp_path / 'run')), '--out', str(tmp_path)]) == 2
     assert f'error: --out={tmp_path} is a folder' in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Curves of training: what runs have written to metrics.jsonl, as a figure."""
 
 import json
+import math
 from collections.abc import Sequence
 from os.path import commonpath
 from pathlib import Path
@@ -12,10 +13,11 @@ from vit_efficient.files import save_figure
 METRICS = 'metrics.jsonl'
 AXES = ('epoch', 'step', 'hours')
 TRAIN_LOSS = 'train/loss'
+DEFAULT_VALUES = (TRAIN_LOSS, 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou')
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; the last one may still be being written.
+    """The lines of a run's metrics.jsonl, none before its first; the last one may still be being written.
 
     Raises:
         ValueError: If there is no such file, or it holds something else.
@@ -36,9 +38,16 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         if not isinstance(line, dict) or not {'kind', 'epoch', 'step'} <= set(line):
             raise ValueError(f'{path}, line {number}: not a line of metrics')
         lines.append(line)
-    if not lines:
-        raise ValueError(f'{path} is empty: the run has not come to its first line')
     return lines
+
+
+def updates_per_epoch(folder: str | Path) -> int | None:
+    """As a run's environment.json tells; None where it does not."""
+    try:
+        environment = json.loads((Path(folder) / 'environment.json').read_text(encoding='utf-8'))
+        return environment['scale']['updates_per_epoch']
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def known_values(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -46,33 +55,43 @@ def known_values(lines: Sequence[dict[str, Any]]) -> list[str]:
     names = {}
     for line in lines:
         for key, value in line.items():
-            if key not in ('kind', 'epoch', 'step') and isinstance(value, (int, float)):
+            if key not in ('kind', 'epoch', 'step') and _is_finite(value):
                 names[f'{line["kind"]}/{key}'] = None
     if 'val/train_loss' in names:  # of which the curve is made where no other is
         names = {TRAIN_LOSS: None, **names}
     return list(names)
 
 
-def points_of(lines: Sequence[dict[str, Any]], value: str, against: str) -> list[tuple[float, float]]:
-    """x and y of a curve; without those that have no x.
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)  # null stands for what is not
+
+
+def points_of(
+    lines: Sequence[dict[str, Any]], value: str, against: str, per_epoch: int | None = None
+) -> list[tuple[float, float]]:
+    """x and y of a curve; without those that have no x, or a y that is not finite.
 
     Args:
         lines: Of a run.
         value: One of `known_values`. Where no update has been logged, train/loss is the mean of the epochs evaluated.
         against: 'epoch', from 0 to the number of epochs; 'step', updates; 'hours', of training, which only the lines of
             evaluations have.
+        per_epoch: Updates of an epoch, for runs without an evaluation, which would tell.
     """
-    per_epoch = max((line['step'] / (line['epoch'] + 1) for line in lines if line['kind'] == 'val'), default=None)
+    told = (line['step'] / (line['epoch'] + 1) for line in lines if line['kind'] == 'val')
+    per_epoch = max(told, default=per_epoch)
     kind, _, key = value.partition('/')
     if value == TRAIN_LOSS and not any(line['kind'] == kind for line in lines):
         kind, key = 'val', 'train_loss'  # the mean of each epoch, of runs that are shorter than `log_every`
     points = []
     for line in lines:
-        if line['kind'] != kind or key not in line:
+        if line['kind'] != kind or not _is_finite(line.get(key)):
             continue
         x = line['step']
         if against == 'epoch':
-            x = x / per_epoch if per_epoch else line['epoch']
+            if not per_epoch:
+                continue
+            x /= per_epoch
         elif against == 'hours':
             if 'train_seconds' not in line:
                 continue
@@ -81,13 +100,35 @@ def points_of(lines: Sequence[dict[str, Any]], value: str, against: str) -> list
     return points
 
 
+def without_curves(folders: Sequence[str | Path], values: Sequence[str] = (), against: str = 'epoch') -> dict[str, str]:
+    """The runs of which there is nothing to draw yet, with the reason. Arguments as for `plot_curves`."""
+    reasons = {}
+    for folder in map(str, folders):
+        lines = read_metrics(folder)
+        if not lines:
+            reasons[folder] = f'{Path(folder) / METRICS} is empty: the run has not come to its first line'
+        elif not any(_curves(folder, lines, values, against).values()):
+            instead = '; --against step draws it' if any(_curves(folder, lines, values, 'step').values()) else ''
+            known = ', '.join(known_values(lines)) or 'no values'
+            reasons[folder] = f'{folder}: nothing to draw against {against}, it has {known}{instead}'
+    return reasons
+
+
+def _curves(
+    folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str], against: str
+) -> dict[str, list[tuple[float, float]]]:
+    """The points of a run for each value."""
+    per_epoch = updates_per_epoch(folder)
+    return {value: points_of(lines, value, against, per_epoch) for value in values or DEFAULT_VALUES}
+
+
 def plot_curves(
     folders: Sequence[str | Path], path: str | Path, values: Sequence[str] = (), against: str = 'epoch'
 ) -> list[str]:
     """Saves the curves of runs, a panel for each value and a line for each run.
 
     Args:
-        folders: Of runs, finished or not.
+        folders: Of runs, finished or not; those of which there is nothing to draw (`without_curves`) are left out.
         path: Of the figure; its suffix says the format.
         values: Such as 'train/loss' or 'val/top1'. By default the losses and the accuracies that the runs have.
         against: 'epoch', 'step' or 'hours' (of training).
@@ -96,7 +137,7 @@ def plot_curves(
         The values that are drawn.
 
     Raises:
-        ValueError: If a folder is not that of a run, or a value is one that none of them has.
+        ValueError: If a folder is not that of a run, a value is one that none of them has, or no run is left to draw.
     """
     from matplotlib.figure import Figure
 
@@ -105,22 +146,24 @@ def plot_curves(
     runs = {str(folder): read_metrics(folder) for folder in folders}
     known = list(dict.fromkeys(name for lines in runs.values() for name in known_values(lines)))
     for value in values:
-        if value not in known:
+        if known and value not in known:
             raise ValueError(f'no run has {value!r}; they have {", ".join(known)}')
-    if not values:
-        wanted = (TRAIN_LOSS, 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou')
-        values = [name for name in wanted if name in known and (against != 'hours' or name != TRAIN_LOSS)]
-    if not values:
-        raise ValueError(f'nothing to draw against {against}: the runs have {", ".join(known)}')
+    left_out = without_curves(folders, values, against)
+    if len(left_out) == len(runs):
+        raise ValueError('; '.join(left_out.values()))
+    curves = {
+        folder: _curves(folder, lines, values, against) for folder, lines in runs.items() if folder not in left_out
+    }
+    values = values or [name for name in DEFAULT_VALUES if any(points[name] for points in curves.values())]
     figure = Figure(figsize=(1 + 4.5 * len(values), 4.5), dpi=150, layout='constrained')
     panels = figure.subplots(1, len(values), squeeze=False)[0]
-    labels = _short(list(runs))
+    labels = _short(list(curves))
     handles = {}
     for axes, value in zip(panels, values, strict=True):
-        for number, (label, lines) in enumerate(zip(labels, runs.values(), strict=True)):
-            points = points_of(lines, value, against)
-            if points:
-                handles[label] = axes.plot(*zip(*points, strict=True), label=label, **line_style(number, False))[0]
+        for number, (label, points) in enumerate(zip(labels, curves.values(), strict=True)):
+            if points[value]:
+                x, y = zip(*points[value], strict=True)
+                handles[label] = axes.plot(x, y, label=label, **line_style(number, False))[0]
         axes.set_title(value)
         axes.set_xlabel(against)
         axes.grid(alpha=0.25)

@@ -204,6 +204,104 @@ def test_accuracy_does_not_reuse_runs_of_another_recipe(override, trained, recip
     assert override.split('=')[0].removesuffix('.depth') in err and '--runs' in err and err.count('\n') == 1
 
 
+def retold(trained, runs, **scales):
+    """A copy of finished runs that say that they were trained with other updates."""
+    for name, (batch_size, grad_accum, processes) in scales.items():
+        folder = runs / name.replace('_', '-')
+        shutil.copytree(trained / folder.name, folder)
+        recipe = (folder / 'recipe.yaml').read_text()
+        recipe = recipe.replace('batch_size: 8', f'batch_size: {batch_size}', 1)
+        (folder / 'recipe.yaml').write_text(recipe.replace('grad_accum: 1', f'grad_accum: {grad_accum}'))
+        result = json.loads((folder / 'result.json').read_text())
+        images = batch_size * grad_accum * processes
+        result['environment']['scale'].update(
+            images_per_update=images, batch_size=batch_size, grad_accum=grad_accum, processes=processes
+        )
+        (folder / 'result.json').write_text(json.dumps(result))
+
+
+@pytest.mark.parametrize(
+    ('full', 'dct', 'asked', 'note'),
+    [
+        (
+            (8, 1, 2),
+            (4, 2, 2),
+            8,
+            '16 images per update (8 × 1 accumulated × 2 processes); vit_dct_tiny, 16 images per',
+        ),
+        ((8, 1, 1), (2, 2, 2), 8, '8 images per update (8 × 1 accumulated × 1 process); vit_dct_tiny, 8 images per'),
+        (
+            (8, 1, 2),
+            (4, 2, 2),
+            16,
+            '16 images per update (8 × 1 accumulated × 2 processes); vit_dct_tiny, 16 images per',
+        ),
+        ((8, 1, 1), (8, 1, 2), 8, '8 images per update (8 × 1 accumulated × 1 process); vit_dct_tiny, 16 images per'),
+    ],
+)
+def test_accuracy_takes_runs_whose_updates_were_shared_out_otherwise(
+    full, dct, asked, note, trained, recipes, tmp_path, monkeypatch
+):
+    """And says what each was trained with."""
+    monkeypatch.setattr(table_accuracy, 'ROUNDS', 1)
+    retold(trained, tmp_path, full_s0=full, dct_s0=dct)
+    both = [str(recipes / 'full.yaml'), str(recipes / 'dct.yaml'), '--seeds', '0', '--runs', str(tmp_path)]
+    assert main(['table', 'accuracy', *both, f'data.batch_size={asked}']) == 0
+    assert f'Trained with: vit_full_tiny, {note}' in (tmp_path / 'results.md').read_text()
+
+
+def test_accuracy_refuses_runs_of_other_updates(trained, recipes, tmp_path, capsys):
+    """Deleting what was trained is not the way out."""
+    retold(trained, tmp_path, full_s0=(8, 1, 2), full_s1=(2, 1, 2), dct_s0=(8, 1, 2), dct_s1=(4, 2, 1))
+
+    def error_of(name, *more):
+        assert main(['table', 'accuracy', str(recipes / f'{name}.yaml'), '--runs', str(tmp_path), *more]) == 2
+        return capsys.readouterr().err
+
+    err = error_of('full', '--seeds', '1')
+    assert 'full-s1 holds a finished run with data.batch_size=2, grad_accum=1, but' in err
+    assert 'a folder that --runs names, or ask for what it was trained with: data.batch_size=2 grad_accum=1' in err
+    assert 'delete' not in err
+    err = error_of('dct', '--seeds', '0', '1')
+    assert f'different images per update: {tmp_path}/dct-s0 16, {tmp_path}/dct-s1 8; train them alike' in err
+    # The table would train what is not there in one process.
+    shutil.rmtree(tmp_path / 'dct-s1')
+    assert f'{tmp_path}/dct-s1 8' in error_of('dct', '--seeds', '0', '1') and not (tmp_path / 'dct-s1').exists()
+
+
+def test_accuracy_takes_runs_whose_data_have_moved(trained, recipes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table_accuracy, 'ROUNDS', 1)
+    data = tmp_path / 'moved'
+    shutil.copytree(recipes / 'data', data)
+    moved = command(recipes, trained, '--out', str(tmp_path), f'data.train={data}/train', f'data.val={data}/val')
+    assert main(moved) == 0
+    assert f'was trained with data.train={recipes}/data/train, data.val={recipes}/data/val' in capsys.readouterr().out
+    (data / 'val/dark/0.png').rename(data / 'val/dark/other.png')
+    assert main(moved) == 2
+    assert f'data.val={data}/val' in (err := capsys.readouterr().err).replace("'", '') and 'other images' in err
+    (data / 'train/dark/0.png').unlink()
+    assert main(moved) == 2
+    assert f'data.train={data}/train' in capsys.readouterr().err.replace("'", '')
+
+
+def test_accuracy_measures_at_the_size_of_the_images(recipes, tmp_path, monkeypatch):
+    """Not at that of the grid that the model was built with."""
+    monkeypatch.setattr(table_accuracy, 'ROUNDS', 1)
+    monkeypatch.setattr(table_accuracy, 'BATCH_PATCHES', 5 * 8 * 4)
+    sizes, time = [], table_accuracy.take_turns
+    monkeypatch.setattr(
+        table_accuracy,
+        'take_turns',
+        lambda calls, *more: sizes.extend(c.args[0].shape for c in calls) or time(calls, *more),
+    )
+    command = ['table', 'accuracy', str(recipes / 'dct.yaml'), '--runs', str(tmp_path)]
+    assert main([*command, 'model.args.dynamic_img_size=true', 'data.img_size=[32,16]']) == 0
+    assert sizes == [(5, 1, 32, 16)]
+    size = dict(img_size=(32, 16), patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    gmacs = count_flops(timm.create_model('vit_dct_tiny', **size), (1, 32, 16)).total / 1e9
+    assert float(next(csv.DictReader((tmp_path / 'results.csv').open()))['gmacs']) == pytest.approx(gmacs)
+
+
 PATCHES = """
 task: {task}
 model:

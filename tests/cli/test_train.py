@@ -58,6 +58,48 @@ def test_train_and_evaluate(recipe, data, tmp_path, capsys):
         assert found.split()[1] == trained.split()[2]
 
 
+@pytest.mark.parametrize('size', [(16, 16), (32, 32), (16, 32)])
+def test_evaluation_is_at_the_size_of_training(size, recipe, data, tmp_path, capsys):
+    """Of a model that takes any: from the folder of the run, of its models, and of one that has left its run."""
+    options = ['model.args.dynamic_img_size=true', f'data.img_size={list(size)}', 'checkpoint_best=true']
+    assert main(['train', str(recipe), 'sched.epochs=1', 'data.eval_batch_size=64', *options]) == 0
+    result = json.loads((tmp_path / 'run/result.json').read_text())
+    capsys.readouterr()
+    shutil.copytree(tmp_path / 'run/model', tmp_path / 'alone')
+    for folder in ('run', 'run/model', 'run/best', 'alone'):
+        assert main(['evaluate', str(tmp_path / folder), '--data', f'{data}/val', '--device', 'cpu']) == 0
+        metrics = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
+        expected = f'loss {next(line["loss"] for line in metrics if line["kind"] == "val"):.4f}'
+        assert expected in (out := capsys.readouterr().out) and f'top-1 {result["top1"]:.2f}' in out
+
+
+def test_exports_are_of_the_size_of_training(recipe, tmp_path, capsys):
+    options = ['model.args.dynamic_img_size=true', 'data.img_size=[16,32]']
+    assert main(['train', str(recipe), 'sched.epochs=1', *options]) == 0
+    shutil.copytree(tmp_path / 'run/model', tmp_path / 'alone')
+    capsys.readouterr()
+    for folder in ('run', 'alone'):
+        for more, size in (([], '3×16×32'), (['--img-size', '24', '32'], '3×24×32')):
+            assert main(['export', str(tmp_path / folder), '--out', str(tmp_path / 'vit.pt2'), *more]) == 0
+            assert size in capsys.readouterr().out
+
+
+def test_evaluate_goes_by_the_recipe_of_the_run(recipe, data, tmp_path, capsys, monkeypatch):
+    """Whichever of its models is given, and from wherever."""
+    assert main(['train', str(recipe), 'sched.epochs=1', 'data.on_error=skip', 'checkpoint_best=true']) == 0
+    capsys.readouterr()
+    val = tmp_path / 'val'
+    shutil.copytree(data / 'val', val)
+    (val / 'c0/broken.png').write_text('Not an image.')
+    for folder in ('', 'model', 'best'):
+        monkeypatch.chdir(tmp_path / 'run' / folder)
+        for name in (tmp_path / 'run' / folder, '.'):
+            assert main(['evaluate', str(name), '--data', str(val), '--device', 'cpu']) == 0
+            assert 'skipped 1 images' in capsys.readouterr().out
+    (tmp_path / 'run').rename(tmp_path / 'best')  # a run's folder may have any name
+    assert main(['evaluate', str(tmp_path / 'best'), '--data', str(val), '--device', 'cpu']) == 0
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

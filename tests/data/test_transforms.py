@@ -10,6 +10,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.transforms.functional import to_tensor
 
 from tests.data.trees import pixels
+from vit_efficient import convert
 from vit_efficient.data import (
     AffineConfig,
     AugmentConfig,
@@ -20,6 +21,8 @@ from vit_efficient.data import (
     TrainTransform,
     to_array,
 )
+from vit_efficient.models import save_model
+from vit_efficient.train import load_model
 
 PLAIN = Preprocessing(
     input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation='bicubic', crop_pct=0.9, crop_mode='center'
@@ -262,3 +265,37 @@ def test_large_images_are_antialiased():
     config = AugmentConfig([0.9, 1.0], hflip=0, color_jitter=0, rand_ops=0, erasing=0)
     assert (TrainTransform(PLAIN, config, 0)(image, 0, 0) * 0.25).abs().max() < 0.1
     assert to_tensor(image).std() > 0.4
+
+
+@pytest.mark.parametrize('name', ['vit_dct_tiny', 'vit_tiny_patch16_224'])
+def test_the_size_of_a_saved_model(name, tmp_path):
+    """That of its images, where it takes any; that of its grid, where it takes no other or was given another since."""
+
+    def save(size=None, **options):
+        model = timm.create_model(name, patch_size=8, embed_dim=12, depth=1, num_heads=2, **options)
+        if size:
+            model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, *size)}
+        save_model(model, tmp_path)
+        return model
+
+    def size_of(model, **options):
+        return Preprocessing.of(model, DataConfig(**options)).input_size[1:]
+
+    for size in ((64, 64), (32, 64)):
+        save(size, img_size=32, dynamic_img_size=True)
+        model = load_model(tmp_path)
+        assert size_of(model) == size and size_of(model, img_size=[16, 8]) == (16, 8)
+        assert size_of(load_model(tmp_path, img_size=(48, 96))) == (48, 96)
+        model.set_input_size((96, 48))
+        assert size_of(model) == (96, 48)
+    model = load_model(tmp_path)
+    if 'dct' not in name:
+        save_model(convert(model, 'dct'), tmp_path)
+        assert size_of(model) == size_of(load_model(tmp_path)) == (32, 64)
+    save((64, 96), dynamic_img_size=True)
+    assert size_of(load_model(tmp_path)) == (64, 96)
+    assert size_of(load_model(tmp_path, img_size=32)) == (32, 32)
+    for options in ({'dynamic_img_size': True}, {}):
+        assert size_of(save(img_size=32, **options)) == size_of(load_model(tmp_path)) == (32, 32)
+    save((64, 64), img_size=32)
+    assert size_of(load_model(tmp_path)) == (32, 32)

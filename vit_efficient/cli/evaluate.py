@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.model)
     classes = class_names(dataset)
     check_same_classes(model.pretrained_cfg.get('label_names'), classes, 'the model', args.data)
-    preprocessing = Preprocessing.of(model)
+    preprocessing = Preprocessing.of(model, config.data)
     decode = 'coefficients' if takes_coefficients(model) else config.data.decode
     dataset, transform = eval_input(dataset, model, preprocessing, decode)
     task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight)
@@ -86,11 +86,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def recipe_of(model: str) -> 'Config':
-    """The recipe of a run, from its folder or that of its model; without a run, all defaults."""
+    """The recipe of a run, from its folder or that of one of its models; without a run, all defaults."""
     from vit_efficient.train import Config, load_recipe
+    from vit_efficient.train.loop import BEST
 
-    folder = Path(model)
-    path = (folder.parent if folder.name == 'model' else folder) / 'recipe.yaml'
+    folder = Path(model).absolute()
+    path = folder / 'recipe.yaml'
+    if folder.name in ('model', BEST) and not path.exists():
+        path = folder.parent / 'recipe.yaml'
     return load_recipe(path) if path.exists() else Config()
 
 

@@ -24,17 +24,18 @@ def run(args: argparse.Namespace) -> None:
     from vit_efficient.leaves import find_leaves, occupancy, plot_leaves
     from vit_efficient.train import load_model
 
+    config = recipe_of(args.model)
     model = load_model(args.model)
     if args.data is None:
         image = read_image(args.image)
     else:
-        dataset = open_data(args.data, recipe_of(args.model))
+        dataset = open_data(args.data, config)
         if not args.image.isdecimal() or int(args.image) >= len(dataset):
             raise ValueError(f'IMAGE must be a number from 0 to {len(dataset) - 1} with --data, got {args.image!r}')
         image = dataset[int(args.image)][0]
     if takes_coefficients(model):
         raise ValueError(f'{args.model} takes DCT coefficients of patches, and leaves are drawn on pixels')
-    preprocessing = Preprocessing.of(model)
+    preprocessing = Preprocessing.of(model, config.data)
     tensor = EvalTransform(preprocessing)(to_array(image, preprocessing.input_size[0]), 0, 0)
     found = find_leaves(model, tensor[None])
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))

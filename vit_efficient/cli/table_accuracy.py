@@ -2,13 +2,15 @@
 
 import csv
 import json
+import math
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import timm
@@ -34,6 +36,9 @@ BATCH_PATCHES = 2**17
 ROUNDS = 9
 # For costs that depend on the data.
 COUNTED_IMAGES = 16
+
+# With the number of processes, how many images an update takes.
+_SHARED_OUT = ('data.batch_size', 'grad_accum')
 
 # The accuracies of the table: what its column is called, and an axis of the plot.
 ACCURACIES = {
@@ -97,9 +102,9 @@ def accuracy_table(
             raise ValueError(
                 f'{entry.recipe} has task={entry.task}, {recipes[0]} has task={entries[0].task}: a table is of one task'
             )
+    moved = [_check_reusable(config) for entry in entries for config in entry.configs]
     for entry in entries:
-        for config in entry.configs:
-            _check_reusable(config)
+        _check_same_updates(entry)
     try:
         for entry in entries:
             entry.results = [_result(config) for config in entry.configs]
@@ -114,7 +119,7 @@ def accuracy_table(
     accuracies = [name for name in ACCURACIES if all(name in result for result in results)]
     rows, device, batch_size = _measure(entries, accuracies)
     table = _table(rows, accuracies)
-    parts = [table.render(), _explanation(entries, device, batch_size) + _costs_of_images(entries)]
+    parts = [table.render(), _explanation(entries, device, batch_size) + ''.join(moved) + _costs_of_images(entries)]
     if any(config.stages for entry in entries for config in entry.configs):
         parts.append(_stages(entries, accuracies))
     if any(_is_learned(entry) for entry in entries):
@@ -154,32 +159,97 @@ def _folder(recipe: Path, seed: int, runs: Path) -> Path:
     return folder
 
 
-def _check_reusable(config: Config) -> None:
-    """Raises ValueError if the run's folder holds the finished run of another recipe."""
+def _check_reusable(config: Config) -> str:
+    """Raises ValueError if the run's folder holds the finished run of another recipe; else what is to be said of it."""
     folder = Path(config.output)
-    if not (folder / 'result.json').exists():
-        return
+    if not _is_finished(config):
+        return ''
     saved = load_recipe(folder / 'recipe.yaml')
-    # Weights depend on the keys of the identity; what is measured, also on where the data lie.
-    keys = [*identity(config), 'data.train', 'data.val', 'data.val_args']
     theirs, ours = flatten(saved), flatten(config)
-    for key in keys:
+
+    def refuse(*keys: str, why: str = '') -> NoReturn:
+        values = ', '.join(f'{key}={theirs[key]!r}' for key in keys)
+        asked = ', '.join(f'{key}={ours[key]!r}' for key in keys)
+        same = ' '.join(shlex.quote(f'{key}={json.dumps(theirs[key])}') for key in keys)
+        raise ValueError(
+            f'{folder} holds a finished run with {values}, but {config.recipe} now asks for {asked}{why}; train '
+            f'another in a folder that --runs names, or ask for what it was trained with: {same}'
+        )
+
+    # Weights depend on the keys of the identity, what is measured on the images too. How an update is shared out
+    # depends on the processes, and folders move.
+    keys = [key for key in (*identity(config), 'data.val_args') if key not in _SHARED_OUT]
+    moved = [key for key in ('data.train', 'data.val') if theirs[key] != ours[key]]
+    for key in (*keys, *(moved if config.data.dataset else ())):
         if theirs[key] != ours[key]:
-            raise ValueError(
-                f'{folder} holds a finished run with {key}={theirs[key]!r}, but {config.recipe} now asks for '
-                f'{ours[key]!r}; delete that folder or name another with --runs'
-            )
+            refuse(key)
+    trained, shares, share = _images_per_update(_result(config)), _share(saved), _share(config)
+    if share not in (shares, trained):
+        of = f' ({trained} images per update)' if trained else ''
+        refuse(*_SHARED_OUT, why=f', {share} images per update and process, where the run took {shares}{of}')
+    for key in moved:
+        if not _has_images_of(config, key):
+            refuse(key, why=', where other images are or none')
+    places = ', '.join(f'{key}={theirs[key]}' for key in moved)
+    return f'{folder} was trained with {places}: images of the same names and number.\n' if moved else ''
+
+
+def _has_images_of(config: Config, key: str) -> bool:
+    """Whether the folder that a recipe now names has the images of its finished run, by their names or number."""
+    is_val = key == 'data.val'
+    args = {**config.data.args, **(config.data.val_args if is_val else {})}
+    try:
+        dataset = create_dataset(config.data.val if is_val else config.data.train, key=key, args=args)
+    except ValueError:
+        return False
+    result = _result(config)
+    if not is_val:
+        return len(dataset) == result['train_images']
+    if len(dataset) != result['val_images'] + result.get('val_skipped', 0) or not hasattr(dataset, 'filename'):
+        return False
+    return all(dataset.filename(int(row['index'])) == row['file'] for row in _predictions(config))
+
+
+def _check_same_updates(entry: Entry) -> None:
+    """Raises ValueError if the runs of a recipe, whose mean the table has, differ in the images per update."""
+    taken = {}
+    for config in entry.configs:
+        images = _images_per_update(_result(config)) if _is_finished(config) else _share(config)
+        if images:
+            taken.setdefault(images, config.output)
+    if len(taken) > 1:
+        told = ', '.join(f'{folder} {images}' for images, folder in taken.items())
+        raise ValueError(
+            f'{entry.recipe}: the table has the mean of its runs, which would be of different images per update: '
+            f'{told}; train them alike, with vit-efficient train on as many processes or in a folder that --runs names'
+        )
+
+
+def _share(config: Config) -> int:
+    """Images of an update that one process takes; the table itself trains in one."""
+    return math.prod(flatten(config)[key] for key in _SHARED_OUT)
+
+
+def _images_per_update(result: dict[str, Any]) -> int | None:
+    """Of all processes together; None of runs that do not tell."""
+    return result['environment'].get('scale', {}).get('images_per_update')
+
+
+def _is_finished(config: Config) -> bool:
+    return (Path(config.output) / 'result.json').exists()
 
 
 def _result(config: Config) -> dict[str, Any]:
     path = Path(config.output) / 'result.json'
-    if not path.exists():
+    if not _is_finished(config):
         print(f'training {config.recipe}, seed {config.seed}: {config.output}', file=sys.stderr)
         train(config)
     try:
         return json.loads(path.read_text(encoding='utf-8'))
     except json.JSONDecodeError as error:
-        raise ValueError(f'{path} is damaged ({error}); delete {path.parent} to train it again') from error
+        raise ValueError(
+            f'{path} is damaged ({error}); without that file the same command writes it anew, from the checkpoint'
+        ) from error
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -193,12 +263,13 @@ def _measure(entries: Sequence[Entry], accuracies: Sequence[str]) -> tuple[list[
     if config.threads:
         torch.set_num_threads(config.threads)
     models = [load_model(entry.folders[0] / 'model').eval() for entry in entries]
-    sizes = [input_shape(model, Preprocessing.of(model)) for model in models]
-    patches = max(getattr(getattr(model, 'patch_embed', None), 'num_patches', 1) for model in models)
+    images = [_preprocessing(entry, model) for entry, model in zip(entries, models, strict=True)]
+    sizes = [input_shape(*pair) for pair in zip(models, images, strict=True)]
+    patches = max(_patches(model, image.input_size[1:]) for model, image in zip(models, images, strict=True))
     batch_size = max(1, min(BATCH_SIZE, BATCH_PATCHES // patches))
     speeds = images_per_second(models, sizes, device, batch_size)
     rows = []
-    for entry, model, size, speed in zip(entries, models, sizes, speeds, strict=True):
+    for entry, model, image, size, speed in zip(entries, models, images, sizes, speeds, strict=True):
         # What is learned of a truncation is another one for each seed.
         others = [load_model(folder / 'model') for folder in entry.folders[1:]] if _is_learned(entry) else []
         counts = [count_flops(each, size) for each in (model, *others)]
@@ -208,7 +279,7 @@ def _measure(entries: Sequence[Entry], accuracies: Sequence[str]) -> tuple[list[
                 'parameters_m': statistics.fmean(result['parameters'] for result in entry.results) / 1e6,
                 'gmacs': statistics.fmean(count.total for count in counts) / 1e9,
                 'attention_gmacs': statistics.fmean(count.attention for count in counts) / 1e9,
-                'kept_tokens': _kept(model, Preprocessing.of(model).input_size[1:]),
+                'kept_tokens': _kept(model, image.input_size[1:]),
                 'images_per_second': speed,
                 'speed_ratio': speed / speeds[0],
                 **_mean_and_spread(entry.results, accuracies),
@@ -225,6 +296,18 @@ def _mean_and_spread(results: Sequence[dict[str, Any]], accuracies: Sequence[str
         found[name] = statistics.fmean(values)
         found[f'{name}_std'] = statistics.stdev(values) if len(values) > 1 else None
     return found
+
+
+def _preprocessing(entry: Entry, model: nn.Module) -> Preprocessing:
+    """That of the runs, of one of their models."""
+    return Preprocessing.of(model, entry.configs[0].data)
+
+
+def _patches(model: nn.Module, size: tuple[int, int]) -> int:
+    """Of an image of this size; 1 for models without."""
+    embedding = getattr(model, 'patch_embed', None)
+    built = getattr(embedding, 'img_size', None) or size
+    return max(1, (getattr(embedding, 'num_patches', None) or 1) * math.prod(size) // math.prod(built))
 
 
 def _kept(model: nn.Module, size: tuple[int, int]) -> int | str | None:
@@ -322,9 +405,26 @@ def _explanation(entries: Sequence[Entry], device: torch.device, batch_size: int
             'classes; foreground mIoU: without the class none. '
         )
     return (
-        f'{what} on {images} validation images{spread}. {unread}{patches}GMACs per image; in attention: projections, '
-        f'products and transforms. Kept tokens: what a query attends to. Speed: forward pass, batch {batch_size}, '
-        f'float32, {device.type}, median of {ROUNDS} rounds in which the models take turns.\n'
+        f'{what} on {images} validation images{spread}. {unread}{_updates(entries)}{patches}GMACs per image; in '
+        'attention: projections, products and transforms. Kept tokens: what a query attends to. Speed: forward pass, '
+        f'batch {batch_size}, float32, {device.type}, median of {ROUNDS} rounds in which the models take turns.\n'
+    )
+
+
+def _updates(entries: Sequence[Entry]) -> str:
+    """What an update took in training, of each model where they differ."""
+    told = {entry.label: ' or '.join(dict.fromkeys(map(_update, entry.results))) for entry in entries}
+    if len(set(told.values())) == 1:
+        return f'Trained with {next(iter(told.values()))}. '
+    return f'Trained with: {"; ".join(f"{label}, {update}" for label, update in told.items())}. '
+
+
+def _update(result: dict[str, Any]) -> str:
+    scale = result['environment'].get('scale')
+    if not scale:
+        return 'updates of a number of images that the run does not tell'
+    return '{images_per_update} images per update ({batch_size} × {grad_accum} accumulated × {processes} {of})'.format(
+        of='process' if scale['processes'] == 1 else 'processes', **scale
     )
 
 
@@ -379,7 +479,7 @@ def _costs_of_images(entries: Sequence[Entry]) -> str:
         model = load_model(entry.folders[0] / 'model').eval()
         if not any(isinstance(module, LeafAttention) for module in model.modules()):
             continue
-        data, preprocessing = entry.configs[0].data, Preprocessing.of(model)
+        data, preprocessing = entry.configs[0].data, _preprocessing(entry, model)
         dataset = create_dataset(data.val, data.dataset, data.root, 'data.val', {**data.args, **data.val_args})
         samples = Samples(
             *eval_input(dataset, model, preprocessing, data.decode),
@@ -405,7 +505,7 @@ def _stages(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
         if not config.stages:
             continue
         trained = load_model(entry.folders[0] / 'model')
-        preprocessing = Preprocessing.of(trained)
+        preprocessing = _preprocessing(entry, trained)
         with torch.device('meta'):
             model = timm.create_model(config.model.name, **{**config.model.args, 'num_classes': trained.num_classes})
             for number, stage in enumerate(list_stages(config)):

@@ -9,9 +9,12 @@ from typing import Any
 import albumentations as A
 import cv2
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.layers import to_2tuple
+from timm.models import get_model_input_config
 from torch import nn
 from torchvision.transforms import Normalize
 
@@ -43,7 +46,9 @@ class Preprocessing:
     def of(cls, model: nn.Module, config: DataConfig | None = None) -> 'Preprocessing':
         """Reads it off a timm model; what `config` sets goes first.
 
-        A model of another number of channels than its statistics takes their mean for every channel.
+        The size is the one that the model is built for, or, of a model that takes any (`dynamic_img_size`) and is as it
+        was saved, the one that it was saved with. A model of another number of channels than its statistics takes their
+        mean for every channel.
 
         Raises:
             ValueError: If the statistics in `config` do not have one value per channel, or a name is unknown.
@@ -51,8 +56,7 @@ class Preprocessing:
         config = config or DataConfig()
         in_chans = getattr(model, 'in_chans', None) or model.pretrained_cfg['input_size'][0]
         base = resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))
-        size = config.img_size or getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-        size = tuple(size or base['input_size'][-2:])
+        size = tuple(config.img_size or _size_built(model) or base['input_size'][-2:])
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f'data.img_size must be height and width in pixels, got {list(size)}')
         statistics = {}
@@ -87,6 +91,20 @@ class Preprocessing:
     def as_dict(self) -> dict[str, Any]:
         """The same as entries of timm's `pretrained_cfg`."""
         return dict(vars(self))
+
+
+def _size_built(model: nn.Module) -> tuple[int, int] | None:
+    """The size that a model is built for; None where it has none, or where what it was saved with goes before it."""
+    built = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+    saved, config = getattr(model, 'pretrained_model_args', None), model.pretrained_cfg
+    if not saved or get_model_input_config(model)['fixed_input_size']:
+        return built
+    if to_2tuple(saved.get('img_size')) != to_2tuple(model._model_args.get('img_size')):
+        return built  # it was given another size when it was read, or since
+    # That of the architecture is what every model says that nothing else was said of, whatever it is built for.
+    default = timm.get_pretrained_cfg(saved.get('base', config['architecture']))
+    unsaid = default is not None and tuple(default.input_size[-2:]) == tuple(config['input_size'][-2:])
+    return built if unsaid else None
 
 
 class TrainTransform:
