@@ -116,6 +116,7 @@ def test_accuracy_trains_compares_and_saves(trained):
     assert float(second['attention_gmacs']) < float(first['attention_gmacs']) < float(first['gmacs'])
     text = (trained / 'results.md').read_text()
     assert 'against vit_full_tiny' in text and 'McNemar' in text and f'timm {timm.__version__}' in text
+    assert f'float32, cpu (threads: {torch.get_num_threads()}), median' in text
     with Image.open(trained / 'results.png') as plot:
         assert plot.format == 'PNG'
 

@@ -404,10 +404,12 @@ def _explanation(entries: Sequence[Entry], device: torch.device, batch_size: int
             'mIoU: intersection over union of the patches of each class, all images together, averaged over the '
             'classes; foreground mIoU: without the class none. '
         )
+    threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
     return (
         f'{what} on {images} validation images{spread}. {unread}{_updates(entries)}{patches}GMACs per image; in '
         'attention: projections, products and transforms. Kept tokens: what a query attends to. Speed: forward pass, '
-        f'batch {batch_size}, float32, {device.type}, median of {ROUNDS} rounds in which the models take turns.\n'
+        f'batch {batch_size}, float32, {device.type}{threads}, median of {ROUNDS} rounds in which the models take '
+        'turns.\n'
     )
 
 
