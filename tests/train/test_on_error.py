@@ -196,7 +196,8 @@ def test_the_recipe_is_checked(data):
 
 def test_a_table_tells(data, tmp_path):
     config = recipe(data, tmp_path)
-    results = [{'val_images': 9}, {'val_images': 9, 'train_skipped': 3, 'val_skipped': 4}]
+    result = {'val_images': 9, 'environment': {}}
+    results = [result, {**result, 'train_skipped': 3, 'val_skipped': 4}]
     text = _explanation([Entry(tmp_path, [config, config], results)], torch.device('cpu'), 1)
     assert 'A run skipped up to 3 training and 4 validation images that cannot be read. ' in text
     assert 'skipped' not in _explanation([Entry(tmp_path, [config], results[:1])], torch.device('cpu'), 1)
