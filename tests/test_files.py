@@ -33,7 +33,9 @@ TAKE = (
 )
 
 
-@pytest.mark.skipif(not hasattr(files, 'fcntl'), reason='needs fcntl')
+@pytest.mark.skipif(
+    not hasattr(files, 'fcntl'), reason='Windows has no fcntl, and no locks that a killed process gives back'
+)
 def test_a_file_is_taken_by_one_process_as_long_as_it_lives(tmp_path):
     path = tmp_path / '.lock'
     ours = lock(path)

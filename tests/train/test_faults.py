@@ -326,6 +326,8 @@ def test_too_little_room_is_found_before_training(data, tmp_path, monkeypatch):
     config.sched.epochs = 1
     train(config)
     size = (tmp_path / 'run/checkpoint.pt').stat().st_size
+    weights = sum(tensor.nbytes for tensor in load_model(tmp_path / 'run').state_dict().values())
+    estimate = 4 * weights  # with their average, and two of Adam's
 
     def leave(free):
         monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage(10**9, 10**9 - int(free), int(free)))
@@ -335,15 +337,16 @@ def test_too_little_room_is_found_before_training(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r'new: 0 MB are free there, checkpoints take up to 0 MB .*set another output'):
         train(config)
     assert not (tmp_path / 'new').exists()
-    leave(2.4 * size)
+    leave((3 + 1) * estimate - 1)
     config.checkpoint_keep = 3
     with pytest.raises(ValueError, match=r'\(3 of about 0 MB, and one that is being written\)'):
         train(config)
-    config.checkpoint_keep = 1
+    leave((3 + 1) * estimate)
+    train(config)
+    config.checkpoint_keep, config.resume = 1, 'restart'
     train(config)
     # A run that goes on, or is replaced, has a part of the room already.
     leave(1.2 * size)
-    config.resume = 'restart'
     train(config)
 
 

@@ -229,6 +229,7 @@ def test_optimisers_that_do_not_take_shared_weights_are_named(data, tmp_path):
     )
     assert done.returncode
     assert '\nvit-efficient train: error: optim.opt=adafactor, with parallel=fsdp: ' in f'\n{done.stderr}'
+    assert 'vit_efficient/train/' not in done.stderr  # torchrun's own traceback is there, none of ours
     assert not (tmp_path / 'run').exists()
 
 
