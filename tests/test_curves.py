@@ -36,12 +36,12 @@ def test_a_line_for_each_run(tmp_path, monkeypatch):
     figures, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
     runs = [write_run(tmp_path / name) for name in ('a/s0', 'a/s1', 'b/s0')]
-    assert plot_curves(runs, tmp_path / 'c.png') == ['train/loss', 'val/loss', 'val/top1']
+    assert plot_curves(runs, tmp_path / 'c.png')[0] == ['train/loss', 'val/loss', 'val/top1']
     panels = figures[0].axes
     assert [len(axes.lines) for axes in panels] == [3, 3, 3]
     assert [line.get_label() for line in panels[0].lines] == ['a/s0', 'a/s1', 'b/s0']
     assert [axes.get_title() for axes in panels] == ['train/loss', 'val/loss', 'val/top1']
-    assert plot_curves(runs, tmp_path / 'h.svg', against='hours') == ['val/loss', 'val/top1']
+    assert plot_curves(runs, tmp_path / 'h.svg', against='hours')[0] == ['val/loss', 'val/top1']
 
 
 def test_runs_too_short_for_lines_of_updates_have_a_training_loss(tmp_path, monkeypatch):
@@ -51,8 +51,8 @@ def test_runs_too_short_for_lines_of_updates_have_a_training_loss(tmp_path, monk
     (tmp_path / 'short').mkdir()
     (tmp_path / 'short/metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     assert points_of(lines, 'train/loss', 'epoch') == [(1, 2), (2, 1)]
-    assert plot_curves([tmp_path / 'short'], tmp_path / 'c.png') == ['train/loss']
-    assert plot_curves([tmp_path / 'short', write_run(tmp_path / 'long')], tmp_path / 'c.png')[0] == 'train/loss'
+    assert plot_curves([tmp_path / 'short'], tmp_path / 'c.png')[0] == ['train/loss']
+    assert plot_curves([tmp_path / 'short', write_run(tmp_path / 'long')], tmp_path / 'c.png')[0][0] == 'train/loss'
     assert [len(axes.lines) for axes in figures[1].axes] == [2, 1, 1]
 
 
@@ -108,7 +108,7 @@ def test_values_that_are_not_finite_are_passed_over(gap, tmp_path):
     lines = read_metrics(folder)
     assert points_of(lines, 'val/loss', 'epoch') == [(1, 5), (3, 3)]
     assert 'train/lr' not in known_values(lines) and 'val/loss' in known_values(lines)
-    assert plot_curves([folder], tmp_path / 'c.png') == ['train/loss', 'val/loss', 'val/top1']
+    assert plot_curves([folder], tmp_path / 'c.png')[0] == ['train/loss', 'val/loss', 'val/top1']
 
 
 def test_a_folder_in_the_place_of_the_figure(tmp_path, capsys):

@@ -100,20 +100,6 @@ def points_of(
     return points
 
 
-def without_curves(folders: Sequence[str | Path], values: Sequence[str] = (), against: str = 'epoch') -> dict[str, str]:
-    """The runs of which there is nothing to draw yet, with the reason. Arguments as for `plot_curves`."""
-    reasons = {}
-    for folder in map(str, folders):
-        lines = read_metrics(folder)
-        if not lines:
-            reasons[folder] = f'{Path(folder) / METRICS} is empty: the run has not come to its first line'
-        elif not any(_curves(folder, lines, values, against).values()):
-            instead = '; --against step draws it' if any(_curves(folder, lines, values, 'step').values()) else ''
-            known = ', '.join(known_values(lines)) or 'no values'
-            reasons[folder] = f'{folder}: nothing to draw against {against}, it has {known}{instead}'
-    return reasons
-
-
 def _curves(
     folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str], against: str
 ) -> dict[str, list[tuple[float, float]]]:
@@ -122,19 +108,28 @@ def _curves(
     return {value: points_of(lines, value, against, per_epoch) for value in values or DEFAULT_VALUES}
 
 
+def _why_without(folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str], against: str) -> str:
+    """Why there is nothing to draw of a run."""
+    if not lines:
+        return f'{Path(folder) / METRICS} is empty: the run has not come to its first line'
+    instead = '; --against step draws it' if any(_curves(folder, lines, values, 'step').values()) else ''
+    known = ', '.join(known_values(lines)) or 'no values'
+    return f'{folder}: nothing to draw against {against}, it has {known}{instead}'
+
+
 def plot_curves(
     folders: Sequence[str | Path], path: str | Path, values: Sequence[str] = (), against: str = 'epoch'
-) -> list[str]:
+) -> tuple[list[str], dict[str, str]]:
     """Saves the curves of runs, a panel for each value and a line for each run.
 
     Args:
-        folders: Of runs, finished or not; those of which there is nothing to draw (`without_curves`) are left out.
+        folders: Of runs, finished or not; those of which there is nothing to draw yet are left out.
         path: Of the figure; its suffix says the format.
         values: Such as 'train/loss' or 'val/top1'. By default the losses and the accuracies that the runs have.
         against: 'epoch', 'step' or 'hours' (of training).
 
     Returns:
-        The values that are drawn.
+        The values that are drawn, and the runs that are left out, each with the reason.
 
     Raises:
         ValueError: If a folder is not that of a run, a value is one that none of them has, or no run is left to draw.
@@ -148,12 +143,15 @@ def plot_curves(
     for value in values:
         if known and value not in known:
             raise ValueError(f'no run has {value!r}; they have {", ".join(known)}')
-    left_out = without_curves(folders, values, against)
-    if len(left_out) == len(runs):
+    curves, left_out = {}, {}
+    for folder, lines in runs.items():
+        points = _curves(folder, lines, values, against)
+        if any(points.values()):
+            curves[folder] = points
+        else:
+            left_out[folder] = _why_without(folder, lines, values, against)
+    if not curves:
         raise ValueError('; '.join(left_out.values()))
-    curves = {
-        folder: _curves(folder, lines, values, against) for folder, lines in runs.items() if folder not in left_out
-    }
     values = values or [name for name in DEFAULT_VALUES if any(points[name] for points in curves.values())]
     figure = Figure(figsize=(1 + 4.5 * len(values), 4.5), dpi=150, layout='constrained')
     panels = figure.subplots(1, len(values), squeeze=False)[0]
@@ -170,7 +168,7 @@ def plot_curves(
         axes.spines[['top', 'right']].set_visible(False)
     figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(4, len(handles)), frameon=False)
     save_figure(figure, path)
-    return list(values)
+    return list(values), left_out
 
 
 def _short(folders: Sequence[str]) -> list[str]:

@@ -19,14 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vit_efficient.curves import plot_curves, without_curves
+    from vit_efficient.curves import plot_curves
 
     if args.out.is_dir():
         raise ValueError(
             f'--out={args.out} is a folder; give the file of the figure, such as {args.out / "curves.png"}'
         )
-    values = plot_curves(args.runs, args.out, args.values, args.against)
-    left_out = without_curves(args.runs, args.values, args.against)
+    values, left_out = plot_curves(args.runs, args.out, args.values, args.against)
     for reason in left_out.values():
         print(f'left out: {reason}', file=sys.stderr)
     print(f'saved {args.out}: {", ".join(values)} of {len(args.runs) - len(left_out)} runs')
