@@ -28,14 +28,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
 
 
+needs_locks = pytest.mark.skipif(
+    not hasattr(files, 'fcntl'), reason='Windows has no fcntl, whose locks end with a process'
+)
 TAKE = (
     'import sys; from vit_efficient.files import lock; file = lock(sys.argv[1]); print(bool(file), flush=True); input()'
 )
 
 
-@pytest.mark.skipif(
-    not hasattr(files, 'fcntl'), reason='Windows has no fcntl, and no locks that a killed process gives back'
-)
+@needs_locks
 def test_a_file_is_taken_by_one_process_as_long_as_it_lives(tmp_path):
     path = tmp_path / '.lock'
     ours = lock(path)
@@ -50,6 +51,7 @@ def test_a_file_is_taken_by_one_process_as_long_as_it_lives(tmp_path):
         assert lock(path)
 
 
+@needs_locks
 def test_without_locks_a_file_is_always_given(tmp_path, monkeypatch):
     def without(*_):
         raise OSError('no locks here')
