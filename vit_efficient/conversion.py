@@ -15,7 +15,8 @@ from vit_efficient.models import (
     GridBlock,
     model_arguments,
 )
-from vit_efficient.models.efficient_vit import (
+from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
+from vit_efficient.models.vit import (
     DEFAULT_CFG,
     AttentionSpec,
     attention_per_layer,
@@ -25,7 +26,7 @@ from vit_efficient.models.efficient_vit import (
     common_part,
     own_common_part,
 )
-from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
+from vit_efficient.utils.errors import UserError
 
 # A class of timm's, and ours that adds the grid to its forward pass and nothing to its state.
 MODELS = {
@@ -57,7 +58,7 @@ def convert(
         The model itself.
 
     Raises:
-        ValueError: If the model, or a layer of it, has parts that cannot be served (rotary positions, windows), a name,
+        UserError: If the model, or a layer of it, has parts that cannot be served (rotary positions, windows), a name,
             option or index is wrong. The model is then as it was.
     """
     check_convertible(model)
@@ -65,11 +66,11 @@ def convert(
     indices = list(range(depth)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
     for i in indices:
         if type(i) is not int or not -depth <= i < depth:
-            raise ValueError(f'layers: the model has blocks 0 … {depth - 1}, got {i!r}')
+            raise UserError(f'layers: the model has blocks 0 … {depth - 1}, got {i!r}')
     spec = attention_per_layer(attention, options, len(indices))
     wanted = dict(zip([i % depth for i in indices], spec, strict=True))
     if len(wanted) < len(indices):
-        raise ValueError(f'layers names a block twice: {indices}')
+        raise UserError(f'layers names a block twice: {indices}')
     check_patch_dropout(model, spec)
 
     attentions, grid_size = [], model.patch_embed.grid_size
@@ -107,7 +108,7 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
         The model itself. Its attention is as it was.
 
     Raises:
-        ValueError: If the model cannot be served, or an option is out of range. The model is then as it was.
+        UserError: If the model cannot be served, or an option is out of range. The model is then as it was.
     """
     check_convertible(model)
     patch_embed_layer(patch_embed, keep, **options)
@@ -123,9 +124,9 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
 
 
 def check_convertible(model: nn.Module) -> None:
-    """Raises ValueError, naming the module, if `convert` cannot serve the model."""
+    """Raises UserError, naming the module, if `convert` cannot serve the model."""
     if type(model) not in MODELS:
-        raise ValueError(
+        raise UserError(
             f'cannot convert a {type(model).__name__}: the models served are timm VisionTransformers (plain, DeiT, '
             'DINOv2, CLIP, SigLIP). Rotary positions, windows and hierarchies are not served yet; a features_only '
             'wrapper is converted through its .model'
@@ -133,7 +134,7 @@ def check_convertible(model: nn.Module) -> None:
     try:
         check_blocks(model)
     except ValueError as error:
-        raise ValueError(f'cannot convert {error}') from None
+        raise UserError(f'cannot convert {error}') from None
 
 
 def _describe(model: nn.Module, was_ours: bool) -> None:
@@ -165,11 +166,11 @@ def vit_converted(
     """The timm model `base`, converted: what a saved converted model is rebuilt by.
 
     Raises:
-        ValueError: If `base` is missing, or cannot be converted, or an option is out of range.
+        UserError: If `base` is missing, or cannot be converted, or an option is out of range.
     """
     patch_embed_layer(patch_embed, patch_keep, patch_color, patch_input, patch_window)
     if not base or not timm.is_model(base):
-        raise ValueError(f"vit_converted: base must name a timm ViT, such as 'vit_base_patch16_224', got {base=}")
+        raise UserError(f"vit_converted: base must name a timm ViT, such as 'vit_base_patch16_224', got {base=}")
 
     def build(**arguments) -> nn.Module:
         model = model_entrypoint(base)(pretrained=False, **arguments)

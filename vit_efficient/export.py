@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vit_efficient.attention.nystrom import NystromAttention
-from vit_efficient.files import replacing
 from vit_efficient.models.truncation import has_windows
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.files import replacing
 
 SUFFIXES = ('.onnx', '.pt2')
 TOLERANCE = 1e-4  # of the largest output
@@ -38,39 +39,39 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
         largest output.
 
     Raises:
-        ValueError: If the path has another suffix, the model cannot take such images or cannot be exported, or the
+        UserError: If the path has another suffix, the model cannot take such images or cannot be exported, or the
             graph computes something else.
         ImportError: If ONNX's packages are not installed.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f'export: the file must end in {" or ".join(SUFFIXES)}, got {path}')
+        raise UserError(f'export: the file must end in {" or ".join(SUFFIXES)}, got {path}')
     if type(fixed_batch) is not int or fixed_batch < 0:
-        raise ValueError(f'export: fixed_batch must be 0 or a number of images, got {fixed_batch=}')
+        raise UserError(f'export: fixed_batch must be 0 or a number of images, got {fixed_batch=}')
     sides = input_size if isinstance(input_size, (tuple, list)) else ()
     if len(sides) != 3 or not all(type(side) is int and side > 0 for side in sides):
-        raise ValueError(
+        raise UserError(
             f'export: input_size must be channels, height and width, three positive integers, got {input_size=}'
         )
     if has_windows(model):
-        raise ValueError(
+        raise UserError(
             'export: the model learns a truncation; make it hard first, by vit_efficient.freeze_truncation, or export '
             "the folder 'model' that `vit-efficient train` writes at the end of a run, which has it hard"
         )
     exact = any(isinstance(module, NystromAttention) and module.pinv == 'exact' for module in model.modules())
     if path.suffix == '.onnx' and exact:
-        raise ValueError(
+        raise UserError(
             "export: ONNX has no pseudo-inverse for attention 'nystrom' with pinv='exact'; export to .pt2, or use "
             "pinv='iterative'"
         )
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
-        raise ValueError(
+        raise UserError(
             "export: the model is on the device 'meta', which holds no weights; create it on another one, and load them"
         )
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0, dtype=torch.float32))
     if path.suffix == '.onnx' and like.dtype != torch.float32:
-        raise ValueError(f'export: ONNX takes a model of float32, got {like.dtype}; export model.float(), or to .pt2')
+        raise UserError(f'export: ONNX takes a model of float32, got {like.dtype}; export model.float(), or to .pt2')
     batches = (fixed_batch,) if fixed_batch else _BATCHES
     examples = [torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(batch)) for batch in batches]
     examples = [x.to(like.device, like.dtype) for x in examples]
@@ -86,7 +87,7 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
             pairs = zip(found, expected, strict=True)
             difference = max((a - b).abs().max().item() for a, b in pairs) / max(scale, 1e-12)
             if not difference <= TOLERANCE:  # NaN too
-                raise ValueError(
+                raise UserError(
                     f'export: the graph computes something else than the model, by {difference:.2g} of its largest '
                     f'output (allowed: {TOLERANCE:g}); nothing was written'
                 )
@@ -103,12 +104,12 @@ def _output(model: nn.Module, x: Tensor) -> Tensor:
             y = model(x)
     # What does not fit fails in many ways, from an AssertionError of timm to a RuntimeError of PyTorch.
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f'export: {name} does not run on {x.dtype} images of {input_size=}: {_reason(error)}; give the size that '
             'the model was built for, or build it for that one'
         ) from error
     if not isinstance(y, Tensor):
-        raise ValueError(
+        raise UserError(
             f'export: the model must return one tensor, {name} returns a {type(y).__name__}; build it without '
             'features_only, or wrap it in a module that returns one'
         )
@@ -122,7 +123,7 @@ def _trace(model: nn.Module, example: Tensor, open_batch: bool) -> torch.export.
             return torch.export.export(model, (example,), dynamic_shapes=shapes)
     # What cannot be traced fails in many ways, each with a page of text.
     except Exception as error:
-        raise ValueError(f'export: {type(model).__name__} cannot be exported: {_reason(error)}') from error
+        raise UserError(f'export: {type(model).__name__} cannot be exported: {_reason(error)}') from error
 
 
 def _write_program(program: torch.export.ExportedProgram, path: Path):
@@ -142,14 +143,14 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path):
         raise ImportError(f"export to ONNX needs {error.name}: pip install 'vit-efficient[onnx]'") from error
     weights = sum(tensor.nbytes for tensor in program.state_dict.values())
     if weights >= ONNX_BYTES:
-        raise ValueError(
+        raise UserError(
             f'export: the weights are {weights / 2**30:.1f} GiB, one ONNX file holds less than 2; export to .pt2'
         )
     try:
         with _quiet():
             torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
     except Exception as error:  # of the exporter, with a page of text
-        raise ValueError(f'export: ONNX cannot have this model: {_reason(error)}') from error
+        raise UserError(f'export: ONNX cannot have this model: {_reason(error)}') from error
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0]).to(x.device)

@@ -8,6 +8,8 @@ from fractions import Fraction
 
 import torch
 
+from vit_efficient.utils.errors import UserError
+
 
 @dataclass(frozen=True)
 class PatchGrid:
@@ -22,7 +24,7 @@ class PatchGrid:
         prefix: Tokens before the patches.
 
     Raises:
-        ValueError: If `height` or `width` is below 1, or `prefix` below 0.
+        UserError: If `height` or `width` is below 1, or `prefix` below 0.
     """
 
     height: int
@@ -34,7 +36,7 @@ class PatchGrid:
             value = getattr(self, name)
             # Sizes that are symbols (torch.export, FX) are taken as they are: comparing them would fix their value.
             if type(value) in (int, float, bool, str) and (type(value) is not int or value < least):
-                raise ValueError(f'PatchGrid: {name} must be an integer of at least {least}, got {name}={value!r}')
+                raise UserError(f'PatchGrid: {name} must be an integer of at least {least}, got {name}={value!r}')
 
     @property
     def num_patches(self) -> int:

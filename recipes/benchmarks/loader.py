@@ -36,10 +36,10 @@ from torchvision.io import decode_image
 from vit_efficient.benchmark import take_turns
 from vit_efficient.data import ReducedReader, read_coefficients, read_image, to_array
 from vit_efficient.data.config import DECODE, AugmentConfig, DataConfig
-from vit_efficient.environment import describe_environment, one_line
-from vit_efficient.tables import Column, Table
+from vit_efficient.report.table import Column, Table
 from vit_efficient.train import Config, train
 from vit_efficient.train.config import ModelConfig, SchedConfig
+from vit_efficient.utils.environment import describe_environment, one_line
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee', 'rocket')

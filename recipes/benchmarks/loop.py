@@ -22,10 +22,11 @@ from unittest import mock
 import numpy as np
 import torch
 
-from vit_efficient.environment import describe_environment, one_line
-from vit_efficient.tables import Column, Table
-from vit_efficient.train import Config, loop, train
+from vit_efficient.report.table import Column, Table
+from vit_efficient.train import Config, train
+from vit_efficient.train import trainer as loop
 from vit_efficient.train.config import ModelConfig, SchedConfig
+from vit_efficient.utils.environment import describe_environment, one_line
 
 WARM_UP = 3  # updates that are not counted
 

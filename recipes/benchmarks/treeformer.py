@@ -14,10 +14,10 @@ from timm.layers import Attention
 from torch.nn import functional as F
 
 from vit_efficient import PatchGrid, create_attention
-from vit_efficient.attention.treeformer_tc import average_over_nodes
+from vit_efficient.attention.treeformer.tc import average_over_nodes
 from vit_efficient.benchmark import take_turns
-from vit_efficient.environment import describe_environment, one_line
-from vit_efficient.tables import Column, Table
+from vit_efficient.report.table import Column, Table
+from vit_efficient.utils.environment import describe_environment, one_line
 
 DIM, HEADS, HEIGHT = 768, 12, 7
 

@@ -12,7 +12,9 @@ from torch import nn
 
 import vit_efficient
 from vit_efficient import PatchGrid, count_flops, create_attention
-from vit_efficient.attention import swap_attention, treeformer_tf, trees
+from vit_efficient.attention import swap_attention
+from vit_efficient.attention.treeformer import tf as treeformer_tf
+from vit_efficient.attention.treeformer import trees
 
 from .test_compressed import EVERYTHING, assert_same, randomised
 from .test_window import OnImage

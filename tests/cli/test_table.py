@@ -8,10 +8,11 @@ import timm
 import torch
 from PIL import Image
 
-from vit_efficient.cli import main, table_accuracy
-from vit_efficient.cli.options import parse_spec
-from vit_efficient.cli.table_accuracy import _folder
+from vit_efficient.cli import main
 from vit_efficient.flops import count_flops
+from vit_efficient.report import accuracy as table_accuracy
+from vit_efficient.report.accuracy import _folder
+from vit_efficient.utils.options import parse_spec
 
 RECIPE = """
 model:

@@ -16,7 +16,7 @@ from vit_efficient.cli import main
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import to_yaml
-from vit_efficient.train.loop import train
+from vit_efficient.train.trainer import train
 
 
 @pytest.fixture(scope='module')

@@ -24,7 +24,8 @@ from vit_efficient.data import (
     read_coefficients,
     train_input,
 )
-from vit_efficient.train import Config, loop, train
+from vit_efficient.train import Config, train
+from vit_efficient.train import trainer as loop
 from vit_efficient.train.config import LossConfig, ModelConfig, SchedConfig, validate
 
 NAME = 'vit_tiny_patch16_224'

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.threads import at_once
-from vit_efficient import bases, dct
-from vit_efficient.dct import transforms
+from vit_efficient import dct
+from vit_efficient.dct import bases, transforms
 
 SIZES = st.integers(1, 40)
 

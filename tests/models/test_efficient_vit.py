@@ -146,7 +146,7 @@ class TestCheckpoints:
             assert close(ours(x), theirs(x))
 
     def test_layer_scale_of_deit3(self):
-        from vit_efficient.models.efficient_vit import checkpoint_filter_fn
+        from vit_efficient.models.vit import checkpoint_filter_fn
 
         model = build(init_values=1e-5)
         state = {
@@ -406,7 +406,7 @@ class TestTwoSizesAtOnce:
             calls.append(function)
             return checkpoint(function, *args, **kwargs, use_reentrant=reentrant)
 
-        monkeypatch.setattr('vit_efficient.models.efficient_vit.checkpoint', counted)
+        monkeypatch.setattr('vit_efficient.models.vit.checkpoint', counted)
         for actual, wanted in zip(step(model), expected, strict=True):
             assert close(actual, wanted, 1e-6 * wanted.abs().max())
         assert len(calls) == 2 * len(model.blocks)

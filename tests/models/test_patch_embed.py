@@ -103,7 +103,7 @@ def test_in_a_model_it_is_what_timm_computes(options):
     torch.manual_seed(0)
     plain = VisionTransformer(**SMALL, **options).eval()
     model = timm.create_model('vit_full_tiny', **SMALL, **options, patch_embed='dct').eval()
-    model.load_state_dict(vit_efficient.models.efficient_vit.checkpoint_filter_fn(plain.state_dict(), model))
+    model.load_state_dict(vit_efficient.models.vit.checkpoint_filter_fn(plain.state_dict(), model))
     x = torch.randn(2, 3, 70, 90) if 'dynamic_img_pad' in options else torch.randn(2, 3, 64, 96)
     torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
     if options:

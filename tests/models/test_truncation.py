@@ -5,7 +5,7 @@ import timm
 import torch
 
 from vit_efficient import DctPatchEmbed, PatchGrid, count_flops, create_attention, freeze_truncation
-from vit_efficient.frequency_window import FrequencyWindow
+from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.models.truncation import has_windows, soft_cost
 
 SMALL = dict(embed_dim=32, depth=2, num_heads=2, num_classes=5, img_size=(56, 104), patch_size=8)

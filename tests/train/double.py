@@ -16,7 +16,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vit_efficient.train import Interrupted, load_recipe, loop, train
+from vit_efficient.train import Interrupted, load_recipe, train
+from vit_efficient.train import trainer as loop
 from vit_efficient.train.distributed import processes
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from vit_efficient.train import load_recipe, loop, train
+from vit_efficient.train import load_recipe, train
+from vit_efficient.train import trainer as loop
 from vit_efficient.train.checkpoint import list_checkpoints, load_newest
 
 LONGEST = 0.3  # seconds that a run has before it is killed, once it trains

@@ -5,7 +5,8 @@ poisoned.py RECIPE
 
 import sys
 
-from vit_efficient.train import load_recipe, loop, train
+from vit_efficient.train import load_recipe, train
+from vit_efficient.train import trainer as loop
 
 if __name__ == '__main__':
     update = loop._Run._update

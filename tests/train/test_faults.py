@@ -18,10 +18,11 @@ import torch
 
 from tests.data.trees import write_tree
 from tests.train.recipes import ROOT, TINY, tiny_recipe, train_on_one_and_two_processes
-from tests.train.test_loop import assert_same_run, fail, same
+from tests.train.test_trainer import assert_same_run, fail, same
 from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler
-from vit_efficient.train import checkpoint, evaluate, load_model, loop, train
+from vit_efficient.train import checkpoint, evaluate, load_model, train
+from vit_efficient.train import trainer as loop
 from vit_efficient.train.checkpoint import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from vit_efficient.train.config import LossConfig, to_yaml
 
@@ -60,7 +61,7 @@ def stop_at(monkeypatch, update, action=fail):
 @contextmanager
 def taken(path):
     """A file that another process has taken."""
-    take = 'import sys; from vit_efficient.files import lock; lock(sys.argv[1]); print(flush=True); input()'
+    take = 'import sys; from vit_efficient.utils.files import lock; lock(sys.argv[1]); print(flush=True); input()'
     take = take.replace('lock(sys', 'file = lock(sys')
     with subprocess.Popen([sys.executable, '-c', take, path], cwd=ROOT, stdin=-1, stdout=-1, text=True) as other:
         other.stdout.readline()

@@ -9,9 +9,10 @@ import yaml
 
 from tests.data.trees import write_tree
 from tests.train.recipes import ALL, load_any, tiny_recipe
-from tests.train.test_loop import same
+from tests.train.test_trainer import same
 from vit_efficient.cli import main
-from vit_efficient.train import load_recipe, loop
+from vit_efficient.train import load_recipe
+from vit_efficient.train import trainer as loop
 from vit_efficient.train.config import to_yaml
 
 ODD = (

@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.trees import write_tree
 from tests.train.recipes import ROOT, tiny_recipe
-from tests.train.test_loop import assert_same_run
+from tests.train.test_trainer import assert_same_run
 from vit_efficient.train import train
 from vit_efficient.train.config import to_yaml
 

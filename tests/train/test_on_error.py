@@ -11,11 +11,12 @@ from PIL import Image
 
 from tests.data.trees import READABLE, UNREADABLE, pixels, write_odd_files, write_tree
 from tests.train.recipes import tiny_recipe, train_on_one_and_two_processes
-from tests.train.test_loop import assert_same_run, fail, same
+from tests.train.test_trainer import assert_same_run, fail, same
 from vit_efficient.cli import main
-from vit_efficient.cli.table_accuracy import Entry, _explanation
 from vit_efficient.data import EpochSampler, ImageTree
-from vit_efficient.train import loop, train
+from vit_efficient.report.accuracy import Entry, _explanation
+from vit_efficient.train import train
+from vit_efficient.train import trainer as loop
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import to_yaml, validate
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from tests.data.trees import write_tree
 from tests.train.recipes import ROOT, TINY, tiny_recipe
-from vit_efficient.train import load_model, loop, train
+from vit_efficient.train import load_model, train
+from vit_efficient.train import trainer as loop
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import EmaConfig, LossConfig, ModelConfig, StageConfig, to_yaml
 from vit_efficient.train.distributed import Processes, has_unused_parameters

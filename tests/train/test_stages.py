@@ -11,8 +11,9 @@ import torch
 
 from tests.data.trees import write_tree
 from tests.train.recipes import TINY, tiny_recipe
-from tests.train.test_loop import assert_same_run, fail
-from vit_efficient.train import Interrupted, load_model, load_recipe, loop, train
+from tests.train.test_trainer import assert_same_run, fail
+from vit_efficient.train import Interrupted, load_model, load_recipe, train
+from vit_efficient.train import trainer as loop
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import ModelConfig, StageConfig, to_yaml, validate
 

@@ -11,10 +11,11 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy
 
 from tests.train.recipes import TINY, train_on_one_and_two_processes
-from tests.train.test_loop import assert_same_run, fail, stop_after
+from tests.train.test_trainer import assert_same_run, fail, stop_after
 from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler, EvalTransform, MegapixelMnist, Preprocessing, Samples, create_loader
-from vit_efficient.train import Config, evaluate, load_model, loop, train
+from vit_efficient.train import Config, evaluate, load_model, train
+from vit_efficient.train import trainer as loop
 from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
 from vit_efficient.train.config import LossConfig, ModelConfig, OptimConfig, SchedConfig, to_yaml
 from vit_efficient.train.evaluation import confusion_matrix, intersection_over_union

@@ -10,9 +10,10 @@ import torch
 
 from tests.data.trees import write_tree
 from tests.train.recipes import TINY, tiny_recipe
-from tests.train.test_loop import assert_same_run
+from tests.train.test_trainer import assert_same_run
 from vit_efficient.models.truncation import has_windows
-from vit_efficient.train import Interrupted, load_model, loop, train
+from vit_efficient.train import Interrupted, load_model, train
+from vit_efficient.train import trainer as loop
 from vit_efficient.train.config import ModelConfig, StageConfig
 
 
@@ -147,7 +148,7 @@ def test_a_checkpoint_of_a_run_that_freezes_is_no_model_to_start_from(data, tmp_
 
 def test_sizes_learn_at_the_full_rate(data):
     from vit_efficient.train.config import OptimConfig
-    from vit_efficient.train.learning import create_optimizer
+    from vit_efficient.train.optim import create_optimizer
 
     model = timm.create_model('vit_dct_tiny', **TINY, patch_embed='dct', patch_window=True, attention_kwargs=LEARNED)
     optimizer = create_optimizer(model, OptimConfig(layer_decay=0.5))

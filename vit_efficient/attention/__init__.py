@@ -1,16 +1,10 @@
 """Efficient attentions, by name. A module here registers what it defines; importing it is all that is needed."""
 
-from vit_efficient.attention import (  # these register themselves
-    compressed,
-    nystrom,
-    performer,
-    treeformer_tc,
-    treeformer_tf,
-    window,
-)
+from vit_efficient.attention import compressed, nystrom, performer, window  # these register themselves
 from vit_efficient.attention.base import FullAttention, GridAttention, create_attention, layer_options, swap_attention
 from vit_efficient.attention.compressed import CompressedAttention
 from vit_efficient.attention.registry import get_attention, list_attentions, register_attention
+from vit_efficient.attention.treeformer import tc, tf
 
 __all__ = [
     'CompressedAttention',
@@ -25,7 +19,7 @@ __all__ = [
     'performer',
     'register_attention',
     'swap_attention',
-    'treeformer_tc',
-    'treeformer_tf',
+    'tc',
+    'tf',
     'window',
 ]

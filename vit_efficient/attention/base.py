@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vit_efficient.attention.registry import get_attention, register_attention
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.errors import UserError
 
 _TIMM_ARGUMENTS = tuple(inspect.signature(Attention.__init__).parameters)[1:]
 
@@ -25,7 +26,7 @@ class GridAttention(Attention):
         **kwargs: timm's other arguments, and the options of the mechanism.
 
     Raises:
-        ValueError: If heads do not divide the dimension, or an option is unknown or out of range.
+        UserError: If heads do not divide the dimension, or an option is unknown or out of range.
     """
 
     #: The registered name; with `options` it rebuilds the mechanism.
@@ -33,15 +34,19 @@ class GridAttention(Attention):
     #: Whether it is the block that goes down to fewer tokens and up again, with its `down` and `up`, and `forward` is
     #: given those tokens.
     of_block: bool = False
+    #: How FLOPs are named (`vit_efficient.flops.ROLES`): products of two activations apart from projections.
+    flop_role: str = 'attention'
+    #: Whether what it computes depends on the values of its input, so that a count without data is an expectation.
+    cost_depends_on_data: bool = False
 
     def __init__(self, dim: int, num_heads: int = 8, **kwargs):
         timm_arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in _TIMM_ARGUMENTS}
         if num_heads < 1 or (timm_arguments.get('attn_head_dim') is None and dim % num_heads):
-            raise ValueError(f'num_heads must divide dim, got {dim=}, {num_heads=}')
+            raise UserError(f'num_heads must divide dim, got {dim=}, {num_heads=}')
         if timm_arguments.get('norm_layer') is None:
             for switch in ('qk_norm', 'scale_norm'):
                 if timm_arguments.get(switch):
-                    raise ValueError(f'{switch}=True needs norm_layer, for example norm_layer=nn.LayerNorm')
+                    raise UserError(f'{switch}=True needs norm_layer, for example norm_layer=nn.LayerNorm')
         super().__init__(dim, num_heads, **timm_arguments)
         self._configure(kwargs)
 
@@ -56,7 +61,7 @@ class GridAttention(Attention):
             **options: Of the mechanism.
 
         Raises:
-            ValueError: If an option is unknown or out of range.
+            UserError: If an option is unknown or out of range.
         """
         new = cls.__new__(cls)
         for name, value in vars(attention).items():  # own registries of modules and hooks, shared parameters
@@ -91,7 +96,7 @@ class GridAttention(Attention):
             grid_size: Rows and columns of patches that the model is built for.
 
         Raises:
-            ValueError: If an option cannot be had at this layer or grid.
+            UserError: If an option cannot be had at this layer or grid.
         """
         return options
 
@@ -104,7 +109,7 @@ class GridAttention(Attention):
         open_ended = len(known) < len(inspect.signature(self.configure).parameters)
         for name in options:
             if name not in known and not open_ended:
-                raise ValueError(f'{type(self).__name__} has no option {name!r}; it has {", ".join(known) or "none"}')
+                raise UserError(f'{type(self).__name__} has no option {name!r}; it has {", ".join(known) or "none"}')
         before = self._own_names()
         self.configure(**options)
         self._additions = (*(self._own_names() - before), '_additions')
@@ -132,13 +137,16 @@ class GridAttention(Attention):
             (B, N, C)
 
         Raises:
-            ValueError: If the grid does not have N tokens, or a mask is given to a mechanism that can have none.
+            UserError: If the grid does not have N tokens, or a mask is given to a mechanism that can have none.
         """
         raise NotImplementedError
 
     def num_attended(self, grid: PatchGrid) -> int:
         """The number of keys that a query attends to."""
         raise NotImplementedError
+
+    def prepare_counting(self) -> None:
+        """Leaves out work that is padding, of a copy whose FLOPs are counted on data."""
 
     def set_grid_size(self, height: int, width: int) -> None:
         """Follows the model to another patch grid, where there are parameters that have one."""
@@ -178,13 +186,13 @@ def check_tokens(mechanism: str, num_tokens, height, width, prefix, attn_mask, i
     """
     for argument, given in (('attn_mask', attn_mask is not None), ('is_causal', bool(is_causal))):
         if given:
-            raise ValueError(
+            raise UserError(
                 f'attention {mechanism!r} does not compare all queries with all keys and cannot have {argument}; use '
                 "'full', or crop the image to its valid patches and set dynamic_img_size=True"
             )
     sizes = (num_tokens, height, width, prefix)
     if all(type(size) is int for size in sizes) and num_tokens != prefix + height * width:
-        raise ValueError(
+        raise UserError(
             f'x has {num_tokens} tokens, but grid=PatchGrid(height={height}, width={width}, prefix={prefix}) has '
             f'{prefix + height * width}'
         )
@@ -206,7 +214,7 @@ def layer_options(
         layer, depth, grid_size: As in `GridAttention.at_layer`.
 
     Raises:
-        ValueError: If the name is unknown, or an option cannot be had at this layer or grid.
+        UserError: If the name is unknown, or an option cannot be had at this layer or grid.
     """
     cls, preset = get_attention(name)
     return cls.at_layer({**preset, **options}, layer, depth, grid_size)
@@ -222,7 +230,7 @@ def create_attention(name: str, dim: int, num_heads: int = 8, **options) -> Grid
         **options: Of the mechanism, over those that its name presets; and timm's arguments (`qkv_bias`, `qk_norm`, …).
 
     Raises:
-        ValueError: If the name or an option is unknown, or an option is out of range.
+        UserError: If the name or an option is unknown, or an option is out of range.
     """
     cls, preset = get_attention(name)
     attention = cls(dim, num_heads, **{**preset, **options})
@@ -234,7 +242,7 @@ def swap_attention(attention: nn.Module, name: str, **options) -> GridAttention:
     """The attention called `name` around the parameters of `attention`, which is left as it was.
 
     Raises:
-        ValueError: If the name or an option is unknown, or an option is out of range.
+        UserError: If the name or an option is unknown, or an option is out of range.
     """
     cls, preset = get_attention(name)
     new = cls.from_attention(attention, **{**preset, **options})

@@ -26,12 +26,15 @@ from vit_efficient.attention.base import GridAttention, is_plain
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.compress import COMPRESSORS
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.errors import UserError
 
 PLACES = ('x', 'qkv', 'kv', 'block')
 
 
 class LocalMixing(nn.Conv2d):
     """Depthwise convolution over the patch grid; it starts at zero, so that adding it changes nothing at first."""
+
+    flop_role = 'transform'
 
     def __init__(self, channels: int, kernel_size: int, **kwargs):
         super().__init__(
@@ -73,24 +76,24 @@ class CompressedAttention(GridAttention):
         **compressor_options: For the compressor, such as `keep_ratio`.
 
     Raises:
-        ValueError: If an option is unknown or out of range.
+        UserError: If an option is unknown or out of range.
     """
 
     def configure(self, *, compressor: str, place: str = 'x', local: int = 0, **compressor_options) -> None:
         if place not in PLACES:
-            raise ValueError(f'place must be one of {", ".join(PLACES)}, got {place=}')
+            raise UserError(f'place must be one of {", ".join(PLACES)}, got {place=}')
         if type(local) is not int or local < 0 or (local and local % 2 == 0):
-            raise ValueError(f'local must be 0 or an odd kernel size, got {local=}')
+            raise UserError(f'local must be 0 or an odd kernel size, got {local=}')
         if local and place == 'block':
-            raise ValueError(f"local={local} cannot be had at place='block': there the residual carries the rest")
+            raise UserError(f"local={local} cannot be had at place='block': there the residual carries the rest")
         if compressor not in COMPRESSORS:
-            raise ValueError(f'compressor must be one of {", ".join(sorted(COMPRESSORS))}, got {compressor=}')
+            raise UserError(f'compressor must be one of {", ".join(sorted(COMPRESSORS))}, got {compressor=}')
         try:
             self.compress = COMPRESSORS[compressor].of_attention(self, **compressor_options)
         except TypeError as error:
-            raise ValueError(f'compressor {compressor!r}: {error}') from None
+            raise UserError(f'compressor {compressor!r}: {error}') from None
         if self.compress.up is None and place != 'kv':
-            raise ValueError(f"compressor {compressor!r} has no way up, it can only stand at place='kv', got {place=}")
+            raise UserError(f"compressor {compressor!r} has no way up, it can only stand at place='kv', got {place=}")
         self.compressor = compressor
         self.place = place
         self.of_block = place == 'block'
@@ -283,7 +286,7 @@ def check_kept(mechanism: str, num_tokens, kept, attn_mask: Tensor | None, is_ca
     """Raises the errors of `CompressedAttention.forward` at place 'block'."""
     base.check_tokens(mechanism, kept, 1, kept, 0, attn_mask, is_causal)
     if type(num_tokens) is int and type(kept) is int and num_tokens != kept:
-        raise ValueError(
+        raise UserError(
             f"attention {mechanism!r} at place='block' attends among the {kept} tokens that its block keeps, and was "
             f'given {num_tokens}: it needs a block that goes down and up, such as those of the models here'
         )

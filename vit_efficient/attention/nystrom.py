@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from vit_efficient.attention import base
 from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.bases import without_autocast
 from vit_efficient.compress import COMPRESSORS
 from vit_efficient.compress.budget import Budget
+from vit_efficient.dct.bases import without_autocast
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.errors import UserError
 
 PINV_ITERATIONS = 6  # the paper's
 
@@ -35,6 +36,8 @@ class ValueMixing(nn.Conv2d):
 
     It starts at zero, so that the weights of a plain ViT mean what they did; its gradient is not zero there.
     """
+
+    flop_role = 'transform'
 
     def __init__(self, num_heads: int, kernel_size: tuple[int, int], **kwargs):
         padding = tuple(side // 2 for side in kernel_size)
@@ -71,7 +74,7 @@ class NystromAttention(GridAttention):
             head: odd, or an odd pair (height, width); 0 for none. Prefix tokens have no part in it.
 
     Raises:
-        ValueError: If an option is unknown or out of range.
+        UserError: If an option is unknown or out of range.
     """
 
     def configure(
@@ -85,20 +88,20 @@ class NystromAttention(GridAttention):
         try:
             budget = Budget(num_tokens=num_landmarks)
         except ValueError:
-            raise ValueError(
+            raise UserError(
                 f'num_landmarks must be a positive integer or a pair (h, w) of them, got {num_landmarks=}'
             ) from None
         self.landmarks = COMPRESSORS['pool'](num_tokens=budget.num_tokens, count_bias=False)
         if pinv not in ('iterative', 'exact'):
-            raise ValueError(f"pinv must be 'iterative' or 'exact', got {pinv=}")
+            raise UserError(f"pinv must be 'iterative' or 'exact', got {pinv=}")
         if pinv == 'exact' and pinv_iterations is not None:
-            raise ValueError(f"pinv='exact' has no iterations, got {pinv_iterations=}; leave it out")
+            raise UserError(f"pinv='exact' has no iterations, got {pinv_iterations=}; leave it out")
         if pinv_iterations is not None and (type(pinv_iterations) is not int or pinv_iterations < 1):
-            raise ValueError(f'pinv_iterations must be a positive integer, got {pinv_iterations=}')
+            raise UserError(f'pinv_iterations must be a positive integer, got {pinv_iterations=}')
         kernel = tuple(residual_kernel) if _is_pair(residual_kernel) else (residual_kernel,) * 2
         without = type(residual_kernel) is int and residual_kernel == 0
         if not without and any(type(side) is not int or side < 1 or side % 2 == 0 for side in kernel):
-            raise ValueError(
+            raise UserError(
                 f'residual_kernel must be 0, odd, or a pair (height, width) of odd sizes, got {residual_kernel=}'
             )
         self.pinv = pinv
@@ -156,7 +159,7 @@ class NystromAttention(GridAttention):
         """N: every query sees all keys, through the landmarks.
 
         Raises:
-            ValueError: If the landmarks cannot be had on the grid.
+            UserError: If the landmarks cannot be had on the grid.
         """
         check_landmarks(grid.height, grid.width, self.landmarks.budget.num_tokens)
         return grid.num_tokens
@@ -175,16 +178,16 @@ def _is_pair(value: Any) -> bool:
 @torch.fx.wrap
 @register_notrace_function
 def check_landmarks(height, width, num_landmarks: int | tuple[int, int]) -> None:
-    """Raises ValueError if the landmarks cannot be had on a grid."""
+    """Raises UserError if the landmarks cannot be had on a grid."""
     fixed = type(height) is int and type(width) is int
     if isinstance(num_landmarks, tuple):
         if fixed and (num_landmarks[0] > height or num_landmarks[1] > width):
-            raise ValueError(
+            raise UserError(
                 f'{num_landmarks=} exceeds the grid of {height} × {width} patches; give a smaller pair, or an integer, '
                 'which follows the grid'
             )
     elif not fixed:
-        raise ValueError(f'{num_landmarks=} needs a fixed image size; give a pair (h, w)')
+        raise UserError(f'{num_landmarks=} needs a fixed image size; give a pair (h, w)')
 
 
 @torch.fx.wrap

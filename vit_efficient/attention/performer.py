@@ -26,8 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from vit_efficient.attention import base
 from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.bases import without_autocast
+from vit_efficient.dct.bases import without_autocast
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.errors import UserError
 
 KEYS_OF_BLOCK = 1024  # at most
 
@@ -47,14 +48,14 @@ class PerformerAttention(GridAttention):
         num_features: r. The error falls as 1/√r. By default ⌊D ln D⌋, as in the public implementations: 266 for D = 64.
 
     Raises:
-        ValueError: If an option is unknown or out of range.
+        UserError: If an option is unknown or out of range.
     """
 
     def configure(self, *, num_features: int | None = None) -> None:
         if num_features is None:
             num_features = max(1, int(self.head_dim * math.log(self.head_dim)))
         if type(num_features) is not int or num_features < 1:
-            raise ValueError(f'num_features must be a positive integer, got {num_features=}')
+            raise UserError(f'num_features must be a positive integer, got {num_features=}')
         like = self.qkv.weight
         self.register_buffer('features', torch.empty(num_features, self.head_dim, device=like.device, dtype=like.dtype))
         self.redraw_features()
@@ -109,11 +110,11 @@ def redraw_features(model: nn.Module, generator: torch.Generator | None = None) 
         generator: On the CPU; torch's global one by default. Give each process of a distributed run the same.
 
     Raises:
-        ValueError: If there is none.
+        UserError: If there is none.
     """
     attentions = [module for module in model.modules() if isinstance(module, PerformerAttention)]
     if not attentions:
-        raise ValueError(f"{type(model).__name__} has no attention 'performer' whose features could be redrawn")
+        raise UserError(f"{type(model).__name__} has no attention 'performer' whose features could be redrawn")
     for attention in attentions:
         attention.redraw_features(generator)
 

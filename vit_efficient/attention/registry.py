@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from vit_efficient.utils.errors import UserError
+
 _ATTENTIONS: dict[str, 'Entry'] = {}
 
 
@@ -16,12 +18,12 @@ def register_attention(name: str, **preset) -> Callable[[type], type]:
     """Class decorator: makes a `GridAttention` known by `name`, with `preset` as its default options.
 
     Raises:
-        ValueError: If the name is taken.
+        UserError: If the name is taken.
     """
 
     def register(cls: type) -> type:
         if name in _ATTENTIONS:
-            raise ValueError(f'an attention {name!r} is registered already: {_ATTENTIONS[name].cls.__qualname__}')
+            raise UserError(f'an attention {name!r} is registered already: {_ATTENTIONS[name].cls.__qualname__}')
         _ATTENTIONS[name] = Entry(cls, preset)
         return cls
 
@@ -37,10 +39,10 @@ def get_attention(name: str) -> Entry:
     """The class and preset options behind a name.
 
     Raises:
-        ValueError: If no attention has the name.
+        UserError: If no attention has the name.
     """
     if name not in _ATTENTIONS:
         near = difflib.get_close_matches(str(name), _ATTENTIONS, n=1)
         hint = f'did you mean {near[0]!r}?' if near else 'list_attentions() names them.'
-        raise ValueError(f'unknown attention {name!r}; {hint}')
+        raise UserError(f'unknown attention {name!r}; {hint}')
     return _ATTENTIONS[name]

@@ -28,6 +28,7 @@ from vit_efficient.attention import base
 from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.grid import PatchGrid, larger, smaller
+from vit_efficient.utils.errors import UserError
 
 
 @register_attention('window')
@@ -46,18 +47,18 @@ class WindowAttention(GridAttention):
             begin from there.
 
     Raises:
-        ValueError: If an option is unknown or out of range.
+        UserError: If an option is unknown or out of range.
     """
 
     def configure(self, *, window_size: int | tuple[int, int] = 7, shift: bool = False) -> None:
         pair = isinstance(window_size, Sequence) and not isinstance(window_size, str)
         sides = tuple(window_size) if pair else (window_size,)
         if len(sides) != (2 if pair else 1) or any(type(side) is not int or side < 1 for side in sides):
-            raise ValueError(
+            raise UserError(
                 f'window_size must be a positive integer or a pair (rows, columns) of them, got {window_size=}'
             )
         if type(shift) is not bool:
-            raise ValueError(f'shift must be True or False, got {shift=}')
+            raise UserError(f'shift must be True or False, got {shift=}')
         self.window_size = sides if pair else window_size
         self.shift = shift
 

@@ -27,6 +27,7 @@ from vit_efficient.benchmark.timing import (
 )
 from vit_efficient.flops import count_flops
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.errors import UserError
 
 PASSES = ('forward', 'forward+backward')
 
@@ -74,7 +75,7 @@ class LayerSetting:
         """A layer that is called with (B, prefix + tokens, dim).
 
         Raises:
-            ValueError: If the name or an option is unknown, an option does not fit the grid, or place='block' is asked
+            UserError: If the name or an option is unknown, an option does not fit the grid, or place='block' is asked
                 for, which is no layer's.
         """
         kwargs = dict(qkv_bias=True, device=device or self.device, dtype=self.dtype)
@@ -88,7 +89,7 @@ class LayerSetting:
         options = layer_options(candidate.name, candidate.options, layer=0, depth=1, grid_size=size)
         attention = create_attention(candidate.name, self.dim, self.num_heads, **kwargs, **options)
         if attention.of_block:
-            raise ValueError(
+            raise UserError(
                 f"{candidate}: at place='block' it is the block that goes down and up, with its MLP, and no layer to "
                 "time alone; time it in a model (benchmark model, attention_kwargs={'place':'block'})"
             )
@@ -145,7 +146,7 @@ def benchmark_layer(
         layer that fails, or cannot be had at this N, has an error instead of times.
 
     Raises:
-        ValueError: If a number is out of range, or a candidate has a name or option that is not known, or can be had
+        UserError: If a number is out of range, or a candidate has a name or option that is not known, or can be had
             at none of the N. This is known before anything is timed.
     """
     setting = setting or LayerSetting()
@@ -153,7 +154,7 @@ def benchmark_layer(
     candidates = [EXACT, *candidates]
     check_request([*numbers.items(), *(('tokens', n) for n in tokens)], max_seconds, [map(str, candidates), tokens])
     if setting.dim % setting.num_heads:
-        raise ValueError(f'num_heads must divide dim, got dim={setting.dim}, num_heads={setting.num_heads}')
+        raise UserError(f'num_heads must divide dim, got dim={setting.dim}, num_heads={setting.num_heads}')
     plans = [[_plan(candidate, n, setting) for n in tokens] for candidate in candidates]
     check_plans(plans)
     return _blocks(candidates, plans, setting, products, rounds, max_seconds, memory)

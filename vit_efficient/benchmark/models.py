@@ -26,6 +26,7 @@ from vit_efficient.benchmark.timing import (
 )
 from vit_efficient.flops import count_flops
 from vit_efficient.models.patch_embed import input_size
+from vit_efficient.utils.errors import UserError
 
 WORKS = ('inference', 'forward+backward', 'training step')
 _CPU = torch.device('cpu')
@@ -46,16 +47,16 @@ class ModelCandidate:
         """The model for square images of that size.
 
         Raises:
-            ValueError: If there is none: an unknown name or argument, a size among the arguments, or patches that do
+            UserError: If there is none: an unknown name or argument, a size among the arguments, or patches that do
                 not divide the image.
         """
         if 'img_size' in self.args:
-            raise ValueError(
+            raise UserError(
                 f'{self}: img_size={self.args["img_size"]!r} must not be among its arguments; sizes are the '
                 "benchmark's, img_sizes (--img-sizes)"
             )
         if not timm.is_model(self.name):
-            raise ValueError(f'timm knows no model {self.name!r}; see timm.list_models()')
+            raise UserError(f'timm knows no model {self.name!r}; see timm.list_models()')
         try:
             try:
                 return timm.create_model(self.name, img_size=img_size, **self.args, **factory)
@@ -64,7 +65,7 @@ class ModelCandidate:
                     raise
                 return timm.create_model(self.name, **self.args, **factory)  # convolutional: any size will do
         except Exception as error:  # models check their arguments in all ways, or not at all
-            raise ValueError(f'{self}: {" ".join(str(error).split())[:300]}') from error
+            raise UserError(f'{self}: {" ".join(str(error).split())[:300]}') from error
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def benchmark_models(
         product.
 
     Raises:
-        ValueError: If a number is out of range, or a model can be had at none of the sizes. This is known before
+        UserError: If a number is out of range, or a model can be had at none of the sizes. This is known before
             anything is timed.
     """
     setting = setting or ModelSetting()
@@ -128,7 +129,7 @@ def benchmark_models(
     check_request(numbers, max_seconds, [map(str, candidates), img_sizes, works])
     for work in works:
         if work not in WORKS:
-            raise ValueError(f'work must be one of {", ".join(WORKS)}, got {work!r}')
+            raise UserError(f'work must be one of {", ".join(WORKS)}, got {work!r}')
     plans = [[_plan(candidate, size, setting) for size in img_sizes] for candidate in candidates]
     check_plans(plans)
     return _blocks(candidates, plans, works, setting, rounds, max_seconds, memory)

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from vit_efficient.utils.errors import UserError
+
 
 def _linformer(dim: int, heads: int, tokens: int, **options) -> nn.Module:
     from linformer import LinformerSelfAttention
@@ -37,13 +39,13 @@ def create_peer(name: str, dim: int, heads: int, tokens: int, options: dict[str,
     """A layer of another package, in float32 on the CPU.
 
     Raises:
-        ValueError: If there is none of that name, its package is not installed, or it does not take an option.
+        UserError: If there is none of that name, its package is not installed, or it does not take an option.
     """
     if name not in PEERS:
-        raise ValueError(f'attention must be a registered one or one of {", ".join(PEERS)}, got {name!r}')
+        raise UserError(f'attention must be a registered one or one of {", ".join(PEERS)}, got {name!r}')
     try:
         return PEERS[name](dim, heads, tokens, **options)
     except ImportError as error:
-        raise ValueError(f"{name}: {error}; pip install 'vit-efficient[peers]'") from None
+        raise UserError(f"{name}: {error}; pip install 'vit-efficient[peers]'") from None
     except (AssertionError, TypeError) as error:
-        raise ValueError(f'{name}: {error}') from None
+        raise UserError(f'{name}: {error}') from None

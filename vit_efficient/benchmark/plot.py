@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_efficient.figures import line_style
-from vit_efficient.files import save_figure
+from vit_efficient.report.figures import line_style
+from vit_efficient.utils.files import save_figure
 
 
 def plot_times(rows: Sequence[dict[str, Any]], path: str | Path, size: str = 'tokens', name: str = 'attention') -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vit_efficient.benchmark.peak_memory import Killed, one_line, peak_in_child, peak_on_cuda
+from vit_efficient.utils.errors import UserError
 
 #: What is measured of each call: by `compare`, and `peak_share`.
 MEASURED = (
@@ -265,20 +266,20 @@ def peak_share(row: dict[str, Any], rate: float) -> float | None:
 
 
 def check_request(numbers: Iterable[tuple[str, Any]], max_seconds: float, distinct: Iterable[Iterable[Any]]) -> None:
-    """Raises a ValueError if a number is not a positive integer, or something is asked for twice."""
+    """Raises a UserError if a number is not a positive integer, or something is asked for twice."""
     for name, value in numbers:
         if type(value) is not int or value < 1:
-            raise ValueError(f'{name} must be a positive integer, got {name}={value!r}')
+            raise UserError(f'{name} must be a positive integer, got {name}={value!r}')
     if not max_seconds > 0:
-        raise ValueError(f'max_seconds must be above 0, got {max_seconds=}')
+        raise UserError(f'max_seconds must be above 0, got {max_seconds=}')
     for given in map(list, distinct):
         for value in given:
             if given.count(value) > 1:
-                raise ValueError(f'{value} is given twice')
+                raise UserError(f'{value} is given twice')
 
 
 def check_plans(plans: Iterable[Sequence[dict[str, Any]]]) -> None:
-    """Raises a ValueError for the first candidate that can be had at no size."""
+    """Raises a UserError for the first candidate that can be had at no size."""
     for of_candidate in plans:
         if all(plan['error'] for plan in of_candidate):
-            raise ValueError(of_candidate[0]['error'])
+            raise UserError(of_candidate[0]['error'])

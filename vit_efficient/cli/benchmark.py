@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_efficient.utils.errors import UserError
+
 _OF_MATMUL_RATE = (
     'Of matmul rate: multiply-accumulates per second, a backward pass counted as two forward passes, as a share of '
     'those of a large matrix product. '
@@ -93,22 +95,22 @@ def _device(args: argparse.Namespace):
 
     if args.threads is not None:
         if args.threads < 1:
-            raise ValueError(f'--threads must be at least 1, got {args.threads}')
+            raise UserError(f'--threads must be at least 1, got {args.threads}')
         torch.set_num_threads(args.threads)
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'--device {args.device}: {str(error).splitlines()[0]}') from error
+        raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}') from error
     if args.out and (args.out.suffix == '.png' or (args.out.suffix == '.csv' and args.format != 'csv')):
-        raise ValueError(f'--out {args.out}: the {args.out.suffix} goes beside the table; name that, for example .md')
+        raise UserError(f'--out {args.out}: the {args.out.suffix} goes beside the table; name that, for example .md')
     return device
 
 
 def _on(device) -> str:
     import torch
 
-    from vit_efficient.environment import describe_environment, one_line
+    from vit_efficient.utils.environment import describe_environment, one_line
 
     threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
     return f'{device}{threads}. {one_line(describe_environment(device))}.\n'
@@ -152,12 +154,12 @@ def _by_series(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]
 def _models(args: argparse.Namespace, device) -> None:
     import vit_efficient  # noqa: F401 (registers its models)
     from vit_efficient.benchmark import ModelCandidate, ModelSetting, benchmark_models, plot_times
-    from vit_efficient.cli.options import parse_spec
-    from vit_efficient.files import write_text
+    from vit_efficient.utils.files import write_text
+    from vit_efficient.utils.options import parse_spec
 
     labels = args.labels or [''] * len(args.models)
     if len(labels) != len(args.models):
-        raise ValueError(f'--labels must be as many as --models, {len(args.models)}, got {len(labels)}')
+        raise UserError(f'--labels must be as many as --models, {len(args.models)}, got {len(labels)}')
     candidates = [ModelCandidate(*parse_spec(text), label) for text, label in zip(args.models, labels, strict=True)]
 
     def blocks_of(batch_size, dtype):
@@ -190,7 +192,7 @@ def render_models(rows: Sequence[dict[str, Any]], format: str, setup: str = '') 
         format: One of `tables.FORMATS`.
         setup: As of `render`.
     """
-    from vit_efficient.tables import Column, Table
+    from vit_efficient.report.table import Column, Table
 
     columns = [
         Column('batch_size', 'batch'),
@@ -229,7 +231,7 @@ def _with_content(columns: Sequence[Any], rows: Sequence[dict[str, Any]]) -> lis
 def _layers(args: argparse.Namespace, device) -> None:
     from vit_efficient.attention import list_attentions
     from vit_efficient.benchmark import LayerSetting, benchmark_layer, plot_times
-    from vit_efficient.files import write_text
+    from vit_efficient.utils.files import write_text
 
     attentions = args.attentions or [*(name for name in list_attentions() if name != 'full'), 'dct:keep_ratio=1/16']
     candidates = [_candidate(text) for text in attentions]
@@ -258,7 +260,7 @@ def _layers(args: argparse.Namespace, device) -> None:
 
 def _candidate(text: str):
     from vit_efficient.benchmark import Candidate
-    from vit_efficient.cli.options import parse_spec
+    from vit_efficient.utils.options import parse_spec
 
     return Candidate(*parse_spec(text))
 
@@ -272,7 +274,7 @@ def render(rows: Sequence[dict[str, Any]], format: str, setup: str = '') -> str:
         setup: What was measured, and on what; stands below the tables in Markdown.
     """
     from vit_efficient.benchmark import PASSES, slope
-    from vit_efficient.tables import Column, Table
+    from vit_efficient.report.table import Column, Table
 
     lines: dict[tuple[str, str], dict[int, float]] = {}
     series = _by_series(rows, 'attention')

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vit_efficient.utils.errors import UserError
+
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
     for name in ('batch_size', 'workers'):
         if getattr(args, name) < (name == 'batch_size'):
-            raise ValueError(f'--{name.replace("_", "-")} must be at least {int(name == "batch_size")}')
+            raise UserError(f'--{name.replace("_", "-")} must be at least {int(name == "batch_size")}')
     config = recipe_of(args.model)
     dataset = open_data(args.data, config)
     model = load_model(args.model)
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
 def recipe_of(model: str) -> 'Config':
     """The recipe of a run, from its folder or that of one of its models; without a run, all defaults."""
     from vit_efficient.train import Config, load_recipe
-    from vit_efficient.train.loop import BEST
+    from vit_efficient.train.trainer import BEST
 
     folder = Path(model).absolute()
     path = folder / 'recipe.yaml'

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from vit_efficient.utils.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', help='a run folder, or a model folder')
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         difference = export_model(model, args.out, size, args.batch_size)
     except ImportError as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     images = args.batch_size or 'any number of'
     print(
         f'saved {args.out}: {images} images of {size[0]}×{size[1]}×{size[2]}, float32; it differs from the model by '

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from vit_efficient.utils.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', help='a run folder, or a model folder, of a model with Treeformer attention')
@@ -19,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
+    from vit_efficient.attention.treeformer.leaves import find_leaves, occupancy, plot_leaves
     from vit_efficient.cli.evaluate import open_data, recipe_of
     from vit_efficient.data import EvalTransform, Preprocessing, read_image, takes_coefficients, to_array
-    from vit_efficient.leaves import find_leaves, occupancy, plot_leaves
     from vit_efficient.train import load_model
 
     config = recipe_of(args.model)
@@ -31,10 +33,10 @@ def run(args: argparse.Namespace) -> None:
     else:
         dataset = open_data(args.data, config)
         if not args.image.isdecimal() or int(args.image) >= len(dataset):
-            raise ValueError(f'IMAGE must be a number from 0 to {len(dataset) - 1} with --data, got {args.image!r}')
+            raise UserError(f'IMAGE must be a number from 0 to {len(dataset) - 1} with --data, got {args.image!r}')
         image = dataset[int(args.image)][0]
     if takes_coefficients(model):
-        raise ValueError(f'{args.model} takes DCT coefficients of patches, and leaves are drawn on pixels')
+        raise UserError(f'{args.model} takes DCT coefficients of patches, and leaves are drawn on pixels')
     preprocessing = Preprocessing.of(model, config.data)
     tensor = EvalTransform(preprocessing)(to_array(image, preprocessing.input_size[0]), 0, 0)
     found = find_leaves(model, tensor[None])

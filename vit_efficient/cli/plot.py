@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vit_efficient.utils.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folders of runs, finished or not')
@@ -19,12 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vit_efficient.curves import plot_curves
+    from vit_efficient.report.curves import plot_curves
 
     if args.out.is_dir():
-        raise ValueError(
-            f'--out={args.out} is a folder; give the file of the figure, such as {args.out / "curves.png"}'
-        )
+        raise UserError(f'--out={args.out} is a folder; give the file of the figure, such as {args.out / "curves.png"}')
     values, left_out = plot_curves(args.runs, args.out, args.values, args.against)
     for reason in left_out.values():
         print(f'left out: {reason}', file=sys.stderr)

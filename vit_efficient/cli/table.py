@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vit_efficient.utils.errors import UserError
+
 
 class _Parser(argparse.ArgumentParser):
     """Takes `key=value` wherever it stands if it `takes_overrides`: argparse wants positional arguments together."""
@@ -73,23 +75,23 @@ def run(args: argparse.Namespace) -> int | None:
 
 
 def _accuracy_table(args: argparse.Namespace) -> int | None:
-    from vit_efficient.cli.table_accuracy import accuracy_table
+    from vit_efficient.report.accuracy import accuracy_table
 
     return accuracy_table(args.recipes, args.overrides, args.seeds, args.runs, args.out)
 
 
 def flops_table(args: argparse.Namespace) -> None:
-    from vit_efficient.attention.treeformer_tf import LeafAttention
-    from vit_efficient.cli.options import parse_option, parse_spec
-    from vit_efficient.files import write_text
+    from vit_efficient.attention.treeformer.tf import LeafAttention
     from vit_efficient.flops import ROLES, count_flops
     from vit_efficient.models.patch_embed import input_size
-    from vit_efficient.tables import Column, Table
+    from vit_efficient.report.table import Column, Table
+    from vit_efficient.utils.files import write_text
+    from vit_efficient.utils.options import parse_option, parse_spec
 
     options = dict(parse_option(text) for text in args.attention_kwargs)
     for size in args.img_sizes:
         if size < 1:
-            raise ValueError(f'--img-sizes must be at least 1, got {size}')
+            raise UserError(f'--img-sizes must be at least 1, got {size}')
     models = [(spec, *parse_spec(spec)) for spec in args.models]
     for _, name, _ in models:
         _check_name(name)
@@ -102,7 +104,7 @@ def flops_table(args: argparse.Namespace) -> None:
             try:
                 count = count_flops(model, input_size(model, size))
             except ValueError as error:
-                raise ValueError(f'{spec} at {size} px: {error}') from error
+                raise UserError(f'{spec} at {size} px: {error}') from error
             first = first or count.total
             expected += [spec] * any(isinstance(module, LeafAttention) for module in model.modules())
             rows.append(
@@ -146,14 +148,14 @@ def _check_name(name: str) -> None:
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f'no model {name!r}' + (f'; did you mean {", ".join(near)}?' if near else ''))
+        raise UserError(f'no model {name!r}' + (f'; did you mean {", ".join(near)}?' if near else ''))
 
 
 def _create_on_meta(name: str, size: int, options: dict[str, Any], arguments: dict[str, Any]):
     """The model for images of one size, without data.
 
     Raises:
-        ValueError: If its patches do not divide the image, or it does not have the arguments or options.
+        UserError: If its patches do not divide the image, or it does not have the arguments or options.
     """
     import timm
     import torch
@@ -167,14 +169,14 @@ def _create_on_meta(name: str, size: int, options: dict[str, Any], arguments: di
             model = timm.create_model(name, img_size=size, **kwargs)
         except TypeError as error:
             if 'img_size' not in str(error):
-                raise ValueError(f'{name}: {error}') from error
+                raise UserError(f'{name}: {error}') from error
             model = _create_at_any_size(name, kwargs)  # convolutional
         except AssertionError as error:
-            raise ValueError(f'{name} at {size} px: {error}') from error
+            raise UserError(f'{name} at {size} px: {error}') from error
     patch = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
     for side in patch if isinstance(patch, (tuple, list)) else ():
         if size % side:
-            raise ValueError(f'{name}: image size {size} is not a multiple of its patch size {side}')
+            raise UserError(f'{name}: image size {size} is not a multiple of its patch size {side}')
     return model
 
 
@@ -184,7 +186,7 @@ def _create_at_any_size(name: str, kwargs: dict[str, Any]):
     try:
         return timm.create_model(name, **kwargs)
     except TypeError as error:
-        raise ValueError(f'{name}: {error}') from error
+        raise UserError(f'{name}: {error}') from error
 
 
 def _tokens(model) -> int | None:

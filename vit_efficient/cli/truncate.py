@@ -6,6 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vit_efficient.utils.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -37,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from vit_efficient.data.truncation import repeat_edges, truncate_pixels
     from vit_efficient.dct import kept_coefficients
-    from vit_efficient.tables import Column, Table
+    from vit_efficient.report.table import Column, Table
 
     shares = [_share(text) for text in args.keep]
     image = _open(args.image)
     largest = max(1024, *image.shape[-2:])  # what is added to an image has to fit into memory too
     if args.block and args.block > largest:
-        raise ValueError(f'--block must be at most {largest} for this image, got {args.block}')
+        raise UserError(f'--block must be at most {largest} for this image, got {args.block}')
     padded = repeat_edges(image, args.block)
     without_mean = padded - padded.mean((-2, -1), keepdim=True)
     sides = (args.block, args.block) if args.block else tuple(image.shape[-2:])
@@ -80,7 +82,7 @@ def _share(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     if not 0 < share <= 1:
-        raise ValueError(f'--keep must be shares above 0 and at most 1, such as 1/16, got {text!r}')
+        raise UserError(f'--keep must be shares above 0 and at most 1, such as 1/16, got {text!r}')
     return float(share)
 
 
@@ -90,7 +92,7 @@ def _open(path: str) -> 'Tensor':
     import torch
 
     from vit_efficient.data import read_image, to_array
-    from vit_efficient.data.images import WithAlpha
+    from vit_efficient.data.files.images import WithAlpha
 
     image = read_image(path)
     if isinstance(image, np.ndarray):
@@ -100,7 +102,7 @@ def _open(path: str) -> 'Tensor':
     try:
         pixels = to_array(image, channels)
     except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
+        raise UserError(f'{path}: {error}') from error
     scale = 255 if pixels.dtype == np.uint8 else 1
     return torch.tensor(pixels, dtype=torch.float64).permute(2, 0, 1) / scale
 
@@ -118,7 +120,7 @@ def _plot(images: Sequence['Tensor'], rows: Sequence[Mapping[str, Any]], title: 
     """Side by side: the image, and each truncation with its energies. Of many channels, the mean is shown."""
     from matplotlib.figure import Figure
 
-    from vit_efficient.files import save_figure
+    from vit_efficient.utils.files import save_figure
 
     dpi = 150
     height, width = images[0].shape[-2:]

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.errors import UserError
 
 COMPRESSORS: dict[str, type['Compressor']] = {}
 
@@ -19,6 +20,8 @@ class Compressor(nn.Module):
         up(y, grid):   (…, m, D) → (…, H · W, D)
     """
 
+    #: What FLOPs inside it are, of `vit_efficient.flops.ROLES`.
+    flop_role: str = 'transform'
     down: nn.Module
     #: None where there is no way up: then it can only stand at place `kv`.
     up: nn.Module | None
@@ -84,7 +87,7 @@ def register_compressor(name: str) -> Callable[[type[Compressor]], type[Compress
 
     def register(cls: type[Compressor]) -> type[Compressor]:
         if name in COMPRESSORS:
-            raise ValueError(f'a compressor {name!r} is registered already: {COMPRESSORS[name].__qualname__}')
+            raise UserError(f'a compressor {name!r} is registered already: {COMPRESSORS[name].__qualname__}')
         COMPRESSORS[name] = cls
         return cls
 

@@ -8,6 +8,7 @@ import torch
 from timm.layers import register_notrace_function
 
 from vit_efficient.grid import larger, scaled_grid, share_of, smaller
+from vit_efficient.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Budget:
         num_tokens: A number of tokens, or the pair (h, w).
 
     Raises:
-        ValueError: If both or neither are given, or one is out of range.
+        UserError: If both or neither are given, or one is out of range.
     """
 
     keep_ratio: float | None = None
@@ -28,14 +29,14 @@ class Budget:
     def __post_init__(self):
         ratio, tokens = self.keep_ratio, self.num_tokens
         if (ratio is None) == (tokens is None):
-            raise ValueError(f'give one of keep_ratio and num_tokens, got keep_ratio={ratio!r}, num_tokens={tokens!r}')
+            raise UserError(f'give one of keep_ratio and num_tokens, got keep_ratio={ratio!r}, num_tokens={tokens!r}')
         if ratio is not None and not (isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 < ratio <= 1):
-            raise ValueError(f'keep_ratio must be a number with 0 < keep_ratio ≤ 1, got keep_ratio={ratio!r}')
+            raise UserError(f'keep_ratio must be a number with 0 < keep_ratio ≤ 1, got keep_ratio={ratio!r}')
         if tokens is not None:
             pair = isinstance(tokens, Sequence) and not isinstance(tokens, str)
             sides = tuple(tokens) if pair else (tokens,)
             if len(sides) != (2 if pair else 1) or any(type(s) is not int or s < 1 for s in sides):
-                raise ValueError(
+                raise UserError(
                     f'num_tokens must be a positive integer or a pair (h, w) of them, got num_tokens={tokens!r}'
                 )
             if pair:
@@ -65,20 +66,20 @@ def kept_grid(height, width, budget: Budget) -> tuple[int, int]:
     """The largest (h, w) of the grid's aspect, h = ⌊s · height⌋ and w = ⌊s · width⌋ (at least 1), within the budget.
 
     Raises:
-        ValueError: If the budget is a pair that exceeds the grid.
+        UserError: If the budget is a pair that exceeds the grid.
     """
     if isinstance(budget.num_tokens, tuple):
         h, w = budget.num_tokens
         if type(height) is not int or type(width) is not int:
             torch._check(height >= h and width >= w)
         elif h > height or w > width:
-            raise ValueError(
+            raise UserError(
                 f'num_tokens={budget.num_tokens} exceeds the grid of {height} × {width} patches; '
                 'give a smaller pair, or keep_ratio, which follows the image size'
             )
         return h, w
     if budget.num_tokens is not None and (type(height) is not int or type(width) is not int):
-        raise ValueError(f'num_tokens={budget.num_tokens} needs a fixed image size; give a pair (h, w) or keep_ratio')
+        raise UserError(f'num_tokens={budget.num_tokens} needs a fixed image size; give a pair (h, w) or keep_ratio')
     return scaled_grid(height, width, count=budget.num_tokens, ratio=budget.keep_ratio)
 
 
@@ -88,10 +89,10 @@ def kept_count(height, width, budget: Budget) -> int:
     """The number of tokens, of height · width, that the budget allows (at least 1).
 
     Raises:
-        ValueError: If the budget is a pair.
+        UserError: If the budget is a pair.
     """
     if isinstance(budget.num_tokens, tuple):
-        raise ValueError(f'num_tokens={budget.num_tokens}: a sequence has one axis; give an integer, or keep_ratio')
+        raise UserError(f'num_tokens={budget.num_tokens}: a sequence has one axis; give an integer, or keep_ratio')
     if budget.num_tokens is not None:
         return smaller(budget.num_tokens, height * width)
     return larger(1, share_of(height * width, budget.keep_ratio))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit_efficient.bases import along, basis, product_dtype, real_dtype
+from vit_efficient.dct.bases import along, basis, product_dtype, real_dtype
 from vit_efficient.grid import plain_sizes
 
 

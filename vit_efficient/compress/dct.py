@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from vit_efficient import dct
 from vit_efficient.compress import budget as budgets
 from vit_efficient.compress.base import Compressor, register_compressor
-from vit_efficient.frequency_window import FrequencyWindow
+from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.errors import UserError
 
 
 class _Way(nn.Module):
@@ -87,7 +88,7 @@ class DctCompressor(Compressor):
             `vit_efficient.freeze_truncation` turns it into a hard one. With axes '2d'.
 
     Raises:
-        ValueError: If an argument is out of range.
+        UserError: If an argument is out of range.
     """
 
     commutes = True
@@ -102,9 +103,9 @@ class DctCompressor(Compressor):
     ):
         super().__init__()
         if axes not in ('1d', '2d'):
-            raise ValueError(f"axes must be '1d' or '2d', got {axes=}")
+            raise UserError(f"axes must be '1d' or '2d', got {axes=}")
         if domain not in ('frequency', 'space'):
-            raise ValueError(f"domain must be 'frequency' or 'space', got {domain=}")
+            raise UserError(f"domain must be 'frequency' or 'space', got {domain=}")
         if keep_ratio is None and num_tokens is None:
             keep_ratio = 0.25
         self.axes = axes
@@ -112,11 +113,11 @@ class DctCompressor(Compressor):
         self.keeps_constants = domain == 'space'
         self.budget = budgets.Budget(keep_ratio, num_tokens)
         if axes == '1d' and isinstance(self.budget.num_tokens, tuple):
-            raise ValueError(f"num_tokens must be an integer with axes='1d', got {num_tokens=}")
+            raise UserError(f"num_tokens must be an integer with axes='1d', got {num_tokens=}")
         if type(learned) is not bool:
-            raise ValueError(f'learned must be True or False, got {learned=}')
+            raise UserError(f'learned must be True or False, got {learned=}')
         if learned and axes == '1d':
-            raise ValueError("learned=True needs axes='2d', got axes='1d'")
+            raise UserError("learned=True needs axes='2d', got axes='1d'")
         self.window = FrequencyWindow() if learned else None
         self.down = Down(axes, domain, self.budget, self.window)
         self.up = Up(axes, domain, self.budget, self.window)

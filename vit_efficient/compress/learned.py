@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_efficient import dct
-from vit_efficient.bases import along, without_autocast
 from vit_efficient.compress import budget as budgets
 from vit_efficient.compress import cells
 from vit_efficient.compress.base import Compressor, register_compressor
+from vit_efficient.dct.bases import along, without_autocast
 from vit_efficient.grid import PatchGrid, plain_sizes
+from vit_efficient.utils.errors import UserError
 
 PROJECTIONS = ('linear', 'mean', 'max', 'conv')
 SHARING = ('none', 'headwise', 'key-value', 'layerwise')
@@ -49,6 +50,7 @@ def _at_size(maps: Tensor, size: tuple) -> Tensor:
 class Maps(nn.Module):
     """A way down with weights that are maps, the two last axes of `weight`."""
 
+    flop_role = 'transform'  # of those that the model owns, since layers share them
     weight: nn.Parameter
 
     def follow(self, size: tuple[int, int]) -> None:
@@ -61,10 +63,10 @@ class Maps(nn.Module):
         """The weight of a checkpoint, made for another image size, as it fits here.
 
         Raises:
-            ValueError: If it has another number of rows.
+            UserError: If it has another number of rows.
         """
         if weight.shape[:-2] != self.weight.shape[:-2]:
-            raise ValueError(
+            raise UserError(
                 f'the checkpoint has Linformer projections {tuple(weight.shape)}, the model '
                 f'{tuple(self.weight.shape)}: only the two last axes, the patch grid, follow the image size; set '
                 'num_tokens and sharing as they were'
@@ -221,7 +223,7 @@ class LearnedCompressor(Compressor):
         num_heads, head_dim, device, dtype: Of the attention.
 
     Raises:
-        ValueError: If an argument is missing or out of range.
+        UserError: If an argument is missing or out of range.
     """
 
     def __init__(
@@ -240,30 +242,28 @@ class LearnedCompressor(Compressor):
         super().__init__()
         has_weights = projection in ('linear', 'conv')
         if projection not in PROJECTIONS:
-            raise ValueError(f'projection must be one of {", ".join(PROJECTIONS)}, got {projection=}')
+            raise UserError(f'projection must be one of {", ".join(PROJECTIONS)}, got {projection=}')
         if sharing is not None and not has_weights:
-            raise ValueError(f'{projection=} has no weights to share, got {sharing=}; leave it out')
+            raise UserError(f'{projection=} has no weights to share, got {sharing=}; leave it out')
         if sharing not in (None, *SHARING):
-            raise ValueError(f'sharing must be one of {", ".join(SHARING)}, got {sharing=}')
+            raise UserError(f'sharing must be one of {", ".join(SHARING)}, got {sharing=}')
         if axes not in ('1d', '2d') or (axes == '1d' and projection == 'linear'):
-            raise ValueError(
-                f"axes must be '2d', or '1d' with projection mean, max or conv, got {axes=}, {projection=}"
-            )
+            raise UserError(f"axes must be '2d', or '1d' with projection mean, max or conv, got {axes=}, {projection=}")
         if has_weights and grid_size is None:
-            raise ValueError(
+            raise UserError(
                 f'{projection=} has weights that are made for a grid: set grid_size=(rows, columns) of patches (a '
                 'model does)'
             )
         if grid_size is not None:
             sides = tuple(grid_size) if isinstance(grid_size, (list, tuple)) else ()
             if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-                raise ValueError(f'grid_size must be rows and columns of patches, got {grid_size=}')
+                raise UserError(f'grid_size must be rows and columns of patches, got {grid_size=}')
         if keep_ratio is None and num_tokens is None:
             num_tokens = 64
         self.budget = budgets.Budget(keep_ratio, num_tokens)
         pair = isinstance(self.budget.num_tokens, tuple)
         if pair and (axes == '1d' or projection == 'linear'):
-            raise ValueError(f'num_tokens must be an integer with {projection=}, {axes=}, got {num_tokens=}')
+            raise UserError(f'num_tokens must be an integer with {projection=}, {axes=}, got {num_tokens=}')
         self.projection = projection
         self.sharing = (sharing or 'headwise') if has_weights else None
         self.axes = axes
@@ -345,11 +345,11 @@ def _tokens_at(num_tokens: Any, layer: int, depth: int, one_axis: bool) -> Any:
     """`num_tokens` of one block, where it is given for each. A pair is (h, w), unless there is but one axis."""
     if isinstance(num_tokens, Mapping):
         if set(num_tokens) != {'first', 'last'} or any(type(n) is not int or n < 1 for n in num_tokens.values()):
-            raise ValueError(f'num_tokens as a mapping needs positive integers first and last, got {num_tokens=}')
+            raise UserError(f'num_tokens as a mapping needs positive integers first and last, got {num_tokens=}')
         first, last = num_tokens['first'], num_tokens['last']
         return round(first + (last - first) * layer / max(depth - 1, 1))
     if isinstance(num_tokens, (list, tuple)) and (one_axis or len(num_tokens) != 2):
         if len(num_tokens) != depth:
-            raise ValueError(f'num_tokens lists {len(num_tokens)} blocks, there are {depth}: {num_tokens}')
+            raise UserError(f'num_tokens lists {len(num_tokens)} blocks, there are {depth}: {num_tokens}')
         return num_tokens[layer]
     return num_tokens

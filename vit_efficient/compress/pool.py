@@ -19,6 +19,7 @@ from vit_efficient.compress import budget as budgets
 from vit_efficient.compress import cells
 from vit_efficient.compress.base import Compressor, register_compressor
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.errors import UserError
 
 # Leaves for FX: which way is taken depends on sizes.
 
@@ -87,7 +88,7 @@ class PoolCompressor(Compressor):
             tokens, and where cells differ in size.
 
     Raises:
-        ValueError: If an argument is out of range.
+        UserError: If an argument is out of range.
     """
 
     commutes = True
@@ -104,7 +105,7 @@ class PoolCompressor(Compressor):
         if keep_ratio is None and num_tokens is None:
             keep_ratio = 0.25
         if not isinstance(count_bias, bool):
-            raise ValueError(f'count_bias must be True or False, got {count_bias=}')
+            raise UserError(f'count_bias must be True or False, got {count_bias=}')
         self.budget = budgets.Budget(keep_ratio, num_tokens)
         self.count_bias = count_bias
         self.down = Down(self.budget, self.picks)

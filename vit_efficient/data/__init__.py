@@ -1,13 +1,18 @@
 """Images to batches: reading, augmentation and order, every random draw a function of (seed, epoch, index)."""
 
-from vit_efficient.data.coefficients import (
+from vit_efficient.data.config import AffineConfig, AugmentConfig, DataConfig, SizeConfig
+from vit_efficient.data.decoding import eval_input, input_shape, train_input
+from vit_efficient.data.files.coefficients import (
     CoefficientTransform,
     PatchCoefficients,
     read_coefficients,
     takes_coefficients,
 )
-from vit_efficient.data.config import AffineConfig, AugmentConfig, DataConfig, SizeConfig
-from vit_efficient.data.datasets import (
+from vit_efficient.data.files.images import read_image, to_array
+from vit_efficient.data.files.jpeg import QuantizedJpeg, ReducedReader, read_quantized
+from vit_efficient.data.megapixel_mnist import MegapixelMnist
+from vit_efficient.data.sampler import EpochSampler, stable_seed
+from vit_efficient.data.samples import (
     ImageTree,
     ReaderImages,
     Samples,
@@ -18,13 +23,8 @@ from vit_efficient.data.datasets import (
     iterate,
     shard_order,
 )
-from vit_efficient.data.decoding import eval_input, input_shape, train_input
-from vit_efficient.data.hugging_face import HuggingFaceReader
-from vit_efficient.data.images import read_image, to_array
-from vit_efficient.data.jpeg import QuantizedJpeg, ReducedReader, read_quantized
-from vit_efficient.data.megapixel_mnist import MegapixelMnist
-from vit_efficient.data.sampler import EpochSampler, stable_seed
-from vit_efficient.data.shards import ShardReader
+from vit_efficient.data.sources.hugging_face import HuggingFaceReader
+from vit_efficient.data.sources.shards import ShardReader
 from vit_efficient.data.transforms import EvalTransform, Preprocessing, TrainTransform
 from vit_efficient.data.truncation import DctTruncate, TorchvisionDctTruncate
 

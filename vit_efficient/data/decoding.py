@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from vit_efficient.data.coefficients import CoefficientTransform, PatchCoefficients, takes_coefficients
 from vit_efficient.data.config import AugmentConfig, DataConfig
-from vit_efficient.data.datasets import reads_files
-from vit_efficient.data.jpeg import QuantizedReader, ReducedReader
+from vit_efficient.data.files.coefficients import CoefficientTransform, PatchCoefficients, takes_coefficients
+from vit_efficient.data.files.jpeg import QuantizedReader, ReducedReader
+from vit_efficient.data.samples import reads_files
 from vit_efficient.data.transforms import EvalTransform, Preprocessing, TrainTransform
+from vit_efficient.utils.errors import UserError
 
 
 def train_input(
@@ -28,7 +29,7 @@ def train_input(
         seed: The run's seed.
 
     Raises:
-        ValueError: If `data.decode` does not fit the model or the data set, or its library is not installed.
+        UserError: If `data.decode` does not fit the model or the data set, or its library is not installed.
     """
     augment = config.augment
     if _checked(config.decode, model) == 'coefficients':
@@ -54,7 +55,7 @@ def eval_input(
         decode: As `data.decode`.
 
     Raises:
-        ValueError: If `decode` does not fit the model or the data set, or its library is not installed.
+        UserError: If `decode` does not fit the model or the data set, or its library is not installed.
     """
     if _checked(decode, model) == 'coefficients':
         return _coefficient_input(dataset, model, preprocessing)
@@ -73,7 +74,7 @@ def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, in
 
 def _checked(decode: str, model: nn.Module) -> str:
     if takes_coefficients(model) and decode != 'coefficients':
-        raise ValueError(
+        raise UserError(
             f'data.decode={decode} gives pixels, but the patch embedding of the model takes DCT coefficients; set '
             'data.decode=coefficients, or the input of the embedding to pixels'
         )
@@ -96,7 +97,7 @@ def _coefficient_input(
 
 def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any, **options: Any) -> Dataset:
     if not reads_files(dataset):
-        raise ValueError(
+        raise UserError(
             f'data.decode is for image files, {type(dataset).__name__} gives images that are decoded already; use '
             'data.decode=pixels'
         )
@@ -104,5 +105,5 @@ def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any, **options
     try:
         dataset.loader = reader(*args, **options)
     except ImportError as error:
-        raise ValueError(f'data.decode: {error}') from error
+        raise UserError(f'data.decode: {error}') from error
     return dataset

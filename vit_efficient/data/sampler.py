@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from vit_efficient.utils.errors import UserError
+
 _STREAMS = ('order', 'sample', 'step', 'canvas', 'stage', 'repeat')
 
 
@@ -55,7 +57,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         mixed: Groups that are shuffled together.
 
     Raises:
-        ValueError: If `block`, `repeats` or `mixed` is below 1, or groups do not add up to `size`.
+        UserError: If `block`, `repeats` or `mixed` is below 1, or groups do not add up to `size`.
     """
 
     def __init__(
@@ -72,9 +74,9 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         mixed: int = 1,
     ):
         if min(block, repeats, mixed) < 1:
-            raise ValueError(f'block, repeats and mixed must be at least 1, got {block=}, {repeats=}, {mixed=}')
+            raise UserError(f'block, repeats and mixed must be at least 1, got {block=}, {repeats=}, {mixed=}')
         if groups and sum(groups) != size:
-            raise ValueError(f'groups hold {sum(groups)} samples, there are {size}')
+            raise UserError(f'groups hold {sum(groups)} samples, there are {size}')
         self.size = size - size % (world_size * block) if even else size
         self.total = size
         self.seed = seed
@@ -91,7 +93,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Chooses the epoch, and how many samples of it (of all processes together) are skipped."""
         if start % (self.world_size * self.block):
-            raise ValueError(f'{start=} must be a multiple of world_size={self.world_size} × block={self.block}')
+            raise UserError(f'{start=} must be a multiple of world_size={self.world_size} × block={self.block}')
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:

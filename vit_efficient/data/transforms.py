@@ -21,6 +21,7 @@ from torchvision.transforms import Normalize
 from vit_efficient.data.config import AugmentConfig, DataConfig, SizeConfig
 from vit_efficient.data.sampler import sample_seed
 from vit_efficient.data.truncation import DctTruncate
+from vit_efficient.utils.errors import UserError
 
 _CV2_INTERPOLATION = {
     'nearest': cv2.INTER_NEAREST,
@@ -51,30 +52,30 @@ class Preprocessing:
         mean for every channel.
 
         Raises:
-            ValueError: If the statistics in `config` do not have one value per channel, or a name is unknown.
+            UserError: If the statistics in `config` do not have one value per channel, or a name is unknown.
         """
         config = config or DataConfig()
         in_chans = getattr(model, 'in_chans', None) or model.pretrained_cfg['input_size'][0]
         base = resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))
         size = tuple(config.img_size or _size_built(model) or base['input_size'][-2:])
         if len(size) != 2 or min(size) < 1:
-            raise ValueError(f'data.img_size must be height and width in pixels, got {list(size)}')
+            raise UserError(f'data.img_size must be height and width in pixels, got {list(size)}')
         statistics = {}
         for name in ('mean', 'std'):
             values, given = getattr(config, name), base[name]
             if values is not None and len(values) != in_chans:
-                raise ValueError(f'data.{name} must have one value per channel of the model ({in_chans}), got {values}')
+                raise UserError(f'data.{name} must have one value per channel of the model ({in_chans}), got {values}')
             if values is None:
                 values = given if len(given) == in_chans else [sum(given) / len(given)] * in_chans
             statistics[name] = tuple(float(value) for value in values)
         if min(statistics['std']) <= 0:
-            raise ValueError(f'data.std must be above 0, got {list(statistics["std"])}')
+            raise UserError(f'data.std must be above 0, got {list(statistics["std"])}')
         interpolation = config.interpolation or base['interpolation']
         if interpolation not in _CV2_INTERPOLATION:
-            raise ValueError(f'data.interpolation must be one of {", ".join(_CV2_INTERPOLATION)}, got {interpolation}')
+            raise UserError(f'data.interpolation must be one of {", ".join(_CV2_INTERPOLATION)}, got {interpolation}')
         crop_mode = config.crop_mode or base['crop_mode']
         if crop_mode not in _CROP_MODES:
-            raise ValueError(f'data.crop_mode must be one of {", ".join(_CROP_MODES)}, got {crop_mode}')
+            raise UserError(f'data.crop_mode must be one of {", ".join(_CROP_MODES)}, got {crop_mode}')
         return cls(
             input_size=(in_chans, *size),
             interpolation=interpolation,
@@ -321,12 +322,12 @@ class EvalTransform:
         """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised; the same for every epoch.
 
         Raises:
-            ValueError: For `crop_mode` border and an image that is not 8-bit grey or RGB: its padding is a colour.
+            UserError: For `crop_mode` border and an image that is not 8-bit grey or RGB: its padding is a colour.
         """
         if image.dtype == np.uint8 and image.shape[2] in (1, 3):
             return self.photograph(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image))
         if self.crop_mode == 'border':
-            raise ValueError('data.crop_mode=border works for 8-bit grey and RGB images only; use center or squash')
+            raise UserError('data.crop_mode=border works for 8-bit grey and RGB images only; use center or squash')
         if image.dtype == np.uint8:
             image = image.astype(np.float32) / 255
         tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()

@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from vit_efficient.dct.truncation import ORDERS, as_block, truncate
+from vit_efficient.utils.errors import UserError
 
 _PIL_MODES = ('L', 'RGB', 'I;16')
 
@@ -42,10 +43,10 @@ def truncate_pixels(
         Of the shape and type of x: computed in float32 (in float64 for float64), clipped, and rounded to integers.
 
     Raises:
-        ValueError: If x is of another type.
+        UserError: If x is of another type.
     """
     if x.dtype not in (torch.uint8, torch.uint16) and not x.is_floating_point():
-        raise ValueError(f'truncation needs pixels of uint8, uint16 or floating point in [0, 1], got {x.dtype}')
+        raise UserError(f'truncation needs pixels of uint8, uint16 or floating point in [0, 1], got {x.dtype}')
     height, width = x.shape[-2:]
     padded = repeat_edges(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32), block)
     y = truncate(padded, block=block, ratio=ratio, order=order)[..., :height, :width]
@@ -76,7 +77,7 @@ class DctTruncate(A.ImageOnlyTransform):
         clipped to the range of their type.
 
     Raises:
-        ValueError: If an argument is out of range.
+        UserError: If an argument is out of range.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class TorchvisionDctTruncate(v2.Transform):
         p: Probability of applying it to a sample.
 
     Raises:
-        ValueError: If an argument is out of range.
+        UserError: If an argument is out of range.
     """
 
     def __init__(
@@ -136,9 +137,7 @@ class TorchvisionDctTruncate(v2.Transform):
             y = truncate_pixels(inpt.as_subclass(Tensor), params['ratio'], self.block, self.order)
             return tv_tensors.wrap(y, like=inpt)
         if inpt.mode not in _PIL_MODES:
-            raise ValueError(
-                f'truncation needs PIL images of mode {", ".join(_PIL_MODES)}, got {inpt.mode}; convert it'
-            )
+            raise UserError(f'truncation needs PIL images of mode {", ".join(_PIL_MODES)}, got {inpt.mode}; convert it')
         planes = np.atleast_3d(np.asarray(inpt)).transpose(2, 0, 1).copy()
         y = truncate_pixels(torch.from_numpy(planes), params['ratio'], self.block, self.order)
         return Image.fromarray(y.permute(1, 2, 0).squeeze(2).contiguous().numpy())
@@ -148,11 +147,11 @@ def _checked(ratio, block, order, p) -> tuple[tuple[float, float], tuple[int, in
     """The arguments of both transforms in one form, which JSON's lists take too."""
     ends = (ratio, ratio) if isinstance(ratio, Real) else tuple(ratio) if isinstance(ratio, Sequence) else ()
     if len(ends) != 2 or not all(isinstance(end, Real) for end in ends) or not 0 < ends[0] <= ends[1] <= 1:
-        raise ValueError(
+        raise UserError(
             f'ratio must be a share above 0 and at most 1, or a range (least, most) of them, got {ratio=!r}'
         )
     if order not in ORDERS:
-        raise ValueError(f'order must be one of {", ".join(ORDERS)}, got {order=}')
+        raise UserError(f'order must be one of {", ".join(ORDERS)}, got {order=}')
     if not (isinstance(p, Real) and 0 <= p <= 1):
-        raise ValueError(f'p must be a probability, from 0 to 1, got {p=!r}')
+        raise UserError(f'p must be a probability, from 0 to 1, got {p=!r}')
     return (float(ends[0]), float(ends[1])), None if block is None else as_block(block), order, float(p)

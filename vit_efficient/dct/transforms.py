@@ -23,8 +23,9 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from vit_efficient.bases import along, basis, product_dtype, real_dtype, without_autocast
+from vit_efficient.dct.bases import along, basis, product_dtype, real_dtype, without_autocast
 from vit_efficient.grid import plain_sizes, smaller
+from vit_efficient.utils.errors import UserError
 
 # See the module's docstring for where these were measured.
 FFT_FROM = {torch.float64: 1024, torch.float32: 1024, torch.bfloat16: 8192, torch.float16: 8192}
@@ -107,18 +108,18 @@ def _fft_idct(x: Tensor, n: int) -> Tensor:
 def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
     """Transform one axis of x to `size` entries; `kind` is 'dct', 'idct' or 'resample'."""
     if not x.is_floating_point():
-        raise ValueError(f'{kind}: x must have a floating-point dtype, got x.dtype={x.dtype}')
+        raise UserError(f'{kind}: x must have a floating-point dtype, got x.dtype={x.dtype}')
     if not -x.ndim <= dim < x.ndim:
-        raise ValueError(f'{kind}: {dim=} is not an axis of a tensor of {x.ndim} axes')
+        raise UserError(f'{kind}: {dim=} is not an axis of a tensor of {x.ndim} axes')
     n, size = plain_sizes((x.shape[dim], size))
     if size is None:
         size = n
     if type(size) is int and type(n) is int:
         low, high = {'dct': (1, n), 'idct': (n, math.inf), 'resample': (1, math.inf)}[kind]
         if not low <= size <= high:
-            raise ValueError(f'{kind}: size must lie in {low} … {high} for an axis of {n}, got {size=}')
+            raise UserError(f'{kind}: size must lie in {low} … {high} for an axis of {n}, got {size=}')
     elif isinstance(size, (float, str, bool)):
-        raise ValueError(f'{kind}: size must be an integer, got {size=!r}')
+        raise UserError(f'{kind}: size must be an integer, got {size=!r}')
 
     if kind == 'resample' and type(n) is int and type(size) is int and size == n:
         return x
@@ -147,7 +148,7 @@ def _by_fft(x: Tensor, dim: int, n: int, kind: str, kept: int, size: int, dtype:
 def as_pair(value, name: str) -> tuple:
     """The pair that an argument is to be; a ValueError if it is none."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f'{name} must be a pair, got {name}={value!r}')
+        raise UserError(f'{name} must be a pair, got {name}={value!r}')
     return tuple(value)
 
 
@@ -170,11 +171,11 @@ def dct_matrix(
         (m, n), its rows orthonormal. The caller owns it.
 
     Raises:
-        ValueError: If not 1 ≤ m ≤ n.
+        UserError: If not 1 ≤ m ≤ n.
     """
     m = n if m is None else m
     if not (type(n) is int and type(m) is int and 1 <= m <= n):
-        raise ValueError(f'dct_matrix: need integers 1 ≤ m ≤ n, got {m=}, {n=}')
+        raise UserError(f'dct_matrix: need integers 1 ≤ m ≤ n, got {m=}, {n=}')
     device = torch.empty(0, device=device).device
     return _cosines(m, n, device).to(dtype or torch.get_default_dtype())
 
@@ -191,7 +192,7 @@ def dct(x: Tensor, m: int | None = None, dim: int = -1) -> Tensor:
         (…, m, …)
 
     Raises:
-        ValueError: If x is not floating-point, or not 1 ≤ m ≤ n.
+        UserError: If x is not floating-point, or not 1 ≤ m ≤ n.
     """
     return _along(x, dim, 'dct', m)
 
@@ -208,7 +209,7 @@ def idct(x: Tensor, n: int | None = None, dim: int = -1) -> Tensor:
         (…, n, …)
 
     Raises:
-        ValueError: If x is not floating-point, or n < m.
+        UserError: If x is not floating-point, or n < m.
     """
     return _along(x, dim, 'idct', n)
 
@@ -228,7 +229,7 @@ def resample(x: Tensor, size: int | tuple[int, int], dims: int | tuple[int, int]
         x with the axes `dims` of `size`.
 
     Raises:
-        ValueError: If x is not floating-point, or a size is below 1.
+        UserError: If x is not floating-point, or a size is below 1.
     """
     if isinstance(dims, int):
         return _along(x, dims, 'resample', size)
@@ -248,7 +249,7 @@ def dct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] =
         (…, h, w)
 
     Raises:
-        ValueError: If x is not floating-point, or not 1 ≤ h ≤ H and 1 ≤ w ≤ W.
+        UserError: If x is not floating-point, or not 1 ≤ h ≤ H and 1 ≤ w ≤ W.
     """
     (h, w), (rows, columns) = as_pair(size or (None, None), 'size'), as_pair(dims, 'dims')
     return _along(_along(x, rows, 'dct', h), columns, 'dct', w)
@@ -266,7 +267,7 @@ def idct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] 
         (…, H, W)
 
     Raises:
-        ValueError: If x is not floating-point, or H < h or W < w.
+        UserError: If x is not floating-point, or H < h or W < w.
     """
     (height, width), (rows, columns) = as_pair(size or (None, None), 'size'), as_pair(dims, 'dims')
     return _along(_along(x, columns, 'idct', width), rows, 'idct', height)

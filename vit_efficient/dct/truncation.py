@@ -13,9 +13,10 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from vit_efficient.bases import real_dtype, without_autocast
+from vit_efficient.dct.bases import real_dtype, without_autocast
 from vit_efficient.dct.transforms import as_pair, dct2, idct2
 from vit_efficient.grid import floor_sqrt, larger, plain_sizes, scaled_grid, share_of, smaller
+from vit_efficient.utils.errors import UserError
 
 ORDERS = ('square', 'zigzag')
 
@@ -34,11 +35,11 @@ def zigzag(height: int, width: int, device: torch.device | str | None = None) ->
         (height · width,), int64: `coefficients.flatten(-2)[..., zigzag(height, width)]` has them in order.
 
     Raises:
-        ValueError: If a side is below 1.
+        UserError: If a side is below 1.
     """
     for name, side in (('height', height), ('width', width)):
         if type(side) is not int or side < 1:
-            raise ValueError(f'zigzag: {name} must be an integer of at least 1, got {name}={side!r}')
+            raise UserError(f'zigzag: {name} must be an integer of at least 1, got {name}={side!r}')
     return _rank(height, width, height, width, torch.empty(0, device=device).device).flatten().argsort()
 
 
@@ -78,30 +79,30 @@ def kept_coefficients(
         `square`, and the first in zigzag order for `zigzag`.
 
     Raises:
-        ValueError: As of `truncate`.
+        UserError: As of `truncate`.
     """
     given = {name: value for name, value in (('size', size), ('count', count), ('ratio', ratio)) if value is not None}
     if len(given) != 1:
-        raise ValueError(f'give one of size, count and ratio, got {given or "none"}')
+        raise UserError(f'give one of size, count and ratio, got {given or "none"}')
     if order not in ORDERS:
-        raise ValueError(f'order must be one of {", ".join(ORDERS)}, got {order=}')
+        raise UserError(f'order must be one of {", ".join(ORDERS)}, got {order=}')
     # Sizes that are symbols are taken as they are: comparing them would fix their value.
     plain = type(height) is int and type(width) is int
     if plain and min(height, width) < 1:
-        raise ValueError(f'an image or block must have at least 1 × 1 pixels, got {height} × {width}')
+        raise UserError(f'an image or block must have at least 1 × 1 pixels, got {height} × {width}')
     whole = f'the {height} × {width} of the image or block'
     if size is not None:
         if order != 'square':
-            raise ValueError(f'size={size} is a rectangle; with {order=} give count or ratio')
+            raise UserError(f'size={size} is a rectangle; with {order=} give count or ratio')
         h, w = as_pair(size, 'size')
         if plain and not (type(h) is type(w) is int and 1 <= h <= height and 1 <= w <= width):
-            raise ValueError(f'size must be integers (h, w) from 1 to {whole}, got {size=}')
+            raise UserError(f'size must be integers (h, w) from 1 to {whole}, got {size=}')
         return h, w, h * w
     if count is not None:
         if type(count) is not int or count < 1 or (plain and count > height * width):
-            raise ValueError(f'count must be an integer from 1 to {whole}, got {count=!r}')
+            raise UserError(f'count must be an integer from 1 to {whole}, got {count=!r}')
     elif isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
-        raise ValueError(f'ratio must be a number with 0 < ratio ≤ 1, got {ratio=!r}')
+        raise UserError(f'ratio must be a number with 0 < ratio ≤ 1, got {ratio=!r}')
     if order == 'square':
         h, w = scaled_grid(height, width, count=count, ratio=ratio)
         return h, w, h * w
@@ -144,7 +145,7 @@ def truncate(
         Of the shape and type of x.
 
     Raises:
-        ValueError: If x is not floating-point, blocks do not divide it, or the budget exceeds the image or block.
+        UserError: If x is not floating-point, blocks do not divide it, or the budget exceeds the image or block.
     """
     return _truncate(x, dims, block, size, count, ratio, order)
 
@@ -172,7 +173,7 @@ def kept_energy(
         (…), in [0, 1], float64 (float32 where the device has no float64). 1 for an image of zeros.
 
     Raises:
-        ValueError: If x is complex or boolean, blocks do not divide it, or the budget exceeds the image or block.
+        UserError: If x is complex or boolean, blocks do not divide it, or the budget exceeds the image or block.
     """
     return _kept_energy(x, dims, block, size, count, ratio, order)
 
@@ -186,7 +187,7 @@ def _truncate(x, dims, block, size, count, ratio, order):
         return y.astype(x.dtype, copy=False)
     _check_tensor(x)
     if not x.is_floating_point():
-        raise ValueError(f'truncate: x must have a floating-point dtype, got x.dtype={x.dtype}; convert it')
+        raise UserError(f'truncate: x must have a floating-point dtype, got x.dtype={x.dtype}; convert it')
     x_blocks, axes = _in_blocks(x, dims, block)
     sides = plain_sizes(x_blocks.shape[axis] for axis in axes)
     kept = kept_coefficients(*sides, size, count=count, ratio=ratio, order=order)
@@ -200,7 +201,7 @@ def _kept_energy(x, dims, block, size, count, ratio, order):
         return _kept_energy(_to_tensor(x, 'fiu'), dims, block, size, count, ratio, order).numpy()
     _check_tensor(x)
     if x.is_complex() or x.dtype == torch.bool:
-        raise ValueError(f'kept_energy: x must be floating-point or integer, got x.dtype={x.dtype}')
+        raise UserError(f'kept_energy: x must be floating-point or integer, got x.dtype={x.dtype}')
     x_blocks, axes = _in_blocks(x.to(real_dtype(x.device)), dims, block)
     sides = plain_sizes(x_blocks.shape[axis] for axis in axes)
     kept = kept_coefficients(*sides, size, count=count, ratio=ratio, order=order)
@@ -215,12 +216,12 @@ def _kept_energy(x, dims, block, size, count, ratio, order):
 
 def _check_tensor(x) -> None:
     if not isinstance(x, Tensor):
-        raise ValueError(f'x must be a tensor, or an array of NumPy, got {type(x).__name__}')
+        raise UserError(f'x must be a tensor, or an array of NumPy, got {type(x).__name__}')
 
 
 def _to_tensor(x: np.ndarray, kinds: str) -> Tensor:
     if x.dtype.kind not in kinds or x.dtype.itemsize > 8:
-        raise ValueError(f'x must have a real {"floating-point " if kinds == "f" else ""}dtype, got x.dtype={x.dtype}')
+        raise UserError(f'x must have a real {"floating-point " if kinds == "f" else ""}dtype, got x.dtype={x.dtype}')
     # A copy, since PyTorch takes neither foreign byte orders nor, without a warning, read-only memory.
     return torch.from_numpy(x.astype(x.dtype.newbyteorder('='), order='C'))
 
@@ -230,16 +231,16 @@ def _in_blocks(x: Tensor, dims: tuple[int, int], block: int | tuple[int, int] | 
     rows, columns = as_pair(dims, 'dims')
     for dim in (rows, columns):
         if type(dim) is not int or not -x.ndim <= dim < x.ndim:
-            raise ValueError(f'dims must be axes of a tensor of {x.ndim} axes, got {dims=}')
+            raise UserError(f'dims must be axes of a tensor of {x.ndim} axes, got {dims=}')
     rows, columns = rows % x.ndim, columns % x.ndim
     if rows == columns:
-        raise ValueError(f'dims must be two axes, got {dims=}')
+        raise UserError(f'dims must be two axes, got {dims=}')
     if block is None:
         return x, (rows, columns)
     height, width = as_block(block)
     sides = plain_sizes((x.shape[rows], x.shape[columns]))
     if all(type(side) is int for side in sides) and (sides[0] % height or sides[1] % width or 0 in sides):
-        raise ValueError(
+        raise UserError(
             f'blocks of {height} × {width} do not divide an image of {sides[0]} × {sides[1]}; pad it, by repeating its '
             'edge, and crop the result, as the transforms of vit_efficient.data do'
         )
@@ -252,11 +253,11 @@ def as_block(block: int | tuple[int, int]) -> tuple[int, int]:
     """The sides of a block.
 
     Raises:
-        ValueError: If it is neither a positive integer nor a pair of them.
+        UserError: If it is neither a positive integer nor a pair of them.
     """
     sides = tuple(block) if isinstance(block, (tuple, list)) else (block, block)
     if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-        raise ValueError(f'block must be a positive integer, or a pair (height, width) of them, got {block=!r}')
+        raise UserError(f'block must be a positive integer, or a pair (height, width) of them, got {block=!r}')
     return sides
 
 

@@ -1,6 +1,9 @@
 """The timm model, its registered variants, and how they are saved."""
 
-from vit_efficient.models.efficient_vit import (
+from vit_efficient.models.patch_embed import DctPatchEmbed
+from vit_efficient.models.saving import model_arguments, save_model
+from vit_efficient.models.truncation import freeze_truncation
+from vit_efficient.models.vit import (
     SIZES,
     EfficientVisionTransformer,
     EfficientVisionTransformerDistilled,
@@ -9,9 +12,6 @@ from vit_efficient.models.efficient_vit import (
     attention_per_layer,
     kept_tokens,
 )
-from vit_efficient.models.patch_embed import DctPatchEmbed
-from vit_efficient.models.saving import model_arguments, save_model
-from vit_efficient.models.truncation import freeze_truncation
 
 __all__ = [
     'SIZES',

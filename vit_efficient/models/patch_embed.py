@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_efficient import dct
-from vit_efficient.frequency_window import FrequencyWindow
+from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import plain_sizes
+from vit_efficient.utils.errors import UserError
 
 __all__ = ['DctPatchEmbed', 'patch_embed_layer']
 
@@ -38,17 +39,17 @@ def _kept(keep: Keep, patch_size: tuple[int, int], in_chans: int) -> list[tuple[
     """Coefficients kept of each channel, rows and columns.
 
     Raises:
-        ValueError: If they are not numbers from 1 to the patch size, for all channels or for each.
+        UserError: If they are not numbers from 1 to the patch size, for all channels or for each.
     """
     several = isinstance(keep, Sequence) and not isinstance(keep, str)
     values = list(keep) if several else [patch_size if keep is None else keep] * in_chans
     if len(values) != in_chans:
-        raise ValueError(f'patch_keep must be an integer or one for each of the {in_chans} channels, got {keep!r}')
+        raise UserError(f'patch_keep must be an integer or one for each of the {in_chans} channels, got {keep!r}')
     pairs = [tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else (v, v) for v in values]
     for pair in pairs:
         fits = len(pair) == 2 and all(type(f) is int and 1 <= f <= p for f, p in zip(pair, patch_size, strict=True))
         if not fits:
-            raise ValueError(
+            raise UserError(
                 f'patch_keep={keep!r}: coefficients kept are integers from 1 to the {patch_size[0]}×{patch_size[1]} '
                 'pixels of a patch, for all channels or for each'
             )
@@ -59,19 +60,19 @@ def _kept(keep: Keep, patch_size: tuple[int, int], in_chans: int) -> list[tuple[
 @torch.fx.wrap
 @register_notrace_function
 def _check_input(height, width, unit: tuple, expected: tuple | None, padded: bool, kind: str) -> None:
-    """Raises ValueError if images of pixels or coefficients do not have whole patches, of `unit`."""
+    """Raises UserError if images of pixels or coefficients do not have whole patches, of `unit`."""
     for side, size, step, wanted in zip(
         ('height', 'width'), (height, width), unit, expected or (None, None), strict=True
     ):
         if type(size) is not int:
             continue
         if wanted is not None and size != wanted:
-            raise ValueError(
+            raise UserError(
                 f'the {side} of the input is {size} {kind}, the model was built for {wanted}; set img_size, or '
                 'dynamic_img_size=True'
             )
         if size < 1 or (size % step and not padded):
-            raise ValueError(f'the {side} of the input is {size} {kind}, which is not a multiple of {step} for a patch')
+            raise UserError(f'the {side} of the input is {size} {kind}, which is not a multiple of {step} for a patch')
 
 
 # Gains below it are taken for this one where weights are divided by them.
@@ -80,6 +81,8 @@ _FAINT = 1 / 16
 
 class PatchDct(nn.Module):
     """The lowest DCT coefficients of each patch. It has no weights, and exists so that FLOPs carry its name."""
+
+    flop_role = 'patch transform'
 
     def forward(self, x: Tensor, patch_size: tuple[int, int], keep: tuple[int, int]) -> Tensor:
         """(B, C, H, W) → (B, C, h, f, w, g)"""
@@ -111,7 +114,7 @@ class DctPatchEmbed(PatchEmbed):
             turns into a hard truncation.
 
     Raises:
-        ValueError: If an argument is out of range. By `forward`, if an image does not fit.
+        UserError: If an argument is out of range. By `forward`, if an image does not fit.
     """
 
     def __init__(
@@ -131,18 +134,18 @@ class DctPatchEmbed(PatchEmbed):
         **kwargs,
     ):
         if min(to_2tuple(patch_size)) < 1:
-            raise ValueError(f'patch_size must be at least 1, got {patch_size=}')
+            raise UserError(f'patch_size must be at least 1, got {patch_size=}')
         super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, device=device, dtype=dtype, **kwargs)
         if color not in ('rgb', 'ycbcr'):
-            raise ValueError(f"patch_color must be 'rgb' or 'ycbcr', got {color!r}")
+            raise UserError(f"patch_color must be 'rgb' or 'ycbcr', got {color!r}")
         if color == 'ycbcr' and in_chans != 3:
-            raise ValueError(f"patch_color='ycbcr' needs the 3 channels red, green and blue, got {in_chans=}")
+            raise UserError(f"patch_color='ycbcr' needs the 3 channels red, green and blue, got {in_chans=}")
         if input not in ('pixels', 'coefficients'):
-            raise ValueError(f"patch_input must be 'pixels' or 'coefficients', got {input!r}")
+            raise UserError(f"patch_input must be 'pixels' or 'coefficients', got {input!r}")
         if type(window) is not bool:
-            raise ValueError(f'patch_window must be True or False, got {window!r}')
+            raise UserError(f'patch_window must be True or False, got {window!r}')
         if input == 'coefficients' and self.dynamic_img_pad:
-            raise ValueError("patch_input='coefficients' cannot be padded; set dynamic_img_pad=False")
+            raise UserError("patch_input='coefficients' cannot be padded; set dynamic_img_pad=False")
         self.in_chans = in_chans
         self.color = color
         self.input = input
@@ -188,7 +191,7 @@ class DctPatchEmbed(PatchEmbed):
             keep, **options: As the constructor's.
 
         Raises:
-            ValueError: If it is another kind of embedding, or an option is out of range.
+            UserError: If it is another kind of embedding, or an option is out of range.
         """
         check_convolution(embedding)
         conv = embedding.proj
@@ -224,10 +227,10 @@ class DctPatchEmbed(PatchEmbed):
         )
 
     def check_weight(self, weight: Tensor | None) -> None:
-        """Raises ValueError if what a checkpoint has as `linear.weight` is not of these coefficients."""
+        """Raises UserError if what a checkpoint has as `linear.weight` is not of these coefficients."""
         if weight is None or weight.shape != self.linear.weight.shape:
             shape = None if weight is None else tuple(weight.shape)
-            raise ValueError(
+            raise UserError(
                 f'the checkpoint has a patch embedding of {shape} (output channels, coefficients), the model, with '
                 f'patch_keep={self.options["keep"]} of {self.in_chans} channels, one of '
                 f'{tuple(self.linear.weight.shape)}; set patch_keep and in_chans to what they were'
@@ -271,7 +274,7 @@ class DctPatchEmbed(PatchEmbed):
         """As timm's. With another patch size the kernel is resampled as timm does, and as many coefficients are kept.
 
         Raises:
-            ValueError: If a patch would have fewer pixels than coefficients kept. Nothing is changed then.
+            UserError: If a patch would have fewer pixels than coefficients kept. Nothing is changed then.
         """
         patch_size = self.patch_size if patch_size is None else to_2tuple(patch_size)
         if patch_size != self.patch_size:
@@ -308,18 +311,18 @@ class DctPatchEmbed(PatchEmbed):
             keep: Of each channel, rows and columns, instead of those that are inside.
 
         Raises:
-            ValueError: If there is no window, its size is not a number, or `keep` is not for each channel a pair of
+            UserError: If there is no window, its size is not a number, or `keep` is not for each channel a pair of
                 no more coefficients than it has.
         """
         if self.window is None:
-            raise ValueError('this patch embedding has no window to freeze; build it with window=True')
+            raise UserError('this patch embedding has no window to freeze; build it with window=True')
         keep = [self.window.hard_size(f, g) for f, g in self.kept] if keep is None else list(keep)
         fits = len(keep) == len(self.kept) and all(
             len(pair) == 2 and 1 <= pair[0] <= f and 1 <= pair[1] <= g
             for pair, (f, g) in zip(keep, self.kept, strict=True)
         )
         if not fits:
-            raise ValueError(f'keep must be a pair for each channel, at most {self.kept}, got {keep=}')
+            raise UserError(f'keep must be a pair for each channel, at most {self.kept}, got {keep=}')
         weight = self._weight().detach()
         new = type(self)(
             **_layout(self),
@@ -449,18 +452,16 @@ def patch_embed_layer(
     """What builds the patch embedding of a model: timm's for 'conv', ours for 'dct'.
 
     Raises:
-        ValueError: If there is no such kind, or 'conv' is given options of 'dct'.
+        UserError: If there is no such kind, or 'conv' is given options of 'dct'.
     """
     options = dict(keep=keep, color=color, input=input, window=window)
     if kind == 'dct':
         return partial(DctPatchEmbed, **options)
     if kind != 'conv':
-        raise ValueError(f"patch_embed must be 'conv' or 'dct', got patch_embed={kind!r}")
+        raise UserError(f"patch_embed must be 'conv' or 'dct', got patch_embed={kind!r}")
     for name, default in dict(keep=None, color='rgb', input='pixels', window=False).items():
         if options[name] != default:
-            raise ValueError(
-                f"patch_{name}={options[name]!r} is an option of patch_embed='dct', got patch_embed='conv'"
-            )
+            raise UserError(f"patch_{name}={options[name]!r} is an option of patch_embed='dct', got patch_embed='conv'")
     return PatchEmbed
 
 
@@ -480,10 +481,10 @@ def input_size(model: nn.Module, img_size: int) -> tuple[int, int, int]:
 
 
 def check_convolution(embedding: nn.Module) -> None:
-    """Raises ValueError if it is not a patch embedding by one convolution."""
+    """Raises UserError if it is not a patch embedding by one convolution."""
     conv = getattr(embedding, 'proj', None)
     if not isinstance(embedding, PatchEmbed) or not isinstance(conv, nn.Conv2d):
-        raise ValueError(f'patch_embed: {type(embedding).__name__} is not a PatchEmbed of timm, with one convolution')
+        raise UserError(f'patch_embed: {type(embedding).__name__} is not a PatchEmbed of timm, with one convolution')
     plain = conv.kernel_size == conv.stride == tuple(embedding.patch_size) and conv.groups == 1
     if not plain or conv.padding not in ((0, 0), 'valid') or conv.dilation != (1, 1):
-        raise ValueError(f'patch_embed.proj: {conv} is not one convolution over each {embedding.patch_size} patch')
+        raise UserError(f'patch_embed.proj: {conv} is not one convolution over each {embedding.patch_size} patch')

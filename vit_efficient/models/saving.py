@@ -12,9 +12,10 @@ from typing import Any
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from vit_efficient.files import replacing
-from vit_efficient.models.efficient_vit import GridForward
 from vit_efficient.models.patch_embed import DctPatchEmbed, describe_patch_embed
+from vit_efficient.models.vit import GridForward
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.files import replacing
 
 
 def model_arguments(model: nn.Module) -> dict[str, Any]:
@@ -24,12 +25,12 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
         model: A registered or converted model; of other timm models, what timm recorded.
 
     Raises:
-        ValueError: If an attention in it is not a registered one, or it is timm's with a patch embedding of ours.
+        UserError: If an attention in it is not a registered one, or it is timm's with a patch embedding of ours.
     """
     arguments = dict(getattr(model, '_model_args', {}))
     if not isinstance(model, GridForward):
         if isinstance(getattr(model, 'patch_embed', None), DctPatchEmbed):
-            raise ValueError(
+            raise UserError(
                 f'{type(model).__name__} has a DctPatchEmbed, of which timm knows nothing; convert_patch_embed() makes '
                 'it a model that can be saved'
             )
@@ -37,7 +38,7 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     spec = model.attention_spec()
     for i, (name, _) in enumerate(spec):
         if not name:
-            raise ValueError(f'blocks.{i}.attn is no registered attention; build it by name, with convert()')
+            raise UserError(f'blocks.{i}.attn is no registered attention; build it by name, with convert()')
     # Name and options together, so that another attention asked for when it is read back does not get the options.
     layers = [list(layer) for layer in spec]
     arguments['attention'] = layers[0] if all(layer == layers[0] for layer in layers) else layers
@@ -78,13 +79,13 @@ def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequenc
         label_names: Of the classes, in order; kept in the config.
 
     Raises:
-        ValueError: If the model was not built by `timm.create_model`, or an attention in it is not registered.
+        UserError: If the model was not built by `timm.create_model`, or an attention in it is not registered.
     """
     import safetensors.torch  # not needed to use a model
 
     model = getattr(model, '_orig_mod', model)
     if not getattr(model, 'pretrained_cfg', {}).get('architecture'):
-        raise ValueError(f'{type(model).__name__} has no pretrained_cfg; build it with timm.create_model to save it')
+        raise UserError(f'{type(model).__name__} has no pretrained_cfg; build it with timm.create_model to save it')
     arguments = model_arguments(model)
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -1,6 +1,6 @@
 """Truncations whose size is learned: what they cost, and what they become once they are.
 
-See `vit_efficient.frequency_window`. Two parts of a model can have one: its patch embedding
+See `vit_efficient.dct.window`. Two parts of a model can have one: its patch embedding
 (`patch_embed='dct', patch_window=True`) and the DCT compressor of each layer (`attention_kwargs=dict(learned=True)`).
 
 Letters: N tokens, m kept, C channels, H × W patches.
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from vit_efficient.attention import CompressedAttention, swap_attention
 from vit_efficient.compress.budget import kept_grid
-from vit_efficient.frequency_window import FrequencyWindow
+from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import PatchGrid
 from vit_efficient.models.patch_embed import DctPatchEmbed
+from vit_efficient.utils.errors import UserError
 
 # By the name of each part that learns a truncation: coefficients kept of each channel, or of the patch grid.
 Sizes = dict[str, tuple[int, int] | list[tuple[int, int]]]
@@ -67,10 +68,10 @@ def soft_cost(model: nn.Module, hard: bool = False) -> Tensor:
         A scalar. With windows wide open it is a little above 1 where the whole needs no transform (domain 'space').
 
     Raises:
-        ValueError: If no part of the model has a learned truncation.
+        UserError: If no part of the model has a learned truncation.
     """
     if not has_windows(model):
-        raise ValueError('the model learns no truncation; set patch_window=True, or learned=True of the attention dct')
+        raise UserError('the model learns no truncation; set patch_window=True, or learned=True of the attention dct')
     embedding = model.patch_embed
     grid = PatchGrid(*embedding.grid_size, prefix=model.num_prefix_tokens)
     parts = []
@@ -122,23 +123,23 @@ def freeze_truncation(model: nn.Module, sizes: Sizes | None = None) -> Sizes:
         By the name of each part the coefficients left: of each channel, or of the patch grid.
 
     Raises:
-        ValueError: If no part of the model has a learned truncation, what was learned is not a number, or `sizes` names
+        UserError: If no part of the model has a learned truncation, what was learned is not a number, or `sizes` names
             what is no such part or does not fit it. The model is then as it was.
     """
     if not has_windows(model):
-        raise ValueError('the model learns no truncation that could be frozen')
+        raise UserError('the model learns no truncation that could be frozen')
     layers = {f'blocks.{i}.attn': (i, attention) for i, attention in _layers(model)}
     parts = [*(['patch_embed'] if _learns(model.patch_embed) else []), *layers]
     unknown = sorted(set(sizes or {}) - set(parts))
     if unknown:
-        raise ValueError(f'sizes names {", ".join(unknown)}; the truncations that are learned are {", ".join(parts)}')
+        raise UserError(f'sizes names {", ".join(unknown)}; the truncations that are learned are {", ".join(parts)}')
     given, kept, made = sizes or {}, {}, {}
     for name in parts:
         try:
             with torch.no_grad():
                 made[name], kept[name] = _frozen(model, layers.get(name, (0, None))[1], given.get(name))
         except ValueError as error:
-            raise ValueError(f'{name}: {error}') from error
+            raise UserError(f'{name}: {error}') from error
     for name, module in made.items():
         if name == 'patch_embed':
             model.patch_embed = module
@@ -155,7 +156,7 @@ def _frozen(model: nn.Module, attention: CompressedAttention | None, size: Any) 
     whole = kept_grid(*model.patch_embed.grid_size, attention.compress.budget)
     size = attention.compress.window.hard_size(*whole) if size is None else tuple(size)
     if len(size) != 2 or not all(1 <= side <= most for side, most in zip(size, whole, strict=True)):
-        raise ValueError(f'its size must be rows and columns of at most {whole}, got {size}')
+        raise UserError(f'its size must be rows and columns of at most {whole}, got {size}')
     dropped = ('learned', 'keep_ratio', 'num_tokens')
     options = {name: value for name, value in attention.options.items() if name not in dropped}
     return swap_attention(attention, attention.mechanism, **options, num_tokens=size), size

@@ -13,7 +13,8 @@ from torch import nn
 
 from vit_efficient.models import DctPatchEmbed, model_arguments
 from vit_efficient.train.checkpoint import damaged_part, load_checkpoint
-from vit_efficient.train.config import Config, ModelConfig, first_line
+from vit_efficient.train.config import Config, ModelConfig
+from vit_efficient.utils.errors import UserError, first_line
 
 # What a saved model tells of its attention.
 _SPELLED_OUT = ('attention', 'attention_kwargs')
@@ -27,19 +28,19 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
         classes: Names of the data's classes, if known.
 
     Raises:
-        ValueError: If there is no such model, its arguments do not fit, the number of classes is unknown or too small,
+        UserError: If there is no such model, its arguments do not fit, the number of classes is unknown or too small,
             or `model.init_from` is not for this model.
     """
     args = dict(config.model.args)
     num_classes = args.pop('num_classes', len(classes) if classes else None)
     if num_classes is None:
-        raise ValueError('the data set does not tell its classes; set model.args.num_classes')
+        raise UserError('the data set does not tell its classes; set model.args.num_classes')
     if type(num_classes) is not int or num_classes < 1:
-        raise ValueError(f'model.args.num_classes must be at least 1, got {num_classes!r}')
+        raise UserError(f'model.args.num_classes must be at least 1, got {num_classes!r}')
     if classes and num_classes < len(classes):
-        raise ValueError(f'model.args.num_classes={num_classes} is below the {len(classes)} classes of the data')
+        raise UserError(f'model.args.num_classes={num_classes} is below the {len(classes)} classes of the data')
     if not timm.is_model(config.model.name):
-        raise ValueError(f'model.name: timm knows no model {config.model.name!r}; see timm.list_models()')
+        raise UserError(f'model.name: timm knows no model {config.model.name!r}; see timm.list_models()')
     torch.manual_seed(config.seed)
     _check_rates(args)
     if not config.model.init_from:
@@ -56,25 +57,25 @@ def _check_rates(args: dict[str, Any]) -> None:
     """Models take rates below 0 for none, and find out about those above 1 when they train."""
     for key, value in args.items():
         if 'drop' in key and key.endswith('_rate') and isinstance(value, (int, float)) and not 0 <= value < 1:
-            raise ValueError(f'model.args.{key} must be at least 0 and below 1, got {value!r}')
+            raise UserError(f'model.args.{key} must be at least 0 and below 1, got {value!r}')
 
 
 def _check_usable(model: nn.Module, config: ModelConfig) -> None:
     """Whether it tells classes, and can be saved once it is trained."""
     what = f'model.name={config.name} with model.args={config.args}'
     if not isinstance(getattr(model, 'num_classes', None), int):
-        raise ValueError(f'{what}: {type(model).__name__} is no classifier (it has no num_classes)')
+        raise UserError(f'{what}: {type(model).__name__} is no classifier (it has no num_classes)')
     try:
         model_arguments(model)
     except Exception as error:
-        raise ValueError(f'{what} could not be saved: {type(error).__name__}: {first_line(error)}') from error
+        raise UserError(f'{what} could not be saved: {type(error).__name__}: {first_line(error)}') from error
 
 
 def _create(name: str, args: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, **args)
     except Exception as error:  # models check their arguments in all ways, or not at all
-        raise ValueError(f'model {name}: {first_line(error)}') from error
+        raise UserError(f'model {name}: {first_line(error)}') from error
 
 
 def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
@@ -86,7 +87,7 @@ def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
         # The folder spells the same attention out; said twice, it would be refused.
         return load_model(source, **{key: value for key, value in args.items() if key not in _SPELLED_OUT})
     if not source.exists():
-        raise ValueError(f'model.init_from={source}: no such file or folder')
+        raise UserError(f'model.init_from={source}: no such file or folder')
     if (source.parent / 'config.json').exists():
         _check_same_attention(source, config.name, args, *_saved_model(source.parent))
     weights = _load_weights(source, config.name, args)
@@ -103,7 +104,7 @@ def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
         model = timm.create_model(config.name, pretrained=True, pretrained_cfg_overlay=overlay, **args)
     except Exception as error:
         reason = ' '.join(str(error).split())[:300]
-        raise ValueError(f'model.init_from={source} does not fit {config.name}: {reason}') from error
+        raise UserError(f'model.init_from={source} does not fit {config.name}: {reason}') from error
     model.pretrained_cfg.pop('state_dict', None)  # timm would keep the weights in memory a second time
     return model
 
@@ -116,7 +117,7 @@ def _load_weights(source: Path, name: str, args: dict[str, Any]) -> dict[str, to
     if state:
         saved = state['identity']
         if any(stage['attention'] or stage.get('freeze') for stage in saved.get('stages') or []):
-            raise ValueError(
+            raise UserError(
                 f'model.init_from={source} belongs to a run whose stages change the model; give the folder of the '
                 'finished run, which says what it has become'
             )
@@ -124,15 +125,15 @@ def _load_weights(source: Path, name: str, args: dict[str, Any]) -> dict[str, to
         return state.get('ema') or state['model']
     with suppress(OSError, zipfile.BadZipFile):  # timm says what is wrong with it, if anything
         if damaged := damaged_part(source):
-            raise ValueError(f'model.init_from={source}: damaged ({damaged} is not what was written)')
+            raise UserError(f'model.init_from={source}: damaged ({damaged} is not what was written)')
     try:
         weights = load_state_dict(str(source), use_ema=True)
     # A damaged file raises whatever the archive reader or the unpickler stumbles over.
     except Exception as error:
         reason = f'{type(error).__name__}: {first_line(error)}'
-        raise ValueError(f'model.init_from={source}: not a file of weights that timm can read ({reason})') from error
+        raise UserError(f'model.init_from={source}: not a file of weights that timm can read ({reason})') from error
     if not weights:  # timm would look for others elsewhere
-        raise ValueError(f'model.init_from={source}: holds no weights')
+        raise UserError(f'model.init_from={source}: holds no weights')
     return weights
 
 
@@ -150,7 +151,7 @@ def _check_same_attention(
         theirs, ours = _attention(saved_name, saved_args), _attention(name, args)
     for key, value in ours.items():
         if theirs.get(key, value) != value:
-            raise ValueError(
+            raise UserError(
                 f'model.init_from={source} was saved with {key}={theirs[key]!r}, '
                 f'the recipe says {key}={value!r}; make them equal'
             )
@@ -177,7 +178,7 @@ def _attention(name: str, args: dict[str, Any]) -> dict[str, Any]:
 def _model_folder(folder: Path) -> Path:
     """The folder itself, or the one in a run's folder."""
     if not folder.is_dir():
-        raise ValueError(f'{folder}: no such model folder')
+        raise UserError(f'{folder}: no such model folder')
     in_run = folder / 'model'
     return in_run if (in_run / 'config.json').exists() and not (folder / 'config.json').exists() else folder
 
@@ -186,19 +187,19 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder.
 
     Raises:
-        ValueError: If the folder is not one.
+        UserError: If the folder is not one.
     """
     path = folder / 'config.json'
     try:
         saved = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ValueError(f'{folder}: not a model folder (there is no config.json)') from error
+        raise UserError(f'{folder}: not a model folder (there is no config.json)') from error
     except (OSError, ValueError) as error:
-        raise ValueError(f'{path}: not readable ({error})') from error
+        raise UserError(f'{path}: not readable ({error})') from error
     if not isinstance(saved, dict) or 'architecture' not in saved:
-        raise ValueError(f'{path}: not the config.json of a timm model (it names no architecture)')
+        raise UserError(f'{path}: not the config.json of a timm model (it names no architecture)')
     if not isinstance(saved.get('model_args') or {}, dict):
-        raise ValueError(f'{path}: model_args must be a mapping, got {saved["model_args"]!r}')
+        raise UserError(f'{path}: model_args must be a mapping, got {saved["model_args"]!r}')
     return saved
 
 
@@ -210,7 +211,7 @@ def load_model(folder: str | Path, **args: Any) -> nn.Module:
         **args: Arguments of timm.create_model that replace the saved ones.
 
     Raises:
-        ValueError: If it is not a model folder, or its weights are not those of its config.json.
+        UserError: If it is not a model folder, or its weights are not those of its config.json.
     """
     folder = _model_folder(Path(folder))
     saved = read_model_config(folder)
@@ -219,4 +220,4 @@ def load_model(folder: str | Path, **args: Any) -> nn.Module:
     # Weights of another model surface as anything from a KeyError in a checkpoint filter to a RuntimeError of PyTorch.
     except Exception as error:
         reason = ' '.join(str(error).split())[:300]
-        raise ValueError(f'{folder}: cannot load its weights into {saved["architecture"]}: {reason}') from error
+        raise UserError(f'{folder}: cannot load its weights into {saved["architecture"]}: {reason}') from error

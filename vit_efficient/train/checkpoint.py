@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from vit_efficient.files import replacing
-from vit_efficient.train.config import first_line
+from vit_efficient.utils.errors import UserError, first_line
+from vit_efficient.utils.files import replacing
 
 CHECKPOINT = 'checkpoint.pt'
 _PARTS = ('identity', 'progress', 'model', 'optimizer')  # and, of runs that have one, ema
@@ -34,7 +34,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], keep: int = 1) -> None:
         keep: The number of checkpoints that are left; of those before, the oldest go.
 
     Raises:
-        ValueError: If the file cannot be written, as on a full disk.
+        UserError: If the file cannot be written, as on a full disk.
     """
     with writing(path, '; the checkpoint before is as it was, resume=auto goes on from it' if path.exists() else ''):
         # Not the path: PyTorch's own writer does not tell what the system says.
@@ -73,21 +73,21 @@ def load_checkpoint(path: Path, device: torch.device | str = 'cpu') -> dict[str,
     """Loads what save_checkpoint saved. Nothing in the file is executed.
 
     Raises:
-        ValueError: If the file is not such a checkpoint, or its content is not what was written.
+        UserError: If the file is not such a checkpoint, or its content is not what was written.
     """
     try:
         damaged = damaged_part(path)
         state = None if damaged else torch.load(path, map_location=device, weights_only=True)
     # A damaged file raises whatever the archive reader or the unpickler stumbles over.
     except Exception as error:
-        raise ValueError(f'{path}: not a readable checkpoint ({type(error).__name__})') from error
+        raise UserError(f'{path}: not a readable checkpoint ({type(error).__name__})') from error
     if damaged:
-        raise ValueError(f'{path}: not a readable checkpoint ({damaged} is not what was written)')
+        raise UserError(f'{path}: not a readable checkpoint ({damaged} is not what was written)')
     if not isinstance(state, dict) or 'identity' not in state:
-        raise ValueError(f'{path}: not a checkpoint of a training run')
+        raise UserError(f'{path}: not a checkpoint of a training run')
     for part in _PARTS:
         if not isinstance(state.get(part), dict):
-            raise ValueError(f'{path}: not a whole checkpoint (it has no {part})')
+            raise UserError(f'{path}: not a whole checkpoint (it has no {part})')
     return state
 
 
@@ -110,7 +110,7 @@ def load_newest(folder: Path, device: torch.device | str = 'cpu') -> tuple[Path,
         Its file, what it holds, and why those that are newer cannot be read.
 
     Raises:
-        ValueError: If none can be read.
+        UserError: If none can be read.
     """
     unreadable = []
     for path in list_checkpoints(folder):
@@ -118,7 +118,7 @@ def load_newest(folder: Path, device: torch.device | str = 'cpu') -> tuple[Path,
             return path, load_checkpoint(path, device), unreadable
         except ValueError as error:
             unreadable.append(str(error))
-    raise ValueError(f'{"; ".join(unreadable)}; resume=restart starts anew')
+    raise UserError(f'{"; ".join(unreadable)}; resume=restart starts anew')
 
 
 def check_room(folder: Path, model: nn.Module, average: bool, keep: int, best: bool) -> None:
@@ -134,7 +134,7 @@ def check_room(folder: Path, model: nn.Module, average: bool, keep: int, best: b
         best: Whether the best model is kept too.
 
     Raises:
-        ValueError: If there is less.
+        UserError: If there is less.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -144,7 +144,7 @@ def check_room(folder: Path, model: nn.Module, average: bool, keep: int, best: b
     taken = {status.st_ino: status.st_size for status in (path.stat() for path in list_checkpoints(folder))}
     free = shutil.disk_usage(folder).free + sum(taken.values())
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f'output={folder}: {free / 1e6:.0f} MB are free there, checkpoints take up to {needed / 1e6:.0f} MB '
             f'({keep} of about {checkpoint / 1e6:.0f} MB, and one that is being written); make room, or set another '
             'output'
@@ -166,7 +166,7 @@ def writing(path: Path, state: str = '') -> Iterator[None]:
         if isinstance(error, RuntimeError) and not cause:
             raise
         reason = (cause and cause.strerror) or first_line(error)
-        raise ValueError(f'{path}: cannot be written: {reason}{state}') from error
+        raise UserError(f'{path}: cannot be written: {reason}{state}') from error
 
 
 def _system_error(error: BaseException | None) -> OSError | None:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from vit_efficient.data.config import DECODE, ON_ERROR, DataConfig
+from vit_efficient.utils.errors import UserError, first_line
 
 
 @dataclass
@@ -210,7 +211,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: `key=value` with dots in the key; the value is YAML.
 
     Raises:
-        ValueError: For a file that cannot be read, an unknown key, or a value of the wrong type or out of its range.
+        UserError: For a file that cannot be read, an unknown key, or a value of the wrong type or out of its range.
     """
     path = Path(path)
     config = OmegaConf.structured(Config)
@@ -219,16 +220,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         key, equals, _ = override.partition('=')
         if not equals or not key:
-            raise ValueError(f'command line: expected key=value, got {override!r}')
+            raise UserError(f'command line: expected key=value, got {override!r}')
         try:
             layer = OmegaConf.from_dotlist([override])
         except Exception as error:  # see `_layers`
-            raise ValueError(f'command line: {override!r} is not valid: {first_line(error)}') from error
+            raise UserError(f'command line: {override!r} is not valid: {first_line(error)}') from error
         config = _merge(config, layer, 'command line')
     try:
         recipe = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ValueError(f'{path}: {_key_of(error)}{first_line(error)}') from error
+        raise UserError(f'{path}: {_key_of(error)}{first_line(error)}') from error
     recipe.recipe = path.as_posix()
     if not recipe.output:
         recipe.output = default_output(path).as_posix()
@@ -246,23 +247,23 @@ def default_output(path: Path) -> Path:
 def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, Any]]:
     """The recipes that this one extends, the most basic first, then this one."""
     if path.resolve() in below:
-        raise ValueError(f'{path}: extends itself')
+        raise UserError(f'{path}: extends itself')
     try:
         layer = OmegaConf.load(path)
     except OSError as error:
-        raise ValueError(f'{path}: cannot read the recipe: {error.strerror or first_line(error)}') from error
+        raise UserError(f'{path}: cannot read the recipe: {error.strerror or first_line(error)}') from error
     except Exception as error:  # a value that is not of the type its tag tells raises anything
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise ValueError(f'{path}: not valid YAML: {reason}') from error
+        raise UserError(f'{path}: not valid YAML: {reason}') from error
     if not OmegaConf.is_dict(layer):
-        raise ValueError(f'{path}: a recipe is a mapping of keys to values')
+        raise UserError(f'{path}: a recipe is a mapping of keys to values')
     content = OmegaConf.to_container(layer)
     base = content.get('extends')
     if 'extends' in content:
         del layer['extends']
     if base is not None:
         if not isinstance(base, str):
-            raise ValueError(f'{path}: extends must name a recipe, got {base!r}')
+            raise UserError(f'{path}: extends must name a recipe, got {base!r}')
         yield from _layers(path.parent / base, (*below, path.resolve()))
     yield path, layer
 
@@ -273,11 +274,11 @@ def _merge(config: Any, layer: Any, source: str) -> Any:
         return OmegaConf.merge(config, layer)
     except (ConfigKeyError, ConfigAttributeError) as error:
         key = str(error.full_key)
-        raise ValueError(f'{source}: unknown key {key}{_suggestion(key)}') from error
+        raise UserError(f'{source}: unknown key {key}{_suggestion(key)}') from error
     except TypeError as error:  # a list under a mapping, or the other way round
-        raise ValueError(f'{source}: {first_line(error)}; a list is replaced as a whole') from error
+        raise UserError(f'{source}: {first_line(error)}; a list is replaced as a whole') from error
     except OmegaConfBaseException as error:
-        raise ValueError(f'{source}: {_key_of(error)}{first_line(error)}') from error
+        raise UserError(f'{source}: {_key_of(error)}{first_line(error)}') from error
 
 
 def _key_of(error: OmegaConfBaseException) -> str:
@@ -290,41 +291,36 @@ def _check_sections(config: Any, layer: dict[Any, Any], source: str, prefix: str
     for key in layer:
         name = f'{prefix}{key}'
         if key not in items:
-            raise ValueError(f'{source}: unknown key {name}{_suggestion(name, [prefix + item for item in items])}')
+            raise UserError(f'{source}: unknown key {name}{_suggestion(name, [prefix + item for item in items])}')
         value, section = layer[key], getattr(config, key)
         part = next(iter(get_args(items[key].type)), None)
         if is_dataclass(section):
             if not isinstance(value, dict):
-                raise ValueError(f'{source}: {name} must be a section of keys, got {value!r}')
+                raise UserError(f'{source}: {name} must be a section of keys, got {value!r}')
             _check_sections(section, value, source, f'{name}.')
         elif is_dataclass(part):
             if not isinstance(value, list):
-                raise ValueError(
+                raise UserError(
                     f'{source}: {name} must be a list of sections, got {value!r}; it is replaced as a whole'
                 )
             for number, element in enumerate(value):
                 if not isinstance(element, dict):
-                    raise ValueError(f'{source}: {name}[{number}] must be a section of keys, got {element!r}')
+                    raise UserError(f'{source}: {name}[{number}] must be a section of keys, got {element!r}')
                 _check_sections(part(), element, source, f'{name}[{number}].')
                 try:
                     OmegaConf.merge(OmegaConf.structured(part), element)
                 except OmegaConfBaseException as error:
-                    raise ValueError(f'{source}: {name}[{number}].{_key_of(error)}{first_line(error)}') from error
+                    raise UserError(f'{source}: {name}[{number}].{_key_of(error)}{first_line(error)}') from error
         else:
             origins = {get_origin(kind) for kind in (items[key].type, *get_args(items[key].type))}
             for kind, what in ((list, 'a list'), (dict, 'a mapping of keys to values')):
                 if kind in origins and not isinstance(value, (kind, type(None))):
-                    raise ValueError(f'{source}: {name} must be {what}, got {value!r}')
+                    raise UserError(f'{source}: {name} must be {what}, got {value!r}')
             for number in value if isinstance(value, list) else [value]:
                 if number is not value and isinstance(number, (dict, list)):
-                    raise ValueError(f'{source}: {name} must be a list of single values, got {value!r}')
+                    raise UserError(f'{source}: {name} must be a list of single values, got {value!r}')
                 if isinstance(number, int) and abs(number) > MAX_NUMBER:
-                    raise ValueError(f'{source}: {name} must be at most {MAX_NUMBER:g} in size')
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, on one line; its type if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise UserError(f'{source}: {name} must be at most {MAX_NUMBER:g} in size')
 
 
 def _suggestion(key: str, beside: Sequence[str] = ()) -> str:
@@ -363,7 +359,7 @@ def validate(config: Config) -> None:
     """Checks the ranges of values.
 
     Raises:
-        ValueError: Naming the first key whose value is out of range, with the value and what it must be.
+        UserError: Naming the first key whose value is out of range, with the value and what it must be.
     """
     values = flatten(config)
 
@@ -372,7 +368,7 @@ def validate(config: Config) -> None:
             value = values[key]
             finite = not isinstance(value, float) or math.isfinite(value)
             if value is not None and not (finite and holds(value)):
-                raise ValueError(f'{key} must be {requirement}, got {value!r}')
+                raise UserError(f'{key} must be {requirement}, got {value!r}')
 
     check('model.name optim.opt sched.sched', 'set', lambda v: v != '')
     check(
@@ -431,44 +427,44 @@ def validate(config: Config) -> None:
     check('on_nonfinite', 'error or skip', lambda v: v in ('error', 'skip'))
     check('data.on_error', ' or '.join(ON_ERROR), lambda v: v in ON_ERROR)
     if config.parallel == 'fsdp' and config.channels_last:
-        raise ValueError('channels_last must be false for parallel=fsdp, which takes contiguous weights only; got true')
+        raise UserError('channels_last must be false for parallel=fsdp, which takes contiguous weights only; got true')
     _check_schedule(config)
     if config.data.on_error == 'skip' and config.data.batch_size < 2:
-        raise ValueError(
+        raise UserError(
             'data.batch_size must be at least 2 for data.on_error=skip, got 1: another image of its batch takes the '
             'place of one that cannot be read'
         )
     if config.truncation.budget and not config.truncation.penalty:
-        raise ValueError(
+        raise UserError(
             f'truncation.budget={config.truncation.budget:g} has no effect without a penalty; set truncation.penalty'
         )
     if config.distill.teacher:
         for key, allowed in (('task', ('classification',)), ('data.decode', ('pixels', 'scaled'))):
             if values[key] not in allowed:
-                raise ValueError(f'{key} must be {" or ".join(allowed)} with distill.teacher, got {values[key]!r}')
+                raise UserError(f'{key} must be {" or ".join(allowed)} with distill.teacher, got {values[key]!r}')
         if config.loss.bce:  # a mean over the classes, in the place of a sum
-            raise ValueError(
+            raise UserError(
                 'loss.bce=true is too small to be heard beside a teacher; set loss.bce=false with distill.teacher'
             )
     elif config.distill != DistillConfig():
-        raise ValueError('distill has options, and no teacher; set distill.teacher')
+        raise UserError('distill has options, and no teacher; set distill.teacher')
     if config.stages:
         _check_stages(config)
     else:
         check('sched.warmup_epochs', f'at most sched.epochs={config.sched.epochs}', lambda v: v <= config.sched.epochs)
     if (config.loss.mixup or config.loss.cutmix) and config.data.batch_size % 2:
-        raise ValueError(f'data.batch_size must be even for mixup and cutmix, got {config.data.batch_size}')
+        raise UserError(f'data.batch_size must be even for mixup and cutmix, got {config.data.batch_size}')
     if config.task != 'classification':
         for key, still in _STILL.items():
             if values[key] != still:
-                raise ValueError(
+                raise UserError(
                     f'{key} must be {"null" if still is None else still} for task={config.task}: the target of '
                     f'patches does not move with the pixels; got {values[key]!r}'
                 )
     if config.data.decode == 'coefficients':
         for key, value in _ON_COEFFICIENTS.items():
             if values[key] != value:
-                raise ValueError(
+                raise UserError(
                     f'{key} must be {"null" if value is None else value} for data.decode=coefficients: they can be '
                     f'cropped by whole patches, flipped and mixed (mixup), no more; got {values[key]!r}'
                 )
@@ -478,15 +474,13 @@ def _check_schedule(config: Config) -> None:
     before = -1
     for number, part in enumerate(config.data.schedule):
         if not before < part.epoch < config.sched.epochs:
-            raise ValueError(
+            raise UserError(
                 f'data.schedule[{number}].epoch must be {"above the one before" if number else "at least 0"}, and '
                 f'below sched.epochs={config.sched.epochs}, got {part.epoch}'
             )
         before = part.epoch
         if len(part.img_size) != 2 or min(part.img_size) < 1:
-            raise ValueError(
-                f'data.schedule[{number}].img_size must be height and width in pixels, got {part.img_size}'
-            )
+            raise UserError(f'data.schedule[{number}].img_size must be height and width in pixels, got {part.img_size}')
 
 
 def _check_stages(config: Config) -> None:
@@ -498,19 +492,19 @@ def _check_stages(config: Config) -> None:
             ('warmup_epochs', warmup, f'from 0 to the {stage.epochs} epochs of the stage', 0 <= warmup <= stage.epochs),
         ):
             if not holds:
-                raise ValueError(f'stages[{number}].{key} must be {requirement}, got {value!r}')
+                raise UserError(f'stages[{number}].{key} must be {requirement}, got {value!r}')
         if stage.attention and stage.freeze:
-            raise ValueError(f'stages[{number}] has attention and freeze; give the second of them a stage of its own')
+            raise UserError(f'stages[{number}] has attention and freeze; give the second of them a stage of its own')
         if not stage.attention and (stage.attention_kwargs or stage.layers is not None):
-            raise ValueError(f'stages[{number}] has attention_kwargs or layers, and no attention to give them to')
+            raise UserError(f'stages[{number}] has attention_kwargs or layers, and no attention to give them to')
     freezing = [number for number, stage in enumerate(config.stages) if stage.freeze]
     if len(freezing) > 1:
-        raise ValueError(f'freeze is for one stage, that of {" and ".join(map(str, freezing))} is true (stages)')
+        raise UserError(f'freeze is for one stage, that of {" and ".join(map(str, freezing))} is true (stages)')
     if freezing == [0]:
-        raise ValueError(
+        raise UserError(
             'stages[0].freeze must be false: a run freezes what it has learned; for another model there is '
             'vit_efficient.freeze_truncation'
         )
     epochs = sum(stage.epochs for stage in config.stages)
     if epochs != config.sched.epochs:
-        raise ValueError(f'sched.epochs must be {epochs}, as all stages together have, got {config.sched.epochs}')
+        raise UserError(f'sched.epochs must be {epochs}, as all stages together have, got {config.sched.epochs}')

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vit_efficient.data import Preprocessing, check_same_classes
 from vit_efficient.train.build import load_model
-from vit_efficient.train.config import DistillConfig, first_line
+from vit_efficient.train.config import DistillConfig
+from vit_efficient.utils.errors import UserError, first_line
 
 
 class Distillation:
@@ -30,7 +31,7 @@ class Distillation:
         classes: Names of the student's, if known. A teacher that is a folder must have been trained on these.
 
     Raises:
-        ValueError: If the teacher cannot be had, or has other classes or channels than the student.
+        UserError: If the teacher cannot be had, or has other classes or channels than the student.
     """
 
     def __init__(
@@ -50,13 +51,13 @@ class Distillation:
                 weights = config.weights or None
                 teacher = DistillationTeacher(config.teacher, num_classes, channels, weights, device=device)
         except Exception as error:  # an unknown name, no weights, weights of another model, no network
-            raise ValueError(f'distill.teacher={config.teacher}: {first_line(error)}') from error
+            raise UserError(f'distill.teacher={config.teacher}: {first_line(error)}') from error
         self.teacher = teacher.requires_grad_(False)
         taken = self.teacher.model.pretrained_cfg['input_size']
         self.size = tuple(taken[1:])
         told = self.teacher.model.num_classes
         if taken[0] != channels or told != num_classes:
-            raise ValueError(
+            raise UserError(
                 f'distill.teacher={config.teacher} takes {taken[0]} channels and tells {told} classes, the student '
                 f'{channels} and {num_classes}'
             )

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vit_efficient.train.config import first_line
+from vit_efficient.utils.errors import UserError, first_line
 
 # A process that waits longer for another gives up. Without torchrun, which ends the others when one dies, nothing else
 # would end a run on GPUs; what the first process does alone (checkpoints, the final files) must take less.
@@ -97,7 +97,7 @@ def processes(device: str = 'auto') -> Iterator[Processes]:
         device: auto (a GPU where there is one), or a name that torch.device knows.
 
     Raises:
-        ValueError: If there is no such device.
+        UserError: If there is no such device.
     """
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     world_size = int(os.environ.get('WORLD_SIZE', 1))
@@ -106,17 +106,17 @@ def processes(device: str = 'auto') -> Iterator[Processes]:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f'device={device}: {first_line(error)}') from error
+        raise UserError(f'device={device}: {first_line(error)}') from error
     if chosen.type == 'meta':
-        raise ValueError(f'device={device} holds no numbers; use device=cpu')
+        raise UserError(f'device={device} holds no numbers; use device=cpu')
     if chosen.type == 'cuda':
         if not torch.cuda.is_available():
-            raise ValueError(f'device={device}: PyTorch finds no GPU here; use device=cpu')
+            raise UserError(f'device={device}: PyTorch finds no GPU here; use device=cpu')
         chosen = torch.device('cuda', local_rank if chosen.index is None else chosen.index)
     try:
         torch.empty(0, device=chosen)
     except Exception as error:  # each backend has its own way to say that it is not there
-        raise ValueError(f'device={device}: PyTorch finds no {chosen} here; use another, or device=cpu') from error
+        raise UserError(f'device={device}: PyTorch finds no {chosen} here; use another, or device=cpu') from error
     if chosen.type == 'cuda':
         torch.cuda.set_device(chosen)
     if world_size == 1:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vit_efficient.data import iterate
 from vit_efficient.train.distributed import Processes
 from vit_efficient.train.tasks import Task
+from vit_efficient.utils.errors import UserError
 
 # The accuracies, in percent, in the order in which they are shown.
 ACCURACIES = {
@@ -115,7 +116,7 @@ def evaluate(
         The same Evaluation in every process. With fewer than six classes top-5 is 100 %.
 
     Raises:
-        ValueError: If there are no images that can be read, or one of them is corrupt and not to be skipped.
+        UserError: If there are no images that can be read, or one of them is corrupt and not to be skipped.
     """
     processes = processes or Processes(next(model.parameters()).device)
     task = task or Task()
@@ -156,7 +157,7 @@ def evaluate(
     skipped = dict(sorted(item for share in shares for item in share[5].items()))
     if not rows:
         reason = f': none of {len(skipped)} can be read; {next(iter(skipped.values()))}' if skipped else ''
-        raise ValueError(f'there are no images to evaluate{reason}')
+        raise UserError(f'there are no images to evaluate{reason}')
     count = len(rows)
     columns, accuracies = ['index'], {}
     if task.of_images:

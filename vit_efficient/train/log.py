@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from vit_efficient.curves import METRICS
-from vit_efficient.files import write_text
+from vit_efficient.report.curves import METRICS
 from vit_efficient.train.checkpoint import writing
+from vit_efficient.utils.files import write_text
 
 
 class MetricsLog:

@@ -9,6 +9,7 @@ from torch import nn
 from vit_efficient.conversion import convert
 from vit_efficient.models.truncation import Sizes, count_windows, freeze_truncation, has_windows
 from vit_efficient.train.config import Config, OptimConfig, SchedConfig, StageConfig
+from vit_efficient.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Stage:
             The sizes that it has frozen, if any.
 
         Raises:
-            ValueError: As `freeze_truncation` and `convert` do.
+            UserError: As `freeze_truncation` and `convert` do.
         """
         kept = freeze_truncation(model, sizes) if self.config.freeze else {}
         if self.config.attention:
@@ -84,7 +85,7 @@ def check_stages(model: nn.Module, stages: Sequence[Stage], penalty: float) -> b
         Whether a stage learns a truncation.
 
     Raises:
-        ValueError: Naming the first stage that does not fit, or that would lose what an earlier one has learned to cut;
+        UserError: Naming the first stage that does not fit, or that would lose what an earlier one has learned to cut;
             if there is a penalty, and no stage learns a truncation.
     """
     learns, frozen = has_windows(model), False
@@ -95,16 +96,16 @@ def check_stages(model: nn.Module, stages: Sequence[Stage], penalty: float) -> b
             try:
                 stage.begin(model)
             except ValueError as error:
-                raise ValueError(f'stages[{number}]: {error}') from error
+                raise UserError(f'stages[{number}]: {error}') from error
             learns, frozen = learns or has_windows(model), frozen or stage.config.freeze
             if frozen and has_windows(model):
-                raise ValueError(f'stages[{number}] learns truncations again, after a stage that has frozen some')
+                raise UserError(f'stages[{number}] learns truncations again, after a stage that has frozen some')
             if count_windows(model) < before and not stage.config.freeze:
-                raise ValueError(
+                raise UserError(
                     f'stages[{number}] takes away truncations that are learned; let a stage with freeze=true go before'
                 )
     if penalty and not learns:
-        raise ValueError(
+        raise UserError(
             f'truncation.penalty={penalty:g}: the model learns no truncation; set model.args.patch_window=true (with '
             'patch_embed=dct) or attention_kwargs.learned=true (attention dct)'
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vit_efficient.data import Preprocessing
 from vit_efficient.train.config import TASKS
+from vit_efficient.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -54,31 +55,31 @@ class Task:
             patch_weight: As the attribute.
 
         Raises:
-            ValueError: If there is no such task, the model does not give the logits that it needs, or images are
+            UserError: If there is no such task, the model does not give the logits that it needs, or images are
                 cropped that have targets.
         """
         if name not in TASKS:
-            raise ValueError(f'task must be one of {", ".join(TASKS)}, got {name!r}')
+            raise UserError(f'task must be one of {", ".join(TASKS)}, got {name!r}')
         if name == 'classification':
             return cls()
         patch_embed = getattr(model, 'patch_embed', None)
         if not hasattr(patch_embed, 'dynamic_img_pad') or not hasattr(model, 'global_pool'):
-            raise ValueError(f'task={name} needs a plain vision transformer, {type(model).__name__} is none')
+            raise UserError(f'task={name} needs a plain vision transformer, {type(model).__name__} is none')
         if model.global_pool != '':
-            raise ValueError(
+            raise UserError(
                 f"task={name} needs the logits of every token: set model.args.global_pool to '', it is "
                 f'{model.global_pool!r}'
             )
         if name == 'both' and not getattr(model, 'has_class_token', False):
-            raise ValueError('task=both reads the class of the image off the class token: set model.args.class_token')
+            raise UserError('task=both reads the class of the image off the class token: set model.args.class_token')
         if preprocessing.crop_pct != 1:
-            raise ValueError(
+            raise UserError(
                 f'data.crop_pct must be 1 for task={name}: the target of patches is of the whole image; it is '
                 f'{preprocessing.crop_pct}'
             )
         size = preprocessing.input_size[1:]
         if patch_embed.dynamic_img_pad and any(a % b for a, b in zip(size, patch_embed.patch_size, strict=True)):
-            raise ValueError(
+            raise UserError(
                 f'task={name}: images of {size[0]}×{size[1]} pixels would be padded, their target would not; use a '
                 'data.img_size that the patches divide'
             )
@@ -99,28 +100,28 @@ class Task:
         return self.name != 'classification'
 
     def check_logits(self, logits: Tensor) -> None:
-        """Raises ValueError if these are not the logits that the task needs."""
+        """Raises UserError if these are not the logits that the task needs."""
         if logits.ndim != 2 + self.of_patches or (self.of_patches and logits.shape[1] < self.grid[0] * self.grid[1]):
             needed = '(images, tokens, classes)' if self.of_patches else '(images, classes)'
-            raise ValueError(
+            raise UserError(
                 f'task={self.name} needs logits {needed}, the model gives {tuple(logits.shape)}; see task and '
                 'model.args.global_pool'
             )
 
     def check_target(self, image: tuple[int, int], target: tuple[int, int]) -> None:
-        """Raises ValueError if the patches of an image do not lie where its target says, or are finer.
+        """Raises UserError if the patches of an image do not lie where its target says, or are finer.
 
         Args:
             image: Its height and width.
             target: Rows and columns of its target.
         """
         if self.grid[0] > target[0] or self.grid[1] > target[1]:
-            raise ValueError(
+            raise UserError(
                 f'the {self.grid[0]}×{self.grid[1]} patches of the model are finer than its target of {target[0]}×'
                 f'{target[1]}; use larger ones (model.args.patch_size), smaller images (data.img_size) or finer targets'
             )
         if self.cut_to and image[0] * self.cut_to[1] != image[1] * self.cut_to[0]:
-            raise ValueError(
+            raise UserError(
                 f'its {image[0]}×{image[1]} pixels would be cut to the aspect of data.img_size={list(self.cut_to)}, '
                 'but not its target; give both one aspect, or set data.crop_mode=squash'
             )

@@ -1,0 +1,1 @@
+"""Treeformer: attention by learned trees, and the leaves that tokens fall into."""

@@ -1,0 +1,275 @@
+"""TC-Attention of Treeformer: means of the values that a tree brings together, a level at a time.
+
+Source: Madaan et al., "Treeformer: Dense Gradient Trees for Efficient Attention Computation", ICLR 2023, arXiv
+2208.09015, which has no public code. A query's way down the tree of its head (`trees.py`) passes one node per level:
+
+    out(q) = Σ_l α_l · mean of v over the keys in the node of level l on the way of q,   l = 0 … h
+
+The weights α are learned, per head and level. There is no softmax and no score of a pair. Sums go up the tree, weighted
+means come down it, and then each query reads one row of a table with as many rows as leaves: O(N · 2^h) in all.
+
+On images: prefix tokens are in every node, as keys; as queries they attend to all N tokens, by the softmax of exact
+attention. Of a node that holds no key at all, the mean is that of its parent.
+
+Letters: B batch, N tokens, P prefix, C channels, H heads, D = C / H, h height, L = 2^h leaves.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn import functional as F
+
+from vit_efficient.attention import base
+from vit_efficient.attention.base import GridAttention, is_plain
+from vit_efficient.attention.registry import register_attention
+from vit_efficient.attention.treeformer.trees import (
+    LeafReads,
+    LeafSums,
+    Trees,
+    count_by_leaf,
+    leaves_of,
+    read_leaves,
+    route,
+    rows_of,
+    sum_by_leaf,
+    sum_tokens_by_leaf,
+)
+from vit_efficient.dct.bases import without_autocast
+from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.errors import UserError
+
+# There are 2^h leaves, and as many weights for each channel of a head.
+MAX_HEIGHT = 16
+
+
+class TreeAttention(GridAttention):
+    """What both attentions of Treeformer have: a tree per head. A change from one to the other keeps the trees."""
+
+    def add_trees(self, tree_height: int) -> None:
+        if type(tree_height) is not int or not 0 <= tree_height <= MAX_HEIGHT:
+            raise UserError(f'tree_height must be an integer from 0 to {MAX_HEIGHT}, got {tree_height=}')
+        like = self.qkv.weight
+        self.tree = Trees(self.num_heads, self.head_dim, tree_height, device=like.device, dtype=like.dtype)
+
+    def init_weights(self) -> None:
+        """What timm's `init_weights` of a model calls, after `to_empty` too."""
+        self.tree.reset_parameters()
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: (B, N, C) → (B, H, N, D), three times."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def leaves(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
+        """The leaves of the patches as queries and as keys: (B, N, C) → (B, H, N − P), int64, twice. No gradient."""
+        q, k, _ = self.project(x)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        with without_autocast(x):
+            trees = (self.tree.weight.to(dtype), self.tree.bias.to(dtype))
+            leaf_q, leaf_k = (route(z[:, :, grid.prefix :].detach().to(dtype), *trees) for z in (q, k))
+        return leaf_q, leaf_k
+
+
+@register_attention('treeformer_tc')
+class TreeMeanAttention(TreeAttention):
+    """TC-Attention: a patch takes means of values over the nodes that it passes in a tree.
+
+    Predicates, values and α have gradients from all tokens (see `trees.py` for the surrogate). α starts at 1 / (h + 1),
+    and with h = 0 the output of a patch is the mean of all values.
+
+    There is no N × N matrix that `attn_drop` could act on. In training it drops keys instead, each from all queries of
+    its head, and the values that stay are scaled up.
+
+    In evaluation, where no gradient is wanted and neither gate nor norm stands between, the projections of values and
+    output are taken through the tree: they act on one row for each leaf instead of N tokens. This is exact; hooks on
+    `qkv` and `proj` are not called.
+
+    Args:
+        dim, num_heads, **kwargs: As timm's `Attention`.
+        tree_height: h. There are 2^h leaves.
+
+    Raises:
+        UserError: If an option is unknown or out of range.
+    """
+
+    def configure(self, *, tree_height: int = 4) -> None:
+        self.add_trees(tree_height)
+        like = self.qkv.weight
+        self.level_weight = nn.Parameter(
+            torch.full((self.num_heads, tree_height + 1), 1 / (tree_height + 1), device=like.device, dtype=like.dtype)
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(tree_height=self.tree.height)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        nn.init.constant_(self.level_weight, 1 / self.level_weight.shape[1])
+
+    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+        if self._folds(x, grid):
+            return self._folded(x, grid)
+        q, k, v = self.project(x)
+        if self.training and self.attn_drop.p:
+            v = v * self.attn_drop(torch.ones_like(v[..., :1]))
+        trees = (self.tree.weight, self.tree.bias, self.level_weight)
+        y_BNC = average_over_nodes(q, k, v, *trees, grid.prefix, grid.num_patches, self.scale, self.fused_attn)
+        y_BNC = self.norm(y_BNC)
+        if self.gate is not None:
+            y_BNC = y_BNC * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(y_BNC))
+
+    def _folds(self, x: Tensor, grid: PatchGrid) -> bool:
+        return (
+            not self.training  # checkpointing trains without gradients, at first
+            and not torch.is_grad_enabled()
+            and isinstance(x, Tensor)  # and not a proxy, whose graph may be trained
+            and self.gate is None
+            and isinstance(self.norm, nn.Identity)
+            and is_plain(self.qkv)
+            and is_plain(self.proj)
+            and type(grid.num_patches) is int
+            and has_static_value(grid.num_patches)  # to torch.compile, a symbol is of type int too
+            and 2**self.tree.height < grid.num_patches
+        )
+
+    def _folded(self, x: Tensor, grid: PatchGrid) -> Tensor:
+        """The same with L tokens to project instead of N: x is summed by leaf, and then projected to values; what the
+        leaves answer goes through the output projection, and is then read."""
+        heads, num_leaves = (self.num_heads, self.head_dim), 2**self.tree.height
+        rows, bias = [2 * self.attn_dim, self.attn_dim], self.qkv.bias
+        (w_qk, w_v), (b_qk, b_v) = self.qkv.weight.split(rows), (None, None) if bias is None else bias.split(rows)
+        q, k = F.linear(x, w_qk, b_qk).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        b_v = torch.zeros_like(w_v[:, 0]) if b_v is None else b_v
+        to_values = list(zip(w_v.unflatten(0, heads), b_v.unflatten(0, heads), strict=True))
+        from_values = self.proj.weight.unflatten(1, heads).unbind(1)
+
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with without_autocast(x):
+            trees = (self.tree.weight.to(dtype), self.tree.bias.to(dtype))
+            leaf_q, leaf_k = (route(z[:, :, grid.prefix :].to(dtype), *trees) for z in (q, k))
+            counts = sum_by_leaf(leaf_k, torch.ones_like(leaf_k[..., None], dtype=dtype), num_leaves)
+        # Means are projected, since sums may be too large for half precision.
+        x_BHLC = sum_tokens_by_leaf(leaf_k, counts, x.to(dtype), grid.prefix) / counts.clamp(min=1)
+        means = zip(x_BHLC.to(w_v.dtype).unbind(1), to_values, strict=True)
+        sums = [F.linear(t, w).to(dtype) for t, (w, _) in means]
+        sums_BHLD = torch.stack(sums, dim=1) * counts + counts * b_v.unflatten(0, heads)[:, None].to(dtype)
+        v_prefix = F.linear(x[:, : grid.prefix], w_v, b_v).unflatten(-1, heads).transpose(1, 2).to(dtype)
+        with without_autocast(x):
+            table = node_table(sums_BHLD, counts, v_prefix, self.level_weight.to(dtype))
+        answers = [F.linear(t.to(w.dtype), w) for t, w in zip(table.unbind(1), from_values, strict=True)]
+        answers_BHLC = torch.stack(answers, dim=1).to(dtype)
+        if self.proj.bias is not None:  # a patch reads one row of each head
+            answers_BHLC[:, 0] += self.proj.bias
+        row_BNH = rows_of(leaf_q, num_leaves)
+        y = F.embedding_bag(row_BNH.flatten(0, 1), answers_BHLC.flatten(0, 2), mode='sum')
+        y = y.unflatten(0, row_BNH.shape[:2])
+        y = y.to(answers[0].dtype)
+        if not grid.prefix:
+            return y
+        shares_BHPN = ((q[:, :, : grid.prefix] * self.scale) @ k.mT).softmax(dim=-1)
+        x_BHPC = shares_BHPN.to(x.dtype) @ x[:, None]
+        y_prefix = [F.linear(t, w, b) for t, (w, b) in zip(x_BHPC.unbind(1), to_values, strict=True)]
+        return torch.cat([self.proj(torch.cat(y_prefix, dim=-1)), y], dim=1)
+
+    def num_attended(self, grid: PatchGrid) -> int:
+        """N: every query sees all keys, in the mean of the root."""
+        return grid.num_tokens
+
+    def extra_repr(self) -> str:
+        return f'tree_height={self.tree.height}'
+
+
+# A leaf for FX, where sizes and dtypes are not known.
+@torch.fx.wrap
+@register_notrace_function
+def average_over_nodes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    level_weight: Tensor,
+    prefix: int,
+    num_patches: int,
+    scale: float,
+    fused: bool,
+) -> Tensor:
+    """The equation of this module, in float32 at least: a rounded score may be another leaf.
+
+    Args:
+        q, k, v: (B, H, N, D)
+        weight, bias: Of the predicates, (H, J, D) and (H, J).
+        level_weight: α, (H, h + 1)
+        prefix, num_patches: Of the N tokens.
+        scale: Of the scores of the prefix tokens.
+        fused: Whether to use PyTorch's fused attention for them.
+
+    Returns:
+        (B, N, C), of the dtype of v.
+    """
+    y_prefix = [attend(q[:, :, :prefix], k, v, scale, 0.0, fused).transpose(1, 2).to(v.dtype)] if prefix else []
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    with without_autocast(v):
+        # Split, not sliced: the gradient of a slice is as large as the whole.
+        q, k, v = (t.split([prefix, num_patches], dim=2) for t in (q, k, v))
+        v_prefix, v_patches = (t.to(dtype) for t in v)
+        q, k, weight, bias, level_weight = (t.to(dtype) for t in (q[1], k[1], weight, bias, level_weight))
+        if torch.is_grad_enabled() and not torch.jit.is_tracing():
+            sums, counts = LeafSums.apply(k, v_patches, weight, bias)
+            y = LeafReads.apply(q, node_table(sums, counts, v_prefix, level_weight), weight, bias)
+        else:
+            sums, counts = count_by_leaf(route(k, weight, bias), v_patches, leaves_of(weight))
+            y = read_leaves(route(q, weight, bias), node_table(sums, counts, v_prefix, level_weight))
+    y = y.to(v[0].dtype)
+    return (torch.cat([*y_prefix, y], dim=1) if prefix else y).flatten(2)
+
+
+def node_table(sums: Tensor, counts: Tensor, v_prefix: Tensor, level_weight: Tensor) -> Tensor:
+    """What the queries of each leaf read: the sum of α_l · mean over its ancestors and itself.
+
+    A node without a key takes the mean of its parent, and would go on from there: its mean is that of its keys and, as
+    one of them, its parent's.
+
+    Args:
+        sums, counts: Of the patches in each leaf, (B, H, L, D) and (B, H, L, 1).
+        v_prefix: Values in every node, (B, H, P, D).
+        level_weight: α, (H, h + 1)
+
+    Returns:
+        (B, H, L, D)
+    """
+    alphas = level_weight[:, :, None, None].unbind(1)
+    levels = [(sums, counts)]
+    for _ in alphas[1:]:
+        levels.append(tuple(t.unflatten(2, (-1, 2)).sum(dim=3) for t in levels[-1]))
+    common = v_prefix.sum(dim=2, keepdim=True)
+
+    sums, counts = levels.pop()
+    mean = (sums + common) / (counts + v_prefix.shape[2])
+    table = alphas[0] * mean
+    for alpha in alphas[1:]:
+        sums, counts = levels.pop()
+        counts = counts + v_prefix.shape[2]
+        empty = (counts == 0).to(counts.dtype)
+        mean = (sums + common + empty * mean.repeat_interleave(2, dim=2)) / (counts + empty)
+        table = table.repeat_interleave(2, dim=2) + alpha * mean
+    return table
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, fused: bool, mask: Tensor | None = None
+) -> Tensor:
+    """Softmax attention: (…, queries, D), (…, keys, D) twice, and which of them count → (…, queries, D)"""
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    scores = (q * scale) @ k.mT
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v

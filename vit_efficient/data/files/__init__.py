@@ -1,0 +1,1 @@
+"""Files of images to arrays: one file per kind."""

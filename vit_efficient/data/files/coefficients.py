@@ -1,0 +1,318 @@
+"""JPEG coefficients regrouped into those of patches: what a DCT patch embedding computes from pixels, without pixels.
+
+Of each p × p patch of the normalised image, (pixel / 255 − mean) / std, the f × f lowest orthonormal DCT-II
+coefficients lie where the patch lies: a *coefficient image* (C, rows · f, columns · f). A patch of JPEG's 8 × 8 blocks
+has them as
+
+    A X Aᵀ,        A = D_p[:f] · R · blockdiag(D_8ᵀ)
+
+with X the patch's dequantised coefficients, D_n the orthonormal DCT-II matrix, and R, for subsampled components, the
+repetition of each sample (libjpeg's plain upsampling, not its "fancy" one). All is linear: colour conversion and
+normalisation act on each coefficient, level shift and mean on the lowest. So the result is the DCT of the image that a
+decoder computes before it rounds the samples to integers and clamps them to 0…255.
+
+Dimensions: C channels of the model, R × S patches, f × g coefficients kept of each.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit_efficient.data.files.jpeg import BLOCK, QuantizedJpeg, read_quantized
+from vit_efficient.data.sampler import sample_seed
+from vit_efficient.dct import dct_matrix
+from vit_efficient.utils.errors import UserError
+
+_LUMA = torch.tensor([[0.299, 0.587, 0.114]])  # ITU-R 601
+# (JFIF, ITU-T T.871, section 7: the inverse of its definition of Cb and Cr.)
+_TO_RGB = {
+    'grey': torch.ones(3, 1),
+    'RGB': torch.eye(3),
+    'YCbCr': torch.tensor(
+        [
+            [1, 0, 2 * (1 - 0.299)],
+            [1, -2 * (1 - 0.114) * 0.114 / 0.587, -2 * (1 - 0.299) * 0.299 / 0.587],
+            [1, 2 * (1 - 0.114), 0],
+        ]
+    ),
+}
+_TO_GREY = {'grey': torch.ones(1, 1), 'RGB': _LUMA, 'YCbCr': torch.tensor([[1.0, 0.0, 0.0]])}
+_TO_CHANNELS = {1: _TO_GREY, 3: _TO_RGB}
+_STRIP = 2**18  # pixels at once, of each component: what is made of them stays within a core's cache
+
+
+@dataclass(frozen=True)
+class PatchCoefficients:
+    """Which coefficients of which patches: p × q pixels, the lowest f × g frequencies.
+
+    Args:
+        patch_size: (p, q), multiples of 8.
+        keep: (f, g), at most p and q.
+
+    Raises:
+        UserError: If they are not that.
+    """
+
+    patch_size: tuple[int, int]
+    keep: tuple[int, int]
+
+    def __post_init__(self):
+        for name, pair in (('patch_size', self.patch_size), ('keep', self.keep)):
+            if len(pair) != 2 or any(type(value) is not int for value in pair):
+                raise UserError(f'{name} must be an integer, or two, got {name}={pair}')
+        if any(size < BLOCK or size % BLOCK for size in self.patch_size):
+            raise UserError(
+                f'patch_size={self.patch_size} must be multiples of {BLOCK}, the side of the blocks of a JPEG; '
+                'data.decode=pixels takes any'
+            )
+        if any(not 1 <= keep <= size for keep, size in zip(self.keep, self.patch_size, strict=True)):
+            raise UserError(f'keep={self.keep} must be from 1 to patch_size={self.patch_size}')
+
+    @classmethod
+    def of(cls, model: nn.Module) -> 'PatchCoefficients':
+        """What the model's patch embedding takes.
+
+        Raises:
+            UserError: If it takes pixels, or patches that are not made of JPEG's blocks.
+        """
+        if not takes_coefficients(model):
+            raise UserError(
+                'data.decode=coefficients needs a model whose patch embedding takes DCT coefficients, this one takes '
+                'pixels; use data.decode=pixels or scaled'
+            )
+        return cls(tuple(model.patch_embed.patch_size), tuple(model.patch_embed.keep))
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of whole patches in an image of that size."""
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+        """Of the coefficient image of an image of that size."""
+        rows, columns = self.grid(height, width)
+        return channels, rows * self.keep[0], columns * self.keep[1]
+
+
+def takes_coefficients(model: nn.Module) -> bool:
+    """Whether the model's patch embedding takes coefficient images in the place of pixels."""
+    return getattr(getattr(model, 'patch_embed', None), 'input', 'pixels') == 'coefficients'
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle of patches: the row and column of its first, and how many rows and columns there are."""
+
+    top: int
+    left: int
+    rows: int
+    columns: int
+
+
+def read_coefficients(
+    source: str | Path | BinaryIO,
+    patch_size: int | tuple[int, int],
+    keep: int | tuple[int, int],
+    channels: int = 3,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Tensor:
+    """The coefficient image of a JPEG, from `read_quantized` and `regroup`.
+
+    Args:
+        source: A file or an open stream.
+        patch_size: Side of the patches in pixels, or height and width; multiples of 8.
+        keep: Coefficients kept per direction, or vertically and horizontally.
+        channels: 3 (RGB) or 1 (grey).
+        mean, std: Per channel, of pixels in [0, 1]; 0 and 1 by default.
+
+    Returns:
+        (C, R · f, S · g), float32.
+
+    Raises:
+        UserError: If the arguments do not fit each other, the file has no coefficients (see `read_quantized`), or the
+            image is smaller than a patch.
+        ImportError: If `pyjpegio` is not installed.
+    """
+    patch_size, keep = (tuple(value) if isinstance(value, Sequence) else (value, value) for value in (patch_size, keep))
+    layout = PatchCoefficients(patch_size, keep)
+    if channels not in _TO_CHANNELS:
+        raise UserError(f'{channels=} must be 1 or 3: the coefficients of a JPEG are of grey or RGB images')
+    mean = tuple((0.0,) * channels if mean is None else mean)
+    std = tuple((1.0,) * channels if std is None else std)
+    if not len(mean) == len(std) == channels:
+        raise UserError(f'mean and std must have one value per channel ({channels}), got {mean=}, {std=}')
+    if min(std) <= 0:
+        raise UserError(f'std must be above 0, got {std=}')
+    image = read_quantized(source)
+    if min(layout.grid(image.height, image.width)) < 1:
+        prefix = f'{source}: ' if isinstance(source, str | Path) else ''
+        raise UserError(f'{prefix}its {image.height}×{image.width} pixels do not hold a patch of {patch_size}')
+    return regroup(image, layout, mean, std)
+
+
+def regroup(
+    image: QuantizedJpeg,
+    layout: PatchCoefficients,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    window: Window | None = None,
+    hflip: bool = False,
+    vflip: bool = False,
+) -> Tensor:
+    """Coefficients of JPEG's blocks to those of patches.
+
+    Args:
+        image: From `read_quantized`.
+        layout: Patches and frequencies.
+        mean, std: Per channel of the model (1 or 3), of pixels in [0, 1].
+        window: The patches; by default, all that lie in the image as a whole.
+        hflip, vflip: Mirror the window from left to right, or from top to bottom: patches in reverse order, and odd
+            frequencies with the opposite sign.
+
+    Returns:
+        (C, R · f, S · g), float32.
+    """
+    (p, q), (f, g) = layout.patch_size, layout.keep
+    window = window or Window(0, 0, *layout.grid(image.height, image.width))
+    colour = _TO_CHANNELS[len(mean)][image.space] / (255 * torch.tensor(std)[:, None])
+    used = [number for number in range(colour.shape[1]) if colour[:, number].any()]
+    colour = colour[:, used]
+    # A block of a subsampled component may cover several patches; what is computed begins and ends with a block.
+    row_step = math.lcm(*(_patches_per_group(p, image.subsampling[number][0]) for number in used))
+    column_step = math.lcm(*(_patches_per_group(q, image.subsampling[number][1]) for number in used))
+    top, left = window.top // row_step * row_step, window.left // column_step * column_step
+    rows = -(-(window.top + window.rows - top) // row_step) * row_step
+    columns = -(-(window.left + window.columns - left) // column_step) * column_step
+    components = []
+    for number in used:
+        sy, sx = image.subsampling[number]
+        plane = image.planes[number][top * p // sy :, left * q // sx :]
+        bases = _basis(p, f, sy, vflip), _basis(q, g, sx, hflip)
+        components.append(_Component(plane, image.tables[number], *bases, rows * f, columns * g))
+    channels_CHW = torch.empty(len(mean), rows * f, columns * g)
+    strip = max(row_step, _STRIP // (p * q * columns) // row_step * row_step)
+    strips = torch.empty(len(used), strip * f, columns * g)
+    for first in range(0, rows * f, strip * f):
+        lines = slice(first, min(first + strip * f, rows * f))
+        planes = strips[:, : lines.stop - first]
+        for component, plane in zip(components, planes, strict=True):
+            component.transform(lines, plane)
+        torch.mm(colour, planes.flatten(1), out=channels_CHW[:, lines].flatten(1))
+    patches_CRfSg = channels_CHW.view(-1, rows, f, columns, g)
+    shift = (128 / 255 - torch.tensor(mean)) / torch.tensor(std)
+    patches_CRfSg[:, :, 0, :, 0] += math.sqrt(p * q) * shift[:, None, None]
+    patches_CRfSg = patches_CRfSg[:, window.top - top :][:, : window.rows]
+    patches_CRfSg = patches_CRfSg[:, :, :, window.left - left :][:, :, :, : window.columns]
+    flipped = [1] * vflip + [3] * hflip
+    if flipped:
+        patches_CRfSg = patches_CRfSg.flip(flipped)
+    return patches_CRfSg.reshape(len(mean), window.rows * f, window.columns * g)
+
+
+def _patches_per_group(size: int, subsampling: int) -> int:
+    """Patches in the least number of pixels that both patches and blocks divide."""
+    return math.lcm(size, BLOCK * subsampling) // size
+
+
+@cache
+def _basis(size: int, keep: int, subsampling: int, flip: bool) -> Tensor:
+    """Along one axis, for a group: coefficients of its blocks (columns) to those of its patches (rows)."""
+    patches = _patches_per_group(size, subsampling)
+    blocks = patches * size // (BLOCK * subsampling)
+    samples = torch.block_diag(*[dct_matrix(BLOCK, dtype=torch.float64).T] * blocks)
+    pixels = samples.repeat_interleave(subsampling, dim=0)
+    rows = dct_matrix(size, keep, dtype=torch.float64)
+    if flip:
+        rows[1::2] *= -1
+    return (torch.block_diag(*[rows] * patches) @ pixels).float()
+
+
+class _Component:
+    """Dequantises and transforms a component, some lines at a time.
+
+    Args:
+        plane: Quantised coefficients (8 · block rows, 8 · block columns), from the first patch on.
+        table: (8, 8).
+        vertical, horizontal: Of a group of patches, (coefficients out, coefficients in).
+        height, width: Coefficients out, of whole groups.
+    """
+
+    def __init__(
+        self, plane: np.ndarray, table: np.ndarray, vertical: Tensor, horizontal: Tensor, height: int, width: int
+    ):
+        self.vertical, self.horizontal = vertical, horizontal.T
+        height, width = (
+            size // len(basis) * basis.shape[1] for size, basis in ((height, vertical), (width, horizontal))
+        )
+        self.quantized = torch.from_numpy(plane[:height, :width])
+        missing = width - self.quantized.shape[1], height - self.quantized.shape[0]
+        if any(missing):  # blocks beyond the image, which the last group reaches to and no patch in it needs
+            self.quantized = F.pad(self.quantized, (0, missing[0], 0, missing[1]))
+        self.steps = torch.from_numpy(table).float().repeat(1, width // BLOCK)
+
+    def transform(self, lines: slice, out: Tensor) -> None:
+        """Fills `out`, (lines, width), with these lines of the result: those of whole groups."""
+        height, samples = self.vertical.shape
+        x = self.quantized[lines.start // height * samples : lines.stop // height * samples].float()
+        x.view(-1, *self.steps.shape).mul_(self.steps)
+        groups = len(x) // samples
+        x = torch.bmm(self.vertical.expand(groups, -1, -1), x.view(groups, samples, -1))
+        torch.mm(x.view(-1, len(self.horizontal)), self.horizontal, out=out.view(-1, self.horizontal.shape[1]))
+
+
+class CoefficientTransform:
+    """Quantised JPEG to coefficient image: a window of the size of the model's input, and flips. Nothing is resized.
+
+    The draws for a sample are a function of (seed, epoch, index, repeat). Without a seed nothing is drawn: the window
+    is the one nearest to the centre.
+
+    Args:
+        layout: Patches and frequencies.
+        input_size: Channels (1 or 3), height and width of the pixels that the window covers.
+        mean, std: Per channel, of pixels in [0, 1].
+        seed: The run's seed; None for evaluation.
+        hflip, vflip: Probabilities, for training.
+
+    Raises:
+        UserError: If the channels are others, or patches do not divide height and width.
+    """
+
+    def __init__(
+        self,
+        layout: PatchCoefficients,
+        input_size: tuple[int, int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int | None = None,
+        hflip: float = 0.0,
+        vflip: float = 0.0,
+    ):
+        channels, *size = input_size
+        if channels not in _TO_CHANNELS:
+            raise UserError(f'data.decode=coefficients reads images of 1 or 3 channels, the model takes {channels}')
+        if any(side % patch for side, patch in zip(size, layout.patch_size, strict=True)):
+            raise UserError(f'data.img_size={size} must be multiples of the patches, {list(layout.patch_size)}')
+        self.layout = layout
+        self.rows, self.columns = layout.grid(*size)
+        self.mean, self.std = mean, std
+        self.seed = seed
+        self.flips = (hflip, vflip)
+
+    def __call__(self, image: QuantizedJpeg, epoch: int = 0, index: int = 0, repeat: int = 0) -> Tensor:
+        """-> (C, rows · f, columns · g), float32"""
+        rows, columns = self.layout.grid(image.height, image.width)
+        spare = rows - self.rows, columns - self.columns
+        top, left, flips = spare[0] // 2, spare[1] // 2, [False, False]
+        if self.seed is not None:
+            rng = np.random.default_rng(sample_seed(self.seed, epoch, index, repeat))
+            top, left = (int(rng.integers(free, endpoint=True)) for free in spare)
+            flips = [bool(rng.random() < probability) for probability in self.flips]
+        window = Window(top, left, self.rows, self.columns)
+        return regroup(image, self.layout, self.mean, self.std, window, *flips)

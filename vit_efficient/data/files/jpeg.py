@@ -1,0 +1,268 @@
+"""JPEG files read for less than a full decode: at a reduced size, or as their quantised DCT coefficients.
+
+The format: ITU-T T.81 (1992); its colours: JFIF, ITU-T T.871 (2011). Both readers take what `read_image` takes, a file
+or an open stream, and leave EXIF orientation alone as it does.
+"""
+
+import contextlib
+import ctypes
+import io
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from vit_efficient.data.files.images import read_image
+from vit_efficient.utils.errors import UserError
+
+BLOCK = 8  # side of JPEG's blocks, in samples
+REDUCTIONS = (8, 4, 2)  # at which libjpeg decodes by a smaller inverse transform
+WAY_OUT = 'data.decode=pixels or scaled reads it, or write it anew as a baseline JPEG'
+_START, _END = b'\xff\xd8', b'\xff\xd9'
+_SCAN, _TABLES = 0xDA, 0xDB
+_SPACES = {1: 'grey', 2: 'RGB', 3: 'YCbCr'}  # libjpeg's J_COLOR_SPACE
+_CHANNELS_OF = {'Gray': 1, 'RGB': 3, 'YCbCr': 3}  # in simplejpeg's names
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+class ReducedReader:
+    """Reads images as `read_image` does, but JPEGs by simplejpeg, at 1/2, 1/4 or 1/8 of their size where that will do.
+
+    The reduction is the largest at which the smallest crop that may be drawn still has as many pixels as the model's
+    input on both sides: no crop is enlarged that would not be in a full decode. It depends on the image's size alone,
+    so that decoded images can be cached. At full size the pixels are those of PIL, up to the version of libjpeg-turbo.
+    Files that are not 8-bit grey, RGB or YCbCr JPEGs go to `read_image`, and so do damaged ones, for its message.
+
+    Args:
+        height, width: Pixels that the smallest crop needs.
+        crop_scale: Least share of the area that is cropped; None if the whole image is resized.
+        crop_ratio: Least and largest width to height of the crop.
+
+    Raises:
+        ImportError: If `simplejpeg` is not installed.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        crop_scale: float | None = None,
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ):
+        _import('simplejpeg', 'simplejpeg')
+        self.height, self.width = height, width
+        self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
+
+    def reduction(self, height: int, width: int) -> int:
+        """1, 2, 4 or 8, for an image of that size."""
+        for reduction in REDUCTIONS:
+            crop = self._smallest_crop(-(-height // reduction), -(-width // reduction))
+            if crop[0] >= self.height and crop[1] >= self.width:
+                return reduction
+        return 1
+
+    def _smallest_crop(self, height: int, width: int) -> tuple[float, float]:
+        if self.crop_scale is None:
+            return height, width
+        (narrow, wide), area = self.crop_ratio, self.crop_scale * height * width
+        # An image that is too long for every crop drawn is cropped to the nearest ratio at its full short side.
+        return min((area / wide) ** 0.5, height, width / narrow), min((area * narrow) ** 0.5, width, height * wide)
+
+    def __call__(self, source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
+        """The image, as `read_image` gives it; of a JPEG, an array (H, W, 1 or 3), uint8.
+
+        Raises:
+            UserError: If it cannot be decoded. The message names the file, if the source is one.
+        """
+        simplejpeg = _import('simplejpeg', 'simplejpeg')
+        data = _read(source)
+        if data.startswith(_START):
+            with contextlib.suppress(ValueError):
+                height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+                if space in _CHANNELS_OF:
+                    reduction = self.reduction(height, width)
+                    return simplejpeg.decode_jpeg(
+                        data,
+                        'GRAY' if space == 'Gray' else 'RGB',
+                        # It takes the smallest size that is not below these.
+                        min_height=-(-height // reduction),
+                        min_width=-(-width // reduction),
+                    )
+        return read_image(source if isinstance(source, str | Path) else io.BytesIO(data))
+
+
+class QuantizedReader:
+    """`read_quantized`, of images that are large enough not to be resized.
+
+    Args:
+        height, width: The least size in pixels.
+
+    Raises:
+        ImportError: If `pyjpegio` is not installed.
+    """
+
+    def __init__(self, height: int, width: int):
+        _jpegio()
+        self.height, self.width = height, width
+
+    def __call__(self, source: str | Path | BinaryIO) -> 'QuantizedJpeg':
+        """Raises UserError as `read_quantized` does, and for an image that is too small."""
+        image = read_quantized(source)
+        if image.height < self.height or image.width < self.width:
+            prefix = f'{source}: ' if isinstance(source, str | Path) else ''
+            raise UserError(
+                f'{prefix}its {image.height}×{image.width} pixels are fewer than the {self.height}×{self.width} of the '
+                "model's input, and coefficients are not resized; set data.img_size, or store the image larger"
+            )
+        return image
+
+
+@dataclass(frozen=True)
+class QuantizedJpeg:
+    """A JPEG after entropy decoding, before anything else.
+
+    Attributes:
+        height, width: Of the image, in pixels.
+        space: grey, RGB or YCbCr.
+        planes: Per component, int32 (8 · block rows, 8 · block columns): each 8 × 8 block of quantised coefficients
+            where its samples would lie, vertical frequencies downwards. The last blocks may reach beyond the image.
+        tables: Per component, (8, 8): what a coefficient is multiplied by.
+        subsampling: Per component, the height and width in pixels of one of its samples.
+    """
+
+    height: int
+    width: int
+    space: str
+    planes: tuple[np.ndarray, ...]
+    tables: tuple[np.ndarray, ...]
+    subsampling: tuple[tuple[int, int], ...]
+
+
+def read_quantized(source: str | Path | BinaryIO) -> QuantizedJpeg:
+    """Reads the quantised coefficients of an 8-bit grey, RGB or YCbCr JPEG, baseline or progressive.
+
+    Args:
+        source: A file or an open stream.
+
+    Raises:
+        UserError: If it is not such a JPEG, or is truncated. The message names the file, if the source is one. Damage
+            within a scan is not noticed, as it is not by decoders.
+        ImportError: If `pyjpegio` is not installed.
+    """
+    jpegio = _jpegio()
+    is_file = isinstance(source, str | Path)
+    data = _read(source)
+    prefix = f'{source}: ' if is_file else ''
+    try:
+        slots = _quantisation_tables(data)
+        if is_file:
+            return _quantized(jpegio.read(str(source)), slots)
+        with tempfile.NamedTemporaryFile(suffix='.jpg') as file:  # jpegio reads files only
+            file.write(data)
+            file.flush()
+            return _quantized(jpegio.read(file.name), slots)
+    except RuntimeError as error:  # libjpeg's
+        raise UserError(f'{prefix}no coefficients can be read from it ({error}); {WAY_OUT}') from error
+    except ValueError as error:
+        raise UserError(f'{prefix}{error}') from error
+
+
+def _read(source: str | Path | BinaryIO) -> bytes:
+    if not isinstance(source, str | Path):
+        return source.read()
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise UserError(f'{source}: not a readable image ({error.strerror})') from error
+
+
+def _quantisation_tables(data: bytes) -> list[int]:
+    """The numbers of the tables that a file defines before its first scan, ascending.
+
+    Raises:
+        UserError: If it is no JPEG, or is truncated: libjpeg fills in what is not there, with grey, and says nothing
+            that could be caught.
+    """
+    if not data:
+        raise UserError('the file is empty')
+    if not data.startswith(_START):
+        raise UserError(f'not a JPEG, so it has no coefficients to read; {WAY_OUT}')
+    at, numbers = len(_START), set()
+    while data[at : at + 1] == b'\xff' and data[at + 1 : at + 2] != bytes([_SCAN]):
+        # A marker may be padded by any number of 0xFF.
+        if data[at + 1 : at + 2] == b'\xff':
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
+        if data[at + 1 : at + 2] == bytes([_TABLES]):
+            at += 4
+            while at < end and at < len(data):
+                precision, number = divmod(data[at], 16)
+                numbers.add(number)
+                at += 1 + BLOCK * BLOCK * (1 + (precision > 0))
+        at = end
+    # Within a scan, 0xFF is never followed by the byte that would make it the end.
+    if data.find(_END, at) < 0:
+        raise UserError('the JPEG is truncated: it has no end; copy it anew, or leave it out')
+    return sorted(numbers)
+
+
+def _quantized(jpeg, slots: list[int]) -> QuantizedJpeg:
+    space = _SPACES.get(jpeg.jpeg_color_space)
+    if space is None:
+        raise UserError(f'a JPEG of {jpeg.num_components} components (CMYK?), not grey, RGB or YCbCr; {WAY_OUT}')
+    if jpeg.data_precision != 8:
+        raise UserError(f'a JPEG of {jpeg.data_precision} bits per sample, not 8; store it with 8')
+    infos = jpeg.comp_info
+    # The list of tables leaves out the numbers that the file leaves out.
+    if len(slots) != len(jpeg.quant_tables) or any(info.quant_tbl_no not in slots for info in infos):
+        raise UserError(f'a JPEG whose quantisation tables come late or are missing; {WAY_OUT}')
+    highest = jpeg.max_v_samp_factor, jpeg.max_h_samp_factor
+    subsampling = []
+    for info in infos:
+        factors = info.v_samp_factor, info.h_samp_factor
+        if any(most % own for most, own in zip(highest, factors, strict=True)):
+            raise UserError(f'a JPEG with sampling factors {factors} of {highest}, not their divisors; {WAY_OUT}')
+        subsampling.append((highest[0] // factors[0], highest[1] // factors[1]))
+    return QuantizedJpeg(
+        height=jpeg.image_height,
+        width=jpeg.image_width,
+        space=space,
+        planes=tuple(jpeg.coef_arrays),
+        tables=tuple(jpeg.quant_tables[slots.index(info.quant_tbl_no)] for info in infos),
+        subsampling=tuple(subsampling),
+    )
+
+
+@cache
+def _jpegio() -> ModuleType:
+    """The library; the first call in a process also has its memory manager keep what the library frees.
+
+    It allocates some 6 bytes per coefficient for every image. If each time the system has to hand out fresh, zeroed
+    pages, that takes more than half of the time: 47 ms instead of 20 for 2,048 × 2,048 pixels.
+    """
+    jpegio = _import('jpegio', 'pyjpegio')
+    if sys.platform == 'linux':
+        with contextlib.suppress(AttributeError):  # a C library other than glibc
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc allows
+            mallopt(_M_TRIM_THRESHOLD, 2**28)
+    return jpegio
+
+
+def _import(name: str, package: str) -> ModuleType:
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f'JPEGs are read this way by the {package} package, which is not installed: pip install {package}, or '
+            "pip install 'vit-efficient[jpeg]'"
+        ) from error

@@ -1,0 +1,105 @@
+"""Data sets of Hugging Face's `datasets` library, by index: from the hub, in local files, or saved to disk."""
+
+import io
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from timm.data.readers.reader import Reader
+from timm.utils.misc import natural_key
+
+from vit_efficient.utils.errors import UserError
+
+
+class HuggingFaceReader(Reader):
+    """A reader as timm's `hfds/`, of (image as stored, label), which opens data sets that are saved to disk as well.
+
+    Args:
+        name: Of a data set on the hub or of a builder, such as `parquet`; or a folder: of images or Parquet files, as
+            `datasets.load_dataset` reads it, or of splits that `save_to_disk` has written.
+        split: Such as train; of saved ones, the folder in the folder.
+        cache_dir: Where the library keeps what it has downloaded and prepared; by default its own place.
+        input_key: Column of the images: of the type `Image`, or of the bytes of image files.
+        target_key: Column of the labels: of the type `ClassLabel`, integers, or names, which are numbered in natural
+            order.
+        **options: Further arguments of `datasets.load_dataset`.
+
+    Attributes:
+        classes: Names of the classes, or None.
+
+    Raises:
+        UserError: If there are no such columns, they are of other types, or the data set is a stream.
+        ImportError: If `datasets` is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        cache_dir: str | None = None,
+        input_key: str = 'image',
+        target_key: str = 'label',
+        **options: Any,
+    ):
+        super().__init__()
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError(
+                "hfds/… needs the datasets package, which is not installed: pip install 'vit-efficient[hf]'"
+            ) from error
+        if _is_saved(Path(name, split)):
+            dataset = datasets.load_from_disk(str(Path(name, split)), **options)
+        elif _is_saved(Path(name)):
+            parent, folder = Path(name).parent, Path(name).name
+            raise UserError(f'{name} is a single split, as a saved data set; its name is hfds/{parent}, split {folder}')
+        else:
+            dataset = datasets.load_dataset(name, split=split, cache_dir=cache_dir, **options)
+        if not isinstance(dataset, datasets.Dataset):
+            raise UserError('it is a stream, its samples have no index; leave streaming out')
+        for key in (input_key, target_key):
+            if key not in dataset.features:
+                raise UserError(
+                    f'there is no column {key!r} (input_key, target_key), only {", ".join(dataset.features)}'
+                )
+        image, label = dataset.features[input_key], dataset.features[target_key]
+        if isinstance(image, datasets.Image):
+            dataset = dataset.cast_column(input_key, datasets.Image(decode=False))
+        elif getattr(image, 'dtype', None) not in ('binary', 'large_binary'):
+            raise UserError(f'column {input_key!r} must hold images or the bytes of image files, it holds {image}')
+        self.dataset = dataset.select_columns([input_key, target_key])
+        self.images = dataset.select_columns([input_key]).with_format('arrow')
+        self.split, self.input_key, self.target_key = split, input_key, target_key
+        self.numbers: dict[str, int] | None = None  # of labels that are names
+        self.classes = getattr(label, 'names', None)
+        if getattr(label, 'dtype', None) in ('string', 'large_string'):
+            names = set(dataset.unique(target_key)) - {None}
+            # Names that tie, such as 1 and 01, would come as the set has them: otherwise in each process.
+            self.classes = sorted(names, key=lambda name: (natural_key(name), name))
+            self.numbers = {name: number for number, name in enumerate(self.classes)}
+        elif self.classes is None and not str(getattr(label, 'dtype', '')).startswith(('int', 'uint', 'bool')):
+            raise UserError(f'column {target_key!r} must hold labels, integers or names, it holds {label}')
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        item = self.dataset[int(index)]
+        image, label = item[self.input_key], item[self.target_key]
+        data, path = (image.get('bytes'), image.get('path')) if isinstance(image, dict) else (image, None)
+        if data is None and not path:
+            raise UserError(f'it has no image ({self.input_key})')
+        if label is None:
+            raise UserError(f'it has no label ({self.target_key})')
+        file = open(path, 'rb') if data is None else io.BytesIO(data)  # noqa: SIM115, the caller closes it
+        return file, int(label if self.numbers is None else self.numbers[label])
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        image = self.images[int(index)][self.input_key].chunk(0)  # not read, for the sake of its name
+        path = image.field('path')[0].as_py() if hasattr(image, 'field') else None
+        if path and Path(path).is_absolute():
+            return path
+        return f'{self.split}[{index}] {path}' if path else f'{self.split}[{index}]'
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / 'state.json').is_file() and (folder / 'dataset_info.json').is_file()

@@ -1,0 +1,67 @@
+"""What part of a vision transformer an operator belongs to.
+
+A module says so itself, by an attribute `flop_role`: one of `ROLES` for all that is computed inside it, or 'attention',
+whose multiplications by weights are projections and whose products of two activations are attention products. The
+innermost module that has a role decides. Modules of timm, which have no such attribute, are known by class and name.
+"""
+
+from timm.layers import Attention, ConvMlp, GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
+from torch import nn
+
+from vit_efficient.flops.formulas import BATCHED, PRODUCTS
+from vit_efficient.utils.errors import UserError
+
+ROLES = (
+    'attention products',
+    'attention projections',
+    'transform',
+    'mlp',
+    'patch embedding',
+    'patch transform',
+    'rest',
+)
+ATTENTION = 'attention'
+TRANSFORMS = ('transform', 'patch transform')
+
+_BY_CLASS = {Attention: ATTENTION, **dict.fromkeys((Mlp, GluMlp, SwiGLU, GlobalResponseNormMlp, ConvMlp), 'mlp')}
+_BY_NAME = {'attn': ATTENTION, 'mlp': 'mlp', 'patch_embed': 'patch embedding'}
+
+
+def module_role(name: str, module: nn.Module) -> str | None:
+    """The role of what is computed in a module: its own `flop_role`, or that of timm's; None leaves it to its parent.
+
+    Raises:
+        UserError: If its `flop_role` is none.
+    """
+    role = getattr(module, 'flop_role', None)
+    if role is not None and role not in (*ROLES, ATTENTION):
+        raise UserError(
+            f'flop_role of {type(module).__name__} must be {ATTENTION!r} or one of {", ".join(ROLES)}, got {role!r}'
+        )
+    return role or next((r for cls, r in _BY_CLASS.items() if isinstance(module, cls)), _BY_NAME.get(name))
+
+
+def role_of(path: str, operator: str, modules: dict[str, nn.Module]) -> str:
+    """The role, of `ROLES`, of an operator.
+
+    Args:
+        path: Of the module that calls it.
+        operator: Its short name.
+        modules: All of the model, by path.
+    """
+    names = path.split('.') if path else []
+    chain = [(name, modules['.'.join(names[: i + 1])]) for i, name in enumerate(names)]
+    roles = ((depth, module_role(*chain[depth])) for depth in reversed(range(len(chain))))
+    depth, role = next(((depth, role) for depth, role in roles if role), (-1, 'rest'))
+    if role in TRANSFORMS:
+        return role
+    if role == ATTENTION and operator.startswith('fft_'):
+        return 'transform'
+    if operator not in PRODUCTS:
+        return 'rest'
+    if operator == 'scaled_dot_product_attention':
+        return 'attention products'
+    if role == ATTENTION:
+        own = depth == len(chain) - 1
+        return 'attention products' if own and operator in BATCHED else 'attention projections'
+    return role

@@ -1,0 +1,181 @@
+"""Curves of training: what runs have written to metrics.jsonl, as a figure."""
+
+import json
+import math
+from collections.abc import Sequence
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+from vit_efficient.report.figures import line_style
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.files import save_figure
+
+METRICS = 'metrics.jsonl'
+AXES = ('epoch', 'step', 'hours')
+TRAIN_LOSS = 'train/loss'
+DEFAULT_VALUES = (TRAIN_LOSS, 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou')
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, none before its first; the last one may still be being written.
+
+    Raises:
+        UserError: If there is no such file, or it holds something else.
+    """
+    path = Path(folder) / METRICS
+    try:
+        texts = path.read_text(encoding='utf-8').splitlines()
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read: {error.strerror}; give the folder of a run') from error
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise UserError(f'{path}, line {number}: not JSON') from error
+        if not isinstance(line, dict) or not {'kind', 'epoch', 'step'} <= set(line):
+            raise UserError(f'{path}, line {number}: not a line of metrics')
+        lines.append(line)
+    return lines
+
+
+def updates_per_epoch(folder: str | Path) -> int | None:
+    """As a run's environment.json tells; None where it does not."""
+    try:
+        environment = json.loads((Path(folder) / 'environment.json').read_text(encoding='utf-8'))
+        return environment['scale']['updates_per_epoch']
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def known_values(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """What can be drawn of them, such as 'train/loss' and 'val/top1'."""
+    names = {}
+    for line in lines:
+        for key, value in line.items():
+            if key not in ('kind', 'epoch', 'step') and _is_finite(value):
+                names[f'{line["kind"]}/{key}'] = None
+    if 'val/train_loss' in names:  # of which the curve is made where no other is
+        names = {TRAIN_LOSS: None, **names}
+    return list(names)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)  # null stands for what is not
+
+
+def points_of(
+    lines: Sequence[dict[str, Any]], value: str, against: str, per_epoch: int | None = None
+) -> list[tuple[float, float]]:
+    """x and y of a curve; without those that have no x, or a y that is not finite.
+
+    Args:
+        lines: Of a run.
+        value: One of `known_values`. Where no update has been logged, train/loss is the mean of the epochs evaluated.
+        against: 'epoch', from 0 to the number of epochs; 'step', updates; 'hours', of training, which only the lines of
+            evaluations have.
+        per_epoch: Updates of an epoch, for runs without an evaluation, which would tell.
+    """
+    told = (line['step'] / (line['epoch'] + 1) for line in lines if line['kind'] == 'val')
+    per_epoch = max(told, default=per_epoch)
+    kind, _, key = value.partition('/')
+    if value == TRAIN_LOSS and not any(line['kind'] == kind for line in lines):
+        kind, key = 'val', 'train_loss'  # the mean of each epoch, of runs that are shorter than `log_every`
+    points = []
+    for line in lines:
+        if line['kind'] != kind or not _is_finite(line.get(key)):
+            continue
+        x = line['step']
+        if against == 'epoch':
+            if not per_epoch:
+                continue
+            x /= per_epoch
+        elif against == 'hours':
+            if 'train_seconds' not in line:
+                continue
+            x = line['train_seconds'] / 3600
+        points.append((x, line[key]))
+    return points
+
+
+def _curves(
+    folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str], against: str
+) -> dict[str, list[tuple[float, float]]]:
+    """The points of a run for each value."""
+    per_epoch = updates_per_epoch(folder)
+    return {value: points_of(lines, value, against, per_epoch) for value in values or DEFAULT_VALUES}
+
+
+def _why_without(folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str], against: str) -> str:
+    """Why there is nothing to draw of a run."""
+    if not lines:
+        return f'{Path(folder) / METRICS} is empty: the run has not come to its first line'
+    instead = '; --against step draws it' if any(_curves(folder, lines, values, 'step').values()) else ''
+    known = ', '.join(known_values(lines)) or 'no values'
+    return f'{folder}: nothing to draw against {against}, it has {known}{instead}'
+
+
+def plot_curves(
+    folders: Sequence[str | Path], path: str | Path, values: Sequence[str] = (), against: str = 'epoch'
+) -> tuple[list[str], dict[str, str]]:
+    """Saves the curves of runs, a panel for each value and a line for each run.
+
+    Args:
+        folders: Of runs, finished or not; those of which there is nothing to draw yet are left out.
+        path: Of the figure; its suffix says the format.
+        values: Such as 'train/loss' or 'val/top1'. By default the losses and the accuracies that the runs have.
+        against: 'epoch', 'step' or 'hours' (of training).
+
+    Returns:
+        The values that are drawn, and the runs that are left out, each with the reason.
+
+    Raises:
+        UserError: If a folder is not that of a run, a value is one that none of them has, or no run is left to draw.
+    """
+    from matplotlib.figure import Figure
+
+    if against not in AXES:
+        raise UserError(f'against must be one of {", ".join(AXES)}, got {against!r}')
+    runs = {str(folder): read_metrics(folder) for folder in folders}
+    known = list(dict.fromkeys(name for lines in runs.values() for name in known_values(lines)))
+    for value in values:
+        if known and value not in known:
+            raise UserError(f'no run has {value!r}; they have {", ".join(known)}')
+    curves, left_out = {}, {}
+    for folder, lines in runs.items():
+        points = _curves(folder, lines, values, against)
+        if any(points.values()):
+            curves[folder] = points
+        else:
+            left_out[folder] = _why_without(folder, lines, values, against)
+    if not curves:
+        raise UserError('; '.join(left_out.values()))
+    values = values or [name for name in DEFAULT_VALUES if any(points[name] for points in curves.values())]
+    figure = Figure(figsize=(1 + 4.5 * len(values), 4.5), dpi=150, layout='constrained')
+    panels = figure.subplots(1, len(values), squeeze=False)[0]
+    labels = _short(list(curves))
+    handles = {}
+    for axes, value in zip(panels, values, strict=True):
+        for number, (label, points) in enumerate(zip(labels, curves.values(), strict=True)):
+            if points[value]:
+                x, y = zip(*points[value], strict=True)
+                handles[label] = axes.plot(x, y, label=label, **line_style(number, False))[0]
+        axes.set_title(value)
+        axes.set_xlabel(against)
+        axes.grid(alpha=0.25)
+        axes.spines[['top', 'right']].set_visible(False)
+    figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(4, len(handles)), frameon=False)
+    save_figure(figure, path)
+    return list(values), left_out
+
+
+def _short(folders: Sequence[str]) -> list[str]:
+    """Without the folder that all of them are in."""
+    if len(folders) == 1:
+        return [Path(folders[0]).name]
+    absolute = [str(Path(folder).resolve()) for folder in folders]
+    shared = commonpath(absolute)
+    return [Path(folder).relative_to(shared).as_posix() for folder in absolute]

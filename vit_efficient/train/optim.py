@@ -1,0 +1,141 @@
+"""Optimiser, schedule and loss of a recipe, from timm."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import timm.optim
+import timm.scheduler
+import torch
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from vit_efficient.dct.window import FrequencyWindow
+from vit_efficient.train.config import LossConfig, OptimConfig, SchedConfig
+from vit_efficient.utils.errors import UserError, first_line
+
+TRIED_RATES = 100  # of a schedule, over its length
+TRIED_WIDTH = 128  # of a layer: some optimisers treat large matrices in their own way
+
+
+def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimiser, with its parameter groups: no decay for biases and norms, learning rates by layer.
+
+    The sizes of learned truncations have the full rate at any layer.
+
+    Raises:
+        UserError: If timm knows no such optimiser, or it takes no such argument.
+    """
+    try:
+        optimizer = timm.optim.create_optimizer_v2(
+            model, config.opt, config.lr, config.weight_decay, layer_decay=config.layer_decay, **config.args
+        )
+    except Exception as error:  # optimisers check their arguments in all ways, or not at all
+        raise _refused('optim', config.opt, config.args, error) from error
+    if config.layer_decay:
+        _keep_rate_of_windows(model, optimizer)
+    return optimizer
+
+
+def _keep_rate_of_windows(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Learned sizes are no features of a low layer; at the rate of one, that of the patch embedding hardly moves."""
+    shares = [module.share for module in model.modules() if isinstance(module, FrequencyWindow)]
+    numbers = {id(share) for share in shares}
+    template = None
+    for group in list(optimizer.param_groups):
+        if any(id(parameter) in numbers for parameter in group['params']):
+            template = group
+            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in numbers]
+            if not group['params']:
+                optimizer.param_groups.remove(group)
+    if template is not None:
+        rest = {key: value for key, value in template.items() if key != 'params'}
+        optimizer.add_param_group({**rest, 'params': shares, 'lr_scale': 1.0, 'weight_decay': 0.0})
+
+
+def create_scheduler(optimizer: torch.optim.Optimizer, config: SchedConfig, updates_per_epoch: int) -> Scheduler | None:
+    """timm's schedule of the learning rate, stepped by updates; None for `sched` none.
+
+    Raises:
+        UserError: If timm knows no such schedule, it takes no such argument, or it is not as long as the training.
+    """
+    try:
+        scheduler, epochs = timm.scheduler.create_scheduler_v2(
+            optimizer,
+            config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **config.args,
+        )
+    except Exception as error:
+        raise _refused('sched', config.sched, config.args, error) from error
+    if scheduler is None and config.sched != 'none':  # what older timm gives for an unknown name
+        raise UserError(f'sched.sched={config.sched}: timm knows no such schedule')
+    if epochs != config.epochs:
+        raise UserError(f'sched.args make a schedule of {epochs} epochs; set sched.epochs to that, without them')
+    return scheduler
+
+
+def try_learning(
+    optim: OptimConfig,
+    sched: SchedConfig,
+    updates_per_epoch: int,
+    device: torch.device | str = 'cpu',
+    shard: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Takes a step of a tiny model, and the learning rates of some updates: most arguments are read only there.
+
+    Args:
+        optim, sched, updates_per_epoch: As `create_optimizer` and `create_scheduler` take them.
+        device: That of the run.
+        shard: Shares out the weights of a model, in place, as it does those of the run. Not all optimisers take that.
+
+    Raises:
+        UserError: Naming the section's arguments, if the step or a rate cannot be taken, or a rate is no rate.
+    """
+    model = nn.Linear(TRIED_WIDTH, TRIED_WIDTH, device=device)
+    if shard:
+        shard(model)
+    optimizer = create_optimizer(model, replace(optim, layer_decay=None))
+    scheduler = create_scheduler(optimizer, sched, updates_per_epoch)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer.step()
+    except Exception as error:
+        where = ', with parallel=fsdp' if shard else ''
+        raise _refused('optim', optim.opt, optim.args, error, where) from error
+    updates = sched.epochs * updates_per_epoch
+    try:
+        for update in sorted({1, *(updates * part // TRIED_RATES for part in range(TRIED_RATES + 1))}):
+            if scheduler:
+                scheduler.step_update(update)
+            for rate in (group['lr'] for group in optimizer.param_groups):
+                if not 0 <= rate < math.inf:
+                    raise UserError(f'the learning rate of update {update} would be {rate}')
+    except Exception as error:
+        raise _refused('sched', sched.sched, sched.args, error) from error
+
+
+def _refused(section: str, name: str, args: dict[str, Any], error: Exception, where: str = '') -> UserError:
+    key = {'optim': 'optim.opt', 'sched': 'sched.sched'}[section]
+    given = f' with {section}.args={args}' if args else ''
+    return UserError(f'{key}={name}{given}{where}: {first_line(error)}')
+
+
+def create_loss(config: LossConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    """The mixing of a batch, if any, and the loss of (logits, targets)."""
+    mixup = None
+    if config.mixup or config.cutmix:
+        # Mixing makes the targets soft, and smooths them on the way.
+        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
+    if config.bce:
+        return mixup, BinaryCrossEntropy(smoothing=config.smoothing)
+    return mixup, SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(config.smoothing)

@@ -1,0 +1,18 @@
+"""What a user can mend, told apart from bugs; and what errors say, on one line."""
+
+
+class UserError(ValueError):
+    """What the caller can mend: an argument, a file, a key of a recipe. Its message names it, and the way out.
+
+    The command line prints it on one line; any other exception is a bug, and keeps its traceback.
+    """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, on one line of at most so many characters; its type if it says nothing."""
+    return ' '.join(str(error).split())[:most] or type(error).__name__
