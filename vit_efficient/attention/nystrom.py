@@ -24,9 +24,9 @@ from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.compress import COMPRESSORS
 from vit_efficient.compress.budget import Budget
-from vit_efficient.dct.bases import without_autocast
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.precision import without_autocast
 
 PINV_ITERATIONS = 6  # the paper's
 

@@ -26,9 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from vit_efficient.attention import base
 from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.dct.bases import without_autocast
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.precision import without_autocast
 
 KEYS_OF_BLOCK = 1024  # at most
 

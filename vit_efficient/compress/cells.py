@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit_efficient.dct.bases import along, basis, product_dtype, real_dtype
+from vit_efficient.dct.bases import along, basis
 from vit_efficient.grid import plain_sizes
+from vit_efficient.utils.precision import product_dtype, real_dtype
 
 
 def first_patches(m, n, device: torch.device) -> Tensor:

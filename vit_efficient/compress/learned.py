@@ -23,9 +23,10 @@ from vit_efficient import dct
 from vit_efficient.compress import budget as budgets
 from vit_efficient.compress import cells
 from vit_efficient.compress.base import Compressor, register_compressor
-from vit_efficient.dct.bases import along, without_autocast
+from vit_efficient.dct.bases import along
 from vit_efficient.grid import PatchGrid, plain_sizes
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.precision import without_autocast
 
 PROJECTIONS = ('linear', 'mean', 'max', 'conv')
 SHARING = ('none', 'headwise', 'key-value', 'layerwise')

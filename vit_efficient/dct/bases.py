@@ -8,7 +8,6 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -70,24 +69,6 @@ def basis(build: Callable[..., Tensor], rows, columns, like: Tensor, dtype: torc
     ):
         return cast()
     return memo.get((build, rows, columns, dtype, like.device), cast)
-
-
-def real_dtype(device: torch.device) -> torch.dtype:
-    """The most exact real dtype of a device."""
-    return torch.float32 if device.type == 'mps' else torch.float64  # Apple's GPUs have no float64
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a matrix product with x computes in: that of x, or autocast's."""
-    # A compiled or exported graph casts by itself, and may run without the autocast that it was made under.
-    if torch.compiler.is_compiling() or x.is_meta or x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    """A context in which autocast is off on the device of x."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def along(x: Tensor, dim: int, matrix: Tensor) -> Tensor:

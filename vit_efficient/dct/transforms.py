@@ -23,9 +23,10 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from vit_efficient.dct.bases import along, basis, product_dtype, real_dtype, without_autocast
+from vit_efficient.dct.bases import along, basis
 from vit_efficient.grid import plain_sizes, smaller
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.precision import product_dtype, real_dtype, without_autocast
 
 # See the module's docstring for where these were measured.
 FFT_FROM = {torch.float64: 1024, torch.float32: 1024, torch.bfloat16: 8192, torch.float16: 8192}

@@ -5,7 +5,6 @@ Dimensions: B images, K classes, H × W patches of the target.
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +17,7 @@ from vit_efficient.data import iterate
 from vit_efficient.train.distributed import Processes
 from vit_efficient.train.tasks import Task
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.precision import autocast
 
 # The accuracies, in percent, in the order in which they are shown.
 ACCURACIES = {
@@ -70,11 +70,6 @@ class Evaluation:
 def describe(accuracies: Mapping[str, float]) -> str:
     """Accuracies as text: 'top-1 97.10 %, top-5 99.90 %'. What else the mapping holds is left out."""
     return ', '.join(f'{title} {accuracies[name]:.2f} %' for name, title in ACCURACIES.items() if name in accuracies)
-
-
-def autocast(device: torch.device, amp: str) -> AbstractContextManager:
-    """The context of a forward pass: bf16 autocast for `amp` bf16, none otherwise."""
-    return torch.autocast(device.type, torch.bfloat16) if amp == 'bf16' else nullcontext()
 
 
 def confusion_matrix(predicted: Tensor, target: Tensor, classes: int) -> Tensor:

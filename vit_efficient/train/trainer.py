@@ -67,7 +67,7 @@ from vit_efficient.train.checkpoint import (
 from vit_efficient.train.config import Config, StageConfig, identity, to_yaml, validate
 from vit_efficient.train.distillation import Distillation
 from vit_efficient.train.distributed import Processes, has_unused_parameters, processes
-from vit_efficient.train.evaluation import Evaluation, autocast, describe, evaluate
+from vit_efficient.train.evaluation import Evaluation, describe, evaluate
 from vit_efficient.train.interrupts import Interrupted, Interrupts
 from vit_efficient.train.log import MetricsLog, has_metrics, used_memory
 from vit_efficient.train.optim import create_loss, create_optimizer, create_scheduler, try_learning
@@ -84,6 +84,7 @@ from vit_efficient.train.tasks import Task
 from vit_efficient.utils.environment import describe_environment
 from vit_efficient.utils.errors import UserError, first_line
 from vit_efficient.utils.files import lock, remove_unfinished, write_json, write_text
+from vit_efficient.utils.precision import autocast
 
 RESULT = 'result.json'
 SKIPPED = 'skipped.txt'

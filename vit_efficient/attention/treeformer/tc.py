@@ -37,9 +37,9 @@ from vit_efficient.attention.treeformer.trees import (
     sum_by_leaf,
     sum_tokens_by_leaf,
 )
-from vit_efficient.dct.bases import without_autocast
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.precision import without_autocast
 
 # There are 2^h leaves, and as many weights for each channel of a head.
 MAX_HEIGHT = 16

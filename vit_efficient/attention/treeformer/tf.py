@@ -32,10 +32,10 @@ from vit_efficient.attention import base
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.attention.treeformer.tc import TreeAttention, attend
 from vit_efficient.attention.treeformer.trees import CHUNK, best_leaves, leaves_of, membership, products, route
-from vit_efficient.dct.bases import without_autocast
 from vit_efficient.flops.formulas import register_flops
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.precision import without_autocast
 
 # Queries × keys of the largest group that the CPU pads: what is saved by one call for many pays for the padding.
 PADDED = 64 * 64

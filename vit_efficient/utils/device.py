@@ -1,0 +1,35 @@
+"""The device that a command or a run computes on."""
+
+import torch
+
+from vit_efficient.utils.errors import UserError, first_line
+
+
+def choose_device(name: str = 'auto', key: str = 'device', local_rank: int = 0) -> torch.device:
+    """A device by name, once it has been tried.
+
+    Args:
+        name: auto (a GPU where there is one), or a name that torch.device knows.
+        key: Of the recipe or command, for messages.
+        local_rank: The number of the GPU where the name has none.
+
+    Raises:
+        UserError: If there is no such device here.
+    """
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f'{key}={name}: {first_line(error)}') from error
+    if device.type == 'meta':
+        raise UserError(f'{key}={name} holds no numbers; use {key}=cpu')
+    if device.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise UserError(f'{key}={name}: PyTorch finds no GPU here; use {key}=cpu')
+        device = torch.device('cuda', local_rank if device.index is None else device.index)
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each backend has its own way to say that it is not there
+        raise UserError(f'{key}={name}: PyTorch finds no {device} here; use another, or {key}=cpu') from error
+    return device
