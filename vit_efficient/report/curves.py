@@ -1,6 +1,5 @@
 """Curves of training: what runs have written to metrics.jsonl, as a figure."""
 
-import json
 import math
 from collections.abc import Sequence
 from os.path import commonpath
@@ -8,47 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from vit_efficient.report.figures import line_style
+from vit_efficient.train.log import METRICS
+from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
 
-METRICS = 'metrics.jsonl'
 AXES = ('epoch', 'step', 'hours')
 TRAIN_LOSS = 'train/loss'
 DEFAULT_VALUES = (TRAIN_LOSS, 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou')
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, none before its first; the last one may still be being written.
-
-    Raises:
-        UserError: If there is no such file, or it holds something else.
-    """
-    path = Path(folder) / METRICS
-    try:
-        texts = path.read_text(encoding='utf-8').splitlines()
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror}; give the folder of a run') from error
-    lines = []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            if number == len(texts):
-                break
-            raise UserError(f'{path}, line {number}: not JSON') from error
-        if not isinstance(line, dict) or not {'kind', 'epoch', 'step'} <= set(line):
-            raise UserError(f'{path}, line {number}: not a line of metrics')
-        lines.append(line)
-    return lines
-
-
-def updates_per_epoch(folder: str | Path) -> int | None:
-    """As a run's environment.json tells; None where it does not."""
-    try:
-        environment = json.loads((Path(folder) / 'environment.json').read_text(encoding='utf-8'))
-        return environment['scale']['updates_per_epoch']
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
 
 
 def known_values(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -105,7 +71,7 @@ def _curves(
     folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str], against: str
 ) -> dict[str, list[tuple[float, float]]]:
     """The points of a run for each value."""
-    per_epoch = updates_per_epoch(folder)
+    per_epoch = RunFolder(folder).updates_per_epoch
     return {value: points_of(lines, value, against, per_epoch) for value in values or DEFAULT_VALUES}
 
 
@@ -139,7 +105,7 @@ def plot_curves(
 
     if against not in AXES:
         raise UserError(f'against must be one of {", ".join(AXES)}, got {against!r}')
-    runs = {str(folder): read_metrics(folder) for folder in folders}
+    runs = {str(folder): RunFolder(folder).metrics() for folder in folders}
     known = list(dict.fromkeys(name for lines in runs.values() for name in known_values(lines)))
     for value in values:
         if known and value not in known:

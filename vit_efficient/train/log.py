@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from vit_efficient.report.curves import METRICS
 from vit_efficient.train.checkpoint import writing
+from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_text
+
+METRICS = 'metrics.jsonl'
 
 
 class MetricsLog:
@@ -62,6 +64,31 @@ def has_metrics(folder: Path) -> bool:
     """Whether a run in this folder has come to its first line."""
     path = folder / METRICS
     return path.exists() and path.stat().st_size > 0
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, none before its first; the last one may still be being written.
+
+    Raises:
+        UserError: If there is no such file, or it holds something else.
+    """
+    path = Path(folder) / METRICS
+    try:
+        texts = path.read_text(encoding='utf-8').splitlines()
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read: {error.strerror}; give the folder of a run') from error
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise UserError(f'{path}, line {number}: not JSON') from error
+        if not isinstance(line, dict) or not {'kind', 'epoch', 'step'} <= set(line):
+            raise UserError(f'{path}, line {number}: not a line of metrics')
+        lines.append(line)
+    return lines
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

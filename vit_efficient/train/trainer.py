@@ -54,7 +54,6 @@ from vit_efficient.data import (
     train_input,
 )
 from vit_efficient.models.truncation import copy_sizes, freeze_truncation, has_windows, soft_cost
-from vit_efficient.report.curves import METRICS
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import (
     CHECKPOINT,
@@ -69,7 +68,7 @@ from vit_efficient.train.distillation import Distillation
 from vit_efficient.train.distributed import Processes, has_unused_parameters, processes
 from vit_efficient.train.evaluation import Evaluation, describe, evaluate
 from vit_efficient.train.interrupts import Interrupted, Interrupts
-from vit_efficient.train.log import MetricsLog, has_metrics, used_memory
+from vit_efficient.train.log import METRICS, MetricsLog, has_metrics, used_memory
 from vit_efficient.train.optim import create_loss, create_optimizer, create_scheduler, try_learning
 from vit_efficient.train.sharding import (
     copy_empty,
