@@ -70,7 +70,7 @@ def _end(command: str, error: UserError | OSError | KeyboardInterrupt) -> int:
 def _has_no_reader() -> bool:
     """Whether stdout is a pipe that is closed at its other end, as `head` does. What is left of it is dropped."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # a pipe that is broken elsewhere leaves an empty line
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush it when it ends
         return True

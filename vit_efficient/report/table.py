@@ -38,7 +38,9 @@ class Column:
     def _text(self, value: Any) -> str:
         if value is None:
             return NOTHING
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, bool):
+            return 'yes' if value else 'no'
+        if isinstance(value, (int, float)):
             return f'{value:,}' if self.digits is None else f'{value:,.{self.digits}f}'
         return str(value).replace('|', r'\|').replace('\n', ' ')
 
