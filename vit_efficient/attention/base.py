@@ -145,6 +145,10 @@ class GridAttention(Attention):
         """The number of keys that a query attends to."""
         raise NotImplementedError
 
+    def export_error(self, suffix: str) -> str | None:
+        """Why the mechanism cannot be exported to a file with this suffix, '.onnx' or '.pt2'; None if it can."""
+        return None
+
     def prepare_counting(self) -> None:
         """Leaves out work that is padding, of a copy whose FLOPs are counted on data."""
 
