@@ -6,7 +6,7 @@ from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from vit_efficient.attention import list_attentions, on_register
+from vit_efficient.attention import on_register
 from vit_efficient.models.checkpoints import checkpoint_filter_fn
 from vit_efficient.models.spec import AttentionSpec
 from vit_efficient.models.vit import EfficientVisionTransformer
@@ -108,8 +108,6 @@ def _register(mechanism: str, size: str, suffix: str) -> None:
     register_model(entry_point)
 
 
-for _name in list_attentions():
-    register_variants(_name)
+on_register(register_variants)
 for _name in ('full', 'dct'):
     register_variants(_name, '_dctpatch32')
-on_register(register_variants)

@@ -1,4 +1,4 @@
-"""What is used of dependencies beyond their public names, one small function each: here they can break, and only here."""
+"""What is used of dependencies beyond their public names, one small function each: they can break here only."""
 
 import sys
 from collections.abc import Sequence
@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-# The mode in which every operator passes one method; `torch.utils.flop_counter` is built on it.
-from torch.utils._python_dispatch import TorchDispatchMode as OperatorMode
-
-__all__ = ['OperatorMode', 'feature_indices', 'model_args', 'save_model_config', 'set_model_args', 'without_recompile_limit']
+#: The mode under which every operator passes one method, `__torch_dispatch__`.
+OperatorMode = TorchDispatchMode
 
 
 def model_args(model: nn.Module) -> dict[str, Any]:
