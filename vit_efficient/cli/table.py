@@ -2,30 +2,15 @@
 
 import argparse
 import difflib
-import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from vit_efficient.utils.errors import UserError
 
 
-class _Parser(argparse.ArgumentParser):
-    """Takes `key=value` wherever it stands if it `takes_overrides`: argparse wants positional arguments together."""
-
-    def __init__(self, *args, takes_overrides: bool = False, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.takes_overrides = takes_overrides
-
-    def parse_known_args(self, args=None, namespace=None):
-        overrides = [arg for arg in args if self.takes_overrides and re.match(r'[\w.]+=', arg)]
-        namespace, extra = super().parse_known_args([arg for arg in args if arg not in overrides], namespace)
-        if self.takes_overrides:
-            namespace.overrides = overrides
-        return namespace, extra
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    tables = parser.add_subparsers(dest='table', required=True, metavar='TABLE', parser_class=_Parser)
+    tables = parser.add_subparsers(dest='table', required=True, metavar='TABLE')
 
     about = 'multiply-accumulates of models at several image sizes; nothing is executed'
     flops = tables.add_parser('flops', help=about, description=about)
@@ -76,8 +61,14 @@ def run(args: argparse.Namespace) -> int | None:
 
 def _accuracy_table(args: argparse.Namespace) -> int | None:
     from vit_efficient.report.accuracy import accuracy_table
+    from vit_efficient.train import Interrupted
 
-    return accuracy_table(args.recipes, args.overrides, args.seeds, args.runs, args.out)
+    try:
+        print(accuracy_table(args.recipes, args.overrides, args.seeds, args.runs, args.out), end='')
+    except Interrupted as stop:
+        print(f'vit-efficient table: {stop}; the same command goes on', file=sys.stderr)
+        return stop.exit_status
+    return None
 
 
 def flops_table(args: argparse.Namespace) -> None:

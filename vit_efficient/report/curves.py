@@ -6,7 +6,7 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from vit_efficient.report.figures import line_style
+from vit_efficient.report.plot import line_style, tidy
 from vit_efficient.train.log import METRICS
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.utils.errors import UserError
@@ -130,9 +130,7 @@ def plot_curves(
                 x, y = zip(*points[value], strict=True)
                 handles[label] = axes.plot(x, y, label=label, **line_style(number, False))[0]
         axes.set_title(value)
-        axes.set_xlabel(against)
-        axes.grid(alpha=0.25)
-        axes.spines[['top', 'right']].set_visible(False)
+        tidy(axes, against)
     figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(4, len(handles)), frameon=False)
     save_figure(figure, path)
     return list(values), left_out
