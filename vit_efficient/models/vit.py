@@ -115,7 +115,7 @@ def common_part(attentions: Sequence[nn.Module], owned: nn.Module | None = None)
     Raises:
         UserError: If the layers want parts of different shapes.
     """
-    parts = {i: attn.shared() for i, attn in enumerate(attentions) if isinstance(attn, GridAttention)}
+    parts = {i: attn.common_part() for i, attn in enumerate(attentions) if isinstance(attn, GridAttention)}
     parts = {i: part for i, part in parts.items() if part is not None}
     if not parts:
         return None
@@ -138,8 +138,8 @@ def own_common_part(model: VisionTransformer) -> None:
     if part is not None:
         model.shared = part
         for block in model.blocks:
-            if isinstance(block.attn, GridAttention) and block.attn.shared() is not None:
-                block.attn.share(part)
+            if isinstance(block.attn, GridAttention) and block.attn.common_part() is not None:
+                block.attn.use_common_part(part)
 
 
 # A leaf for FX, where sizes are not yet numbers.
