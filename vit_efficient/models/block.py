@@ -44,16 +44,16 @@ def check_patch_dropout(model: VisionTransformer, layers: Sequence[tuple[str, di
 
 
 def common_part(attentions: Sequence[nn.Module], owned: nn.Module | None = None) -> nn.Module | None:
-    """The part that the layers of a model share; one model can have one.
+    """The part that the layers of a model have in common; one model can have one.
 
     Args:
-        attentions: Of the layers.
+        attentions: Those of the layers.
         owned: The part that the model has. It stays, if it is of use; otherwise it is that of the first layer.
 
     Raises:
         UserError: If the layers want parts of different shapes.
     """
-    parts = {i: attn.shared() for i, attn in enumerate(attentions) if isinstance(attn, GridAttention)}
+    parts = {i: attn.common_part() for i, attn in enumerate(attentions) if isinstance(attn, GridAttention)}
     parts = {i: part for i, part in parts.items() if part is not None}
     if not parts:
         return None
@@ -62,19 +62,19 @@ def common_part(attentions: Sequence[nn.Module], owned: nn.Module | None = None)
     for i, shape in shapes.items():
         if shape != shapes[first]:
             raise UserError(
-                f'blocks {first} and {i} share their projection and want it in two shapes, {shapes[first]} and '
+                f'blocks {first} and {i} have one projection in common and want it in two shapes, {shapes[first]} and '
                 f"{shape}; give them the same num_tokens, or sharing='key-value'"
             )
     return next((part for part in parts.values() if part is owned), parts[first])
 
 
 def own_common_part(model: VisionTransformer) -> None:
-    """Makes the model the one owner of what its layers share, under the name `shared`."""
+    """Makes the model the one owner of what its layers have in common, under the name `shared`."""
     part = common_part([block.attn for block in model.blocks], getattr(model, 'shared', None))
     if hasattr(model, 'shared'):
         del model.shared
     if part is not None:
         model.shared = part
         for block in model.blocks:
-            if isinstance(block.attn, GridAttention) and block.attn.shared() is not None:
-                block.attn.share(part)
+            if isinstance(block.attn, GridAttention) and block.attn.common_part() is not None:
+                block.attn.use_common_part(part)

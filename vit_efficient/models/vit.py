@@ -138,7 +138,7 @@ class GridForward:
             self.patch_embed = embedding
 
     def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
-        """As timm's; what only the layers that go have shared goes with them."""
+        """As timm's; what only the removed layers had in common goes with them."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
         own_common_part(self)
         return taken
