@@ -1,17 +1,21 @@
 """What is used of dependencies beyond their public names, one small function each: they can break here only."""
 
 import sys
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: The mode under which every operator passes one method, `__torch_dispatch__`.
 OperatorMode = TorchDispatchMode
+
+_TAR_BLOCK = 512  # bytes
 
 
 def model_args(model: nn.Module) -> dict[str, Any]:
@@ -48,3 +52,26 @@ def feature_indices(depth: int, indices: int | Sequence[int] | None) -> tuple[li
 def without_recompile_limit() -> AbstractContextManager:
     """A context in which `torch.compile` compiles as often as there are shapes, classes or options."""
     return torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
+
+
+def pil_decoder_arguments(image: Image.Image) -> tuple[Any, ...]:
+    """What PIL hands to the decoder of an image that it has opened and not yet loaded; empty if that is no tuple."""
+    args = image.tile[0][3] if image.tile else ()
+    return args if isinstance(args, tuple) else ()
+
+
+def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
+    """The members of an uncompressed tar file, of which none is held in memory.
+
+    Raises:
+        OSError, tarfile.TarError: If the file cannot be read, or is damaged or cut off between its members too, which
+            tarfile takes for its end.
+    """
+    with tarfile.open(path, 'r:') as archive:
+        for member in archive:
+            yield member
+            archive.members = []
+        # tarfile takes a damaged header for the end, which is an empty block.
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
+            raise tarfile.ReadError(f'damaged or cut off at byte {archive.offset}')
