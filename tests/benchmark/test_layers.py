@@ -42,7 +42,7 @@ class Picky(GridAttention):
 
 @pytest.fixture
 def picky(monkeypatch):
-    monkeypatch.setitem(registry._ATTENTIONS, 'picky', registry.Entry(Picky, {}))
+    monkeypatch.setitem(registry.ATTENTIONS, 'picky', registry.Entry(Picky, {}))
     return Candidate('picky')
 
 
@@ -70,7 +70,7 @@ def test_error_rows(picky):
     ('candidates', 'tokens', 'kwargs', 'named'),
     [
         ([Candidate('dct'), Candidate('picky')], [4, 9], {}, r'grid_size=\(2, 2\)'),  # at none of the N
-        ([Candidate('dct'), Candidate('dtc')], [16], {}, "did you mean 'dct'"),
+        ([Candidate('dct'), Candidate('dtc')], [16], {}, r'did you mean dct\?'),
         ([Candidate('dct', dict(keep_ration=0.5))], [16], {}, 'keep_ration'),
         ([Candidate('dct'), Candidate('dct')], [16], {}, 'dct is given twice'),
         ([Candidate('dct')], [16, 16], {}, '16 is given twice'),

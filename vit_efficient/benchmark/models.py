@@ -25,7 +25,7 @@ from vit_efficient.benchmark.timing import (
     with_matmul_rate,
 )
 from vit_efficient.flops import count_flops
-from vit_efficient.models.patch_embed import input_size
+from vit_efficient.models.inputs import input_size
 from vit_efficient.utils.errors import UserError
 
 WORKS = ('inference', 'forward+backward', 'training step')
