@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vit_efficient.attention.treeformer.tf import LeafAttention
 from vit_efficient.benchmark import take_turns
 from vit_efficient.data import Samples, create_dataset, eval_input
 from vit_efficient.flops import count_flops
@@ -171,7 +170,7 @@ def images_per_second(
 
 def costs_of_images(entry: Entry) -> str:
     """A line on a model whose cost depends on the data, which the table has in expectation; '' for others."""
-    if not any(isinstance(module, LeafAttention) for module in entry.model.modules()):
+    if not any(getattr(module, 'cost_depends_on_data', False) for module in entry.model.modules()):
         return ''
     data, preprocessing = entry.configs[0].data, entry.preprocessing
     dataset = create_dataset(data.val, data.dataset, data.root, 'data.val', {**data.args, **data.val_args})
