@@ -10,10 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from vit_efficient.data import Preprocessing, create_dataset, input_shape
-from vit_efficient.train import Config, load_model, load_recipe, train
+from vit_efficient.data import create_dataset
+from vit_efficient.report.evaluation import SavedModel
+from vit_efficient.train import Config, load_recipe, train
 from vit_efficient.train.config import flatten, identity
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.utils.errors import UserError
@@ -52,19 +51,9 @@ class Entry:
         return [run.result for run in self.runs]
 
     @cached_property
-    def model(self) -> nn.Module:
-        """The model of the first run, in evaluation mode."""
-        return load_model(self.runs[0].path).eval()
-
-    @cached_property
-    def preprocessing(self) -> Preprocessing:
-        """The preprocessing of the runs."""
-        return Preprocessing.of(self.model, self.configs[0].data)
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """The shape of what the model takes, (C, H, W)."""
-        return input_shape(self.model, self.preprocessing)
+    def saved(self) -> SavedModel:
+        """The model of the first run."""
+        return SavedModel(self.runs[0].path, self.configs[0])
 
     @property
     def learns_truncation(self) -> bool:

@@ -30,10 +30,12 @@ def stage_table(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
 def _stage_rows(entry: Entry, accuracies: Sequence[str]) -> list[dict[str, Any]]:
     config, rows = entry.configs[0], []
     with torch.device('meta'):
-        model = timm.create_model(config.model.name, **{**config.model.args, 'num_classes': entry.model.num_classes})
+        model = timm.create_model(
+            config.model.name, **{**config.model.args, 'num_classes': entry.saved.model.num_classes}
+        )
         for number, stage in enumerate(list_stages(config)):
             stage.begin(model, entry.results[0].get('truncation', {}).get('kept'))  # of the first seed
-            count = count_flops(model, input_shape(model, entry.preprocessing))
+            count = count_flops(model, input_shape(model, entry.saved.preprocessing))
             rows.append(
                 {
                     'model': entry.label if not number else '',
