@@ -374,12 +374,12 @@ def test_large_at_4096_px_takes_seconds_and_little_memory():
     code = (
         'import time, timm\n'
         'from vit_efficient.flops import count_flops\n'
-        'from vit_efficient.benchmark.peak_memory import _peak\n'
+        'from vit_efficient.benchmark.peak_memory import peak_resident\n'
         "model = timm.create_model('vit_large_patch16_224', img_size=4096, device='meta')\n"
         'start = time.perf_counter()\n'
         'count = count_flops(model, (3, 4096, 4096))\n'
         'seconds = time.perf_counter() - start\n'
-        'print(count.products, seconds, _peak())\n'
+        'print(count.products, seconds, peak_resident())\n'
     )
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     products, seconds, peak = run.stdout.split()

@@ -50,7 +50,7 @@ def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = 
     if img_size is not None and isinstance(patch, (tuple, list)) and not getattr(embedding, 'dynamic_img_pad', False):
         for side in patch:
             if img_size % side:
-                raise UserError(f'image size {img_size} is not a multiple of the patch size {side} of {name}')
+                raise UserError(f'{img_size=} is not a multiple of the patch size {side} of {name}')
     return model
 
 

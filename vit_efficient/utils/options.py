@@ -1,4 +1,4 @@
-"""Options of a mechanism or model as they are written on the command line."""
+"""Values and options as they are written on the command line."""
 
 import ast
 import re
@@ -8,8 +8,18 @@ from typing import Any
 from vit_efficient.utils.errors import UserError
 
 
+def parse_value(text: str) -> Any:
+    """The value that a text stands for: a Python literal, a fraction such as 1/16 as a float, or the text itself."""
+    if re.fullmatch(r'\d+/[1-9]\d*', text):
+        return float(Fraction(text))
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def parse_option(text: str) -> tuple[str, Any]:
-    """'key=value' as a pair; the value is a Python literal, a fraction such as 1/16, or text.
+    """'key=value' as a pair, the value by `parse_value`.
 
     Raises:
         UserError: If there is no `=`.
@@ -17,19 +27,14 @@ def parse_option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition('=')
     if not key or not equals:
         raise UserError(f'expected key=value, got {text!r}')
-    if re.fullmatch(r'\d+/[1-9]\d*', value):
-        return key, float(Fraction(value))
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    return key, parse_value(value)
 
 
 def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     """'name:key=value,…' as a name and its options; commas within brackets belong to a value.
 
     Raises:
-        UserError: If an option has no `=`.
+        UserError: If an option has no `=`, or a key stands there twice.
     """
     name, _, options = text.partition(':')
     parts, depth = [''] if options else [], 0
@@ -39,4 +44,9 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
             parts.append('')
         else:
             parts[-1] += character
-    return name, dict(parse_option(part) for part in parts)
+    pairs = [parse_option(part) for part in parts]
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f'{key} is given twice in {text!r}')
+    return name, dict(pairs)
