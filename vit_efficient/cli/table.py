@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--runs',
         type=Path,
         metavar='DIR',
-        help="of all runs (default: runs/ and the first recipe's folder)",
+        help="the runs' parent folder (default: runs/ and the first recipe's folder)",
     )
     accuracy.add_argument('--out', type=Path, metavar='DIR', help='for results.md, .csv, .png (default: --runs)')
     accuracy.set_defaults(make=_accuracy_table)
