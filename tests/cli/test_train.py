@@ -15,7 +15,7 @@ from tests.train.recipes import tiny_recipe
 from vit_efficient.cli import main
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint
-from vit_efficient.train.config import to_yaml
+from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.trainer import train
 
 

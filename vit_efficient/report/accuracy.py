@@ -25,11 +25,13 @@ from vit_efficient.models import kept_tokens
 from vit_efficient.report.statistics import compare, interval_of_mean
 from vit_efficient.report.table import Column, Panel, Point, Table, plot_accuracy
 from vit_efficient.train import Config, Interrupted, load_model, load_recipe, train
-from vit_efficient.train.config import default_output, flatten, identity
+from vit_efficient.train.config import identity
+from vit_efficient.train.recipe import default_output
 from vit_efficient.train.stages import list_stages
 from vit_efficient.utils.environment import describe_environment, one_line
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_text
+from vit_efficient.utils.keys import flatten
 
 # The speed measurement. Batches of long sequences are smaller: all patches of a batch together are at most so many.
 BATCH_SIZE = 64

@@ -7,6 +7,17 @@ from typing import Any
 
 from vit_efficient.utils.errors import UserError
 
+_FRACTION = re.compile(r'\d+/[1-9]\d*')
+
+
+def parse_fractions(value: Any) -> Any:
+    """A value of a configuration with each fraction in it, such as '1/16', as a number."""
+    if isinstance(value, dict):
+        return {key: parse_fractions(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [parse_fractions(part) for part in value]
+    return float(Fraction(value)) if isinstance(value, str) and _FRACTION.fullmatch(value) else value
+
 
 def parse_option(text: str) -> tuple[str, Any]:
     """'key=value' as a pair; the value is a Python literal, a fraction such as 1/16, or text.
@@ -17,7 +28,7 @@ def parse_option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition('=')
     if not key or not equals:
         raise UserError(f'expected key=value, got {text!r}')
-    if re.fullmatch(r'\d+/[1-9]\d*', value):
+    if _FRACTION.fullmatch(value):
         return key, float(Fraction(value))
     try:
         return key, ast.literal_eval(value)
