@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.data.trees import READABLE, UNREADABLE, pixels, write_odd_files, write_tree
@@ -14,7 +13,6 @@ from tests.train.recipes import tiny_recipe, train_on_one_and_two_processes
 from tests.train.test_trainer import assert_same_run, fail, same
 from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler, ImageTree
-from vit_efficient.report.accuracy import Entry, _explanation
 from vit_efficient.train import train
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.recipe import to_yaml
@@ -194,12 +192,3 @@ def test_the_recipe_is_checked(data):
         validate(config)
     config.data.on_error = 'error'
     validate(config)
-
-
-def test_a_table_tells(data, tmp_path):
-    config = recipe(data, tmp_path)
-    result = {'val_images': 9, 'environment': {}}
-    results = [result, {**result, 'train_skipped': 3, 'val_skipped': 4}]
-    text = _explanation([Entry(tmp_path, [config, config], results)], torch.device('cpu'), 1)
-    assert 'A run skipped up to 3 training and 4 validation images that cannot be read. ' in text
-    assert 'skipped' not in _explanation([Entry(tmp_path, [config], results[:1])], torch.device('cpu'), 1)

@@ -50,7 +50,7 @@ def test_what_is_learned_is_frozen_and_reported(data, tmp_path, caplog):
     assert lines[-2]['kind'] == 'val' and lines[-2]['top1'] == result['truncation']['learned']['top1']
     model = load_model(tmp_path / 'run')
     assert model.patch_embed.window is None
-    assert [list(pair) for pair in model.patch_embed.kept] == [list(pair) for pair in kept['patch_embed']]
+    assert [list(pair) for pair in model.patch_embed.truncation] == [list(pair) for pair in kept['patch_embed']]
     assert model.blocks[0].attn.options['num_tokens'] == list(kept['blocks.0.attn'])
     assert result['parameters'] == sum(p.numel() for p in model.parameters())
 
@@ -87,8 +87,10 @@ def test_a_stage_freezes_and_trains_on(data, tmp_path, caplog):
     assert len(costs) == 2 and 1.5 > costs[0] > costs[1]
     model = load_model(tmp_path / 'run')
     assert not has_windows(model)
-    assert [list(pair) for pair in model.patch_embed.kept] == [list(pair) for pair in truncation['kept']['patch_embed']]
-    assert model.patch_embed.kept[0] != (4, 4)
+    assert [list(pair) for pair in model.patch_embed.truncation] == [
+        list(pair) for pair in truncation['kept']['patch_embed']
+    ]
+    assert model.patch_embed.truncation[0] != (4, 4)
 
 
 @pytest.mark.parametrize('patch', [True, False])

@@ -1,6 +1,7 @@
 """Training by recipes, on PyTorch's and timm's own parts."""
 
-from vit_efficient.train.build import create_model, load_model
+from vit_efficient.models import load_model
+from vit_efficient.train.build import create_model
 from vit_efficient.train.config import Config
 from vit_efficient.train.evaluation import Evaluation, evaluate
 from vit_efficient.train.hooks import TrainingHook, register_hook

@@ -13,7 +13,7 @@ from timm.task import DistillationTeacher
 from torch import Tensor, nn
 
 from vit_efficient.data import Preprocessing, check_same_classes
-from vit_efficient.train.build import load_model
+from vit_efficient.models import load_model
 from vit_efficient.train.config import DistillConfig
 from vit_efficient.train.hooks import TrainingHook, register_hook
 from vit_efficient.utils.errors import UserError, first_line

@@ -84,9 +84,16 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def save_figure(figure: 'Figure', path: str | Path) -> None:
-    """Writes a figure of matplotlib, in the format of the path's suffix (PNG without one), atomically."""
+    """Writes a figure of matplotlib, in the format of the path's suffix (PNG without one), atomically.
+
+    Raises:
+        UserError: If matplotlib has no such format.
+    """
+    name, known = Path(path).suffix.lstrip('.').lower() or 'png', figure.canvas.get_supported_filetypes()
+    if name not in known:
+        raise UserError(f'{path}: Format {name!r} is not supported; matplotlib has {", ".join(known)}')
     content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix.lstrip('.') or 'png')
+    figure.savefig(content, format=name)
     write_bytes(path, content.getvalue())
 
 
