@@ -34,8 +34,8 @@ def _stage_rows(entry: Entry, accuracies: Sequence[str]) -> list[dict[str, Any]]
             config.model.name, **{**config.model.args, 'num_classes': entry.saved.model.num_classes}
         )
         sizes = entry.results[0].get('truncation', {}).get('kept')  # of the first seed
-        for number, (stage, model) in enumerate(model_at_stages(model, list_stages(config), sizes)):
-            count = count_flops(model, input_shape(model, entry.saved.preprocessing))
+        for number, (stage, staged) in enumerate(model_at_stages(model, list_stages(config), sizes)):
+            count = count_flops(staged, input_shape(staged, entry.saved.preprocessing))
             rows.append(
                 {
                     'model': entry.label if not number else '',
