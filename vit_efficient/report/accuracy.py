@@ -23,7 +23,7 @@ from vit_efficient.report.stages import stage_table, truncation_table
 from vit_efficient.report.table import Column, Table
 from vit_efficient.report.text import environments, explanation
 from vit_efficient.train import load_model
-from vit_efficient.train.config import default_output
+from vit_efficient.train.recipe import default_output
 from vit_efficient.utils.device import choose_device
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_text

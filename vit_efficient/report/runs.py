@@ -13,9 +13,10 @@ from typing import Any
 from vit_efficient.data import create_dataset
 from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.train import Config, load_recipe, train
-from vit_efficient.train.config import flatten, identity
+from vit_efficient.train.config import identity
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.keys import flatten
 
 logger = logging.getLogger(__name__)
 
