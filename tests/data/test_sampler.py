@@ -110,9 +110,9 @@ def test_few_groups_are_mixed_at_a_time(mixed):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'repeats': 0}, 'block, repeats and mixed must be at least 1, got block=1, repeats=0, mixed=1'),
-        ({'mixed': 0}, 'repeats=1, mixed=0'),
-        ({'block': 0}, 'got block=0'),
+        ({'repeats': 0}, 'repeats must be a positive integer, got repeats=0'),
+        ({'mixed': 0}, 'mixed must be a positive integer, got mixed=0'),
+        ({'block': 0}, 'block must be a positive integer, got block=0'),
         ({'groups': [3, 4]}, 'groups hold 7 samples, there are 8'),
     ],
 )

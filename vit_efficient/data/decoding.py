@@ -9,10 +9,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vit_efficient.data.config import AugmentConfig, DataConfig
-from vit_efficient.data.files.coefficients import CoefficientTransform, PatchCoefficients, takes_coefficients
+from vit_efficient.data.files.coefficients import CoefficientTransform, PatchCoefficients
 from vit_efficient.data.files.jpeg import QuantizedReader, ReducedReader
-from vit_efficient.data.samples import reads_files
-from vit_efficient.data.transforms import EvalTransform, Preprocessing, TrainTransform
+from vit_efficient.data.preprocessing import EvalTransform, Preprocessing
+from vit_efficient.data.sources import reads_files
+from vit_efficient.models.inputs import input_size, takes_coefficients
 from vit_efficient.utils.errors import UserError
 
 
@@ -34,6 +35,8 @@ def train_input(
     augment = config.augment
     if _checked(config.decode, model) == 'coefficients':
         return _coefficient_input(dataset, model, preprocessing, seed, augment)
+    from vit_efficient.data.transforms import TrainTransform  # imports albumentations
+
     transform = TrainTransform(preprocessing, augment, seed, config.schedule)
     if config.decode == 'pixels':
         return dataset, transform
@@ -46,7 +49,7 @@ def train_input(
 def eval_input(
     dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, decode: str
 ) -> tuple[Dataset, Callable[..., Any]]:
-    """The same for evaluation, where nothing is drawn.
+    """The data set as it is read for evaluation, and the transform of what it reads, in which nothing is drawn.
 
     Args:
         dataset: What it reads is replaced in a copy, if at all.
@@ -67,9 +70,9 @@ def eval_input(
 
 
 def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, int, int]:
-    """Of the tensor that the model takes: pixels or coefficients, (C, H, W)."""
-    size = preprocessing.input_size
-    return PatchCoefficients.of(model).shape(*size) if takes_coefficients(model) else size
+    """The shape (C, H, W) of the tensor that the model takes: pixels or coefficients."""
+    channels, *sides = preprocessing.input_size
+    return channels, *input_size(model, tuple(sides))[1:]
 
 
 def _checked(decode: str, model: nn.Module) -> str:

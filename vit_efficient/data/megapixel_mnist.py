@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vit_efficient.data.sampler import stable_seed
+from vit_efficient.utils.checks import as_integer, as_sides, check_choice, is_pair, is_real
 from vit_efficient.utils.errors import UserError
 
 SPLITS = ('train', 'val')
@@ -25,7 +26,7 @@ NONE = 10  # the class of patches that no digit covers
 INK = 1 / 8  # mean ink of a patch from which on a digit covers it
 _VAL_PER_CLASS = 100
 
-_TRIES = 50  # to find a place for a digit
+_TRIES = 50  # to find room for a digit
 _BACKGROUND = 0.2  # grey of the canvas, 0 black to 1 white
 _CONTRAST = (0.45, 0.8)  # what full ink adds to it
 _STROKE_WIDTH = 0.07  # of a digit's size: as wide as its lines, since OpenCV's antialiased ones are a pixel wider
@@ -97,15 +98,15 @@ class MegapixelMnist(Dataset):
         strokes: float = 3.0,
         noise: float = 0.1,
     ):
-        if split not in SPLITS:
-            raise UserError(f'split must be {" or ".join(SPLITS)}, got {split!r}')
+        check_choice('split', split, SPLITS)
         self.split = split
-        self.size = _pair('size', size, least=1)
-        self.length = _integer('length', length, least=1)
-        self.seed = _integer('seed', seed, least=0)
-        self.cell = _integer('cell', cell, least=1)
-        self.digits = _pair('digits', digits, least=2, ordered=True)
-        self.digit_size = _pair('digit_size', digit_size, least=8, ordered=True)
+        sides = as_sides('size', size)
+        self.size = sides if isinstance(sides, tuple) else (sides, sides)
+        self.length = as_integer('length', length)
+        self.seed = as_integer('seed', seed, least=0)
+        self.cell = as_integer('cell', cell)
+        self.digits = _range('digits', digits, least=2)
+        self.digit_size = _range('digit_size', digit_size, least=8)
         self.strokes = _number('strokes', strokes, most=64.0)
         self.noise = _number('noise', noise, most=1.0)
         if any(side % self.cell for side in self.size):
@@ -123,19 +124,19 @@ class MegapixelMnist(Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int, np.ndarray]:
         draw = self._generator(index)
-        digits, label = self._place(draw)
+        digits, label = self._scatter(draw)
         return self._paint(digits, draw), label, self._cover(digits)
 
     def placed(self, index: int) -> list[PlacedDigit]:
         """The digits of an image."""
-        return self._place(self._generator(index))[0]
+        return self._scatter(self._generator(index))[0]
 
     def _generator(self, index: int) -> np.random.Generator:
         if not 0 <= index < self.length:  # an IndexError ends `for item in dataset`
             raise IndexError(f'index {index} is out of range for {self.length} images')
         return np.random.default_rng(stable_seed('canvas', self.seed, SPLITS.index(self.split), int(index)))
 
-    def _place(self, draw: np.random.Generator) -> tuple[list[PlacedDigit], int]:
+    def _scatter(self, draw: np.random.Generator) -> tuple[list[PlacedDigit], int]:
         """Digits, the largest first, and the class that occurs most."""
         classes, label = _draw_classes(draw, int(draw.integers(*self.digits, endpoint=True)))
         rows, images = _digit_images(self.split)
@@ -143,31 +144,31 @@ class MegapixelMnist(Dataset):
         sizes = np.sort(draw.integers(*self.digit_size, size=len(classes), endpoint=True))[::-1]
         contrasts = draw.uniform(*_CONTRAST, size=len(classes))
         inks = [_resize(images[c][i], int(size)) for c, i, size in zip(classes, which, sizes, strict=True)]
-        corners = self._find_places([ink.shape for ink in inks], draw)
+        corners = self._find_corners([ink.shape for ink in inks], draw)
         found = zip(classes, which, corners, inks, contrasts, strict=True)
         return [PlacedDigit(c, int(rows[c, i]), *corner, ink, float(x)) for c, i, corner, ink, x in found], label
 
-    def _find_places(self, shapes: Sequence[tuple[int, int]], draw: np.random.Generator) -> list[tuple[int, int]]:
+    def _find_corners(self, shapes: Sequence[tuple[int, int]], draw: np.random.Generator) -> list[tuple[int, int]]:
         """Upper left corners at random such that no two boxes overlap.
 
-        If a digit does not find a place in 50 tries, all are placed anew, each somewhere within one of the squares of a
+        If a digit finds no room in 50 tries, all are placed anew, each somewhere within one of the squares of a
         lattice: there are enough of these.
         """
         height, width = self.size
         corners: list[tuple[int, int]] = []
         tries = draw.random((len(shapes), _TRIES, 2))
-        for (h, w), places in zip(shapes, tries, strict=True):
-            for y, x in places.tolist():
+        for (h, w), shifts in zip(shapes, tries, strict=True):
+            for y, x in shifts.tolist():
                 top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
-                others = zip(corners, shapes, strict=False)  # those that have a place
+                others = zip(corners, shapes, strict=False)  # those that have a corner
                 if all(top >= t + b or t >= top + h or left >= s + a or s >= left + w for (t, s), (b, a) in others):
                     corners.append((top, left))
                     break
             else:
-                return self._find_places_on_a_lattice(shapes, draw)
+                return self._find_corners_on_a_lattice(shapes, draw)
         return corners
 
-    def _find_places_on_a_lattice(
+    def _find_corners_on_a_lattice(
         self, shapes: Sequence[tuple[int, int]], draw: np.random.Generator
     ) -> list[tuple[int, int]]:
         side = self.digit_size[1]
@@ -281,27 +282,15 @@ def _cut(image: np.ndarray) -> np.ndarray:
     return image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-# --- arguments -----------------------------------------------------------------------------------------------------
-
-
-def _integer(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise UserError(f'{name} must be an integer of at least {least}, got {value!r}')
-    return int(value)
-
-
-def _pair(name: str, value: int | Sequence[int], least: int, ordered: bool = False) -> tuple[int, int]:
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value, value]
-    if len(values) != 2:
-        what = 'the least and the most' if ordered else 'height and width'
-        raise UserError(f'{name} must be an integer or two ({what}), got {value!r}')
-    first, second = (_integer(name, number, least) for number in values)
-    if ordered and first > second:
-        raise UserError(f'{name} must be the least and the most, in this order, got {value!r}')
-    return first, second
+def _range(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    what = f'an integer of at least {least}, or two: the least and the most'
+    first, last = (as_integer(name, number, least, what) for number in (value if is_pair(value) else (value, value)))
+    if first > last:
+        raise UserError(f'{name} must be the least and the most, in this order, got {name}={value!r}')
+    return first, last
 
 
 def _number(name: str, value: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-        raise UserError(f'{name} must be a number from 0 to {most:g}, got {value!r}')
+    if not (is_real(value) and 0 <= value <= most):
+        raise UserError(f'{name} must be a number from 0 to {most:g}, got {name}={value!r}')
     return float(value)

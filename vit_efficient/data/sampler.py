@@ -1,10 +1,12 @@
 """The order of samples, as a function of (seed, epoch)."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
+from vit_efficient.utils.checks import as_integer
 from vit_efficient.utils.errors import UserError
 
 _STREAMS = ('order', 'sample', 'step', 'canvas', 'stage', 'repeat')
@@ -23,7 +25,7 @@ def stable_seed(stream: str, *key: int) -> np.random.SeedSequence:
 
 
 def sample_seed(seed: int, epoch: int, index: int, repeat: int = 0) -> np.random.SeedSequence:
-    """Of the augmentation of a sample; the first time in an epoch (`repeat` 0), the same whatever else there is."""
+    """The seed of a sample's augmentation; the first time in an epoch (`repeat` 0), whatever else there is."""
     return stable_seed('repeat', seed, epoch, index, repeat) if repeat else stable_seed('sample', seed, epoch, index)
 
 
@@ -57,7 +59,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         mixed: Groups that are shuffled together.
 
     Raises:
-        UserError: If `block`, `repeats` or `mixed` is below 1, or groups do not add up to `size`.
+        UserError: If `block`, `repeats` or `mixed` is no positive integer, or groups do not add up to `size`.
     """
 
     def __init__(
@@ -73,20 +75,18 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         groups: Sequence[int] = (),
         mixed: int = 1,
     ):
-        if min(block, repeats, mixed) < 1:
-            raise UserError(f'block, repeats and mixed must be at least 1, got {block=}, {repeats=}, {mixed=}')
         if groups and sum(groups) != size:
             raise UserError(f'groups hold {sum(groups)} samples, there are {size}')
-        self.size = size - size % (world_size * block) if even else size
+        self.block = as_integer('block', block)
+        self.repeats = as_integer('repeats', repeats)
+        self.mixed = as_integer('mixed', mixed)
+        self.size = size - size % (world_size * self.block) if even else size
         self.total = size
         self.seed = seed
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
-        self.block = block
-        self.repeats = repeats
         self.groups = groups
-        self.mixed = mixed
         self.epoch = 0
         self.start = 0
 
@@ -97,8 +97,8 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        order, places = self._shuffled() if self.shuffle else np.arange(self.total), self._positions()
-        which, repeats = np.divmod(places, self.repeats)
+        order = self._shuffled() if self.shuffle else np.arange(self.total)
+        which, repeats = np.divmod(self._positions(), self.repeats)
         for index, repeat in zip(order[which].tolist(), repeats.tolist(), strict=True):
             yield (self.epoch, index) if self.repeats == 1 else (self.epoch, index, repeat)
 
@@ -115,6 +115,20 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         return len(self._positions())
 
     def _positions(self) -> np.ndarray:
-        """Of the samples of this process, in the order of the epoch."""
+        """The positions of the samples of this process in the order of the epoch."""
         positions = np.arange(self.start, self.size)
         return positions[(positions - self.start) // self.block % self.world_size == self.rank]
+
+
+def shard_order(dataset: Dataset, mixed: int | None) -> dict[str, Any]:
+    """The arguments of `EpochSampler` by which only `mixed` shards at a time are shuffled; none, if it is None.
+
+    Raises:
+        UserError: If the data set has no shards.
+    """
+    if mixed is None:
+        return {}
+    groups = getattr(dataset, 'groups', None)
+    if groups is None:
+        raise UserError(f'data.mixed_shards={mixed} is for shards, {type(dataset).__name__} has none; leave it out')
+    return {'groups': groups, 'mixed': mixed}

@@ -1,27 +1,19 @@
-"""Pixels to model input: random for training (albumentations), fixed for evaluation (timm's own transform)."""
+"""The random transform of training, and truncation of the DCT in it: the one file that knows albumentations."""
 
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import albumentations as A
 import cv2
 import numpy as np
-import timm
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_data_config
-from timm.layers import to_2tuple
-from timm.models import get_model_input_config
-from torch import nn
-from torchvision.transforms import Normalize
 
-from vit_efficient.data.config import AugmentConfig, DataConfig, SizeConfig
+from vit_efficient.data.config import AugmentConfig, SizeConfig
+from vit_efficient.data.preprocessing import Preprocessing
 from vit_efficient.data.sampler import sample_seed
-from vit_efficient.data.truncation import DctTruncate
-from vit_efficient.utils.errors import UserError
+from vit_efficient.data.truncation import check_arguments, truncate_array
 
 _CV2_INTERPOLATION = {
     'nearest': cv2.INTER_NEAREST,
@@ -29,83 +21,6 @@ _CV2_INTERPOLATION = {
     'bicubic': cv2.INTER_CUBIC,
     'lanczos': cv2.INTER_LANCZOS4,
 }
-_CROP_MODES = ('center', 'squash', 'border')
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What both transforms share: the input (C, H, W) of the model and the statistics of its pixels."""
-
-    input_size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
-
-    @classmethod
-    def of(cls, model: nn.Module, config: DataConfig | None = None) -> 'Preprocessing':
-        """Reads it off a timm model; what `config` sets goes first.
-
-        The size is the one that the model is built for, or, of a model that takes any (`dynamic_img_size`) and is as it
-        was saved, the one that it was saved with. A model of another number of channels than its statistics takes their
-        mean for every channel.
-
-        Raises:
-            UserError: If the statistics in `config` do not have one value per channel, or a name is unknown.
-        """
-        config = config or DataConfig()
-        in_chans = getattr(model, 'in_chans', None) or model.pretrained_cfg['input_size'][0]
-        base = resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))
-        size = tuple(config.img_size or _size_built(model) or base['input_size'][-2:])
-        if len(size) != 2 or min(size) < 1:
-            raise UserError(f'data.img_size must be height and width in pixels, got {list(size)}')
-        statistics = {}
-        for name in ('mean', 'std'):
-            values, given = getattr(config, name), base[name]
-            if values is not None and len(values) != in_chans:
-                raise UserError(f'data.{name} must have one value per channel of the model ({in_chans}), got {values}')
-            if values is None:
-                values = given if len(given) == in_chans else [sum(given) / len(given)] * in_chans
-            statistics[name] = tuple(float(value) for value in values)
-        if min(statistics['std']) <= 0:
-            raise UserError(f'data.std must be above 0, got {list(statistics["std"])}')
-        interpolation = config.interpolation or base['interpolation']
-        if interpolation not in _CV2_INTERPOLATION:
-            raise UserError(f'data.interpolation must be one of {", ".join(_CV2_INTERPOLATION)}, got {interpolation}')
-        crop_mode = config.crop_mode or base['crop_mode']
-        if crop_mode not in _CROP_MODES:
-            raise UserError(f'data.crop_mode must be one of {", ".join(_CROP_MODES)}, got {crop_mode}')
-        return cls(
-            input_size=(in_chans, *size),
-            interpolation=interpolation,
-            crop_pct=config.crop_pct or base['crop_pct'],
-            crop_mode=crop_mode,
-            **statistics,
-        )
-
-    def scheduled(self, schedule: Sequence[SizeConfig]) -> dict[int, 'Preprocessing']:
-        """By the first epoch that has it: the same at the sizes of a schedule."""
-        others = {part.epoch: replace(self, input_size=(self.input_size[0], *part.img_size)) for part in schedule}
-        return {0: self, **others}
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as entries of timm's `pretrained_cfg`."""
-        return dict(vars(self))
-
-
-def _size_built(model: nn.Module) -> tuple[int, int] | None:
-    """The size that a model is built for; None where it has none, or where what it was saved with goes before it."""
-    built = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-    saved, config = getattr(model, 'pretrained_model_args', None), model.pretrained_cfg
-    if not saved or get_model_input_config(model)['fixed_input_size']:
-        return built
-    if to_2tuple(saved.get('img_size')) != to_2tuple(model._model_args.get('img_size')):
-        return built  # it was given another size when it was read, or since
-    # That of the architecture is what every model says that nothing else was said of, whatever it is built for.
-    default = timm.get_pretrained_cfg(saved.get('base', config['architecture']))
-    unsaid = default is not None and tuple(default.input_size[-2:]) == tuple(config['input_size'][-2:])
-    return built if unsaid else None
 
 
 class TrainTransform:
@@ -140,7 +55,7 @@ class TrainTransform:
         self._pipelines: dict[tuple[int, bool], A.Compose] = {}
 
     def _pipeline(self, epoch: int, photograph: bool) -> A.Compose:
-        """Of the size that an epoch has."""
+        """The pipeline of the size that an epoch has."""
         since = max(start for start in self._scheduled if start <= epoch)
         key = since, photograph
         if key not in self._pipelines:
@@ -211,23 +126,23 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
 
 
 class _HorizontalFlip(A.HorizontalFlip):
-    """Of any number of channels: OpenCV 5 flips no more than 128."""
+    """A flip of any number of channels: OpenCV 5 flips no more than 128."""
 
     def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
         return np.ascontiguousarray(img[:, ::-1])
 
 
 class _VerticalFlip(A.VerticalFlip):
-    """Of any number of channels, likewise."""
+    """A flip of any number of channels, likewise."""
 
     def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
         return np.ascontiguousarray(img[::-1])
 
 
 class _BrightnessContrast(A.ImageOnlyTransform):
-    """By factors that are drawn from ranges, of any number of channels: contrast about the mean of each.
+    """Factors that are drawn from ranges, for any number of channels: contrast is about the mean of each.
 
-    RandomBrightnessContrast adds a share of white, in which an image that is far from filling its range drowns.
+    RandomBrightnessContrast adds a part of white, in which an image that is far from filling its range drowns.
     """
 
     def __init__(self, brightness: tuple[float, float], contrast: tuple[float, float]):
@@ -243,7 +158,7 @@ class _BrightnessContrast(A.ImageOnlyTransform):
 
 
 class _Erasing(A.Erasing):
-    """With noise of up to the maximum of each channel."""
+    """Erasing with noise of up to the maximum of each channel."""
 
     def apply(self, img: np.ndarray, holes: np.ndarray, **params: Any) -> np.ndarray:
         erased = super().apply(img, holes=holes, **params)
@@ -300,35 +215,44 @@ def _policy(strength: float, photograph: bool) -> list[A.BasicTransform]:
     ]
 
 
-class EvalTransform:
-    """timm's evaluation transform.
+class DctTruncate(A.ImageOnlyTransform):
+    """Drops high frequencies of an image, of the whole or in blocks, as a transform of albumentations.
 
-    8-bit images of 1 or 3 channels go through it as PIL images, exactly as in timm. Others (16-bit, floating point,
-    many-channel) go through its resize and crop as float32 tensors, with the same target sizes, the same interpolation
-    and antialiasing; then they are clipped to [0, 1], as 8-bit images are by their type, and normalised.
+    It leaves edges softened and with ripples beside them (whole image), or blocks and their steps, as strong JPEG
+    compression does. Masks, boxes and keypoints stay as they are.
 
     Args:
-        preprocessing: Input size, statistics and crop.
+        ratio: The share of the coefficients that stays, 0 < ratio ≤ 1, or the range (least, most) from which it is
+            drawn, evenly, for each image.
+        block: Sides of the blocks, p or (p_h, p_w); None is the whole image. The edge of an image that they do not
+            divide is repeated, and what was added is cropped.
+        order: `square` or `zigzag`, as of `dct.truncate`.
+        p: Probability of applying it.
+
+    Targets:
+        image, volume
+
+    Image types:
+        uint8, uint16 and floating point in [0, 1], with any number of channels. Integers are rounded; values are
+        clipped to the range of their type.
+
+    Raises:
+        UserError: If an argument is out of range.
     """
 
-    def __init__(self, preprocessing: Preprocessing):
-        options = preprocessing.as_dict()
-        self.crop_mode = preprocessing.crop_mode
-        self.photograph = create_transform(is_training=False, **options)
-        self.geometry = create_transform(is_training=False, normalize=False, **options)
-        self.normalize = Normalize(preprocessing.mean, preprocessing.std)
+    def __init__(
+        self,
+        ratio: float | tuple[float, float] = (1 / 16, 1 / 2),
+        block: int | tuple[int, int] | None = None,
+        order: str = 'square',
+        p: float = 0.5,
+    ):
+        self.ratio, self.block, self.order, p = check_arguments(ratio, block, order, p)
+        super().__init__(p=p)
 
-    def __call__(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
-        """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised; the same for every epoch.
+    def get_params(self) -> dict[str, Any]:
+        return {'ratio': self.py_random.uniform(*self.ratio)}
 
-        Raises:
-            UserError: For `crop_mode` border and an image that is not 8-bit grey or RGB: its padding is a colour.
-        """
-        if image.dtype == np.uint8 and image.shape[2] in (1, 3):
-            return self.photograph(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image))
-        if self.crop_mode == 'border':
-            raise UserError('data.crop_mode=border works for 8-bit grey and RGB images only; use center or squash')
-        if image.dtype == np.uint8:
-            image = image.astype(np.float32) / 255
-        tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-        return self.normalize(self.geometry(tensor).clamp_(0, 1))
+    def apply(self, img: np.ndarray, ratio: float, **params: Any) -> np.ndarray:
+        """(H, W) or (H, W, C) -> the same."""
+        return truncate_array(img, ratio, self.block, self.order)

@@ -1,10 +1,11 @@
-"""Truncation of an image's DCT as augmentation: for albumentations, and for torchvision's transforms v2."""
+"""Truncation of the DCT of pixels of any type, also as a transform of torchvision's v2.
+
+That of albumentations is in transforms.py.
+"""
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
-import albumentations as A
 import numpy as np
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from vit_efficient.dct.truncation import ORDERS, as_block, truncate
+from vit_efficient.utils.checks import check_choice, is_pair, is_real
 from vit_efficient.utils.errors import UserError
 
 _PIL_MODES = ('L', 'RGB', 'I;16')
@@ -40,7 +42,8 @@ def truncate_pixels(
             was added is cropped.
 
     Returns:
-        Of the shape and type of x: computed in float32 (in float64 for float64), clipped, and rounded to integers.
+        Pixels of the shape and type of x: computed in float32 (in float64 for float64), clipped, and rounded to
+        integers.
 
     Raises:
         UserError: If x is of another type.
@@ -55,49 +58,13 @@ def truncate_pixels(
     return y.clamp(0, torch.iinfo(x.dtype).max).round().to(x.dtype)
 
 
-class DctTruncate(A.ImageOnlyTransform):
-    """Drops high frequencies of an image, of the whole or in blocks, as a transform of albumentations.
-
-    It leaves edges softened and with ripples beside them (whole image), or blocks and their steps, as strong JPEG
-    compression does. Masks, boxes and keypoints stay as they are.
-
-    Args:
-        ratio: The share of the coefficients that is kept, 0 < ratio ≤ 1, or the range (least, most) from which it is
-            drawn, evenly, for each image.
-        block: Sides of the blocks, p or (p_h, p_w); None is the whole image. The edge of an image that they do not
-            divide is repeated, and what was added is cropped.
-        order: `square` or `zigzag`, as of `dct.truncate`.
-        p: Probability of applying it.
-
-    Targets:
-        image, volume
-
-    Image types:
-        uint8, uint16 and floating point in [0, 1], with any number of channels. Integers are rounded; values are
-        clipped to the range of their type.
-
-    Raises:
-        UserError: If an argument is out of range.
-    """
-
-    def __init__(
-        self,
-        ratio: float | tuple[float, float] = (1 / 16, 1 / 2),
-        block: int | tuple[int, int] | None = None,
-        order: str = 'square',
-        p: float = 0.5,
-    ):
-        self.ratio, self.block, self.order, p = _checked(ratio, block, order, p)
-        super().__init__(p=p)
-
-    def get_params(self) -> dict[str, Any]:
-        return {'ratio': self.py_random.uniform(*self.ratio)}
-
-    def apply(self, img: np.ndarray, ratio: float, **params: Any) -> np.ndarray:
-        """(H, W) or (H, W, C) -> the same."""
-        planes = np.atleast_3d(img).transpose(2, 0, 1).copy()
-        y = truncate_pixels(torch.from_numpy(planes), ratio, self.block, self.order)
-        return np.ascontiguousarray(y.permute(1, 2, 0).numpy()).reshape(img.shape)
+def truncate_array(
+    image: np.ndarray, ratio: float, block: int | tuple[int, int] | None = None, order: str = 'square'
+) -> np.ndarray:
+    """`truncate_pixels` of an image (H, W) or (H, W, C)."""
+    planes_CHW = torch.from_numpy(np.atleast_3d(image).transpose(2, 0, 1).copy())
+    y_CHW = truncate_pixels(planes_CHW, ratio, block, order)
+    return np.ascontiguousarray(y_CHW.permute(1, 2, 0).numpy()).reshape(image.shape)
 
 
 class TorchvisionDctTruncate(v2.Transform):
@@ -122,12 +89,12 @@ class TorchvisionDctTruncate(v2.Transform):
         p: float = 0.5,
     ):
         super().__init__()
-        self.ratio, self.block, self.order, self.p = _checked(ratio, block, order, p)
+        self.ratio, self.block, self.order, self.p = check_arguments(ratio, block, order, p)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        applied, place = torch.rand(2).tolist()
+        applied, between = torch.rand(2).tolist()
         least, most = self.ratio
-        return {'applied': applied < self.p, 'ratio': least + (most - least) * place}
+        return {'applied': applied < self.p, 'ratio': least + (most - least) * between}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         other = isinstance(inpt, tv_tensors.TVTensor) and not isinstance(inpt, (tv_tensors.Image, tv_tensors.Video))
@@ -138,20 +105,21 @@ class TorchvisionDctTruncate(v2.Transform):
             return tv_tensors.wrap(y, like=inpt)
         if inpt.mode not in _PIL_MODES:
             raise UserError(f'truncation needs PIL images of mode {", ".join(_PIL_MODES)}, got {inpt.mode}; convert it')
-        planes = np.atleast_3d(np.asarray(inpt)).transpose(2, 0, 1).copy()
-        y = truncate_pixels(torch.from_numpy(planes), params['ratio'], self.block, self.order)
-        return Image.fromarray(y.permute(1, 2, 0).squeeze(2).contiguous().numpy())
+        return Image.fromarray(truncate_array(np.asarray(inpt), params['ratio'], self.block, self.order))
 
 
-def _checked(ratio, block, order, p) -> tuple[tuple[float, float], tuple[int, int] | None, str, float]:
-    """The arguments of both transforms in one form, which JSON's lists take too."""
-    ends = (ratio, ratio) if isinstance(ratio, Real) else tuple(ratio) if isinstance(ratio, Sequence) else ()
-    if len(ends) != 2 or not all(isinstance(end, Real) for end in ends) or not 0 < ends[0] <= ends[1] <= 1:
+def check_arguments(ratio, block, order, p) -> tuple[tuple[float, float], tuple[int, int] | None, str, float]:
+    """The arguments of both transforms in one form, which JSON's lists take too.
+
+    Raises:
+        UserError: If one is out of range.
+    """
+    least, most = (ratio, ratio) if is_real(ratio) else ratio if is_pair(ratio) else (None, None)
+    if not (is_real(least) and is_real(most) and 0 < least <= most <= 1):
         raise UserError(
             f'ratio must be a share above 0 and at most 1, or a range (least, most) of them, got {ratio=!r}'
         )
-    if order not in ORDERS:
-        raise UserError(f'order must be one of {", ".join(ORDERS)}, got {order=}')
-    if not (isinstance(p, Real) and 0 <= p <= 1):
+    check_choice('order', order, ORDERS)
+    if not (is_real(p) and 0 <= p <= 1):
         raise UserError(f'p must be a probability, from 0 to 1, got {p=!r}')
-    return (float(ends[0]), float(ends[1])), None if block is None else as_block(block), order, float(p)
+    return (float(least), float(most)), None if block is None else as_block(block), order, float(p)

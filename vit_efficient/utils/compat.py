@@ -1,18 +1,22 @@
 """What is used of dependencies beyond their public names, one small function each: they can break here only."""
 
 import sys
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: The mode under which every operator passes one method, `__torch_dispatch__`.
 OperatorMode = TorchDispatchMode
+
+_TAR_BLOCK = 512  # bytes
 
 
 def model_args(model: nn.Module) -> dict[str, Any]:
@@ -74,3 +78,26 @@ def assume(condition: bool | torch.SymBool) -> None:
 def is_number(size: Any) -> bool:
     """Whether a size is a number; to `torch.compile` a symbol, whose value is open, is of type int too."""
     return type(size) is int and has_static_value(size)
+
+
+def pil_decoder_arguments(image: Image.Image) -> tuple[Any, ...]:
+    """What PIL hands to the decoder of an image that it has opened and not yet loaded; empty if that is no tuple."""
+    args = image.tile[0][3] if image.tile else ()
+    return args if isinstance(args, tuple) else ()
+
+
+def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
+    """The members of an uncompressed tar file, of which none is held in memory.
+
+    Raises:
+        OSError, tarfile.TarError: If the file cannot be read, or is damaged or cut off between its members too, which
+            tarfile takes for its end.
+    """
+    with tarfile.open(path, 'r:') as archive:
+        for member in archive:
+            yield member
+            archive.members = []
+        # tarfile takes a damaged header for the end, which is an empty block.
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
+            raise tarfile.ReadError(f'damaged or cut off at byte {archive.offset}')

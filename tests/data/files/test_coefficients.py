@@ -125,7 +125,7 @@ def test_progressive_files_and_streams_are_the_same(tmp_path):
     [
         (14, 7, 3, r'patch_size=\(14, 14\) must be multiples of 8.*data.decode=pixels'),
         (16, 17, 3, r'keep=\(17, 17\) must be from 1 to patch_size=\(16, 16\)'),
-        (16, 0, 3, r'keep=\(0, 0\) must be'),
+        (16, 0, 3, r'keep must be a positive integer or a pair \(h, w\) of them, got keep=0'),
         (16, 8, 4, 'channels=4 must be 1 or 3'),
         (32, 8, 3, r'image.jpg: its 1×1 pixels do not hold a patch of \(32, 32\)'),
     ],

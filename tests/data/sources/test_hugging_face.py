@@ -8,7 +8,7 @@ import tifffile
 from tests.data.shards import write_saved
 from tests.data.trees import pixels, write_tree
 from vit_efficient.data import ImageTree, class_names, create_dataset, to_array
-from vit_efficient.data.samples import reads_files
+from vit_efficient.data.sources import reads_files
 
 datasets = pytest.importorskip('datasets')
 

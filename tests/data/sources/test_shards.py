@@ -108,7 +108,7 @@ def test_keys_of_images_and_labels(tmp_path):
     assert class_names(create_dataset(path, args={'classes': f'{tmp_path}/names.txt'})) == ['cat', 'guinea pig']
     with pytest.raises(ValueError, match=r'data\.train: classes=nowhere: cannot read it: No such file'):
         create_dataset(path, args={'classes': 'nowhere'})
-    with pytest.raises(ValueError, match=r'data\.args\.label: ShardReader has no such argument; it has input_key, '):
+    with pytest.raises(ValueError, match=r"data\.args: ShardReader has no option 'label' \(it has input_key, "):
         create_dataset(path, args={'label': 'cls'})
 
 

@@ -15,7 +15,6 @@ Dimensions: C channels of the model, R × S patches, f × g coefficients kept of
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,9 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vit_efficient.data.files.images import name_of
 from vit_efficient.data.files.jpeg import BLOCK, QuantizedJpeg, read_quantized
 from vit_efficient.data.sampler import sample_seed
 from vit_efficient.dct import dct_matrix
+from vit_efficient.models.inputs import takes_coefficients
+from vit_efficient.utils.checks import as_sides
 from vit_efficient.utils.errors import UserError
 
 _LUMA = torch.tensor([[0.299, 0.587, 0.114]])  # ITU-R 601
@@ -54,26 +56,26 @@ class PatchCoefficients:
     """Which coefficients of which patches: p × q pixels, the lowest f × g frequencies.
 
     Args:
-        patch_size: (p, q), multiples of 8.
-        keep: (f, g), at most p and q.
+        patch_size: (p, q), multiples of 8; one number for both.
+        keep: (f, g), at most p and q; likewise.
 
     Raises:
         UserError: If they are not that.
     """
 
-    patch_size: tuple[int, int]
-    keep: tuple[int, int]
+    patch_size: int | tuple[int, int]
+    keep: int | tuple[int, int]
 
     def __post_init__(self):
-        for name, pair in (('patch_size', self.patch_size), ('keep', self.keep)):
-            if len(pair) != 2 or any(type(value) is not int for value in pair):
-                raise UserError(f'{name} must be an integer, or two, got {name}={pair}')
+        for name in ('patch_size', 'keep'):
+            sides = as_sides(name, getattr(self, name))
+            object.__setattr__(self, name, sides if isinstance(sides, tuple) else (sides, sides))
         if any(size < BLOCK or size % BLOCK for size in self.patch_size):
             raise UserError(
                 f'patch_size={self.patch_size} must be multiples of {BLOCK}, the side of the blocks of a JPEG; '
                 'data.decode=pixels takes any'
             )
-        if any(not 1 <= keep <= size for keep, size in zip(self.keep, self.patch_size, strict=True)):
+        if any(keep > size for keep, size in zip(self.keep, self.patch_size, strict=True)):
             raise UserError(f'keep={self.keep} must be from 1 to patch_size={self.patch_size}')
 
     @classmethod
@@ -95,14 +97,9 @@ class PatchCoefficients:
         return height // self.patch_size[0], width // self.patch_size[1]
 
     def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        """Of the coefficient image of an image of that size."""
+        """The shape of the coefficient image of an image of that size."""
         rows, columns = self.grid(height, width)
         return channels, rows * self.keep[0], columns * self.keep[1]
-
-
-def takes_coefficients(model: nn.Module) -> bool:
-    """Whether the model's patch embedding takes coefficient images in the place of pixels."""
-    return getattr(getattr(model, 'patch_embed', None), 'input', 'pixels') == 'coefficients'
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,6 @@ def read_coefficients(
             image is smaller than a patch.
         ImportError: If `pyjpegio` is not installed.
     """
-    patch_size, keep = (tuple(value) if isinstance(value, Sequence) else (value, value) for value in (patch_size, keep))
     layout = PatchCoefficients(patch_size, keep)
     if channels not in _TO_CHANNELS:
         raise UserError(f'{channels=} must be 1 or 3: the coefficients of a JPEG are of grey or RGB images')
@@ -152,8 +148,8 @@ def read_coefficients(
         raise UserError(f'std must be above 0, got {std=}')
     image = read_quantized(source)
     if min(layout.grid(image.height, image.width)) < 1:
-        prefix = f'{source}: ' if isinstance(source, str | Path) else ''
-        raise UserError(f'{prefix}its {image.height}×{image.width} pixels do not hold a patch of {patch_size}')
+        size = f'{image.height}×{image.width}'
+        raise UserError(f'{name_of(source)}its {size} pixels do not hold a patch of {layout.patch_size}')
     return regroup(image, layout, mean, std)
 
 

@@ -7,6 +7,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vit_efficient.utils.compat import pil_decoder_arguments
 from vit_efficient.utils.errors import UserError
 
 EXTENSIONS = ('.bmp', '.jpeg', '.jpg', '.npy', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
@@ -30,6 +31,11 @@ class ImageTooLarge(UserError):
     """An image has more pixels than PIL decodes. It is no damage: under `on_error` skip, too, it is an error."""
 
 
+def name_of(source: str | Path | BinaryIO) -> str:
+    """The beginning of a message about a source: its name if it is a file, nothing if it is a stream."""
+    return f'{source}: ' if isinstance(source, str | Path) else ''
+
+
 def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
     """Decodes one image.
 
@@ -46,10 +52,9 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
         UserError: If it cannot be decoded. The message names the file, if the source is one. `ImageTooLarge` if that
             is for PIL's limit alone.
     """
-    is_file = isinstance(source, str | Path)
-    prefix = f'{source}: ' if is_file else ''
+    prefix = name_of(source)
     try:
-        data = Path(source).read_bytes() if is_file else source.read()
+        data = Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
         if data.startswith(_NPY_MAGIC):
             return np.load(io.BytesIO(data), allow_pickle=False)
         if data.startswith(_TIFF_MAGIC):
@@ -85,8 +90,8 @@ def _is_deep(image: Image.Image, data: bytes) -> bool:
 
 def _ppm_maximum(image: Image.Image) -> int:
     """The sample that stands for 1 in a PPM, by what PIL hands to its decoder; 255 for other files."""
-    args = image.tile[0][3] if image.format == 'PPM' and image.mode == 'RGB' else ''
-    return args[1] if isinstance(args, tuple) else 255
+    args = pil_decoder_arguments(image) if image.format == 'PPM' and image.mode == 'RGB' else ()
+    return args[1] if args else 255
 
 
 def _decode_deep(image: Image.Image, data: bytes) -> np.ndarray:
@@ -168,7 +173,10 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
             image = np.asarray(image)
         else:
             if in_chans in _PIL_MODES:
-                image = image.convert(_PIL_MODES[in_chans])
+                try:
+                    image = image.convert(_PIL_MODES[in_chans])
+                except ValueError as error:
+                    raise UserError(f'PIL does not convert it ({error}); store it as grey or RGB') from error
             elif image.mode == 'CMYK':
                 raise UserError(
                     f'it is CMYK, the model takes {in_chans} channels; set model.args.in_chans=3, to which it is '

@@ -5,12 +5,10 @@ or an open stream, and leave EXIF orientation alone as it does.
 """
 
 import contextlib
-import ctypes
+import importlib
 import io
-import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
@@ -18,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from vit_efficient.data.files.images import read_image
+from vit_efficient.data.files.images import name_of, read_image
 from vit_efficient.utils.errors import UserError
 
 BLOCK = 8  # side of JPEG's blocks, in samples
@@ -28,7 +26,6 @@ _START, _END = b'\xff\xd8', b'\xff\xd9'
 _SCAN, _TABLES = 0xDA, 0xDB
 _SPACES = {1: 'grey', 2: 'RGB', 3: 'YCbCr'}  # libjpeg's J_COLOR_SPACE
 _CHANNELS_OF = {'Gray': 1, 'RGB': 3, 'YCbCr': 3}  # in simplejpeg's names
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class ReducedReader:
@@ -108,17 +105,17 @@ class QuantizedReader:
     """
 
     def __init__(self, height: int, width: int):
-        _jpegio()
+        _import('jpegio', 'pyjpegio')
         self.height, self.width = height, width
 
     def __call__(self, source: str | Path | BinaryIO) -> 'QuantizedJpeg':
         """Raises UserError as `read_quantized` does, and for an image that is too small."""
         image = read_quantized(source)
         if image.height < self.height or image.width < self.width:
-            prefix = f'{source}: ' if isinstance(source, str | Path) else ''
             raise UserError(
-                f'{prefix}its {image.height}×{image.width} pixels are fewer than the {self.height}×{self.width} of the '
-                "model's input, and coefficients are not resized; set data.img_size, or store the image larger"
+                f'{name_of(source)}its {image.height}×{image.width} pixels are fewer than the {self.height}×'
+                f"{self.width} of the model's input, and coefficients are not resized; set data.img_size, or store the "
+                'image larger'
             )
         return image
 
@@ -147,6 +144,10 @@ class QuantizedJpeg:
 def read_quantized(source: str | Path | BinaryIO) -> QuantizedJpeg:
     """Reads the quantised coefficients of an 8-bit grey, RGB or YCbCr JPEG, baseline or progressive.
 
+    pyjpegio allocates some 6 bytes per coefficient for every image. Where glibc gives these back to the system, and
+    asks for fresh, zeroed pages the next time, that takes more than half of the time. Only the process itself can have
+    it do otherwise: MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=268435456 in its environment.
+
     Args:
         source: A file or an open stream.
 
@@ -155,22 +156,20 @@ def read_quantized(source: str | Path | BinaryIO) -> QuantizedJpeg:
             within a scan is not noticed, as it is not by decoders.
         ImportError: If `pyjpegio` is not installed.
     """
-    jpegio = _jpegio()
-    is_file = isinstance(source, str | Path)
-    data = _read(source)
-    prefix = f'{source}: ' if is_file else ''
+    jpegio = _import('jpegio', 'pyjpegio')
+    data, prefix = _read(source), name_of(source)
     try:
         slots = _quantisation_tables(data)
-        if is_file:
+        if isinstance(source, str | Path):
             return _quantized(jpegio.read(str(source)), slots)
         with tempfile.NamedTemporaryFile(suffix='.jpg') as file:  # jpegio reads files only
             file.write(data)
             file.flush()
             return _quantized(jpegio.read(file.name), slots)
-    except RuntimeError as error:  # libjpeg's
-        raise UserError(f'{prefix}no coefficients can be read from it ({error}); {WAY_OUT}') from error
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f'{prefix}{error}') from error
+    except (RuntimeError, ValueError) as error:  # libjpeg's
+        raise UserError(f'{prefix}no coefficients can be read from it ({error}); {WAY_OUT}') from error
 
 
 def _read(source: str | Path | BinaryIO) -> bytes:
@@ -240,27 +239,9 @@ def _quantized(jpeg, slots: list[int]) -> QuantizedJpeg:
     )
 
 
-@cache
-def _jpegio() -> ModuleType:
-    """The library; the first call in a process also has its memory manager keep what the library frees.
-
-    It allocates some 6 bytes per coefficient for every image. If each time the system has to hand out fresh, zeroed
-    pages, that takes more than half of the time: 47 ms instead of 20 for 2,048 × 2,048 pixels.
-    """
-    jpegio = _import('jpegio', 'pyjpegio')
-    if sys.platform == 'linux':
-        with contextlib.suppress(AttributeError):  # a C library other than glibc
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc allows
-            mallopt(_M_TRIM_THRESHOLD, 2**28)
-    return jpegio
-
-
 def _import(name: str, package: str) -> ModuleType:
-    from importlib import import_module
-
     try:
-        return import_module(name)
+        return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
             f'JPEGs are read this way by the {package} package, which is not installed: pip install {package}, or '

@@ -1,1 +1,104 @@
-"""Where samples come from: one file per kind of source."""
+"""Where samples come from, one file per kind of source; and which source a path or a name stands for."""
+
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageDataset
+from timm.data import create_dataset as create_timm_dataset
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch.utils.data import Dataset, IterableDataset
+
+from vit_efficient.data.sources.folders import ImageTree
+from vit_efficient.data.sources.hugging_face import HuggingFaceReader
+from vit_efficient.data.sources.readers import ReaderImages
+from vit_efficient.data.sources.shards import ShardReader
+from vit_efficient.utils.checks import check_options
+from vit_efficient.utils.errors import UserError
+
+
+def create_dataset(
+    path: str,
+    dataset: str = '',
+    root: str = '',
+    key: str = 'data.train',
+    args: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Opens a data set of (image, label), or of (image, label, target) where it has targets for patches.
+
+    Args:
+        path: A folder of class folders, or WebDataset's shards, such as `train-{000..009}.tar`; with `dataset`, the
+            name of the split.
+        dataset: One of
+
+            - megapixel_mnist;
+            - `hfds/NAME` or `hfds/FOLDER`, see `HuggingFaceReader`;
+            - tar: `path` is a tar file in `root` that holds class folders or a tar file for each class, or a folder of
+              such files (timm's ReaderImageInTar);
+            - a name that timm.data.create_dataset knows, such as `torch/cifar10`.
+        root: With `dataset`, the folder that holds it; with `hfds/`, where the library keeps what it has prepared.
+        key: The recipe's key for `path`, for messages.
+        args: Further arguments, of `MegapixelMnist`, `ShardReader`, `HuggingFaceReader` or timm's reader.
+
+    Raises:
+        UserError: If there are no images there, the data set is a stream, or it does not take the arguments.
+    """
+    args = dict(args or {})
+    args_key = 'data.val_args' if key == 'data.val' else 'data.args'
+    if not path:
+        raise UserError(f'{key} is not set: it names a folder of class folders')
+    if not dataset and path.endswith('.tar'):
+        return ReaderImages(_open(ShardReader, path, args, args_key, key))
+    if not dataset:
+        if args:
+            raise UserError(f'{args_key}={args} are for a data set with a name, or shards; set data.dataset')
+        return ImageTree(path)
+    if dataset == 'megapixel_mnist':
+        # It draws with OpenCV, which nothing else here needs.
+        from vit_efficient.data.megapixel_mnist import SPLITS, MegapixelMnist
+
+        if path not in SPLITS:
+            raise UserError(f'{key} must be a split of megapixel_mnist ({" or ".join(SPLITS)}), got {path!r}')
+        return _open(MegapixelMnist, path, args, args_key, f'data.dataset={dataset}, {args_key}')
+    where = f'data.dataset={dataset}, split {path}'
+    prefix, _, name = dataset.partition('/')
+    if prefix == 'hfds':
+        options = {'split': path, 'cache_dir': root or None, **args}
+        return ReaderImages(_open(HuggingFaceReader, name, options, args_key, where))
+    return _open_by_timm(path, dataset, root, args, where)
+
+
+def _open(source: Callable[..., Any], name: str, args: dict[str, Any], args_key: str, where: str) -> Any:
+    """A source of ours, with arguments (of the key `args_key`) that are its own. Other errors begin with `where`."""
+    _, *parameters = signature(source).parameters.values()
+    if all(parameter.kind is not Parameter.VAR_KEYWORD for parameter in parameters):
+        check_options(f'{args_key}: {source.__name__}', args, [parameter.name for parameter in parameters])
+    try:
+        return source(name, **args)
+    except (UserError, ImportError) as error:
+        raise UserError(f'{where}: {error}') from error
+
+
+def _open_by_timm(split: str, dataset: str, root: str, args: dict[str, Any], where: str) -> Dataset:
+    try:
+        if dataset == 'tar':
+            # It would share the position in a file that is open with the loader processes.
+            return ReaderImages(ReaderImageInTar(str(Path(root, split)), cache_tarfiles=False, **args))
+        opened = create_timm_dataset(dataset, root=root or None, split=split, input_img_mode=None, **args)
+    # Readers raise whatever their libraries do; those that need a root trip over None.
+    except Exception as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        hint = '' if root else ' (data.root is not set: it names the folder that holds the data set)'
+        raise UserError(f'{where}: {reason}{hint}') from error
+    if isinstance(opened, IterableDataset):
+        raise UserError(
+            f'data.dataset={dataset} is a stream, its samples have no index, without which a run cannot go on where it '
+            "stopped; use one with random access: hfds/… for hfids/…, shards' paths as data.train for wds/…"
+        )
+    return ReaderImages(opened.reader) if isinstance(opened, ImageDataset) else opened
+
+
+def reads_files(dataset: Dataset) -> bool:
+    """Whether it reads image files with its `loader`: (file or stream) -> image. That of others may do anything."""
+    return isinstance(dataset, ImageTree | ReaderImages)

@@ -14,7 +14,7 @@ class HuggingFaceReader(Reader):
     """A reader as timm's `hfds/`, of (image as stored, label), which opens data sets that are saved to disk as well.
 
     Args:
-        name: Of a data set on the hub or of a builder, such as `parquet`; or a folder: of images or Parquet files, as
+        name: A data set on the hub, or a builder, such as `parquet`; or a folder: of images or Parquet files, as
             `datasets.load_dataset` reads it, or of splits that `save_to_disk` has written.
         split: Such as train; of saved ones, the folder in the folder.
         cache_dir: Where the library keeps what it has downloaded and prepared; by default its own place.
@@ -27,13 +27,14 @@ class HuggingFaceReader(Reader):
         classes: Names of the classes, or None.
 
     Raises:
-        UserError: If there are no such columns, they are of other types, or the data set is a stream.
+        UserError: If the library cannot open it, there are no such columns, they are of other types, or it is a stream.
         ImportError: If `datasets` is not installed.
     """
 
     def __init__(
         self,
         name: str,
+        /,
         split: str,
         cache_dir: str | None = None,
         input_key: str = 'image',
@@ -47,13 +48,17 @@ class HuggingFaceReader(Reader):
             raise ImportError(
                 "hfds/… needs the datasets package, which is not installed: pip install 'vit-efficient[hf]'"
             ) from error
-        if _is_saved(Path(name, split)):
-            dataset = datasets.load_from_disk(str(Path(name, split)), **options)
-        elif _is_saved(Path(name)):
+        saved = Path(name, split)
+        if _is_saved(Path(name)) and not _is_saved(saved):
             parent, folder = Path(name).parent, Path(name).name
             raise UserError(f'{name} is a single split, as a saved data set; its name is hfds/{parent}, split {folder}')
-        else:
-            dataset = datasets.load_dataset(name, split=split, cache_dir=cache_dir, **options)
+        try:
+            if _is_saved(saved):
+                dataset = datasets.load_from_disk(str(saved), **options)
+            else:
+                dataset = datasets.load_dataset(name, split=split, cache_dir=cache_dir, **options)
+        except Exception as error:  # whatever the library, its builders and the network raise
+            raise UserError(' '.join(str(error).split()) or type(error).__name__) from error
         if not isinstance(dataset, datasets.Dataset):
             raise UserError('it is a stream, its samples have no index; leave streaming out')
         for key in (input_key, target_key):

@@ -24,15 +24,15 @@ import numpy as np
 from timm.data.readers.reader import Reader
 
 from vit_efficient.data.files.images import EXTENSIONS
+from vit_efficient.utils.compat import tar_members
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import replacing
 
 IMAGE_KEYS = ';'.join(extension[1:] for extension in EXTENSIONS)
-_BLOCK = 512  # bytes, of tar
 _THREADS = 16  # that read headers: most of the time goes by in waiting for the disk
 _NOWHERE = (-1, 0)
-# Where the image and the label of a sample lie in its shard.
-_PLACE = [('image', np.int64), ('image_size', np.int64), ('label', np.int64), ('label_size', np.int64)]
+# The offset and the size, in bytes, of the image and the label of a sample in its shard.
+_EXTENT = [('image', np.int64), ('image_size', np.int64), ('label', np.int64), ('label_size', np.int64)]
 
 
 class ShardReader(Reader):
@@ -42,7 +42,7 @@ class ShardReader(Reader):
     size or date has changed.
 
     Args:
-        pattern: Paths of the shards, with braces as in `train-{000000..000009}.tar`, or with wildcards.
+        pattern: The paths of the shards, with braces as in `train-{000000..000009}.tar`, or with wildcards.
         input_key: Extensions of the images, separated by semicolons; of several, the first one that a sample has.
         target_key: Extension of the labels: integers, as text.
         classes: Names of the classes, or a text file with one in each line; by default they are not known.
@@ -76,10 +76,10 @@ class ShardReader(Reader):
         self._ends = np.cumsum(self.groups)
         # Arrays, not lists: those would be copied, page by page, into each loader process.
         self._names = np.concatenate([names for names, _ in found])
-        self._places = np.concatenate([places for _, places in found])
-        if not (self._places['image'] >= 0).any():
+        self._extents = np.concatenate([extents for _, extents in found])
+        if not (self._extents['image'] >= 0).any():
             raise UserError(f'{pattern}: no sample has an image ({input_key})')
-        if not (self._places['label'] >= 0).any():
+        if not (self._extents['label'] >= 0).any():
             raise UserError(
                 f'{pattern}: no sample has a label ({target_key}); a tar of class folders is read with '
                 'data.dataset=tar (its folder is data.root), labels of another extension with target_key'
@@ -89,13 +89,13 @@ class ShardReader(Reader):
         return len(self._names)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        place = self._places[index]
+        extent = self._extents[index]
         for part, keys in (('image', self.input_key), ('label', self.target_key)):
-            if place[part] < 0:
+            if extent[part] < 0:
                 raise UserError(f'it has no {part} ({keys})')
         # Opened anew: a position in a file that is open is shared with the processes that are forked.
         with open(self._shard(index), 'rb') as file:
-            image, label = (_read(file, place[part], place[f'{part}_size']) for part in ('image', 'label'))
+            image, label = (_read(file, extent[part], extent[f'{part}_size']) for part in ('image', 'label'))
         try:
             return io.BytesIO(image), int(label)
         except ValueError:
@@ -145,19 +145,19 @@ def _read_names(path: str) -> list[str]:
 
 
 def _index(path: str, input_key: str, target_key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Names (bytes) and places (_PLACE) of the samples of a shard, from the cache if they are there."""
+    """Names (bytes) and extents (_EXTENT) of the samples of a shard, from the cache if they are there."""
     status = os.stat(path)
     key = (os.path.abspath(path), status.st_size, status.st_mtime_ns, input_key, target_key)
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'vit_efficient', 'shards')
     cached = folder / f'{hashlib.sha256(repr(key).encode()).hexdigest()}.npz'
-    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(cached) as kept:
-        return kept['names'], kept['places']
-    names, places = _scan(path, input_key.lower().split(';'), target_key.lower())
+    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(cached) as index:
+        return index['names'], index['places']
+    names, extents = _scan(path, input_key.lower().split(';'), target_key.lower())
     with suppress(OSError):  # it is a convenience
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(cached) as temporary, open(temporary, 'wb') as file:
-            np.savez(file, names=names, places=places)
-    return names, places
+            np.savez(file, names=names, places=extents)
+    return names, extents
 
 
 def _scan(path: str, input_keys: list[str], target_key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -165,23 +165,17 @@ def _scan(path: str, input_keys: list[str], target_key: str) -> tuple[np.ndarray
 
     members: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        with tarfile.open(path, 'r:') as archive:
-            for member in archive:
-                name, extension = base_plus_ext(member.name)
-                if member.isfile() and name is not None:
-                    members.setdefault(name, {})[extension.lower()] = (member.offset_data, member.size)
-                archive.members = []  # it would keep them all
-            # tarfile takes a damaged header for the end, which is an empty block.
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(_BLOCK) != bytes(_BLOCK):
-                raise tarfile.ReadError(f'damaged or cut off at byte {archive.offset}')
+        for member in tar_members(path):
+            name, extension = base_plus_ext(member.name)
+            if member.isfile() and name is not None:
+                members.setdefault(name, {})[extension.lower()] = (member.offset_data, member.size)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f'{path}: not a readable tar shard, uncompressed ({error}); make it anew') from error
-    places = []
+    extents = []
     for parts in members.values():
         image = next((parts[key] for key in input_keys if key in parts), _NOWHERE)
-        places.append((*image, *parts.get(target_key, _NOWHERE)))
-    return np.array([name.encode() for name in members], dtype=bytes), np.array(places, dtype=_PLACE)
+        extents.append((*image, *parts.get(target_key, _NOWHERE)))
+    return np.array([name.encode() for name in members], dtype=bytes), np.array(extents, dtype=_EXTENT)
 
 
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:

@@ -1,0 +1,74 @@
+"""Folders of class folders."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+from timm.utils.misc import natural_key
+from torchvision.datasets import DatasetFolder
+
+from vit_efficient.data.files.images import EXTENSIONS, read_image
+from vit_efficient.utils.errors import UserError
+
+_logger = logging.getLogger(__name__)
+# What lies beside images and is none.
+_OTHER_FILES = ('.csv', '.db', '.html', '.ini', '.json', '.log', '.md', '.tsv', '.txt', '.xml', '.yaml', '.yml')
+
+
+class ImageTree(DatasetFolder):
+    """A folder that holds one folder of images per class, numbered in natural order (2 before 10), as in timm.
+
+    Items are (image, label), the image as `read_image` gives it. Hidden files and folders are skipped, and so are
+    files of other types, of which a warning tells unless they are text or tables.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        UserError: If the folder is missing or empty, holds no class folders, or a class folder holds no images.
+    """
+
+    def __init__(self, root: str | Path):
+        root = Path(root)
+        if not root.is_dir():
+            raise UserError(f'{root}: no such data folder')
+        if not any(root.iterdir()):
+            raise UserError(f'{root}: the data folder is empty')
+        others: list[str] = []
+
+        def is_image(path: str) -> bool:
+            if f'{os.sep}.' in path[len(str(root)) :]:
+                return False
+            known = path.lower().endswith(EXTENSIONS)
+            if not known and not path.lower().endswith(_OTHER_FILES):
+                others.append(path)
+            return known
+
+        read = f'(files that are read end in {", ".join(EXTENSIONS)})'
+        try:
+            super().__init__(root, loader=read_image, is_valid_file=is_image)
+        except FileNotFoundError as error:
+            names = sorted(path.name for path in root.iterdir() if path.is_dir())
+            if names:
+                raise UserError(f'{root}: {str(error).rstrip(". ")} {read}') from error
+            raise UserError(f'{root}: holds no class folders (expected {root}/CLASS/IMAGE)') from error
+        if others:
+            _logger.warning(f'{root}: left out {len(others):,} of its files, the first one {others[0]} {read}')
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = (path.name for path in Path(directory).iterdir() if path.is_dir() and not path.name.startswith('.'))
+        # Names that tie, such as 1 and 01, would come as the file system lists them.
+        classes = sorted(names, key=lambda name: (natural_key(name), name))
+        if not classes:
+            raise FileNotFoundError('no class folders')
+        return classes, {name: label for label, name in enumerate(classes)}
+
+    def filename(self, index: int) -> str:
+        return Path(self.samples[index][0]).relative_to(self.root).as_posix()
+
+    def digest(self) -> str:
+        """A hash of the names and the order of the files, as they are below `root`."""
+        below = len(str(self.root))
+        names = '\n'.join(path[below:] for path, _ in self.samples)
+        return hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()
