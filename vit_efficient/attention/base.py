@@ -13,6 +13,7 @@ from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, as_integer, check_options
 from vit_efficient.utils.compat import own_names, own_parameters
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.options import write_options
 
 _TIMM_ARGUMENTS = tuple(inspect.signature(Attention.__init__).parameters)[1:]
 
@@ -201,6 +202,9 @@ class GridAttention(Attention):
     def use_common_part(self, owned: nn.Module) -> None:
         """Uses the common part that the model owns instead of its own."""
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return write_options(self.options)
 
     def added_state(self, prefix: str = '', keep_vars: bool = False) -> dict[str, Tensor]:
         """The entries of the state dict that timm's `Attention` does not have."""

@@ -75,9 +75,6 @@ class CompressedAttention(GridAttention):
         local: Kernel size of a depthwise convolution over the patch grid, added to the output; it restores what the
             compressor cannot carry. Odd; 0 for none, as at place 'block', whose residual does that.
         **compressor_options: For the compressor, such as `keep_ratio`.
-
-    Raises:
-        UserError: If an option is unknown or out of range.
     """
 
     def configure(self, *, compressor: str, place: str = 'x', local: int = 0, **compressor_options) -> None:
@@ -139,10 +136,6 @@ class CompressedAttention(GridAttention):
         self.check_call(x, grid)
         return self._down(x, grid)
 
-    def up(self, y: Tensor, grid: PatchGrid) -> Tensor:
-        """And back: (B, m, C) → (B, N, C)."""
-        return self._up(y, grid)
-
     def _among_kept(self, x_BmC: Tensor, grid: PatchGrid) -> Tensor:
         """timm's attention on the kept tokens, but for the output projection."""
         q, k, v = self.heads(self.qkv(x_BmC)).unbind(2)
@@ -154,7 +147,7 @@ class CompressedAttention(GridAttention):
         if self.place == 'qkv':
             if self.gate is None and isinstance(self.norm, nn.Identity):
                 return self._project_up(y, grid)
-            y = self._up(y, grid)
+            y = self.up(y, grid)
         return self.proj(self.norm_and_gate(y, x))
 
     def _compressed_projections(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,8 +193,8 @@ class CompressedAttention(GridAttention):
     def _project_up(self, y_BmC: Tensor, grid: PatchGrid) -> Tensor:
         """up, then the output projection: the other way round where that is the same, on fewer tokens."""
         if not self.compress.commutes:
-            return self.proj(self._up(y_BmC, grid))
-        return self._up(self._with_constant(self.proj(y_BmC), self.proj.bias, grid), grid)
+            return self.proj(self.up(y_BmC, grid))
+        return self.up(self._with_constant(self.proj(y_BmC), self.proj.bias, grid), grid)
 
     def _with_constant(
         self, projected: Tensor, bias: Tensor | None, grid: PatchGrid, way: nn.Module | None = None
@@ -227,7 +220,8 @@ class CompressedAttention(GridAttention):
         kept = (way or self.compress.down)(patches, grid)
         return torch.cat([prefix.to(kept.dtype), kept], dim=-2) if grid.prefix else kept
 
-    def _up(self, y: Tensor, grid: PatchGrid) -> Tensor:
+    def up(self, y: Tensor, grid: PatchGrid) -> Tensor:
+        """Kept tokens back to all: (…, m, C) → (…, N, C)."""
         prefix, kept = self._split(y, grid)
         patches = self.compress.up(kept, grid)
         return torch.cat([prefix, patches], dim=-2) if grid.prefix else patches

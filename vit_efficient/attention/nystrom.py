@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.functional import attend, attention_weights
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.compress import COMPRESSORS
+from vit_efficient.compress.budget import Budget, kept_grid
+from vit_efficient.compress.pool import Down
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import as_integer, as_sides, check_choice, is_integer, is_pair
 from vit_efficient.utils.errors import UserError
@@ -71,9 +72,6 @@ class NystromAttention(GridAttention):
         pinv_iterations: Of 'iterative'; 6 by default.
         residual_kernel: Size of a convolution of the values over the patch grid, added to the output, one kernel per
             head: odd, or an odd pair (height, width); 0 for none. Prefix tokens have no part in it.
-
-    Raises:
-        UserError: If an option is unknown or out of range.
     """
 
     def configure(
@@ -85,7 +83,7 @@ class NystromAttention(GridAttention):
         residual_kernel: int | tuple[int, int] = 0,
     ) -> None:
         num_landmarks = as_sides('num_landmarks', num_landmarks)
-        self.landmarks = COMPRESSORS['pool'](num_tokens=num_landmarks, count_bias=False)
+        self.landmarks = Down(Budget(num_tokens=num_landmarks, argument='num_landmarks'), 'mean')
         check_choice('pinv', pinv, ('iterative', 'exact'))
         if pinv == 'exact' and pinv_iterations is not None:
             raise UserError(f"pinv='exact' has no iterations, got {pinv_iterations=}; leave it out")
@@ -114,7 +112,6 @@ class NystromAttention(GridAttention):
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
-        check_landmarks(grid.height, grid.width, self.landmarks.budget.num_tokens)
         q, k, v = self.project(x)
         v_dropped = self.drop_keys(v)
 
@@ -131,7 +128,7 @@ class NystromAttention(GridAttention):
     def _means(self, x: Tensor, grid: PatchGrid) -> Tensor:
         """Landmarks of queries or keys: (B, H, N, D) → (B, H, m, D)"""
         patches_BLC = x[:, :, grid.prefix :].transpose(1, 2).flatten(2)  # of all heads at once
-        means = self.landmarks.down(patches_BLC, grid).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        means = self.landmarks(patches_BLC, grid).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         means = means.contiguous()  # fused attention takes no other
         return torch.cat([x[:, :, : grid.prefix].to(means.dtype), means], dim=2) if grid.prefix else means
 
@@ -141,7 +138,7 @@ class NystromAttention(GridAttention):
         Raises:
             UserError: If the landmarks cannot be had on the grid.
         """
-        check_landmarks(grid.height, grid.width, self.landmarks.budget.num_tokens)
+        kept_grid(grid.height, grid.width, self.landmarks.budget)
         return grid.num_tokens
 
     def export_error(self, suffix: str) -> str | None:
@@ -152,28 +149,8 @@ class NystromAttention(GridAttention):
             )
         return None
 
-    def extra_repr(self) -> str:
-        return f"pinv='{self.pinv}'" + (f', pinv_iterations={self.pinv_iterations}' if self.pinv_iterations else '')
 
-
-# The functions below are leaves for FX, where sizes, dtypes and devices are not known.
-
-
-@torch.fx.wrap
-@register_notrace_function
-def check_landmarks(height, width, num_landmarks: int | tuple[int, int]) -> None:
-    """Raises UserError if the landmarks cannot be had on a grid."""
-    fixed = type(height) is int and type(width) is int
-    if isinstance(num_landmarks, tuple):
-        if fixed and (num_landmarks[0] > height or num_landmarks[1] > width):
-            raise UserError(
-                f'{num_landmarks=} exceeds the grid of {height} × {width} patches; give a smaller pair, or an integer, '
-                'which follows the grid'
-            )
-    elif not fixed:
-        raise UserError(f'{num_landmarks=} needs a fixed image size; give a pair (h, w)')
-
-
+# A leaf for FX, where dtypes and devices are not known.
 @torch.fx.wrap
 @register_notrace_function
 def unmix(q: Tensor, k: Tensor, v: Tensor, scale: float, iterations: int | None) -> Tensor:

@@ -47,9 +47,6 @@ class PerformerAttention(GridAttention):
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
         num_features: r. The error falls as 1/√r. By default ⌊D ln D⌋, as in the public implementations: 266 for D = 64.
-
-    Raises:
-        UserError: If an option is unknown or out of range.
     """
 
     def configure(self, *, num_features: int | None = None) -> None:
@@ -87,9 +84,6 @@ class PerformerAttention(GridAttention):
     def num_attended(self, grid: PatchGrid) -> int:
         """N: every query sees all keys, through the features."""
         return grid.num_tokens
-
-    def extra_repr(self) -> str:
-        return f'num_features={self.features.shape[0]}'
 
 
 def redraw_features(model: nn.Module, generator: torch.Generator | None = None) -> None:

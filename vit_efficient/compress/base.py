@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, nearest
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.options import write_options
 
 COMPRESSORS: dict[str, type['Compressor']] = {}
 
@@ -86,6 +87,9 @@ class Compressor(nn.Module):
 
     def set_grid_size(self, height: int, width: int) -> None:
         """Follows the model to another patch grid, where there are weights that have one."""
+
+    def extra_repr(self) -> str:
+        return write_options(self.options)
 
     def common_part(self) -> nn.Module | None:
         """The part that all layers of a model have in common, if there is one."""

@@ -84,14 +84,9 @@ def largest(x_HWD: Tensor, kept: tuple) -> Tensor:
     return x_HWD
 
 
-def interpolate_means(y_hwD: Tensor, size: tuple) -> Tensor:
-    """Bilinear, between the centres of the cells: (…, h, w, D) → (…, H, W, D)."""
-    return _transform(y_hwD, _between_centres, (-2, -3), size[::-1])
-
-
-def interpolate_middles(y_hwD: Tensor, size: tuple) -> Tensor:
-    """Bilinear, between the patches in the middle of the cells: (…, h, w, D) → (…, H, W, D)."""
-    return _transform(y_hwD, _between_middles, (-2, -3), size[::-1])
+def interpolate(y_hwD: Tensor, size: tuple, picked: bool) -> Tensor:
+    """Bilinear, between the centres of cells or the patches `picked` in their middle: (…, h, w, D) → (…, H, W, D)."""
+    return _transform(y_hwD, _between_middles if picked else _between_centres, (-2, -3), size[::-1])
 
 
 def pick_middles(x_HWD: Tensor, kept: tuple) -> Tensor:

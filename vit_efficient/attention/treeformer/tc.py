@@ -86,9 +86,6 @@ class TreeMeanAttention(TreeAttention):
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
         tree_height: h. There are 2^h leaves.
-
-    Raises:
-        UserError: If an option is unknown or out of range.
     """
 
     def configure(self, *, tree_height: int = 4) -> None:
@@ -172,24 +169,12 @@ class TreeMeanAttention(TreeAttention):
         """N: every query sees all keys, in the mean of the root."""
         return grid.num_tokens
 
-    def extra_repr(self) -> str:
-        return f'tree_height={self.tree.height}'
-
 
 # A leaf for FX, where sizes and dtypes are not known.
 @torch.fx.wrap
 @register_notrace_function
 def average_over_nodes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    level_weight: Tensor,
-    prefix: int,
-    num_patches: int,
-    scale: float,
-    fused: bool,
+    q: Tensor, k: Tensor, v: Tensor, weight, bias, level_weight, prefix: int, num_patches: int, scale: float, fused
 ) -> Tensor:
     """The equation of this module, in float32 at least: a rounded score may be another leaf.
 
