@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from timm.layers import register_notrace_function
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.compressed import LocalMixing
 from vit_efficient.attention.functional import attend, attention_weights
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.compress.budget import Budget, kept_grid
@@ -29,22 +30,11 @@ from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
 
 PINV_ITERATIONS = 6  # the paper's
+NO_ONNX = "ONNX has no pseudo-inverse for 'nystrom' with pinv='exact'; export to .pt2, or use pinv='iterative'"
 
 
-class ValueMixing(nn.Conv2d):
-    """Convolution of the values over the patch grid, one kernel for all channels of a head.
-
-    It starts at zero, so that the weights of a plain ViT mean what they did; its gradient is not zero there.
-    """
-
-    flop_role = 'transform'
-
-    def __init__(self, num_heads: int, kernel_size: tuple[int, int], **kwargs):
-        padding = tuple(side // 2 for side in kernel_size)
-        super().__init__(num_heads, num_heads, kernel_size, padding=padding, groups=num_heads, bias=False, **kwargs)
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
+class ValueMixing(LocalMixing):
+    """Convolution of the values over the patch grid, one kernel for all channels of a head."""
 
     def forward(self, v: Tensor, grid: PatchGrid) -> Tensor:
         """(B, H, height · width, D) → (B, height · width, C)"""
@@ -59,9 +49,8 @@ class NystromAttention(GridAttention):
     """Attention through landmarks: the prefix tokens, and the means of q and of k over the cells of the patch grid.
 
     qk-norm acts on the tokens, before the means; with every token a landmark and the exact pseudo-inverse this is exact
-    attention. There is no N × N matrix for `attn_drop`, and weights dropped from its factors would be noise that A⁺
-    amplifies. In training it drops keys instead, each from the outputs of all queries of its head; as in exact
-    attention, the weights of the others are scaled up, not normalised again.
+    attention. In training keys are dropped (`drop_keys`): weights dropped from the factors would be noise that A⁺
+    amplifies.
 
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
@@ -90,7 +79,7 @@ class NystromAttention(GridAttention):
         if pinv == 'iterative':
             given = PINV_ITERATIONS if pinv_iterations is None else pinv_iterations
             pinv_iterations = as_integer('pinv_iterations', given)
-        kernel = tuple(residual_kernel) if is_pair(residual_kernel) else (residual_kernel,) * 2
+        kernel = residual_kernel if is_pair(residual_kernel) else (residual_kernel,) * 2
         without = is_integer(residual_kernel) and residual_kernel == 0
         if not without and not all(is_integer(side, 1) and side % 2 for side in kernel):
             raise UserError(
@@ -142,12 +131,7 @@ class NystromAttention(GridAttention):
         return grid.num_tokens
 
     def export_error(self, suffix: str) -> str | None:
-        if suffix == '.onnx' and self.pinv == 'exact':
-            return (
-                "ONNX has no pseudo-inverse for attention 'nystrom' with pinv='exact'; export to .pt2, or use "
-                "pinv='iterative'"
-            )
-        return None
+        return NO_ONNX if suffix == '.onnx' and self.pinv == 'exact' else None
 
 
 # A leaf for FX, where dtypes and devices are not known.

@@ -40,9 +40,7 @@ class PerformerAttention(GridAttention):
 
     The features are drawn from torch's random state when the module is built, and stay as they are, in training too,
     until `redraw_features`. They are a buffer and part of the state dict, one for all heads of a layer.
-
-    There is no N × N matrix that `attn_drop` could act on. In training it drops keys instead, each from the sums of all
-    queries of its head, and as in exact attention the remaining weights are scaled up, not normalised again.
+    In training keys are dropped (`drop_keys`), each from the sums of all queries of its head.
 
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.

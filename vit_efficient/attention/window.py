@@ -26,7 +26,7 @@ from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.grid import PatchGrid, larger, smaller
 from vit_efficient.utils.checks import as_sides, check_flag
-from vit_efficient.utils.compat import is_number
+from vit_efficient.utils.compat import are_numbers
 
 
 @register_attention('window')
@@ -62,12 +62,12 @@ class WindowAttention(GridAttention):
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
         windows = (grid.height, grid.width, grid.prefix, to_2tuple(self.window_size), self.shift)
-        x = to_window_order(x, *windows)
+        x = reorder(x, *windows)
         q, k, v = self.heads(self.qkv(x)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         y_BNC = attend_in_windows(q, k, v, *windows, (self.scale, self.fused_attn, self.drop_rate))
         y_BNC = self.norm_and_gate(y_BNC, x)
-        return self.proj_drop(to_grid_order(self.proj(y_BNC), *windows))
+        return self.proj_drop(reorder(self.proj(y_BNC), *windows, back=True))
 
     def num_attended(self, grid: PatchGrid) -> int:
         """The keys of a patch in a whole window; at the border there may be fewer. A prefix token attends to all."""
@@ -80,23 +80,15 @@ class WindowAttention(GridAttention):
 
 @torch.fx.wrap
 @register_notrace_function
-def to_window_order(x: Tensor, height, width, prefix: int, window: tuple[int, int], shift: bool) -> Tensor:
-    """(B, N, C) → (B, N, C): prefix tokens first, then window after window, those of equal area together.
+def reorder(x: Tensor, height, width, prefix: int, window: tuple[int, int], shift: bool, back: bool = False) -> Tensor:
+    """(B, N, C) → (B, N, C): prefix tokens first, then window after window, those of equal area together; and `back`.
 
     Where sizes are symbols the order stays that of the grid.
     """
-    if not _are_numbers(height, width):
+    if not are_numbers(height, width):
         return x
-    return x.index_select(1, _window_order(height, width, prefix, window, shift, x.device))
-
-
-@torch.fx.wrap
-@register_notrace_function
-def to_grid_order(y: Tensor, height, width, prefix: int, window: tuple[int, int], shift: bool) -> Tensor:
-    """(B, N, C) → (B, N, C): undoes `to_window_order`."""
-    if not _are_numbers(height, width):
-        return y
-    return y.index_select(1, _window_order(height, width, prefix, window, shift, y.device).argsort())
+    order = _window_order(height, width, prefix, window, shift, x.device)
+    return x.index_select(1, order.argsort() if back else order)
 
 
 @torch.fx.wrap
@@ -105,7 +97,7 @@ def attend_in_windows(q, k, v, height, width, prefix: int, window, shift: bool, 
     """Softmax attention of the patches inside their windows, and of the prefix tokens among all.
 
     Args:
-        q, k, v: (B, N, H, D), in the order of `to_window_order`.
+        q, k, v: (B, N, H, D), in window order, as of `reorder`.
         height, width, prefix: The grid.
         window, shift: The options of the mechanism, `window` as (rows, columns).
         how: What `functional.attend` takes: scale, fused, dropout.
@@ -113,7 +105,7 @@ def attend_in_windows(q, k, v, height, width, prefix: int, window, shift: bool, 
     Returns:
         (B, N, C), in the same order.
     """
-    known = _are_numbers(height, width)
+    known = are_numbers(height, width)
     windows = _count_by_area(height, width, window, shift) if known else {1: height * width}  # or all patches, uncut
     sizes = [prefix, *(n * area for area, n in windows.items())]
     # Split, not sliced: the gradient of a slice is as large as the whole.
@@ -228,7 +220,3 @@ def _padding(length, side: int, shift: bool) -> tuple:
     shifted = smaller(1, larger(0, length - side)) if shift else 0  # 1 where there are several windows
     before = shifted * (-(side // 2) % side)
     return before, (before + length + side - 1) // side
-
-
-def _are_numbers(*sizes) -> bool:
-    return all(is_number(size) for size in sizes)

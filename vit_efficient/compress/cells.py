@@ -64,8 +64,7 @@ def _between_middles(n, m, device: torch.device) -> Tensor:
 def means(x_HWD: Tensor, kept: tuple) -> Tensor:
     """The mean of each cell: (…, H, W, D) → (…, h, w, D)."""
     height, width = plain_sizes(x_HWD.shape[-3:-1])
-    even = all(type(n) is int and type(m) is int and n % m == 0 for n, m in zip((height, width), kept, strict=True))
-    if even:
+    if all(type(n) is int and type(m) is int and n % m == 0 for n, m in zip((height, width), kept, strict=True)):
         outer = x_HWD.shape[:-3]
         x_BDHW = x_HWD.reshape(-1, *x_HWD.shape[-3:]).permute(0, 3, 1, 2)
         y_BDhw = F.avg_pool2d(x_BDHW, (height // kept[0], width // kept[1]))

@@ -117,11 +117,6 @@ class DctCompressor(Compressor):
         self.down = Down(axes, domain, self.budget, self.window)
         self.up = Up(axes, domain, self.budget, self.window)
 
-    @classmethod
-    def of_attention(cls, attention: nn.Module, **options) -> 'DctCompressor':
-        weight = attention.qkv.weight
-        return cls(**options).to(device=weight.device, dtype=weight.dtype)
-
     @property
     def options(self) -> dict[str, Any]:
         learned = {'learned': True} if self.window is not None else {}

@@ -183,9 +183,6 @@ class LearnedCompressor(Compressor):
             last block, between which it changes linearly (the paper's "non-uniform projected dimension").
         grid_size: Rows and columns of patches that the weights are made for; a model gives its own.
         num_heads, head_dim, device, dtype: Those of the attention.
-
-    Raises:
-        UserError: If an argument is missing or out of range.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ from vit_efficient.attention.treeformer.trees import (
 )
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import is_integer
-from vit_efficient.utils.compat import is_number
+from vit_efficient.utils.compat import are_numbers
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
 
@@ -76,8 +76,7 @@ class TreeMeanAttention(TreeAttention):
     Predicates, values and α have gradients from all tokens (see `trees.py` for the surrogate). α starts at 1 / (h + 1),
     and with h = 0 the output of a patch is the mean of all values.
 
-    There is no N × N matrix that `attn_drop` could act on. In training it drops keys instead, each from all queries of
-    its head, and the values that stay are scaled up.
+    In training keys are dropped (`drop_keys`), each from the sums of all nodes of its head's tree.
 
     In evaluation, where no gradient is wanted and neither gate nor norm stands between, the projections of values and
     output are taken through the tree: they act on one row for each leaf instead of N tokens. This is exact; hooks on
@@ -121,7 +120,7 @@ class TreeMeanAttention(TreeAttention):
             and isinstance(self.norm, nn.Identity)
             and is_plain(self.qkv)
             and is_plain(self.proj)
-            and is_number(grid.num_patches)
+            and are_numbers(grid.num_patches)
             and 2**self.tree.height < grid.num_patches
         )
 

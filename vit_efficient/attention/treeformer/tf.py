@@ -131,7 +131,7 @@ def _attend_patches(
     """(B, H, N, D) three times, of all tokens → (B, H, N − P, D), of the patches"""
     # Split, not sliced: the gradient of a slice is as large as the whole.
     (_, q), (k_prefix, k), (v_prefix, v) = (t.split([prefix, num_patches], dim=2) for t in (q, k, v))
-    dim, of_leaf = v.shape[-1], None
+    dim, (scale, fused, _) = v.shape[-1], how
     with torch.no_grad(), without_autocast(v):
         trees = [t.to(torch.promote_types(v.dtype, torch.float32)) for t in (weight, bias)]
         to_route = [t.to(trees[0].dtype) for t in (q, k)]
@@ -141,18 +141,18 @@ def _attend_patches(
             return torch.ops.vit_efficient.attend_in_leaves(q, k, v, prefix, num_leaves, leaves_of(weight))
         leaves_q, leaf_k = best_leaves(to_route[0], *trees, num_leaves), route(to_route[1], *trees)
 
-    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
+    learns = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
+    if learns:
         # Channels more, which add nothing to a score and carry the gradient of m(q) · m(k): (m(q) of each leaf, 1)
         # against (which leaf it is, m(k)).
         with without_autocast(v):
             trees = [t.to(trees[0].dtype) for t in (weight, bias)]  # with their gradient
             m_q, m_k = (
-                membership(t.detach().to(trees[0].dtype), *trees, leaves).to(t.dtype) / how[0]
+                membership(t.detach().to(trees[0].dtype), *trees, leaves).to(t.dtype) / scale
                 for t, leaves in ((q, leaves_q), (k, leaf_k.unsqueeze(-1)))
             )
         q = torch.cat([q, m_q, torch.ones_like(m_k)], dim=-1)
         k = torch.cat([k, torch.zeros_like(m_q), m_k], dim=-1)
-        of_leaf = slice(dim, dim + num_leaves)
         k_prefix, v_prefix, v = (F.pad(t, (0, q.shape[-1] - t.shape[-1])) for t in (k_prefix, v_prefix, v))
 
     reads = Reads.of(leaves_q, leaf_k, leaves_of(weight), prefix)
@@ -161,7 +161,7 @@ def _attend_patches(
     if prefix:
         k, v = (torch.cat([t, of_prefix.flatten(0, 2)]) for t, of_prefix in ((k, k_prefix), (v, v_prefix)))
     k, v = (t.index_select(0, reads.keys) for t in (k, v))
-    if of_leaf is not None:
+    if learns:
         k = k + F.pad(F.one_hot(reads.pieces, num_leaves + 1)[:, 1:].to(k.dtype), (dim, 1))
     y = [v[:0]]  # of an empty batch, all
     for part in reads.split(q, k, v):
@@ -171,7 +171,7 @@ def _attend_patches(
         tokens = (t.split(n.tolist()) for t, n in zip(part[:3], (part.num_queries, *[part.num_keys] * 2), strict=True))
         for q_group, k_group, v_group in zip(*tokens, strict=True):
             # In parts where scores are written out, so that a leaf with all tokens has no N × N matrix either.
-            rows = (q_group,) if how[1] else q_group.split(CHUNK)
+            rows = (q_group,) if fused else q_group.split(CHUNK)
             y += [attend(r[None, None], k_group[None, None], v_group[None, None], *how)[0, 0] for r in rows]
     y = torch.cat(y).index_select(0, reads.queries.argsort())
     return y[..., :dim].unflatten(0, leaf_k.shape)
