@@ -22,7 +22,8 @@ def keys(monkeypatch):
 
 def test_keys_as_a_table(capsys):
     assert main(['recipe', 'keys']) == 0
-    head, _, lr, workers, clip = capsys.readouterr().out.splitlines()
+    head, rule, lr, workers, clip = capsys.readouterr().out.splitlines()
+    assert ':' not in rule
     cells = [
         [cell.strip() for cell in line.replace(r'\|', 'or').split('|')[1:-1]] for line in (head, lr, workers, clip)
     ]

@@ -231,7 +231,8 @@ def test_accuracy_takes_runs_whose_data_have_moved(trained, recipes, tmp_path, m
     shutil.copytree(recipes / 'data', data)
     moved = command(recipes, trained, '--out', str(tmp_path), f'data.train={data}/train', f'data.val={data}/val')
     assert main(moved) == 0
-    assert f'was trained with data.train={recipes}/data/train, data.val={recipes}/data/val' in capsys.readouterr().out
+    said = f'{trained}/dct-s1 was trained with data.train={recipes}/data/train, data.val={recipes}/data/val: '
+    assert said in capsys.readouterr().out
     (data / 'val/dark/0.png').rename(data / 'val/dark/other.png')
     assert main(moved) == 2
     assert f'data.val={data}/val' in (err := capsys.readouterr().err).replace("'", '') and 'other images' in err

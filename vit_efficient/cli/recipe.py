@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = 'list the keys of recipes: their types, defaults and ranges, and whether a run may go on with another value'
     keys = commands.add_parser('keys', help=about, description=about)
     keys.add_argument('--like', default='', metavar='WORD', help='those with this in their name or meaning')
-    keys.add_argument('--format', choices=FORMATS, default='markdown')
+    keys.add_argument('--format', choices=FORMATS, default=FORMATS[0])
 
 
 def run(args: argparse.Namespace) -> None:

@@ -146,7 +146,7 @@ def _check_reusable(config: Config) -> str:
         if not _has_images_of(config, key):
             raise _other_run(config, saved, [key], ', where other images are or none')
     folders = ', '.join(f'{key}={saved[key]}' for key in moved)
-    return f'{run} was trained with {folders}: images of the same names and number.\n' if moved else ''
+    return f'{run.path} was trained with {folders}: images of the same names and number.\n' if moved else ''
 
 
 def _other_run(config: Config, saved: dict[str, Any], keys: Sequence[str], why: str = '') -> UserError:
@@ -177,11 +177,11 @@ def _has_images_of(config: Config, key: str) -> bool:
 
 
 def _check_same_updates(entry: Entry) -> None:
-    folders: dict[int, RunFolder] = {}
+    folders: dict[int, Path] = {}
     for config, run in zip(entry.configs, entry.runs, strict=True):
         images = _images_per_update(run.result) if run.is_finished else _images_per_process(flatten(config))
         if images:
-            folders.setdefault(images, run)
+            folders.setdefault(images, run.path)
     if len(folders) > 1:
         found = ', '.join(f'{folder} {images}' for images, folder in folders.items())
         raise UserError(
