@@ -267,7 +267,7 @@ def create_attention(name: str, dim: int, num_heads: int = 8, **options) -> Grid
         name: One of `list_attentions()`.
         dim: C, channels of the tokens.
         num_heads: Attention heads; they divide `dim`.
-        **options: Those of the mechanism, over those that its name presets; and timm's arguments (`qkv_bias`, `qk_norm`, …).
+        **options: Those of the mechanism, over its name's preset; and timm's arguments (`qkv_bias`, `qk_norm`, …).
 
     Raises:
         UserError: If the name or an option is unknown, or an option is out of range.

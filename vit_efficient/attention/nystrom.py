@@ -54,11 +54,11 @@ class NystromAttention(GridAttention):
 
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
-        num_landmarks: Of the patches: the most cells that there may be, h · w of the grid's aspect, or the pair (h, w).
+        num_landmarks: The most cells that there may be, h · w of the grid's aspect, or the pair (h, w).
             The prefix tokens come on top.
         pinv: 'iterative', the paper's, which also bounds A⁺ where A is ill-conditioned; or 'exact', slow, for small
             or well-conditioned A: elsewhere its large values make the outputs worse.
-        pinv_iterations: Of 'iterative'; 6 by default.
+        pinv_iterations: How many 'iterative' makes; 6 by default.
         residual_kernel: Size of a convolution of the values over the patch grid, added to the output, one kernel per
             head: odd, or an odd pair (height, width); 0 for none. Prefix tokens have no part in it.
     """
@@ -143,7 +143,7 @@ def unmix(q: Tensor, k: Tensor, v: Tensor, scale: float, iterations: int | None)
     Args:
         q, k, v: (B, H, m, D), of the landmarks.
         scale: 1 / √D
-        iterations: Of the iterative pseudo-inverse; None for the exact one.
+        iterations: How many the pseudo-inverse makes; None for the exact one.
 
     Returns:
         (B, H, m, D), of the dtype of v.

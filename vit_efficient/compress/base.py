@@ -80,7 +80,7 @@ class Compressor(nn.Module):
         """What is added to the score of each key, so that it weighs as many patches as it stands for.
 
         Args:
-            grid: Of the tokens.
+            grid: The layout of the tokens.
             like: Has the dtype and device of the result.
 
         Returns:

@@ -171,7 +171,7 @@ class LearnedCompressor(Compressor):
     Args:
         projection: 'linear', a learned matrix k × N; 'mean' or 'max' of the cells of the grid; 'conv', a depthwise
             convolution whose kernel and stride are those of a cell, rounded up (so it may leave fewer than k).
-        sharing: Of the weights of 'linear' and 'conv', 'headwise' by default; parameters as there are layers L, heads H
+        sharing: Which 'linear' or 'conv' projections are one, 'headwise' by default; parameters with layers L, heads H
             and weights w in one projection (k · N; of 'conv', D · N / k):
             'none', 2 · L · H · w; 'headwise', one E and one F in a layer, 2 · L · w; 'key-value', also E = F, L · w;
             'layerwise', one for all layers, owned by the model, w.

@@ -197,7 +197,7 @@ class Reads:
         queries: Rows of (B · H · N) queries, group by group.
         keys: Rows of (B · H · N) patches, and (B · H · P) prefix tokens after them, that the groups read, likewise.
         pieces: Of each key, which of the leaves of its group it is in, from 1; 0 if it is in none.
-        num_queries, num_keys: Of each group.
+        num_queries, num_keys: How many there are in each group.
         groups: How many of them are of each size.
     """
 
