@@ -50,22 +50,23 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
     if config.threads:
         torch.set_num_threads(config.threads)
     import_plugins(config)
-    with Interrupts() as stop, processes(config.device) as team, _naming_rank(team):
+    with Interrupts() as stop, processes(config.device) as team:
         experiment = Experiment.build(config, team, train_set, val_set)
         folder = RunFolder(config.output, team)
         state = TrainState(experiment)
-        result, saved = folder.earlier(experiment)
-        if result is not None:
-            return result
-        if saved:
-            path, content = saved
-            with reading(path):
-                state.load_state_dict(content)
+        with _naming_rank(team):
+            result, saved = folder.earlier(experiment)
+            if result is not None:
+                return result
+            if saved:
+                path, content = saved
+                with reading(path):
+                    state.load_state_dict(content)
         preflight(experiment, state)
         try:
             state.wrap()
             stop.share(team)
-            with folder.open(experiment, state, stop) as log:
+            with _naming_rank(team), folder.open(experiment, state, stop) as log:
                 return Trainer(experiment, state, folder, log, stop).fit()
         finally:
             # DDP must not outlive its process group: its end would wait, holding the interpreter's lock, for a thread
