@@ -34,7 +34,7 @@ def test_python(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, 'create_model', offline)
-    monkeypatch.setattr('vit_efficient.attention.registry._ATTENTIONS', dict(_registered()))
+    monkeypatch.setattr('vit_efficient.attention.registry.ATTENTIONS', dict(_registered()))
     names: dict = {}
     for block in blocks('python'):
         exec(compile(block, 'README.md', 'exec'), names)
@@ -46,7 +46,7 @@ def test_python(tmp_path, monkeypatch, capsys):
 def _registered():
     from vit_efficient.attention import registry
 
-    return registry._ATTENTIONS
+    return registry.ATTENTIONS
 
 
 def test_flops_command(capsys):

@@ -9,23 +9,14 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
-from vit_efficient.models import (
-    EfficientVisionTransformer,
-    EfficientVisionTransformerDistilled,
-    GridBlock,
-    model_arguments,
-)
+from vit_efficient.models.block import GridBlock, check_blocks, check_patch_dropout, common_part, own_common_part
 from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
-from vit_efficient.models.vit import (
-    DEFAULT_CFG,
-    AttentionSpec,
-    attention_per_layer,
-    build_model,
-    check_blocks,
-    check_patch_dropout,
-    common_part,
-    own_common_part,
-)
+from vit_efficient.models.registered import DEFAULT_CFG, build_model
+from vit_efficient.models.saving import model_arguments
+from vit_efficient.models.spec import AttentionSpec, attention_per_layer
+from vit_efficient.models.vit import EfficientVisionTransformer, EfficientVisionTransformerDistilled
+from vit_efficient.utils.checks import is_integer
+from vit_efficient.utils.compat import model_args, set_model_args
 from vit_efficient.utils.errors import UserError
 
 # A class of timm's, and ours that adds the grid to its forward pass and nothing to its state.
@@ -63,9 +54,9 @@ def convert(
     """
     check_convertible(model)
     depth = len(model.blocks)
-    indices = list(range(depth)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    indices = list(range(depth)) if layers is None else [layers] if is_integer(layers) else list(layers)
     for i in indices:
-        if type(i) is not int or not -depth <= i < depth:
+        if not is_integer(i, -depth) or i >= depth:
             raise UserError(f'layers: the model has blocks 0 … {depth - 1}, got {i!r}')
     spec = attention_per_layer(attention, options, len(indices))
     wanted = dict(zip([i % depth for i in indices], spec, strict=True))
@@ -119,7 +110,7 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
         embedding = DctPatchEmbed.from_conv(embedding, keep, **options)
     convert(model, 'full', layers=[])
     model.patch_embed = embedding
-    model._model_args = model_arguments(model)
+    set_model_args(model, model_arguments(model))
     return model
 
 
@@ -133,7 +124,7 @@ def check_convertible(model: nn.Module) -> None:
         )
     try:
         check_blocks(model)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f'cannot convert {error}') from None
 
 
@@ -141,10 +132,10 @@ def _describe(model: nn.Module, was_ours: bool) -> None:
     """Keeps what timm saves beside the weights true: the architecture, and the arguments that rebuild it."""
     config = dict(getattr(model, 'pretrained_cfg', {}))
     if not was_ours and config.get('architecture'):
-        model._model_args = {**getattr(model, '_model_args', {}), 'base': config['architecture']}
+        set_model_args(model, {**model_args(model), 'base': config['architecture']})
         config['architecture'] = 'vit_converted'
         model.pretrained_cfg = model.default_cfg = config
-    model._model_args = model_arguments(model)
+    set_model_args(model, model_arguments(model))
 
 
 default_cfgs = generate_default_cfgs({'vit_converted': DEFAULT_CFG})

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vit_efficient.attention.nystrom import NystromAttention
+from vit_efficient.attention import GridAttention
 from vit_efficient.models.truncation import has_windows
-from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.checks import as_integer, is_integer
+from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.files import replacing
 
 SUFFIXES = ('.onnx', '.pt2')
@@ -46,10 +47,9 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise UserError(f'export: the file must end in {" or ".join(SUFFIXES)}, got {path}')
-    if type(fixed_batch) is not int or fixed_batch < 0:
-        raise UserError(f'export: fixed_batch must be 0 or a number of images, got {fixed_batch=}')
+    fixed_batch = as_integer('fixed_batch', fixed_batch, 0, '0 or a number of images')
     sides = input_size if isinstance(input_size, (tuple, list)) else ()
-    if len(sides) != 3 or not all(type(side) is int and side > 0 for side in sides):
+    if len(sides) != 3 or not all(is_integer(side, 1) for side in sides):
         raise UserError(
             f'export: input_size must be channels, height and width, three positive integers, got {input_size=}'
         )
@@ -58,12 +58,9 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
             'export: the model learns a truncation; make it hard first, by vit_efficient.freeze_truncation, or export '
             "the folder 'model' that `vit-efficient train` writes at the end of a run, which has it hard"
         )
-    exact = any(isinstance(module, NystromAttention) and module.pinv == 'exact' for module in model.modules())
-    if path.suffix == '.onnx' and exact:
-        raise UserError(
-            "export: ONNX has no pseudo-inverse for attention 'nystrom' with pinv='exact'; export to .pt2, or use "
-            "pinv='iterative'"
-        )
+    for module in model.modules():
+        if isinstance(module, GridAttention) and (reason := module.export_error(path.suffix)):
+            raise UserError(f'export: {reason}')
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         raise UserError(
@@ -160,7 +157,7 @@ def _reason(error: BaseException) -> str:
     """What the innermost cause says, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return ' '.join(str(error).split())[:300] or type(error).__name__
+    return one_line(error)
 
 
 @contextlib.contextmanager

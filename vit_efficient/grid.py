@@ -85,8 +85,8 @@ def scaled_grid(height, width, *, count: int | None = None, ratio: float | None 
         most = min(count, height * width)
         h, w = floor_sqrt(most * height // width), floor_sqrt(most * width // height)
     else:
-        most, scale = share_of(height * width, ratio), math.sqrt(ratio)
-        h, w = share_of(height, scale), share_of(width, scale)
+        most, scale = fraction_of(height * width, ratio), math.sqrt(ratio)
+        h, w = fraction_of(height, scale), fraction_of(width, scale)
     h, w = larger(1, h), larger(1, w)
     # Beyond (h, w), one side can grow on its own until the other's turn comes, or the budget is spent.
     taller = smaller(most // w, (height * (w + 1) - 1) // width)
@@ -104,7 +104,7 @@ def floor_sqrt(n) -> int:
     return root
 
 
-def share_of(count, share: float):
-    """⌊count · share⌋; a share that was rounded to a float counts as the simple fraction it stands for."""
-    fraction = Fraction(float(share)).limit_denominator(10**6)
-    return count * fraction.numerator // fraction.denominator
+def fraction_of(count, ratio: float):
+    """⌊count · ratio⌋; a ratio that was rounded to a float counts as the simple fraction it stands for."""
+    exact = Fraction(float(ratio)).limit_denominator(10**6)
+    return count * exact.numerator // exact.denominator

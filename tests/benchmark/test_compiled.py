@@ -62,11 +62,11 @@ def compiler(monkeypatch):
 
 def layer(work):
     setting = LayerSetting(dim=16, num_heads=2, compiled=True)
-    return partial(layers._layer_call, Candidate('dct'), 16, setting, work, partial(setting.inputs, 16))
+    return partial(layers.layer_call, Candidate('dct'), 16, setting, work, partial(setting.inputs, 16))
 
 
 def model(work):
-    return partial(models._model_call, ModelCandidate('vit_dct_tiny', TINY), 32, ModelSetting(compiled=True), work)
+    return partial(models.model_call, ModelCandidate('vit_dct_tiny', TINY), 32, ModelSetting(compiled=True), work)
 
 
 MAKES = [*((layer, work) for work in PASSES), *((model, work) for work in WORKS)]

@@ -16,6 +16,7 @@ from vit_efficient.benchmark import (
     plot_times,
     squarest_grid,
 )
+from vit_efficient.utils.errors import UserError
 
 CPU = torch.device('cpu')
 SMALL = LayerSetting(dim=16, num_heads=2)
@@ -28,7 +29,7 @@ class Picky(GridAttention):
     def at_layer(cls, options, layer, depth, grid_size):
         assert (layer, depth) == (0, 1)
         if grid_size[0] < 4:
-            raise ValueError(f'grid_size must be at least (4, 4), got {grid_size=}')
+            raise UserError(f'grid_size must be at least (4, 4), got {grid_size=}')
         return options
 
     def forward(self, x, grid, attn_mask=None, is_causal=False):
@@ -42,7 +43,7 @@ class Picky(GridAttention):
 
 @pytest.fixture
 def picky(monkeypatch):
-    monkeypatch.setitem(registry._ATTENTIONS, 'picky', registry.Entry(Picky, {}))
+    monkeypatch.setitem(registry.ATTENTIONS, 'picky', registry.Entry(Picky, {}))
     return Candidate('picky')
 
 
@@ -70,7 +71,7 @@ def test_error_rows(picky):
     ('candidates', 'tokens', 'kwargs', 'named'),
     [
         ([Candidate('dct'), Candidate('picky')], [4, 9], {}, r'grid_size=\(2, 2\)'),  # at none of the N
-        ([Candidate('dct'), Candidate('dtc')], [16], {}, "did you mean 'dct'"),
+        ([Candidate('dct'), Candidate('dtc')], [16], {}, r'did you mean dct\?'),
         ([Candidate('dct', dict(keep_ration=0.5))], [16], {}, 'keep_ration'),
         ([Candidate('dct'), Candidate('dct')], [16], {}, 'dct is given twice'),
         ([Candidate('dct')], [16, 16], {}, '16 is given twice'),
@@ -106,7 +107,7 @@ def test_the_passes_compute_what_they_say():
 
     for work in PASSES:
         setting = Watched(dim=16, num_heads=2)
-        layers._layer_call(Candidate('dct'), n, setting, work, lambda: (x, gradient))()
+        layers.layer_call(Candidate('dct'), n, setting, work, lambda: (x, gradient))()
     assert seen == [(False, False), (True, True), True]
     assert x.grad is None
 

@@ -43,7 +43,7 @@ def test_a_step_of_the_optimiser_changes_weights(monkeypatch):
         ModelCandidate, 'build', lambda *args, **kwargs: built.append(build(*args, **kwargs)) or built[-1]
     )
     for work, changes in (('forward+backward', False), ('training step', True)):
-        call = module._model_call(MODELS[1], 32, ModelSetting(), work)
+        call = module.model_call(MODELS[1], 32, ModelSetting(), work)
         assert all(p.grad is None for p in built[-1].parameters())
         before = [p.clone() for p in built[-1].parameters()]
         call()
@@ -70,7 +70,7 @@ def test_a_model_of_coefficients():
         ([ModelCandidate('resnet18', dict(keep=3))], {}, "resnet18 keep=3: .*'keep'"),
         ([ModelCandidate('vit_dct_tiny', dict(img_size=64))], {}, 'vit_dct_tiny .*img_size=64 .*--img-sizes'),
         ([ModelCandidate('resnet18', dict(img_size=64), 'ours')], {}, 'ours: img_size=64 .*--img-sizes'),
-        (MODELS, dict(works=['sleep']), "work must be one of .*, got 'sleep'"),
+        (MODELS, dict(works=['sleep']), "work must be one of .*, got work='sleep'"),
         (MODELS, dict(setting=ModelSetting(0)), 'batch_size=0'),
         ([*MODELS, MODELS[0]], {}, 'is given twice'),
         (MODELS, dict(max_seconds=0), 'max_seconds=0'),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vit_efficient.benchmark import EXACT, LayerSetting, Shared, peak_memory
-from vit_efficient.benchmark.layers import _layer_call
+from vit_efficient.benchmark.layers import layer_call
 from vit_efficient.benchmark.peak_memory import Killed, peak_in_child, peak_on_cuda
 
 MB = 2**20
@@ -46,7 +46,7 @@ def test_a_layer():
     # Forward, without gradients: x stays an input; q, k, v (3), what is attended (1), its projection (1).
     setting = LayerSetting(dim=1024, num_heads=16)
     n = 4096
-    make = partial(_layer_call, EXACT, n, setting, 'forward', Shared(partial(setting.inputs, n)))
+    make = partial(layer_call, EXACT, n, setting, 'forward', Shared(partial(setting.inputs, n)))
     assert peak_in_child(make) == pytest.approx(5 * n * 1024 * 4, rel=0.15)
 
 
@@ -62,7 +62,7 @@ def test_what_fails_says_why():
 def test_a_peak_that_cannot_be_reset(monkeypatch):
     monkeypatch.setattr(peak_memory, '_reset_peak', lambda: False)
     peaks = iter([500, 800, 800, 800])
-    monkeypatch.setattr(peak_memory, '_peak', lambda: next(peaks))
+    monkeypatch.setattr(peak_memory, 'peak_resident', lambda: next(peaks))
     calls = []
     assert peak_memory._measure(lambda: lambda: calls.append(1)) == 300
     assert calls == [1]  # a second one would not rise above the first

@@ -19,7 +19,7 @@ def flops(call):
 def make(candidate, work):
     x, gradient = SETTING.inputs(91)
     inputs = x.detach() if work == 'forward' else x, gradient
-    return lambda: layers._layer_call(candidate, 91, SETTING, work, lambda: inputs, guard=torch.no_grad)
+    return lambda: layers.layer_call(candidate, 91, SETTING, work, lambda: inputs, guard=torch.no_grad)
 
 
 @pytest.mark.parametrize('work', ['forward', 'forward+backward'])

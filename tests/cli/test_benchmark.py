@@ -157,14 +157,14 @@ def test_the_spread_of_one_round_is_not_known(capsys):
 
 
 def test_markdown_says_what_failed(capsys, monkeypatch):
-    forward = layers._OnGrid.forward
+    forward = layers.LayerOnGrid.forward
 
     def fail(self, x):
         if not x.is_meta and x.shape[1] == 91 and x.requires_grad and not self.training:
             raise RuntimeError('out of memory')
         return forward(self, x)
 
-    monkeypatch.setattr(layers._OnGrid, 'forward', fail)
+    monkeypatch.setattr(layers.LayerOnGrid, 'forward', fail)
     sizes = ['--tokens', '16', '36', '91']
     assert main(['benchmark', 'layer', *FAST, *sizes, '--attentions', 'dct']) == 0
     table, slopes, _ = capsys.readouterr().out.split('\n\n')
@@ -177,7 +177,7 @@ def test_markdown_says_what_failed(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ('options', 'named'),
     [
-        (['--attentions', 'dtc'], "'dct'"),
+        (['--attentions', 'dtc'], 'did you mean dct?'),
         (['--attentions', 'dct:keep_ratio'], 'keep_ratio'),
         (['--attentions', 'dct:keep_ratio=2'], 'keep_ratio=2'),
         (['--attentions', 'dct:place=block'], "place='block'"),

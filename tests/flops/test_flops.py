@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import vit_efficient  # noqa: F401 (registers the models)
+from vit_efficient.attention import GridAttention
 from vit_efficient.flops import ROLES, count_flops, register_flops
+from vit_efficient.utils.errors import UserError
 
 # Models of different kinds, at reduced depth: their blocks repeat.
 TIMM_MODELS = {
@@ -227,6 +228,87 @@ def test_an_unknown_product_of_pytorch_raises():
         count_flops(Inverse(), (3, 4, 4))
 
 
+def test_a_batched_operator_is_a_product_of_an_attention():
+    class Attention(nn.Module):
+        flop_role = 'attention'
+
+        def forward(self, x):
+            return torch.ops.vit_efficient_test.gram(x)
+
+    for batched, role in ((True, 'attention products'), (False, 'attention projections')):
+        register_flops('vit_efficient_test::gram', batched=batched)(lambda inputs, output: math.prod(output))
+        count = count_flops(nn.Sequential(Attention()), (3, 4, 5))
+        assert count.by_role[role] == count.total == count.products == 3 * 4 * 4
+
+
+class Scores(nn.Module):
+    """The products of an attention, in a module within it."""
+
+    def forward(self, q, k, v):
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class Adapter(nn.Module):
+    """A multiplication by a weight that is not a linear layer."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, dim))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Average(nn.Module):
+    """A user's own compressor."""
+
+    flop_role = 'transform'
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 16, bias=False)
+
+    def forward(self, x):
+        return self.linear(x.mT).mT
+
+
+class Plugin(GridAttention):
+    """A user's own attention, of which the counters know nothing."""
+
+    def configure(self):
+        self.scores, self.adapter, self.down = Scores(), Adapter(self.attn_dim), Average()
+
+    def forward(self, x, grid, attn_mask=None, is_causal=False):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        prefix, patches = v[:, : grid.prefix], v[:, grid.prefix :]
+        k = torch.cat([k[:, : grid.prefix], self.down(k[:, grid.prefix :])], dim=1)
+        v = torch.cat([prefix, self.down(patches)], dim=1)
+        return self.proj(self.adapter(self.scores(q, k, v)))
+
+    def num_attended(self, grid):
+        return grid.prefix + 16
+
+
+@pytest.mark.parametrize('engine', ['meta', 'fvcore'])
+def test_an_attention_of_the_user_is_counted_by_role(engine):
+    """What stands in it is an attention's, but for a module that has a role of its own."""
+    model = timm.create_model('vit_full_tiny', img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    for block in model.blocks:
+        block.attn = Plugin.from_attention(block.attn)
+    role = count_flops(model, (3, 64, 64), engine=engine).by_role
+    n, m, d = 65, 17, 32
+    assert role['attention products'] == 2 * 2 * n * m * d
+    assert role['attention projections'] == 2 * (4 + 1) * n * d * d
+    assert role['transform'] == 2 * 2 * 64 * 16 * d
+    assert role['mlp'] == 2 * 8 * n * d * d
+
+    model.blocks[1].attn.scores.flop_role = 'rest'
+    assert count_flops(model, (3, 64, 64), engine=engine).by_role['attention products'] == 2 * n * m * d
+    model.blocks[1].attn.scores.flop_role = 'scores'
+    with pytest.raises(UserError, match="flop_role of Scores must be 'attention' or one of .*'scores'"):
+        count_flops(model, (3, 64, 64), engine=engine)
+
+
 @pytest.mark.parametrize('engine', ['meta', 'fvcore'])
 def test_the_model_is_left_as_it_was_and_nothing_is_printed(engine, capfd, caplog):
     model = timm.create_model('vit_tiny_patch16_224', depth=1).train()
@@ -292,12 +374,12 @@ def test_large_at_4096_px_takes_seconds_and_little_memory():
     code = (
         'import time, timm\n'
         'from vit_efficient.flops import count_flops\n'
-        'from vit_efficient.benchmark.peak_memory import _peak\n'
+        'from vit_efficient.benchmark.peak_memory import peak_resident\n'
         "model = timm.create_model('vit_large_patch16_224', img_size=4096, device='meta')\n"
         'start = time.perf_counter()\n'
         'count = count_flops(model, (3, 4096, 4096))\n'
         'seconds = time.perf_counter() - start\n'
-        'print(count.products, seconds, _peak())\n'
+        'print(count.products, seconds, peak_resident())\n'
     )
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     products, seconds, peak = run.stdout.split()

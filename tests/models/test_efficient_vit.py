@@ -146,7 +146,7 @@ class TestCheckpoints:
             assert close(ours(x), theirs(x))
 
     def test_layer_scale_of_deit3(self):
-        from vit_efficient.models.vit import checkpoint_filter_fn
+        from vit_efficient.models.checkpoints import checkpoint_filter_fn
 
         model = build(init_values=1e-5)
         state = {

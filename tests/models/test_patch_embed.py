@@ -10,7 +10,7 @@ from timm.models import VisionTransformer
 
 import vit_efficient
 from vit_efficient import DctPatchEmbed, dct
-from vit_efficient.models.patch_embed import YCBCR
+from vit_efficient.models.patch_kernels import YCBCR
 
 SMALL = dict(embed_dim=32, depth=2, num_heads=2, num_classes=5, img_size=(64, 96), patch_size=16)
 
@@ -25,7 +25,9 @@ def slow_embedding(module, x):
                 patch = image[:, top : top + p, left : left + q]
                 if module.color == 'ycbcr':
                     patch = np.einsum('ij,jpq->ipq', np.array(YCBCR), patch)
-                low = [dctn(c, norm='ortho')[:f, :g].ravel() for c, (f, g) in zip(patch, module.kept, strict=True)]
+                low = [
+                    dctn(c, norm='ortho')[:f, :g].ravel() for c, (f, g) in zip(patch, module.truncation, strict=True)
+                ]
                 tokens.append(np.concatenate(low))
     y = torch.from_numpy(np.stack(tokens)).unflatten(0, (len(x), -1))
     return y @ module.linear.weight.detach().double().T + module.linear.bias.detach().double()
@@ -68,7 +70,7 @@ def test_truncated_is_the_convolution_of_the_truncated_image(keep, color):
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     mix = torch.tensor(YCBCR, dtype=torch.float64) if color == 'ycbcr' else torch.eye(3, dtype=torch.float64)
     patches = torch.einsum('ij,bjhw->bihw', mix, x).unflatten(3, (4, 8)).unflatten(2, (4, 8))
-    for c, (f, g) in enumerate(module.kept):
+    for c, (f, g) in enumerate(module.truncation):
         patches[:, c] = dct.truncate(patches[:, c], (f, g), dims=(2, 4))
     truncated = torch.einsum('ij,bjhw->bihw', torch.linalg.inv(mix), patches.flatten(4).flatten(2, 3))
     torch.testing.assert_close(module(x), conv(truncated), atol=1e-10, rtol=0)

@@ -150,7 +150,7 @@ def test_a_frozen_embedding_keeps_its_gains():
     with torch.no_grad():
         module.window.share.copy_(torch.tensor([0.55, 0.8]))
     frozen = module.freeze()
-    assert frozen.window is None and frozen.kept == [module.window.hard_size(f, f) for f in (8, 6, 5)]
+    assert frozen.window is None and frozen.truncation == [module.window.hard_size(f, f) for f in (8, 6, 5)]
     cut = DctPatchEmbed((16, 24), 8, 3, 16, keep=[8, 6, 5])
     with torch.no_grad():
         gains = [module.window(f, f) for f in (8, 6, 5)]
@@ -159,7 +159,7 @@ def test_a_frozen_embedding_keeps_its_gains():
     x = torch.randn(2, 3, 16, 24)
     torch.testing.assert_close(frozen(x), cut(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(frozen(x), module(x), atol=1e-5, rtol=1e-5)
-    assert frozen.kept[0] == (5, 7) and frozen.linear.in_features < module.linear.in_features
+    assert frozen.truncation[0] == (5, 7) and frozen.linear.in_features < module.linear.in_features
     with pytest.raises(ValueError, match='no window to freeze'):
         frozen.freeze()
 

@@ -3,7 +3,7 @@
 from vit_efficient.attention import compressed, nystrom, performer, window  # these register themselves
 from vit_efficient.attention.base import FullAttention, GridAttention, create_attention, layer_options, swap_attention
 from vit_efficient.attention.compressed import CompressedAttention
-from vit_efficient.attention.registry import get_attention, list_attentions, register_attention
+from vit_efficient.attention.registry import get_attention, list_attentions, on_register, register_attention
 from vit_efficient.attention.treeformer import tc, tf
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     'layer_options',
     'list_attentions',
     'nystrom',
+    'on_register',
     'performer',
     'register_attention',
     'swap_attention',

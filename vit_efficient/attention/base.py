@@ -145,18 +145,22 @@ class GridAttention(Attention):
         """The number of keys that a query attends to."""
         raise NotImplementedError
 
+    def export_error(self, suffix: str) -> str | None:
+        """Why the mechanism cannot be exported to a file with this suffix, '.onnx' or '.pt2'; None if it can."""
+        return None
+
     def prepare_counting(self) -> None:
         """Leaves out work that is padding, of a copy whose FLOPs are counted on data."""
 
     def set_grid_size(self, height: int, width: int) -> None:
         """Follows the model to another patch grid, where there are parameters that have one."""
 
-    def shared(self) -> nn.Module | None:
+    def common_part(self) -> nn.Module | None:
         """The part that all layers of a model have in common, if there is one."""
         return None
 
-    def share(self, owned: nn.Module) -> None:
-        """Uses the common part that the model owns in the place of its own."""
+    def use_common_part(self, owned: nn.Module) -> None:
+        """Uses the common part that the model owns instead of its own."""
         raise NotImplementedError
 
     def added_state(self, prefix: str = '', keep_vars: bool = False) -> dict[str, Tensor]:

@@ -108,11 +108,11 @@ class CompressedAttention(GridAttention):
     def set_grid_size(self, height: int, width: int) -> None:
         self.compress.set_grid_size(height, width)
 
-    def shared(self) -> nn.Module | None:
-        return self.compress.shared()
+    def common_part(self) -> nn.Module | None:
+        return self.compress.common_part()
 
-    def share(self, owned: nn.Module) -> None:
-        self.compress.share(owned)
+    def use_common_part(self, owned: nn.Module) -> None:
+        self.compress.use_common_part(owned)
 
     @property
     def options(self) -> dict[str, Any]:

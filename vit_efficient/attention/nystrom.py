@@ -164,6 +164,14 @@ class NystromAttention(GridAttention):
         check_landmarks(grid.height, grid.width, self.landmarks.budget.num_tokens)
         return grid.num_tokens
 
+    def export_error(self, suffix: str) -> str | None:
+        if suffix == '.onnx' and self.pinv == 'exact':
+            return (
+                "ONNX has no pseudo-inverse for attention 'nystrom' with pinv='exact'; export to .pt2, or use "
+                "pinv='iterative'"
+            )
+        return None
+
     def extra_repr(self) -> str:
         return f"pinv='{self.pinv}'" + (f', pinv_iterations={self.pinv_iterations}' if self.pinv_iterations else '')
 

@@ -1,17 +1,21 @@
 """The register of attentions: names, and what each stands for."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from vit_efficient.utils.checks import nearest
 from vit_efficient.utils.errors import UserError
-
-_ATTENTIONS: dict[str, 'Entry'] = {}
 
 
 class Entry(NamedTuple):
+    """What a name stands for: a class, and default options of its own."""
+
     cls: type
     preset: dict[str, Any]
+
+
+ATTENTIONS: dict[str, Entry] = {}
+OBSERVERS: list[Callable[[str], object]] = []
 
 
 def register_attention(name: str, **preset) -> Callable[[type], type]:
@@ -22,17 +26,26 @@ def register_attention(name: str, **preset) -> Callable[[type], type]:
     """
 
     def register(cls: type) -> type:
-        if name in _ATTENTIONS:
-            raise UserError(f'an attention {name!r} is registered already: {_ATTENTIONS[name].cls.__qualname__}')
-        _ATTENTIONS[name] = Entry(cls, preset)
+        if name in ATTENTIONS:
+            raise UserError(f'an attention {name!r} is registered already: {ATTENTIONS[name].cls.__qualname__}')
+        ATTENTIONS[name] = Entry(cls, preset)
+        for callback in OBSERVERS:
+            callback(name)
         return cls
 
     return register
 
 
+def on_register(callback: Callable[[str], object]) -> None:
+    """Calls `callback(name)` for every attention, those registered already and each later one."""
+    OBSERVERS.append(callback)
+    for name in list_attentions():
+        callback(name)
+
+
 def list_attentions() -> list[str]:
     """The names of the registered attentions, sorted."""
-    return sorted(_ATTENTIONS)
+    return sorted(ATTENTIONS)
 
 
 def get_attention(name: str) -> Entry:
@@ -41,8 +54,7 @@ def get_attention(name: str) -> Entry:
     Raises:
         UserError: If no attention has the name.
     """
-    if name not in _ATTENTIONS:
-        near = difflib.get_close_matches(str(name), _ATTENTIONS, n=1)
-        hint = f'did you mean {near[0]!r}?' if near else 'list_attentions() names them.'
-        raise UserError(f'unknown attention {name!r}; {hint}')
-    return _ATTENTIONS[name]
+    if name not in ATTENTIONS:
+        hint = nearest(name, ATTENTIONS) or '; list_attentions() names those that there are'
+        raise UserError(f'unknown attention {name!r}{hint}')
+    return ATTENTIONS[name]

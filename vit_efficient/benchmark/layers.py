@@ -57,8 +57,8 @@ class LayerSetting:
     """What layers that are compared have in common.
 
     Attributes:
-        dim, num_heads: Of the layers.
-        batch_size, dtype, device: Of their input, and of the weights.
+        dim, num_heads: The size of the layers.
+        batch_size, dtype, device: Those of their input and weights.
         compiled: Time `torch.compile`d layers. Compiling is not timed.
         prefix: Tokens before the patches (class token, registers).
     """
@@ -81,10 +81,10 @@ class LayerSetting:
         kwargs = dict(qkv_bias=True, device=device or self.device, dtype=self.dtype)
         grid = squarest_grid(tokens, self.prefix)
         if candidate == EXACT:
-            return _OnGrid(Attention(self.dim, self.num_heads, **kwargs), grid)
+            return LayerOnGrid(Attention(self.dim, self.num_heads, **kwargs), grid)
         if candidate.name in PEERS:
             peer = create_peer(candidate.name, self.dim, self.num_heads, grid.num_tokens, candidate.options)
-            return _OnGrid(peer.to(device=device or self.device, dtype=self.dtype), grid)
+            return LayerOnGrid(peer.to(device=device or self.device, dtype=self.dtype), grid)
         size = (grid.height, grid.width)
         options = layer_options(candidate.name, candidate.options, layer=0, depth=1, grid_size=size)
         attention = create_attention(candidate.name, self.dim, self.num_heads, **kwargs, **options)
@@ -93,7 +93,7 @@ class LayerSetting:
                 f"{candidate}: at place='block' it is the block that goes down and up, with its MLP, and no layer to "
                 "time alone; time it in a model (benchmark model, attention_kwargs={'place':'block'})"
             )
-        return _OnGrid(attention, grid)
+        return LayerOnGrid(attention, grid)
 
     def inputs(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Tokens, and the gradient of what a layer makes of them."""
@@ -107,7 +107,7 @@ def squarest_grid(tokens: int, prefix: int = 0) -> PatchGrid:
     return PatchGrid(height, tokens // height, prefix)
 
 
-class _OnGrid(nn.Module):
+class LayerOnGrid(nn.Module):
     """An attention with its grid, so that it is called with the tokens alone."""
 
     def __init__(self, attention: Attention, grid: PatchGrid):
@@ -165,7 +165,7 @@ def _plan(candidate: Candidate, tokens: int, setting: LayerSetting) -> dict[str,
     plan = dict(tokens=tokens, attention=str(candidate), attended=None, gmacs=None, error=None)
     try:
         layer = setting.layer(candidate, tokens, device='meta')
-    except ValueError as error:
+    except UserError as error:
         return plan | dict(error=str(error))
     size = setting.dim, layer.grid.height, layer.grid.width
     if candidate.name in PEERS:
@@ -174,7 +174,7 @@ def _plan(candidate: Candidate, tokens: int, setting: LayerSetting) -> dict[str,
         return plan
     try:
         macs = count_flops(layer, size, setting.batch_size).total
-    except ValueError as error:
+    except UserError as error:
         return plan | dict(error=str(error))
     attended = layer.grid.num_tokens if candidate == EXACT else layer.attn.num_attended(layer.grid)
     return plan | dict(attended=attended, gmacs=macs / 1e9)
@@ -193,7 +193,7 @@ def _blocks(
         for work in PASSES:
             rows = [{**plan, 'work': work, **dict.fromkeys(MEASURED), 'error': plan['error']} for plan in of_tokens]
             fit = [i for i, row in enumerate(rows) if row['error'] is None]
-            makes = [partial(_layer_call, candidates[i], n, setting, work, inputs) for i in fit]
+            makes = [partial(layer_call, candidates[i], n, setting, work, inputs) for i in fit]
             parts = [partial(_products, candidates[i], n, setting, work, inputs) for i in fit] if products else []
             measurements, peak = with_matmul_rate(partial(compare, makes, setting.device, *options, parts), setting)
             for i, measured in zip(fit, measurements, strict=True):
@@ -205,10 +205,10 @@ def _blocks(
 def _products(candidate: Candidate, tokens: int, setting: LayerSetting, work: str, inputs: Shared):
     # Of the layer as it is written: what it was compiled to shows no operators.
     setting = replace(setting, compiled=False)
-    return products_of(partial(_layer_call, candidate, tokens, setting, work, inputs, guard=torch.no_grad))
+    return products_of(partial(layer_call, candidate, tokens, setting, work, inputs, guard=torch.no_grad))
 
 
-def _layer_call(
+def layer_call(
     candidate: Candidate,
     tokens: int,
     setting: LayerSetting,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +24,8 @@ from vit_efficient.benchmark.timing import (
     with_matmul_rate,
 )
 from vit_efficient.flops import count_flops
-from vit_efficient.models.patch_embed import input_size
+from vit_efficient.models import create_from_spec, input_size
+from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
 
 WORKS = ('inference', 'forward+backward', 'training step')
@@ -34,7 +34,13 @@ _CPU = torch.device('cpu')
 
 @dataclass(frozen=True)
 class ModelCandidate:
-    """A model that is timed: a name of timm, the arguments that it is made with, and what a table calls it."""
+    """A model that is timed.
+
+    Attributes:
+        name: As timm knows it.
+        args: Its options, as of `models.create_from_spec`.
+        label: What a table calls it.
+    """
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
@@ -47,25 +53,12 @@ class ModelCandidate:
         """The model for square images of that size.
 
         Raises:
-            UserError: If there is none: an unknown name or argument, a size among the arguments, or patches that do
-                not divide the image.
+            UserError: As `models.create_from_spec`.
         """
-        if 'img_size' in self.args:
-            raise UserError(
-                f'{self}: img_size={self.args["img_size"]!r} must not be among its arguments; sizes are the '
-                "benchmark's, img_sizes (--img-sizes)"
-            )
-        if not timm.is_model(self.name):
-            raise UserError(f'timm knows no model {self.name!r}; see timm.list_models()')
         try:
-            try:
-                return timm.create_model(self.name, img_size=img_size, **self.args, **factory)
-            except TypeError as error:
-                if 'img_size' not in str(error):
-                    raise
-                return timm.create_model(self.name, **self.args, **factory)  # convolutional: any size will do
-        except Exception as error:  # models check their arguments in all ways, or not at all
-            raise UserError(f'{self}: {" ".join(str(error).split())[:300]}') from error
+            return create_from_spec(self.name, self.args, img_size, **factory)
+        except UserError as error:
+            raise UserError(f'{self}: {error}') from error
 
 
 @dataclass(frozen=True)
@@ -73,12 +66,12 @@ class ModelSetting:
     """What models that are compared have in common.
 
     Attributes:
-        batch_size: Images.
-        dtype: Of weights and images; with `amp`, of matrix products.
+        batch_size: Number of images.
+        dtype: That of weights and images or, with `amp`, of matrix products.
         amp: Autocast to `dtype`, the weights in float32.
-        device: Of all of it.
+        device: That of the weights and images.
         compiled: Time `torch.compile`d models. Compiling is not timed.
-        optimizer: Of the training step: a name that timm knows.
+        optimizer: The one of the training step: a name that timm knows.
     """
 
     batch_size: int = 1
@@ -128,8 +121,7 @@ def benchmark_models(
     numbers = [('batch_size', setting.batch_size), ('rounds', rounds), *(('img_size', size) for size in img_sizes)]
     check_request(numbers, max_seconds, [map(str, candidates), img_sizes, works])
     for work in works:
-        if work not in WORKS:
-            raise UserError(f'work must be one of {", ".join(WORKS)}, got {work!r}')
+        check_choice('work', work, WORKS)
     plans = [[_plan(candidate, size, setting) for size in img_sizes] for candidate in candidates]
     check_plans(plans)
     return _blocks(candidates, plans, works, setting, rounds, max_seconds, memory)
@@ -141,7 +133,7 @@ def _plan(candidate: ModelCandidate, img_size: int, setting: ModelSetting) -> di
     try:
         model = candidate.build(img_size, device='meta')
         macs = count_flops(model, input_size(model, img_size), setting.batch_size).total
-    except ValueError as error:
+    except UserError as error:
         return plan | dict(error=str(error))
     return plan | dict(parameters_m=sum(p.numel() for p in model.parameters()) / 1e6, gmacs=macs / 1e9)
 
@@ -159,7 +151,7 @@ def _blocks(
             blank = dict.fromkeys((*MEASURED, 'images_per_second'))
             rows = [{**plan, 'work': work, **blank, 'error': plan['error']} for plan in of_size]
             fit = [i for i, row in enumerate(rows) if row['error'] is None]
-            makes = [partial(_model_call, candidates[i], size, setting, work) for i in fit]
+            makes = [partial(model_call, candidates[i], size, setting, work) for i in fit]
             measurements, peak = with_matmul_rate(partial(compare, makes, setting.device, *options), setting)
             for i, measured in zip(fit, measurements, strict=True):
                 rows[i].update(measured)
@@ -169,7 +161,7 @@ def _blocks(
             yield rows
 
 
-def _model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, work: str) -> Callable[[], object]:
+def model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, work: str) -> Callable[[], object]:
     factory = dict(device=setting.device, dtype=setting.weights)
     model = candidate.build(img_size, **factory).train(work != 'inference')
     x = setting.images(input_size(model, img_size))

@@ -69,13 +69,13 @@ def peak_in_child(make: Callable[[], Callable[[], object]]) -> int:
 def _measure(make: Callable[[], Callable[[], object]]) -> int:
     call = make()
     resettable = _reset_peak()
-    before, start = _peak(), time.perf_counter()
+    before, start = peak_resident(), time.perf_counter()
     call()
     if resettable and time.perf_counter() - start < _SHORT:
         _reset_peak()
-        before = _peak()
+        before = peak_resident()
         call()
-    peak = _peak() - before
+    peak = peak_resident() - before
     if not peak and not resettable:  # there was a higher one before
         raise RuntimeError('the peak cannot be told from an earlier one on this system')
     return peak
@@ -90,7 +90,7 @@ def _reset_peak() -> bool:
     return True
 
 
-def _peak() -> int:
+def peak_resident() -> int:
     """Of the resident set of this process, in bytes."""
     try:
         # Not `ru_maxrss`: on Linux a child's begins at that of its parent.

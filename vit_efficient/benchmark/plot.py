@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_efficient.report.figures import line_style
+from vit_efficient.report.plot import line_style
 from vit_efficient.utils.files import save_figure
 
 

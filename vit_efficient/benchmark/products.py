@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from vit_efficient.utils.compat import OperatorMode
 
 _FUSED = ('flash_attention_for_cpu', 'flash_attention', 'efficient_attention', 'cudnn_attention')
 #: Matrix products, softmax, fused attention, convolutions and FFTs, and their backward passes.
@@ -16,7 +17,7 @@ PRODUCTS = frozenset(
 )
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(OperatorMode):
     def __init__(self):
         super().__init__()
         self.calls = []

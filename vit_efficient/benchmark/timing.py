@@ -1,4 +1,4 @@
-"""Timing that two sides of a ratio can share: they take turns in one process.
+"""Times of both sides of a ratio: they take turns in one process.
 
 A machine has faster and slower phases. Taking turns, all candidates see the same ones; the minimum over rounds is the
 time of the code, and what lies above it is the machine's.
@@ -6,7 +6,6 @@ time of the code, and what lies above it is the machine's.
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 
 from vit_efficient.benchmark.peak_memory import Killed, one_line, peak_in_child, peak_on_cuda
+from vit_efficient.utils.checks import as_integer
+from vit_efficient.utils.compat import without_recompile_limit
 from vit_efficient.utils.errors import UserError
 
 #: What is measured of each call: by `compare`, and `peak_share`.
@@ -83,8 +84,8 @@ def compiled_by_now(call: Callable[[], object], device: torch.device) -> Callabl
 
     What is timed, and whose memory is measured, is the calls after it.
     """
-    # What is timed shares its code (one class, one forward), and past the limit that code would run as it is written.
-    with torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize):
+    # All that is timed has the same code (one class, one forward), which past the limit would run as it is written.
+    with without_recompile_limit():
         call()
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
@@ -103,7 +104,7 @@ def compare(
 
     Args:
         makes: Each makes the weights and inputs of a call and returns it. They are pickled, because on the CPU memory
-            is measured in child processes; what calls share is `Shared`.
+            is measured in child processes; what several calls use is `Shared`.
         device, rounds, max_seconds: Of `take_turns`. The measurement of memory, a call or two of each, comes on top.
         memory: Whether it is measured.
         parts: Makes calls that take turns too, one for each of the others: what they are to be compared with.
@@ -268,8 +269,7 @@ def peak_share(row: dict[str, Any], rate: float) -> float | None:
 def check_request(numbers: Iterable[tuple[str, Any]], max_seconds: float, distinct: Iterable[Iterable[Any]]) -> None:
     """Raises a UserError if a number is not a positive integer, or something is asked for twice."""
     for name, value in numbers:
-        if type(value) is not int or value < 1:
-            raise UserError(f'{name} must be a positive integer, got {name}={value!r}')
+        as_integer(name, value)
     if not max_seconds > 0:
         raise UserError(f'max_seconds must be above 0, got {max_seconds=}')
     for given in map(list, distinct):

@@ -22,18 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from vit_efficient.cli.evaluate import recipe_of
-    from vit_efficient.data import Preprocessing, input_shape
     from vit_efficient.export import export_model
-    from vit_efficient.train import load_model
+    from vit_efficient.report.evaluation import SavedModel
 
-    data, sizes = recipe_of(args.model).data, {}
-    if args.img_size is not None:
-        data.img_size, sizes = args.img_size, {'img_size': tuple(args.img_size)}
-    model = load_model(args.model, **sizes).eval()
-    size = input_shape(model, Preprocessing.of(model, data))
+    saved = SavedModel(args.model, img_size=args.img_size)
+    size = saved.input_shape
     try:
-        difference = export_model(model, args.out, size, args.batch_size)
+        difference = export_model(saved.model, args.out, size, args.batch_size)
     except ImportError as error:
         raise UserError(str(error)) from error
     images = args.batch_size or 'any number of'

@@ -22,24 +22,22 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from vit_efficient.attention.treeformer.leaves import find_leaves, occupancy, plot_leaves
-    from vit_efficient.cli.evaluate import open_data, recipe_of
-    from vit_efficient.data import EvalTransform, Preprocessing, read_image, takes_coefficients, to_array
-    from vit_efficient.train import load_model
+    from vit_efficient.data import EvalTransform, read_image, takes_coefficients, to_array
+    from vit_efficient.report.evaluation import SavedModel
 
-    config = recipe_of(args.model)
-    model = load_model(args.model)
+    saved = SavedModel(args.model)
+    if takes_coefficients(saved.model):
+        raise UserError(f'{args.model} takes DCT coefficients of patches, and leaves are drawn on pixels')
     if args.data is None:
         image = read_image(args.image)
     else:
-        dataset = open_data(args.data, config)
+        dataset = saved.open_data(args.data)
         if not args.image.isdecimal() or int(args.image) >= len(dataset):
             raise UserError(f'IMAGE must be a number from 0 to {len(dataset) - 1} with --data, got {args.image!r}')
         image = dataset[int(args.image)][0]
-    if takes_coefficients(model):
-        raise UserError(f'{args.model} takes DCT coefficients of patches, and leaves are drawn on pixels')
-    preprocessing = Preprocessing.of(model, config.data)
+    preprocessing = saved.preprocessing
     tensor = EvalTransform(preprocessing)(to_array(image, preprocessing.input_size[0]), 0, 0)
-    found = find_leaves(model, tensor[None])
+    found = find_leaves(saved.model, tensor[None])
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     plot_leaves(tensor * std + mean, found, args.out, args.queries)
     for layer, leaves in found.items():

@@ -1,8 +1,9 @@
 """`vit-efficient train RECIPE [key=value …]`."""
 
 import argparse
-import os
 import sys
+
+from vit_efficient.cli import is_first_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def run(args: argparse.Namespace) -> int | None:
     try:
         result = train(config)
     except Interrupted as stop:
-        if os.environ.get('RANK', '0') == '0':  # under torchrun, all have been stopped
+        if is_first_process():  # under torchrun, all have been stopped
             print(f'vit-efficient train: {stop}; resume=auto goes on', file=sys.stderr)
         return stop.exit_status
     if result:  # under torchrun, the first process has it

@@ -73,12 +73,12 @@ class Compressor(nn.Module):
     def set_grid_size(self, height: int, width: int) -> None:
         """Follows the model to another patch grid, where there are weights that have one."""
 
-    def shared(self) -> nn.Module | None:
+    def common_part(self) -> nn.Module | None:
         """The part that all layers of a model have in common, if there is one."""
         return None
 
-    def share(self, owned: nn.Module) -> None:
-        """Uses a part that the model owns in the place of its own."""
+    def use_common_part(self, owned: nn.Module) -> None:
+        """Uses the common part that the model owns instead of its own."""
         raise NotImplementedError
 
 

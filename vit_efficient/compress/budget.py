@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from timm.layers import register_notrace_function
 
-from vit_efficient.grid import larger, scaled_grid, share_of, smaller
+from vit_efficient.grid import fraction_of, larger, scaled_grid, smaller
 from vit_efficient.utils.errors import UserError
 
 
@@ -95,4 +95,4 @@ def kept_count(height, width, budget: Budget) -> int:
         raise UserError(f'num_tokens={budget.num_tokens}: a sequence has one axis; give an integer, or keep_ratio')
     if budget.num_tokens is not None:
         return smaller(budget.num_tokens, height * width)
-    return larger(1, share_of(height * width, budget.keep_ratio))
+    return larger(1, fraction_of(height * width, budget.keep_ratio))

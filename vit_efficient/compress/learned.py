@@ -329,13 +329,13 @@ class LearnedCompressor(Compressor):
             elif isinstance(way, Conv):
                 way.follow(way.kernel_size(height, width))
 
-    def shared(self) -> nn.Module | None:
+    def common_part(self) -> nn.Module | None:
         return self.down if self.sharing == 'layerwise' else None
 
-    def share(self, owned: nn.Module) -> None:
+    def use_common_part(self, owned: nn.Module) -> None:
         # By reference to the module, not to its weight, which can be replaced; unregistered, since the model owns it.
-        self._modules.pop('down', None)
-        self.__dict__['down'] = owned
+        del self.down
+        vars(self)['down'] = owned
 
     def extra_repr(self) -> str:
         sharing = f", sharing='{self.sharing}'" if self.sharing else ''

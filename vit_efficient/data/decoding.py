@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vit_efficient.data.config import DataConfig
-from vit_efficient.data.files.coefficients import TO_CHANNELS, PatchCoefficients, Window, regroup, takes_coefficients
+from vit_efficient.data.files.coefficients import TO_CHANNELS, PatchCoefficients, Window, regroup
 from vit_efficient.data.files.jpeg import QuantizedJpeg, QuantizedReader, ReducedReader
 from vit_efficient.data.preprocessing import EvalTransform, Preprocessing
 from vit_efficient.data.sampler import sample_seed
 from vit_efficient.data.sources import reads_files
+from vit_efficient.models.inputs import input_size, takes_coefficients
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.packages import MissingPackage
 
@@ -119,8 +120,8 @@ def eval_input(
 
 def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, int, int]:
     """The shape (C, H, W) of the tensor that the model takes: pixels or coefficients."""
-    size = preprocessing.input_size
-    return PatchCoefficients.of(model).shape(*size) if takes_coefficients(model) else size
+    channels, *sides = preprocessing.input_size
+    return channels, *input_size(model, tuple(sides))[1:]
 
 
 def _check_takes_pixels(model: nn.Module, decode: str) -> None:

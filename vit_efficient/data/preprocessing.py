@@ -5,18 +5,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.layers import to_2tuple
-from timm.models import get_model_input_config
 from torch import nn
 from torchvision.transforms import Normalize
 
 from vit_efficient.data.config import DataConfig, SizeConfig
+from vit_efficient.models.inputs import image_size
 from vit_efficient.utils.checks import check_choice
-from vit_efficient.utils.compat import model_args
 from vit_efficient.utils.errors import UserError
 
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'lanczos')
@@ -48,7 +45,7 @@ class Preprocessing:
         config = config or DataConfig()
         in_chans = getattr(model, 'in_chans', None) or model.pretrained_cfg['input_size'][0]
         base = resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))
-        size = tuple(config.img_size or _size_built(model) or base['input_size'][-2:])
+        size = tuple(config.img_size or image_size(model) or base['input_size'][-2:])
         if len(size) != 2 or min(size) < 1:
             raise UserError(f'data.img_size must be height and width in pixels, got {list(size)}')
         statistics = {}
@@ -81,20 +78,6 @@ class Preprocessing:
     def as_dict(self) -> dict[str, Any]:
         """The entries of timm's `pretrained_cfg`."""
         return dict(vars(self))
-
-
-def _size_built(model: nn.Module) -> tuple[int, int] | None:
-    """The size that a model is built for; None where it has none, or where what it was saved with goes before it."""
-    built = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-    saved, config = getattr(model, 'pretrained_model_args', None), model.pretrained_cfg
-    if not saved or get_model_input_config(model)['fixed_input_size']:
-        return built
-    if to_2tuple(saved.get('img_size')) != to_2tuple(model_args(model).get('img_size')):
-        return built  # it was given another size when it was read, or since
-    # That of the architecture is what every model says that nothing else was said of, whatever it is built for.
-    default = timm.get_pretrained_cfg(saved.get('base', config['architecture']))
-    unsaid = default is not None and tuple(default.input_size[-2:]) == tuple(config['input_size'][-2:])
-    return built if unsaid else None
 
 
 class EvalTransform:

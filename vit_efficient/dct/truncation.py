@@ -14,7 +14,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from vit_efficient.dct.transforms import as_pair, dct2, idct2
-from vit_efficient.grid import floor_sqrt, larger, plain_sizes, scaled_grid, share_of, smaller
+from vit_efficient.grid import floor_sqrt, fraction_of, larger, plain_sizes, scaled_grid, smaller
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import real_dtype, without_autocast
 
@@ -107,7 +107,7 @@ def kept_coefficients(
         h, w = scaled_grid(height, width, count=count, ratio=ratio)
         return h, w, h * w
     if count is None:
-        count = larger(1, share_of(height * width, ratio))
+        count = larger(1, fraction_of(height * width, ratio))
     # The antidiagonals that hold them: first ever longer, then all as long as the short side.
     short = smaller(height, width)
     if 2 * count <= short * (short + 1):

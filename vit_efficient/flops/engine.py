@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vit_efficient.flops.formulas import FORMULAS, PRODUCTS, is_listed, register_flops, short_name
 from vit_efficient.flops.fvcore_engine import count_with_fvcore
 from vit_efficient.flops.roles import ROLES, role_of
+from vit_efficient.utils.checks import as_integer, check_choice, is_integer
+from vit_efficient.utils.compat import OperatorMode
 from vit_efficient.utils.errors import UserError
 
 
@@ -79,7 +80,8 @@ def count_flops(
         input_size: Channels, height and width of an image.
         batch_size: Images in the batch.
         engine: `'meta'` executes nothing; `'fvcore'` runs the model on its device.
-        images: A batch, on which the model is run where it is; in the place of `input_size`, `batch_size` and `engine`.
+        images: A batch (B, C, H, W), on which the model is run, on its own device; instead of `input_size`,
+            `batch_size` and `engine`.
 
     Raises:
         UserError: If an argument is out of range, the model refuses the input, or an operator that multiplies
@@ -88,12 +90,10 @@ def count_flops(
     if images is not None:
         return _count_of_images(_plain_model(model), images)
     input_size = tuple(input_size) if isinstance(input_size, Sequence) else (input_size,)
-    if len(input_size) != 3 or any(type(n) is not int or n < 1 for n in input_size):
+    if len(input_size) != 3 or not all(is_integer(n, 1) for n in input_size):
         raise UserError(f'count_flops: input_size must be three positive integers (C, H, W), got {input_size=}')
-    if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f'count_flops: batch_size must be a positive integer, got {batch_size=}')
-    if engine not in ('meta', 'fvcore'):
-        raise UserError(f"count_flops: engine must be 'meta' or 'fvcore', got {engine=}")
+    batch_size = as_integer('batch_size', batch_size)
+    check_choice('engine', engine, ('meta', 'fvcore'))
     model = _plain_model(model)
     example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     device = torch.device('meta') if engine == 'meta' else example.device
@@ -132,7 +132,7 @@ def _plain_model(model: nn.Module) -> nn.Module:
 # --- the engines: (module path, operator) -> MACs, and uncounted operator -> calls ---------------------------------
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(OperatorMode):
     """Counts every operator that runs under it, under the path of the module on top of `scopes`.
 
     In inference mode operators arrive whole, as fvcore sees them in a trace; without it, autograd takes a linear layer
@@ -162,7 +162,7 @@ class _Counter(TorchDispatchMode):
         return output
 
 
-@register_flops('aten::einsum')
+@register_flops('aten::einsum', batched=True)
 def _einsum(inputs: list, output: tuple[int, ...]) -> int:
     # Which products an equation becomes is PyTorch's to say. (fvcore would allocate the operands.)
     operands = [torch.empty(shape, device='meta') for shape in inputs[1]]

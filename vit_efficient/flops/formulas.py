@@ -17,9 +17,9 @@ Shape = tuple[int, ...]
 Formula = Callable[[list, Any], int]
 
 FORMULAS: dict[str, Formula] = {}
-PRODUCTS: set[str] = set()  # short names
-# In an attention, what two activations meet in; a weight comes in by `linear`. Short names.
-BATCHED: set[str] = {'scaled_dot_product_attention', 'matmul', 'bmm', 'baddbmm', 'einsum', 'linalg_pinv'}
+# By short names: what multiplies matrices, and in what two activations meet (a weight comes in by `linear`).
+PRODUCTS: set[str] = set()
+BATCHED: set[str] = set()
 CONVOLUTIONS = ('aten::convolution', 'aten::_convolution', 'aten::_convolution_mode')
 FVCORE_IS_RIGHT: set[str] = set()  # filled below
 
@@ -57,21 +57,22 @@ def register_flops(*operators: str, product: bool = True, batched: bool = False)
         for operator in operators:
             FORMULAS[operator] = formula
             FVCORE_IS_RIGHT.discard(operator)
-            (PRODUCTS.add if product else PRODUCTS.discard)(short_name(operator))
-            if batched:
-                BATCHED.add(short_name(operator))
+            for names, belongs in ((PRODUCTS, product), (BATCHED, batched)):
+                (names.add if belongs else names.discard)(short_name(operator))
         return formula
 
     return register
 
 
-@register_flops('aten::mm', 'aten::bmm', 'aten::matmul', 'aten::mv', 'aten::dot')
+@register_flops('aten::mm', 'aten::mv', 'aten::dot')
+@register_flops('aten::bmm', 'aten::matmul', batched=True)
 def _matmul(inputs: list, output: Shape) -> int:
     # fvcore's, prod(a) · n, forgets the batch where only the second operand has one.
     return math.prod(output) * inputs[0][-1]
 
 
-@register_flops('aten::addmm', 'aten::baddbmm', 'aten::addmv', 'aten::linear')
+@register_flops('aten::addmm', 'aten::addmv', 'aten::linear')
+@register_flops('aten::baddbmm', batched=True)
 def _second_matmul(inputs: list, output: Shape) -> int:
     return math.prod(output) * inputs[1][-1]
 
@@ -83,13 +84,13 @@ def _convolution(inputs: list, output: Shape) -> int:
     return math.prod(weight) * x[0] * math.prod((x if transposed else output)[2:])
 
 
-@register_flops('aten::scaled_dot_product_attention')
+@register_flops('aten::scaled_dot_product_attention', batched=True)
 def _attention(inputs: list, output: Shape) -> int:
     q, k, v = inputs[:3]  # (…, Nq, Dk), (…, Nk, Dk), (…, Nk, Dv); the result has the batch and all heads
     return math.prod(output[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
-@register_flops('aten::linalg_pinv')
+@register_flops('aten::linalg_pinv', batched=True)
 def _pinv(inputs: list, output: Shape) -> int:
     # Nominal, for square matrices: 21 n³ FLOPs, half as many MACs, for a singular value decomposition (Golub & Van
     # Loan, "Matrix Computations"), and n³ for the product of its parts.

@@ -3,6 +3,10 @@
 A module says so itself, by an attribute `flop_role`: one of `ROLES` for all that is computed inside it, or 'attention',
 whose multiplications by weights are projections and whose products of two activations are attention products. The
 innermost module that has a role decides. Modules of timm, which have no such attribute, are known by class and name.
+
+Which of the two a matrix product inside an attention is, follows from its operator and from the module that calls it:
+`linear` takes a weight; `matmul` and the like are of two activations, unless they stand in a module within the
+attention that has parameters of its own, such as an adapter. Where that is not so, the module can have a `flop_role`.
 """
 
 from timm.layers import Attention, ConvMlp, GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
@@ -45,9 +49,9 @@ def role_of(path: str, operator: str, modules: dict[str, nn.Module]) -> str:
     """The role, of `ROLES`, of an operator.
 
     Args:
-        path: Of the module that calls it.
+        path: The path of the module that calls it.
         operator: Its short name.
-        modules: All of the model, by path.
+        modules: All modules of the model, by path.
     """
     names = path.split('.') if path else []
     chain = [(name, modules['.'.join(names[: i + 1])]) for i, name in enumerate(names)]
@@ -61,7 +65,7 @@ def role_of(path: str, operator: str, modules: dict[str, nn.Module]) -> str:
         return 'rest'
     if operator == 'scaled_dot_product_attention':
         return 'attention products'
-    if role == ATTENTION:
-        own = depth == len(chain) - 1
-        return 'attention products' if own and operator in BATCHED else 'attention projections'
-    return role
+    if role != ATTENTION:
+        return role
+    by_weight = depth < len(chain) - 1 and any(True for _ in chain[-1][1].parameters(recurse=False))
+    return 'attention products' if operator in BATCHED and not by_weight else 'attention projections'

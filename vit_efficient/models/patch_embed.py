@@ -22,21 +22,20 @@ from torch.nn import functional as F
 from vit_efficient import dct
 from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import plain_sizes
+from vit_efficient.models.patch_kernels import YCBCR, kernel_to_weight, split_channels, truncated, weight_to_kernel
+from vit_efficient.utils.checks import check_choice, check_flag, is_integer, is_pair
 from vit_efficient.utils.errors import UserError
 
 __all__ = ['DctPatchEmbed', 'patch_embed_layer']
 
-#: Red, green, blue to luma and the two chroma differences: JFIF 1.02, without its offset of 128.
-YCBCR = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
-
 Keep = int | Sequence[int | Sequence[int]] | None
 
-# What timm's PatchEmbed is told, and keeps under the same name.
+# Arguments of timm's PatchEmbed that it keeps under the same name.
 _LAYOUT = ('img_size', 'patch_size', 'strict_img_size', 'dynamic_img_pad', 'flatten')
 
 
-def _kept(keep: Keep, patch_size: tuple[int, int], in_chans: int) -> list[tuple[int, int]]:
-    """Coefficients kept of each channel, rows and columns.
+def _truncation(keep: Keep, patch_size: tuple[int, int], in_chans: int) -> list[tuple[int, int]]:
+    """Rows and columns of the coefficients that are left of each channel.
 
     Raises:
         UserError: If they are not numbers from 1 to the patch size, for all channels or for each.
@@ -45,15 +44,14 @@ def _kept(keep: Keep, patch_size: tuple[int, int], in_chans: int) -> list[tuple[
     values = list(keep) if several else [patch_size if keep is None else keep] * in_chans
     if len(values) != in_chans:
         raise UserError(f'patch_keep must be an integer or one for each of the {in_chans} channels, got {keep!r}')
-    pairs = [tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else (v, v) for v in values]
+    pairs = [tuple(value) if is_pair(value) else (value, value) for value in values]
     for pair in pairs:
-        fits = len(pair) == 2 and all(type(f) is int and 1 <= f <= p for f, p in zip(pair, patch_size, strict=True))
-        if not fits:
+        if not all(is_integer(f, 1) and f <= p for f, p in zip(pair, patch_size, strict=True)):
             raise UserError(
                 f'patch_keep={keep!r}: coefficients kept are integers from 1 to the {patch_size[0]}×{patch_size[1]} '
                 'pixels of a patch, for all channels or for each'
             )
-    return pairs
+    return [(int(f), int(g)) for f, g in pairs]
 
 
 # A leaf for FX, where sizes are not yet numbers.
@@ -136,36 +134,34 @@ class DctPatchEmbed(PatchEmbed):
         if min(to_2tuple(patch_size)) < 1:
             raise UserError(f'patch_size must be at least 1, got {patch_size=}')
         super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, device=device, dtype=dtype, **kwargs)
-        if color not in ('rgb', 'ycbcr'):
-            raise UserError(f"patch_color must be 'rgb' or 'ycbcr', got {color!r}")
+        check_choice('patch_color', color, ('rgb', 'ycbcr'))
         if color == 'ycbcr' and in_chans != 3:
             raise UserError(f"patch_color='ycbcr' needs the 3 channels red, green and blue, got {in_chans=}")
-        if input not in ('pixels', 'coefficients'):
-            raise UserError(f"patch_input must be 'pixels' or 'coefficients', got {input!r}")
-        if type(window) is not bool:
-            raise UserError(f'patch_window must be True or False, got {window!r}')
+        check_choice('patch_input', input, ('pixels', 'coefficients'))
+        check_flag('patch_window', window)
         if input == 'coefficients' and self.dynamic_img_pad:
             raise UserError("patch_input='coefficients' cannot be padded; set dynamic_img_pad=False")
         self.in_chans = in_chans
         self.color = color
         self.input = input
-        self.kept = _kept(keep, self.patch_size, in_chans)
+        self.truncation = _truncation(keep, self.patch_size, in_chans)
         self.dct = PatchDct()
         self.window = FrequencyWindow(device=device) if window else None
         del self.proj
-        self.linear = nn.Linear(sum(f * g for f, g in self.kept), embed_dim, bias=bias, device=device, dtype=dtype)
+        num_coefficients = sum(f * g for f, g in self.truncation)
+        self.linear = nn.Linear(num_coefficients, embed_dim, bias=bias, device=device, dtype=dtype)
         self.init_weights()
 
     @property
     def keep(self) -> tuple[int, int]:
         """f and g: the most coefficients that a channel keeps."""
-        return max(f for f, _ in self.kept), max(g for _, g in self.kept)
+        return max(f for f, _ in self.truncation), max(g for _, g in self.truncation)
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that timm's `PatchEmbed` does not have, in types that JSON has."""
-        keep = [f if f == g else [f, g] for f, g in self.kept]
-        same = all(kept == keep[0] for kept in keep) and isinstance(keep[0], int)
+        keep = [f if f == g else [f, g] for f, g in self.truncation]
+        same = all(sides == keep[0] for sides in keep) and isinstance(keep[0], int)
         return dict(keep=keep[0] if same else keep, color=self.color, input=self.input, window=self.window is not None)
 
     def init_weights(self) -> None:
@@ -238,11 +234,7 @@ class DctPatchEmbed(PatchEmbed):
 
     def coefficients_of(self, kernel: Tensor) -> Tensor:
         """What `linear.weight` (E, K) is for the kernel (E, C, p, q) of a convolution; computed in float64."""
-        y_ECpq = dct.dct2(kernel.detach().double())
-        if self.color == 'ycbcr':
-            y_ECpq = torch.einsum('ic,eipq->ecpq', torch.linalg.inv(_ycbcr(y_ECpq)), y_ECpq)
-        weight = torch.cat([y_ECpq[:, c, :f, :g].flatten(1) for c, (f, g) in enumerate(self.kept)], dim=1)
-        return self.before_gains(weight).to(kernel.dtype)
+        return self.before_gains(kernel_to_weight(kernel, self.truncation, self.color)).to(kernel.dtype)
 
     def before_gains(self, weight: Tensor) -> Tensor:
         """What `linear.weight` has to be for the window to make `weight` (E, K) of it.
@@ -258,13 +250,7 @@ class DctPatchEmbed(PatchEmbed):
     def kernel(self) -> Tensor:
         """The kernel (E, C, p, q) of the convolution that computes the same; computed in float64."""
         weight = self._weight()
-        parts = weight.detach().double().split([f * g for f, g in self.kept], dim=1)
-        y_ECpq = parts[0].new_zeros(weight.shape[0], self.in_chans, *self.patch_size)
-        for c, (part, (f, g)) in enumerate(zip(parts, self.kept, strict=True)):
-            y_ECpq[:, c, :f, :g] = part.unflatten(1, (f, g))
-        if self.color == 'ycbcr':
-            y_ECpq = torch.einsum('ci,ecpq->eipq', _ycbcr(y_ECpq), y_ECpq)
-        return dct.idct2(y_ECpq).to(weight.dtype)
+        return weight_to_kernel(weight, self.truncation, self.patch_size, self.color).to(weight.dtype)
 
     def set_input_size(
         self,
@@ -278,11 +264,11 @@ class DctPatchEmbed(PatchEmbed):
         """
         patch_size = self.patch_size if patch_size is None else to_2tuple(patch_size)
         if patch_size != self.patch_size:
-            whole = all(pair == self.patch_size for pair in self.kept)
-            kept = _kept(None if whole else self.kept, patch_size, self.in_chans)
+            whole = all(pair == self.patch_size for pair in self.truncation)
+            truncation = _truncation(None if whole else self.truncation, patch_size, self.in_chans)
             kernel = resample_patch_embed(self.kernel(), patch_size)
-            self.patch_size, self.kept = patch_size, kept
-            self.linear.in_features = sum(f * g for f, g in kept)
+            self.patch_size, self.truncation = patch_size, truncation
+            self.linear.in_features = sum(f * g for f, g in truncation)
             weight = self.coefficients_of(kernel)
             self.linear.weight = nn.Parameter(weight, requires_grad=self.linear.weight.requires_grad)
             img_size = img_size or self.img_size
@@ -291,17 +277,17 @@ class DctPatchEmbed(PatchEmbed):
 
     # --- learned truncation ---
 
-    def macs(self, kept: Sequence[tuple]) -> Any:
+    def macs(self, sizes: Sequence[tuple]) -> Any:
         """Multiply-accumulates per patch with these coefficients of each channel, rows and columns; numbers or tensors.
 
         All channels are transformed to as many rows, and as many columns, as the one that keeps the most of them.
         """
         p, q = self.patch_size
-        embedding = sum(f * g for f, g in kept) * self.linear.out_features
+        embedding = sum(f * g for f, g in sizes) * self.linear.out_features
         if self.input == 'coefficients':
             return embedding
-        rows, columns = zip(*self.kept, strict=True)
-        f, g = kept[rows.index(max(rows))][0], kept[columns.index(max(columns))][1]
+        rows, columns = zip(*self.truncation, strict=True)
+        f, g = sizes[rows.index(max(rows))][0], sizes[columns.index(max(columns))][1]
         return embedding + self.in_chans * f * (p * q + g * q)
 
     def freeze(self, keep: Sequence[tuple[int, int]] | None = None) -> 'DctPatchEmbed':
@@ -316,13 +302,13 @@ class DctPatchEmbed(PatchEmbed):
         """
         if self.window is None:
             raise UserError('this patch embedding has no window to freeze; build it with window=True')
-        keep = [self.window.hard_size(f, g) for f, g in self.kept] if keep is None else list(keep)
-        fits = len(keep) == len(self.kept) and all(
+        keep = [self.window.hard_size(f, g) for f, g in self.truncation] if keep is None else list(keep)
+        fits = len(keep) == len(self.truncation) and all(
             len(pair) == 2 and 1 <= pair[0] <= f and 1 <= pair[1] <= g
-            for pair, (f, g) in zip(keep, self.kept, strict=True)
+            for pair, (f, g) in zip(keep, self.truncation, strict=True)
         )
         if not fits:
-            raise UserError(f'keep must be a pair for each channel, at most {self.kept}, got {keep=}')
+            raise UserError(f'keep must be a pair for each channel, at most {self.truncation}, got {keep=}')
         weight = self._weight().detach()
         new = type(self)(
             **_layout(self),
@@ -336,12 +322,8 @@ class DctPatchEmbed(PatchEmbed):
             dtype=weight.dtype,
         )
         new.norm = self.norm
-        parts = []
-        for part, (f, g), (kept_f, kept_g) in zip(
-            weight.split([f * g for f, g in self.kept], dim=1), self.kept, new.kept, strict=True
-        ):
-            parts.append(part.unflatten(1, (f, g))[:, :kept_f, :kept_g].flatten(1))
-        return _filled(new, new.linear, torch.cat(parts, dim=1), self.linear).train(self.training)
+        cut = truncated(split_channels(weight, self.truncation), new.truncation)
+        return _filled(new, new.linear, cut, self.linear).train(self.training)
 
     # --- forward ---
 
@@ -395,13 +377,13 @@ class DctPatchEmbed(PatchEmbed):
 
     def _together(self, y_BChfwg: Tensor) -> Tensor:
         """The coefficients of a patch side by side: (B, h, w, K)"""
-        if self.color == 'rgb' and len(set(self.kept)) == 1:
+        if self.color == 'rgb' and len(set(self.truncation)) == 1:
             return y_BChfwg.permute(0, 2, 4, 1, 3, 5).flatten(3)
         channels = [y_BChfwg[:, c] for c in range(self.in_chans)]
         parts = []
-        for c, (f, g) in enumerate(self.kept):
+        for c, (f, g) in enumerate(self.truncation):
             if self.color == 'ycbcr':
-                low = [channel[:, :, :f, :, :g] * share for channel, share in zip(channels, YCBCR[c], strict=True)]
+                low = [channel[:, :, :f, :, :g] * factor for channel, factor in zip(channels, YCBCR[c], strict=True)]
                 part = low[0] + low[1] + low[2]
             else:
                 part = channels[c][:, :, :f, :, :g]
@@ -416,7 +398,7 @@ class DctPatchEmbed(PatchEmbed):
 
     def _gains(self) -> Tensor:
         """(K,), of the window."""
-        return torch.cat([self.window(f, g).flatten() for f, g in self.kept])
+        return torch.cat([self.window(f, g).flatten() for f, g in self.truncation])
 
     def extra_repr(self) -> str:
         options = self.options
@@ -440,10 +422,6 @@ def _layout(embedding: PatchEmbed) -> dict[str, Any]:
     if not embedding.flatten and embedding.output_fmt != Format.NCHW:
         layout['output_fmt'] = embedding.output_fmt.value
     return layout
-
-
-def _ycbcr(like: Tensor) -> Tensor:
-    return torch.tensor(YCBCR, dtype=like.dtype, device=like.device)
 
 
 def patch_embed_layer(
@@ -470,14 +448,6 @@ def describe_patch_embed(embedding: nn.Module) -> dict[str, Any]:
     if not isinstance(embedding, DctPatchEmbed):
         return dict(patch_embed='conv')
     return dict(patch_embed='dct', **{f'patch_{name}': value for name, value in embedding.options.items()})
-
-
-def input_size(model: nn.Module, img_size: int) -> tuple[int, int, int]:
-    """Of what a model is given for a square image, of pixels or of their coefficients: channels, height, width."""
-    sides, embedding = (img_size, img_size), getattr(model, 'patch_embed', None)
-    if isinstance(embedding, DctPatchEmbed):
-        sides = embedding.input_size(*sides)
-    return getattr(model, 'in_chans', 3), *sides
 
 
 def check_convolution(embedding: nn.Module) -> None:

@@ -1,20 +1,22 @@
-"""Models on disk: timm's `local-dir:` layout, `model.safetensors` beside `config.json`.
+"""Model folders: timm's `local-dir:` layout, `model.safetensors` beside `config.json`, written and read.
 
 A DCT has no weights, so only the config can tell a keep ratio: it holds the architecture, the attention of each layer
 and its options, and `timm.create_model('local-dir:FOLDER', pretrained=True)` gives the same outputs back.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.models._hub import save_config_for_hf
+import timm
 from torch import nn
 
 from vit_efficient.models.patch_embed import DctPatchEmbed, describe_patch_embed
 from vit_efficient.models.vit import GridForward
-from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.compat import model_args, save_model_config
+from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.files import replacing
 
 
@@ -27,7 +29,7 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     Raises:
         UserError: If an attention in it is not a registered one, or it is timm's with a patch embedding of ours.
     """
-    arguments = dict(getattr(model, '_model_args', {}))
+    arguments = model_args(model)
     if not isinstance(model, GridForward):
         if isinstance(getattr(model, 'patch_embed', None), DctPatchEmbed):
             raise UserError(
@@ -76,7 +78,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequenc
     Args:
         model: Built by `timm.create_model`, converted or not; compiled ones are saved as what they wrap.
         folder: Made where it does not exist.
-        label_names: Of the classes, in order; kept in the config.
+        label_names: Names of the classes, in order; they go into the config.
 
     Raises:
         UserError: If the model was not built by `timm.create_model`, or an attention in it is not registered.
@@ -89,7 +91,59 @@ def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequenc
     arguments = model_arguments(model)
     folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    config = {'label_names': list(label_names)} if label_names is not None else {}
+    labels = {} if label_names is None else {'label_names': list(label_names)}
     with replacing(folder / 'config.json') as config_path, replacing(folder / 'model.safetensors') as weights_path:
-        save_config_for_hf(model, config_path, model_config=config, model_args=arguments)
+        save_model_config(model, config_path, arguments, **labels)
         safetensors.torch.save_file(tensors, weights_path)
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder itself or, of a run's folder, the model folder in it.
+
+    Raises:
+        UserError: If there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such model folder')
+    in_run = folder / 'model'
+    return in_run if (in_run / 'config.json').exists() and not (folder / 'config.json').exists() else folder
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder.
+
+    Raises:
+        UserError: If the folder is not one.
+    """
+    path = folder / 'config.json'
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f'{folder}: not a model folder (there is no config.json)') from error
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: not readable ({error})') from error
+    if not isinstance(saved, dict) or 'architecture' not in saved:
+        raise UserError(f'{path}: not the config.json of a timm model (it names no architecture)')
+    if not isinstance(saved.get('model_args') or {}, dict):
+        raise UserError(f'{path}: model_args must be a mapping, got {saved["model_args"]!r}')
+    return saved
+
+
+def load_model(folder: str | Path, **args: Any) -> nn.Module:
+    """Loads a model folder (timm's local-dir layout), or the `model` folder in a run's folder.
+
+    Args:
+        folder: Holds config.json and the weights.
+        **args: Arguments of timm.create_model that replace the saved ones.
+
+    Raises:
+        UserError: If it is not a model folder, or its weights are not those of its config.json.
+    """
+    folder = model_folder(Path(folder))
+    saved = read_model_config(folder)
+    try:
+        return timm.create_model(f'local-dir:{folder}', pretrained=True, **args)
+    # Weights of another model surface as anything from a KeyError in a checkpoint filter to a RuntimeError of PyTorch.
+    except Exception as error:
+        reason = one_line(error)
+        raise UserError(f'{folder}: cannot load its weights into {saved["architecture"]}: {reason}') from error

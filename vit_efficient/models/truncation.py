@@ -77,8 +77,8 @@ def soft_cost(model: nn.Module, hard: bool = False) -> Tensor:
     parts = []
     if _learns(embedding):
         size_of = embedding.window.hard_size if hard else embedding.window.soft_size
-        cut = embedding.macs([size_of(f, g) for f, g in embedding.kept])
-        parts.append((grid.num_patches * cut, grid.num_patches * embedding.macs(embedding.kept)))
+        cut = embedding.macs([size_of(f, g) for f, g in embedding.truncation])
+        parts.append((grid.num_patches * cut, grid.num_patches * embedding.macs(embedding.truncation)))
     for i, attention in _layers(model):
         size = kept_grid(grid.height, grid.width, attention.compress.budget)
         window = attention.compress.window
@@ -152,7 +152,7 @@ def _frozen(model: nn.Module, attention: CompressedAttention | None, size: Any) 
     """What takes the place of an attention, or of the patch embedding if there is none, and its size."""
     if attention is None:
         embedding = model.patch_embed.freeze(size)
-        return embedding, embedding.kept
+        return embedding, embedding.truncation
     whole = kept_grid(*model.patch_embed.grid_size, attention.compress.budget)
     size = attention.compress.window.hard_size(*whole) if size is None else tuple(size)
     if len(size) != 2 or not all(1 <= side <= most for side, most in zip(size, whole, strict=True)):

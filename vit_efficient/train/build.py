@@ -1,4 +1,4 @@
-"""The model of a recipe, and a model folder read back."""
+"""The model of a recipe."""
 
 import json
 import zipfile
@@ -12,9 +12,10 @@ from timm.models import load_state_dict
 from torch import nn
 
 from vit_efficient.models import DctPatchEmbed, model_arguments
+from vit_efficient.models.saving import load_model, model_folder, read_model_config
 from vit_efficient.train.checkpoint import damaged_part, load_checkpoint
 from vit_efficient.train.config import Config, ModelConfig
-from vit_efficient.utils.errors import UserError, first_line
+from vit_efficient.utils.errors import UserError, first_line, one_line
 
 # What a saved model tells of its attention.
 _SPELLED_OUT = ('attention', 'attention_kwargs')
@@ -82,7 +83,7 @@ def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
     """The model with the classes of its source, so that all weights are loaded strictly."""
     source = Path(config.init_from)
     if source.is_dir():
-        source = _model_folder(source)
+        source = model_folder(source)
         _check_same_attention(source, config.name, args, *_saved_model(source))
         # The folder spells the same attention out; said twice, it would be refused.
         return load_model(source, **{key: value for key, value in args.items() if key not in _SPELLED_OUT})
@@ -103,8 +104,7 @@ def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
     try:
         model = timm.create_model(config.name, pretrained=True, pretrained_cfg_overlay=overlay, **args)
     except Exception as error:
-        reason = ' '.join(str(error).split())[:300]
-        raise UserError(f'model.init_from={source} does not fit {config.name}: {reason}') from error
+        raise UserError(f'model.init_from={source} does not fit {config.name}: {one_line(error)}') from error
     model.pretrained_cfg.pop('state_dict', None)  # timm would keep the weights in memory a second time
     return model
 
@@ -173,51 +173,3 @@ def _attention(name: str, args: dict[str, Any]) -> dict[str, Any]:
         options = {key: value for key, value in embedding.options.items() if key != 'input'}
         found['patch_embed'] = {'patch_size': embedding.patch_size, **options}
     return json.loads(json.dumps(found, default=str))
-
-
-def _model_folder(folder: Path) -> Path:
-    """The folder itself, or the one in a run's folder."""
-    if not folder.is_dir():
-        raise UserError(f'{folder}: no such model folder')
-    in_run = folder / 'model'
-    return in_run if (in_run / 'config.json').exists() and not (folder / 'config.json').exists() else folder
-
-
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder.
-
-    Raises:
-        UserError: If the folder is not one.
-    """
-    path = folder / 'config.json'
-    try:
-        saved = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f'{folder}: not a model folder (there is no config.json)') from error
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path}: not readable ({error})') from error
-    if not isinstance(saved, dict) or 'architecture' not in saved:
-        raise UserError(f'{path}: not the config.json of a timm model (it names no architecture)')
-    if not isinstance(saved.get('model_args') or {}, dict):
-        raise UserError(f'{path}: model_args must be a mapping, got {saved["model_args"]!r}')
-    return saved
-
-
-def load_model(folder: str | Path, **args: Any) -> nn.Module:
-    """Loads a model folder (timm's local-dir layout), or the `model` folder in a run's folder.
-
-    Args:
-        folder: Holds config.json and the weights.
-        **args: Arguments of timm.create_model that replace the saved ones.
-
-    Raises:
-        UserError: If it is not a model folder, or its weights are not those of its config.json.
-    """
-    folder = _model_folder(Path(folder))
-    saved = read_model_config(folder)
-    try:
-        return timm.create_model(f'local-dir:{folder}', pretrained=True, **args)
-    # Weights of another model surface as anything from a KeyError in a checkpoint filter to a RuntimeError of PyTorch.
-    except Exception as error:
-        reason = ' '.join(str(error).split())[:300]
-        raise UserError(f'{folder}: cannot load its weights into {saved["architecture"]}: {reason}') from error

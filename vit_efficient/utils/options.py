@@ -1,15 +1,43 @@
-"""Options of a mechanism or model as they are written on the command line."""
+"""Values and options as they are written on the command line."""
 
 import ast
 import re
 from fractions import Fraction
 from typing import Any
 
+import yaml
+
 from vit_efficient.utils.errors import UserError
+
+_FRACTION = re.compile(r'\d+/[1-9]\d*')
+
+
+def parse_fractions(value: Any) -> Any:
+    """A value of a configuration with each fraction in it, such as '1/16', as a number."""
+    if isinstance(value, dict):
+        return {key: parse_fractions(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [parse_fractions(part) for part in value]
+    return float(Fraction(value)) if isinstance(value, str) and _FRACTION.fullmatch(value) else value
+
+
+def parse_value(text: str) -> Any:
+    """The value that a text stands for, as in a recipe: a number, a fraction such as 1/16, true, null, a list or a
+    mapping, in the words of YAML or Python; or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        pass
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    is_value = value is None or isinstance(value, (bool, int, float, list, dict))
+    return parse_fractions(value if is_value else text)
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """'key=value' as a pair; the value is a Python literal, a fraction such as 1/16, or text.
+    """'key=value' as a pair, the value by `parse_value`.
 
     Raises:
         UserError: If there is no `=`.
@@ -17,19 +45,14 @@ def parse_option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition('=')
     if not key or not equals:
         raise UserError(f'expected key=value, got {text!r}')
-    if re.fullmatch(r'\d+/[1-9]\d*', value):
-        return key, float(Fraction(value))
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    return key, parse_value(value)
 
 
 def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     """'name:key=value,…' as a name and its options; commas within brackets belong to a value.
 
     Raises:
-        UserError: If an option has no `=`.
+        UserError: If an option has no `=`, or a key stands there twice.
     """
     name, _, options = text.partition(':')
     parts, depth = [''] if options else [], 0
@@ -39,4 +62,9 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
             parts.append('')
         else:
             parts[-1] += character
-    return name, dict(parse_option(part) for part in parts)
+    pairs = [parse_option(part) for part in parts]
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f'{key} is given twice in {text!r}')
+    return name, dict(pairs)

@@ -99,6 +99,9 @@ class LeafAttention(TreeAttention):
             y_BNC = y_BNC * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y_BNC))
 
+    def export_error(self, suffix: str) -> str | None:
+        return NO_GRAPH
+
     def prepare_counting(self) -> None:
         self.pad_groups = False
 

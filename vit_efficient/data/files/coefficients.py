@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vit_efficient.data.files.images import name_of
 from vit_efficient.data.files.jpeg import BLOCK, QuantizedJpeg, read_quantized
 from vit_efficient.dct import dct_matrix
+from vit_efficient.models.inputs import takes_coefficients
 from vit_efficient.utils.checks import as_sides
 from vit_efficient.utils.errors import UserError
 
@@ -93,16 +94,6 @@ class PatchCoefficients:
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of whole patches in an image of that size."""
         return height // self.patch_size[0], width // self.patch_size[1]
-
-    def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        """The shape of the coefficient image of an image of that size."""
-        rows, columns = self.grid(height, width)
-        return channels, rows * self.keep[0], columns * self.keep[1]
-
-
-def takes_coefficients(model: nn.Module) -> bool:
-    """Whether the model's patch embedding takes coefficient images instead of pixels."""
-    return getattr(getattr(model, 'patch_embed', None), 'input', 'pixels') == 'coefficients'
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Models by one line of text: whose option a key is, and what is said of one that is nobody's."""
+
+import pytest
+import torch
+
+from vit_efficient.models import create_from_spec, input_size
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.options import parse_spec, parse_value
+
+SMALL = 'depth=1,embed_dim=16,num_heads=2,patch_size=8'
+
+
+def create(spec, img_size=None, **factory):
+    return create_from_spec(*parse_spec(spec), img_size, **factory)
+
+
+@pytest.mark.parametrize(
+    'spec, name, options',
+    [
+        ('vit_dct_tiny:keep_ratio=1/16', 'dct', dict(keep_ratio=1 / 16, place='x')),
+        (
+            "vit_dct_tiny:keep_ratio=1/16,attention_kwargs={'place':'block'}",
+            'dct',
+            dict(keep_ratio=0.0625, place='block'),
+        ),
+        ('vit_dct_tiny:compressor=pool,count_bias=False,axes=2d', None, "'axes'"),
+        ('vit_linformer_tiny:num_tokens=9,sharing=headwise,qk_norm=True', 'linformer', dict(sharing='headwise')),
+        ('vit_full_tiny:attention=nystrom,num_landmarks=4', 'nystrom', dict(num_landmarks=4)),
+        ('vit_converted:base=vit_tiny_patch16_224,attention=pool,num_tokens=4', 'pool', dict(num_tokens=4)),
+    ],
+)
+def test_options_of_the_attention(spec, name, options):
+    spec = f'{spec},{SMALL}'
+    if name is None:
+        with pytest.raises(UserError, match=options):
+            create(spec, 64)
+        return
+    ((mechanism, found),) = create(spec, 64).attention_spec()
+    assert mechanism == name and found == {**found, **options}
+
+
+def test_arguments_of_timm():
+    model = create(f'vit_dct_tiny:{SMALL},num_tokens=9,patch_embed=dct,patch_keep=[4,2,2],patch_input=coefficients', 32)
+    assert model.patch_embed.truncation == [(4, 4), (2, 2), (2, 2)] and model.patch_embed.img_size == (32, 32)
+    assert input_size(model, 32) == (3, 16, 16) and input_size(model, (64, 32)) == (3, 32, 16)
+    model = create(
+        'vit_linformer_tiny:num_heads=2,embed_dim=16,depth=1,num_tokens=4', device='meta', dtype=torch.bfloat16
+    )
+    assert model.blocks[0].attn.num_heads == 2  # the model's, though the compressor has one of that name
+    assert model.pos_embed.is_meta and model.pos_embed.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'pvt_v2_b0', 'mobilevit_s', 'levit_128s', 'vit_tiny_patch16_224'])
+def test_models_are_built_for_an_image_size_where_they_have_one(name):
+    with torch.device('meta'):
+        model = create(name, 256)
+        assert model(torch.zeros(2, *input_size(model, 256))).shape == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    'spec, message',
+    [
+        ('vit_dct_tinny', "no model 'vit_dct_tinny'; did you mean vit_dct_tiny?"),
+        ('vit_dct_tiny:keep_ration=1', "vit_dct_tiny has no option 'keep_ration'; did you mean keep_ratio?"),
+        ('vit_dct_tiny:patch_kept=8', "vit_dct_tiny has no option 'patch_kept'; did you mean patch_keep?"),
+        ('vit_full_tiny:attention=linformer,sharin=none', "no option 'sharin'; did you mean sharing?"),
+        ('vit_full_tiny:attention=dtc', "unknown attention 'dtc'"),
+        ('vit_dct_tiny:keep_ratio=2', 'keep_ratio=2'),
+        ("vit_dct_tiny:keep_ratio=.5,attention_kwargs={'keep_ratio':1}", 'keep_ratio=0.5 beside'),
+        ('vit_dct_tiny:keep_ratio=.5,keep_ratio=1', 'keep_ratio is given twice'),
+        ('vit_dct_tiny:img_size=64', 'img_size=64 must not be among'),
+        ('vit_dct_tiny:patch_size=7', '32 is not a multiple of the patch size 7'),
+        ('vit_tiny_patch16_224:patch_size=7', 'img_size=32 is not a multiple of the patch size 7'),
+        ('vit_tiny_patch16_224:deth=3', "timm cannot build vit_tiny_patch16_224: .*'deth'"),
+        ('resnet18:patch_embed=dct', "timm cannot build resnet18: .*'patch_embed'"),
+        ('vit_dct_tiny:global_pool=some', 'timm cannot build vit_dct_tiny'),
+    ],
+)
+def test_what_is_wrong_is_named(spec, message):
+    with pytest.raises(UserError, match=message):
+        create(spec, 32)
+
+
+def test_a_bug_in_an_attention_is_no_wrong_option(monkeypatch):
+    from vit_efficient.attention import FullAttention
+
+    monkeypatch.setattr(FullAttention, 'configure', lambda self: self.nothing)
+    with pytest.raises(AttributeError, match='nothing'):
+        create('vit_full_tiny')
+
+
+@pytest.mark.parametrize(
+    'text, value',
+    [
+        ('1/16', 0.0625),
+        ('7', 7),
+        ('.5', 0.5),
+        ('[1,2]', [1, 2]),
+        ('True', True),
+        ('dct', 'dct'),
+        ('1/0', '1/0'),
+        ('', ''),
+    ],
+)
+def test_values(text, value):
+    assert parse_value(text) == value and type(parse_value(text)) is type(value)

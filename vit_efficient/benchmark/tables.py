@@ -1,0 +1,219 @@
+"""What benchmarks have measured: as tables of text, and as files with a plot beside them."""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vit_efficient.benchmark.layers import PASSES
+from vit_efficient.benchmark.plot import plot_times
+from vit_efficient.benchmark.timing import check_request, slope
+from vit_efficient.report.table import Column, Table
+from vit_efficient.utils.environment import describe_environment, one_line
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.files import write_text
+
+logger = logging.getLogger(__name__)
+
+Rows = Sequence[dict[str, Any]]
+
+_SWEPT = [Column('batch_size', 'batch'), Column('dtype')]
+_TIMES = [
+    Column('milliseconds', 'ms', 1),
+    Column('median_milliseconds', 'median ms', 1),
+    Column('spread_percent', 'spread %', 1),
+    Column('rounds'),
+]
+_PEAK = Column('peak_mib', 'peak MiB', 1)
+_RATE = Column('peak_share', 'of matmul rate', 2)
+_ABOUT_RATE = (
+    'Of matmul rate: multiply-accumulates per second, a backward pass counted as two forward passes, as a fraction of '
+    'those of a large matrix product. '
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the rows of a benchmark are shown.
+
+    Attributes:
+        render: The table, from rows, one of `report.table.FORMATS`, and what Markdown says below it: what was measured,
+            and on what.
+        size: The key of rows that tells the size.
+        name: The key that tells what was timed.
+        head: A block's size in words, a format of it.
+    """
+
+    render: Callable[[Rows, str, str], str]
+    size: str
+    name: str
+    head: str
+
+    def follow(self, blocks: Iterable[Rows], format: str, setup: str, out: Path | None = None) -> str:
+        """The table of all blocks; what is measured is logged, and written, as it comes: the rest may fail.
+
+        Args:
+            blocks: As a benchmark yields them.
+            format, setup: As `render` takes them.
+            out: A file for the table; the rows as CSV and a plot go beside it.
+        """
+        rows: list[dict[str, Any]] = []
+        text = ''
+        for block in blocks:
+            rows += block
+            logger.info('%s, %s%s: done', self.head.format(block[0][self.size]), block[0]['work'], series(block[0]))
+            text = self.render(rows, format, setup)
+            if out:
+                write_text(out, text)
+                write_text(out.with_suffix('.csv'), self.render(rows, 'csv', ''))
+                plot_times(by_series(rows, self.name), out.with_suffix('.png'), self.size, self.name)
+        return text
+
+
+def sweep(
+    batch_sizes: Sequence[int],
+    dtypes: Sequence[str],
+    max_seconds: float,
+    blocks_of: Callable[[int, torch.dtype], Iterable[Rows]],
+) -> Iterator[list[dict[str, Any]]]:
+    """The blocks of rows for each batch size and dtype. Of what has several values, rows say theirs.
+
+    Args:
+        batch_sizes, dtypes: What is swept.
+        max_seconds: As benchmarks take it.
+        blocks_of: Makes the blocks of one batch size and dtype; it finds mistakes before the first block is asked for.
+
+    Raises:
+        UserError: If a value is given twice, or `blocks_of` raises it; before anything is timed.
+    """
+    check_request((), max_seconds, [batch_sizes, dtypes])
+    parts = []
+    for batch_size, dtype in itertools.product(batch_sizes, dtypes):
+        said = dict(batch_size=batch_size) if len(batch_sizes) > 1 else {}
+        said |= dict(dtype=dtype) if len(dtypes) > 1 else {}
+        parts.append((said, blocks_of(batch_size, getattr(torch, dtype))))
+    return ([said | row for row in block] for said, blocks in parts for block in blocks)
+
+
+def measured_on(device: torch.device) -> str:
+    """The device, threads and versions, as a line below a table."""
+    threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
+    return f'{device}{threads}. {one_line(describe_environment(device))}.\n'
+
+
+def check_out(out: Path | None, format: str) -> None:
+    """Raises a UserError if a file would lie where what goes beside it does."""
+    if out and (out.suffix == '.png' or (out.suffix == '.csv' and format != 'csv')):
+        raise UserError(f'--out {out}: the {out.suffix} goes beside the table; name that, for example .md')
+
+
+def series(row: dict[str, Any]) -> str:
+    """What tells the rows of a sweep apart, beside size and work."""
+    batch = f', batch {row["batch_size"]}' if 'batch_size' in row else ''
+    return batch + (f', {row["dtype"]}' if 'dtype' in row else '')
+
+
+def by_series(rows: Rows, name: str) -> list[dict[str, Any]]:
+    """The rows under names that no two of one size and work have: a line of a plot, and its slope, is of one name."""
+    return [row | {name: row[name] + series(row)} for row in rows]
+
+
+def render_models(rows: Rows, format: str, setup: str = '') -> str:
+    """The table of models (see `Report.render`), from the rows of `benchmark_models`."""
+    columns = [
+        *_SWEPT,
+        Column('img_size', 'px'),
+        Column('work'),
+        Column('model'),
+        Column('parameters_m', 'parameters (M)', 1),
+        Column('gmacs', 'GMACs', 2),
+        *_TIMES,
+        Column('images_per_second', 'images/s', 2),
+        Column('ratio', '× first', 2),
+        _PEAK,
+        _RATE,
+        Column('error'),
+    ]
+    table = _with_content(columns, rows, format)
+    if format != 'markdown':
+        return table
+    return (
+        f'{table}\nLeast and median of rounds in which the models take turns; spread: from least to most, of the '
+        'median; × first: ratio of the least times. Peak: what the work adds to the memory of weights, inputs and the '
+        f'state of the optimiser. {_ABOUT_RATE}GMACs of a forward pass of all images. {setup}'
+    )
+
+
+def render_layers(rows: Rows, format: str, setup: str = '') -> str:
+    """The table of layers (see `Report.render`), from the rows of `benchmark_layer`.
+
+    The slopes stand in a second table in Markdown, otherwise in a column.
+    """
+    lines: dict[tuple[str, str], dict[int, float]] = {}
+    named = by_series(rows, 'attention')
+    for row in named:
+        line = lines.setdefault((row['attention'], row['work']), {})
+        if row['milliseconds'] is not None:
+            line[row['tokens']] = row['milliseconds']
+    slopes = {key: slope(list(line.items())) for key, line in lines.items()}
+    columns = [
+        *_SWEPT,
+        Column('tokens', 'N'),
+        Column('work'),
+        Column('attention'),
+        Column('attended'),
+        Column('gmacs', 'GMACs', 2),
+        *_TIMES,
+        Column('ratio', '× exact', 2),
+        Column('to_part', 'to its products', 2),
+        _RATE,
+        _PEAK,
+        Column('error'),
+    ]
+    if format != 'markdown':
+        columns = [c for c in columns if c not in _SWEPT or any(c.key in row for row in rows)]
+        rows = [row | dict(slope=slopes[of['attention'], of['work']]) for row, of in zip(rows, named, strict=True)]
+        return Table([*columns[:-1], Column('slope'), columns[-1]], rows).render(format)
+    parts = [_with_content(columns, rows)]
+    notes = (
+        'Least and median of rounds in which the layers take turns; spread: from least to most, of the median; '
+        '× exact: ratio of the least times. '
+    )
+    if any(value is not None for value in slopes.values()):
+        parts.append(_slopes(lines, slopes, list(dict.fromkeys(row['tokens'] for row in rows))))
+        notes += 'Slope: of log time against log N, by least squares. '
+    for key, note in {
+        'to_part': 'To its products: its time over that of its matrix products, softmax and fused attention, one after '
+        'the other on the same operands. ',
+        'peak_share': _ABOUT_RATE,
+        'peak_mib': 'Peak: what a pass adds to the memory of weights and inputs. ',
+    }.items():
+        notes += note * any(row.get(key) is not None for row in rows)
+    return '\n'.join([*parts, f'{notes}GMACs of the forward pass. {setup}'])
+
+
+def _slopes(
+    lines: dict[tuple[str, str], dict[int, float]], slopes: dict[tuple[str, str], float | None], tokens: Sequence[int]
+) -> str:
+    """The table of slopes by attention and pass, and of those of all numbers of tokens that their lines lack."""
+    rows = []
+    for attention in dict.fromkeys(attention for attention, _ in lines):
+        found = {work: slopes.get((attention, work)) for work in PASSES}
+        left_out = [f'{n:,} {work}' for work in PASSES for n in tokens if n not in lines.get((attention, work), ())]
+        rows.append({'attention': attention, **found, 'left_out': ', '.join(left_out) or None})
+    heads = [Column('attention', 'slope'), *(Column(work, digits=2) for work in PASSES)]
+    return _with_content([*heads, Column('left_out', 'without N =')], rows)
+
+
+def _with_content(columns: Sequence[Column], rows: Rows, format: str = 'markdown') -> str:
+    """The table without columns in which nothing stands; that a spread is not known is something."""
+    columns = [c for c in columns if c.key == 'spread_percent' or any(row.get(c.key) is not None for row in rows)]
+    return Table(columns, [{column.key: row.get(column.key) for column in columns} for row in rows]).render(format)
+
+
+LAYERS = Report(render_layers, 'tokens', 'attention', 'N = {:,}')
+MODELS = Report(render_models, 'img_size', 'model', '{:,} px')

@@ -1,0 +1,53 @@
+"""Arguments of commands: argparse, which names the nearest thing that it knows."""
+
+import argparse
+import re
+from typing import NoReturn
+
+from vit_efficient.utils.checks import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a command, and of its subcommands.
+
+    Args:
+        takes_overrides: Take `key=value` wherever it stands, as `overrides`: argparse wants positional arguments
+            together.
+    """
+
+    def __init__(self, *args, takes_overrides: bool = False, **kwargs):
+        self.takes_overrides = takes_overrides
+        self.options: list[str] = []
+        self.has_commands = False
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *args, **kwargs) -> argparse.Action:
+        action = super().add_argument(*args, **kwargs)
+        self.options += action.option_strings
+        return action
+
+    def add_subparsers(self, **kwargs):
+        self.has_commands = True
+        return super().add_subparsers(**kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        if not self.has_commands:
+            self._check_options(args)
+        overrides = [arg for arg in args if self.takes_overrides and re.match(r'[\w.]+=', arg)]
+        namespace, extra = super().parse_known_args([arg for arg in args if arg not in overrides], namespace)
+        if self.takes_overrides:
+            namespace.overrides = overrides
+        return namespace, extra
+
+    def _check_options(self, args: list[str]) -> None:
+        """Before argparse misses the required option that one of these was meant to be."""
+        for arg in args[: args.index('--') if '--' in args else None]:
+            option = arg.partition('=')[0]
+            if option.startswith('--') and not any(known.startswith(option) for known in self.options):
+                super().error(f'unknown option {option}{nearest(option, self.options)}')
+
+    def error(self, message: str) -> NoReturn:
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            given, known = choice.groups()
+            message += nearest(given, [name.strip('\'"') for name in known.split(', ')])
+        super().error(message)

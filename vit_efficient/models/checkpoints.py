@@ -1,0 +1,88 @@
+"""Checkpoints of plain timm ViTs, loaded into every mechanism."""
+
+from typing import Any
+
+from timm.models import adapt_input_conv
+from timm.models.vision_transformer import checkpoint_filter_fn as timm_checkpoint_filter_fn
+from torch import Tensor, nn
+
+from vit_efficient.attention import GridAttention
+from vit_efficient.compress.base import Compressor
+from vit_efficient.compress.learned import Maps
+from vit_efficient.models.patch_embed import DctPatchEmbed
+from vit_efficient.utils.errors import UserError
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's filter for ViT checkpoints. What a mechanism adds to them follows the image size; what a checkpoint does
+    not have starts as it is in the model.
+
+    Raises:
+        UserError: If what a mechanism adds was made with other options.
+    """
+    state_dict = _filter_like_timm(state_dict, model)
+    for name, module in model.named_modules():
+        if isinstance(module, Compressor):
+            _check_whole(name, module, state_dict)
+    for name, module in model.named_modules():
+        if isinstance(module, Maps) and f'{name}.weight' in state_dict:
+            state_dict[f'{name}.weight'] = module.adapt(state_dict[f'{name}.weight'])
+        if isinstance(module, GridAttention):
+            added = module.added_state(prefix=f'{name}.')
+        elif name == 'shared':
+            added = module.state_dict(prefix='shared.')
+        else:
+            continue
+        for key, value in added.items():
+            state_dict.setdefault(key, value)
+    return state_dict
+
+
+class _SeenByTimm:
+    """A model as timm's filter expects it: its patch embedding a convolution over pixels."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self.patch_embed = model.patch_embed.empty_conv(device='meta')
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's filter, for a patch embedding of pixels or of coefficients; kernels of pixels load into the latter."""
+    embedding = model.patch_embed
+    if not isinstance(embedding, DctPatchEmbed):
+        return timm_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
+    own = {key: value for key, value in state_dict.items() if key.startswith('patch_embed.linear.')}
+    if own:
+        embedding.check_weight(own.get('patch_embed.linear.weight'))
+        # From its shape timm knows the patch grid that position embeddings are for.
+        state_dict = {**state_dict, 'patch_embed.proj.weight': embedding.empty_conv(device='meta').proj.weight}
+    seen = _SeenByTimm(model)
+    state_dict = timm_checkpoint_filter_fn(state_dict, seen, adapt_layer_scale=True)
+    kernel = state_dict.pop('patch_embed.proj.weight', None)
+    if own:
+        state_dict.update(own)
+    elif kernel is not None:
+        if kernel.shape[1] != embedding.in_chans:
+            kernel = adapt_input_conv(embedding.in_chans, kernel, base_chans=kernel.shape[1])
+        state_dict['patch_embed.linear.weight'] = embedding.coefficients_of(kernel)
+        if 'patch_embed.proj.bias' in state_dict:
+            state_dict['patch_embed.linear.bias'] = state_dict.pop('patch_embed.proj.bias')
+    if embedding.window is not None and 'patch_embed.window.share' not in state_dict:
+        if own:
+            state_dict['patch_embed.linear.weight'] = embedding.before_gains(own['patch_embed.linear.weight'])
+        state_dict['patch_embed.window.share'] = embedding.window.share.detach()
+    return state_dict
+
+
+def _check_whole(name: str, compressor: Compressor, state_dict: dict[str, Tensor]) -> None:
+    """Raises UserError if a checkpoint has some of a compressor's weights and not the others."""
+    own = compressor.state_dict(prefix=f'{name}.')
+    missing = sorted(own.keys() - state_dict.keys())
+    if missing and len(missing) < len(own):
+        raise UserError(
+            f'the checkpoint lacks {", ".join(missing)} beside {", ".join(sorted(own.keys() & state_dict.keys()))}: it '
+            "was made with other options of the attention; set them as they were, such as sharing='key-value'"
+        )

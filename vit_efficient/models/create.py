@@ -1,0 +1,123 @@
+"""Models by one line of text: `NAME[:KEY=VALUE,…]`, such as `vit_dct_small:keep_ratio=1/16,patch_embed=dct`.
+
+A key is an option of the attention where the model's attention has such an option; any other one is an argument of
+`timm.create_model`.
+"""
+
+import inspect
+from typing import Any
+
+import timm
+import torch
+from timm.models import VisionTransformer, model_entrypoint
+from torch import nn
+
+from vit_efficient.attention import get_attention
+from vit_efficient.compress import COMPRESSORS
+from vit_efficient.models.vit import EfficientVisionTransformer
+from vit_efficient.utils.checks import check_options, nearest
+from vit_efficient.utils.errors import UserError, one_line
+
+# Arguments of timm.create_model that stand in no signature.
+_OF_BUILDER = ('features_only', 'out_indices', 'pretrained_strict')
+
+
+def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = None, **factory: Any) -> nn.Module:
+    """A model by its name and one set of options, those of its attention and those of timm.create_model.
+
+    Args:
+        name: A model of timm.
+        options: As `utils.options.parse_spec` reads them. `attention_kwargs` may hold those of the attention, too.
+        img_size: Side of square images, in pixels. A model that takes any size is built as it is.
+        **factory: device and dtype.
+
+    Raises:
+        UserError: If there is no such model or option, the image size is among the options, the patches do not divide
+            the image, or timm refuses an argument.
+    """
+    arguments = create_arguments(name, options)
+    if img_size is not None:
+        if 'img_size' in options:
+            raise UserError(
+                f'img_size={options["img_size"]!r} must not be among the options of {name}; sizes are given apart '
+                '(--img-sizes)'
+            )
+        if _takes_img_size(name, arguments):
+            arguments['img_size'] = img_size
+    model = _create(name, arguments | factory)
+    embedding = getattr(model, 'patch_embed', None)
+    patch = getattr(embedding, 'patch_size', None)
+    if img_size is not None and isinstance(patch, (tuple, list)) and not getattr(embedding, 'dynamic_img_pad', False):
+        for side in patch:
+            if img_size % side:
+                raise UserError(f'{img_size=} is not a multiple of the patch size {side} of {name}')
+    return model
+
+
+def attention_of(name: str, options: dict[str, Any]) -> Any:
+    """The `attention` that a model is built with, given these options; None where timm alone builds it.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    if not timm.is_model(name):
+        raise UserError(f'timm knows no model {name!r}{nearest(name, timm.list_models())}')
+    parameter = inspect.signature(model_entrypoint(name)).parameters.get('attention')
+    return None if parameter is None else options.get('attention', parameter.default)
+
+
+def create_arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of timm.create_model that the options of `create_from_spec` stand for.
+
+    Raises:
+        UserError: If there is no such model, an option is unknown, or one is given twice.
+    """
+    attention, given = attention_of(name, options), dict(options.get('attention_kwargs') or {})
+    if attention is None:  # which arguments it takes, only a call can tell
+        return dict(options)
+    functions = (model_entrypoint(name), EfficientVisionTransformer, VisionTransformer, timm.create_model)
+    of_model = {*_OF_BUILDER, *(parameter for function in functions for parameter in _parameters(function)[0])}
+    of_attention = _attention_options(attention, given | options) if isinstance(attention, str) else []
+    check_options(name, options, [*of_attention, *sorted(of_model.difference(of_attention))])
+    own = {key: value for key, value in options.items() if key in of_attention and key not in of_model}
+    for key in own:
+        if key in given:
+            raise UserError(f'{name} is given {key}={own[key]!r} beside attention_kwargs={given}: give it once')
+    arguments = {key: value for key, value in options.items() if key not in own}
+    return arguments | {'attention_kwargs': given | own} if own else arguments
+
+
+def _attention_options(attention: str, options: dict[str, Any]) -> list[str]:
+    """The names of a mechanism's options, and of those of its compressor."""
+    cls, preset = get_attention(attention)
+    names, more = _parameters(cls.configure)
+    compressor = COMPRESSORS.get((preset | options).get('compressor'))
+    return names + (_parameters(compressor)[0] if more and compressor else [])
+
+
+def _parameters(function: Any) -> tuple[list[str], bool]:
+    """The names of a function's parameters, and whether it takes any others, by **."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != 'self']
+    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _takes_img_size(name: str, arguments: dict[str, Any]) -> bool:
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:
+        return True
+    # Of other models timm does not say it, the class does.
+    loading = ('pretrained', 'checkpoint_path')
+    with torch.device('meta'):
+        model = _create(name, {key: value for key, value in arguments.items() if key not in loading})
+    return 'img_size' in inspect.signature(type(model)).parameters
+
+
+def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except UserError:
+        raise
+    # timm's models check their arguments in many ways, or not at all.
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f'timm cannot build {name}: {one_line(error)}') from error

@@ -1,0 +1,127 @@
+"""How lines are told apart in figures, and plots of accuracy against cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.files import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito, "Color Universal Design", 2008: told apart with any colour vision; but for yellow, and for black, which
+# is kept for what the others are compared to. Markers differ as well.
+_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+_STYLES = ('-', '--', ':')  # one for each time around the colours
+_MARKERS = 'os^DvPX'
+
+
+def line_style(number: int, markers: bool = True) -> dict[str, Any]:
+    """How matplotlib draws the line with this number, so that it is told apart from the others."""
+    style = dict(color=_COLOURS[number % len(_COLOURS)], linestyle=_STYLES[number // len(_COLOURS) % len(_STYLES)])
+    return {**style, 'marker': _MARKERS[number % len(_MARKERS)]} if markers else style
+
+
+def tidy(axes: 'Axes', x: str) -> None:
+    """Names the x axis, and leaves a light grid as the only frame."""
+    axes.set_xlabel(x)
+    axes.grid(alpha=0.25)
+    axes.spines[['top', 'right']].set_visible(False)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model in a plot.
+
+    Args:
+        label: Its name in the legend. A line joins points of the same name.
+        cost: Such as billions of multiply-accumulates of an image; above 0.
+        accuracy: In percent.
+        error: Half the length of the error bar, in points; None for no bar.
+    """
+
+    label: str
+    cost: float
+    accuracy: float
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Accuracy against cost, one of several plots in a figure.
+
+    Args:
+        points: The models.
+        x: What the cost is.
+        y: What the accuracy is.
+    """
+
+    points: Sequence[Point]
+    x: str = 'GMACs per image'
+    y: str = 'top-1 accuracy (%)'
+
+
+def plot_accuracy(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
+    """Saves a figure of rows of panels as PNG (or by another suffix, PDF or SVG), costs on logarithmic axes.
+
+    One legend is for all: every panel has the same models in the same order.
+
+    Raises:
+        UserError: If a panel has no points, or costs that are not above 0.
+    """
+    from matplotlib.figure import Figure
+
+    panels = [panel for row in rows for panel in row]
+    _check(panels)
+    labels = list(dict.fromkeys(point.label for point in panels[0].points))
+    columns = 2 if max(map(len, labels)) > 24 else 3
+    legend = 0.22 * -(-len(labels) // columns)  # inches
+    figure = Figure(figsize=(5 * len(rows[0]), 3.6 * len(rows) + legend), dpi=150, layout='constrained')
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=True):
+        lines = _draw(axes, panel, labels)
+    figure.legend(lines, labels, loc='outside lower center', ncols=columns, frameon=False, fontsize='small')
+    save_figure(figure, path)
+
+
+def _check(panels: Sequence[Panel]) -> None:
+    for panel in panels:
+        if not panel.points:
+            raise UserError('points must not be empty')
+        for point in panel.points:
+            if not point.cost > 0:
+                raise UserError(f'{panel.x} must be above 0 on a logarithmic axis, got {point}')
+
+
+def _draw(axes: 'Axes', panel: Panel, labels: Sequence[str]) -> list[Any]:
+    """The points, with what the axes are; returns what stands for each label in a legend."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    drawn = []
+    for i, label in enumerate(labels):
+        points = sorted((point for point in panel.points if point.label == label), key=lambda point: point.cost)
+        line = axes.errorbar(
+            [point.cost for point in points],
+            [point.accuracy for point in points],
+            [point.error or 0 for point in points] if any(point.error is not None for point in points) else None,
+            **line_style(i),
+            markersize=7,
+            linewidth=1,
+            capsize=3,
+        )
+        drawn.append(line)
+    axes.set_xscale('log')
+    costs = [point.cost for point in panel.points]
+    ratio = max(costs) / min(costs)
+    axes.margins(x=0.08, y=0.15)
+    # Within a decade or two the powers of ten are too few marks to read.
+    axes.xaxis.set_major_locator(
+        LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ratio < 5 else (1, 2, 5) if ratio < 50 else (1,))
+    )
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+    axes.set_ylabel(panel.y)
+    tidy(axes, panel.x)
+    return drawn
