@@ -6,9 +6,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.checks import argument_names, nearest
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.options import write_options
 
 COMPRESSORS: dict[str, type['Compressor']] = {}
+
+# Arguments that a compressor with weights may have, and that the attention it is of fills in.
+FROM_ATTENTION = ('num_heads', 'head_dim', 'device', 'dtype')
 
 
 class Compressor(nn.Module):
@@ -18,6 +23,9 @@ class Compressor(nn.Module):
 
         down(x, grid): (…, H · W, D) → (…, m, D)
         up(y, grid):   (…, m, D) → (…, H · W, D)
+
+    Raises:
+        UserError: By a constructor, if an argument is missing or out of range.
     """
 
     #: What FLOPs inside it are, of `vit_efficient.flops.ROLES`.
@@ -36,8 +44,18 @@ class Compressor(nn.Module):
 
     @classmethod
     def of_attention(cls, attention: nn.Module, **options) -> 'Compressor':
-        """The compressor for the tokens or heads of an attention; one with weights takes their sizes from it."""
-        return cls(**options)
+        """The compressor for an attention, on its device and of its dtype; it fills in what `FROM_ATTENTION` lists."""
+        weight = attention.qkv.weight
+        values = (attention.num_heads, attention.head_dim, weight.device, weight.dtype)
+        has = dict(zip(FROM_ATTENTION, values, strict=True))
+        own = {name: has[name] for name in argument_names(cls)[0] if name in has}
+        return cls(**own, **options).to(weight.device, weight.dtype)
+
+    @classmethod
+    def option_names(cls) -> tuple[list[str], bool]:
+        """The names of the options, which are the other arguments, and whether it takes any others by name."""
+        names, takes_others = argument_names(cls)
+        return [name for name in names if name not in FROM_ATTENTION], takes_others
 
     @classmethod
     def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
@@ -62,7 +80,7 @@ class Compressor(nn.Module):
         """What is added to the score of each key, so that it weighs as many patches as it stands for.
 
         Args:
-            grid: Of the tokens.
+            grid: The layout of the tokens.
             like: Has the dtype and device of the result.
 
         Returns:
@@ -72,6 +90,9 @@ class Compressor(nn.Module):
 
     def set_grid_size(self, height: int, width: int) -> None:
         """Follows the model to another patch grid, where there are weights that have one."""
+
+    def extra_repr(self) -> str:
+        return write_options(self.options)
 
     def common_part(self) -> nn.Module | None:
         """The part that all layers of a model have in common, if there is one."""
@@ -92,3 +113,15 @@ def register_compressor(name: str) -> Callable[[type[Compressor]], type[Compress
         return cls
 
     return register
+
+
+def get_compressor(name: str) -> type[Compressor]:
+    """The compressor behind a name.
+
+    Raises:
+        UserError: If no compressor has the name.
+    """
+    if name not in COMPRESSORS:
+        known = ', '.join(sorted(COMPRESSORS))
+        raise UserError(f'compressor must be one of {known}, got compressor={name!r}{nearest(name, COMPRESSORS)}')
+    return COMPRESSORS[name]

@@ -1,13 +1,13 @@
 """How many tokens a compressor keeps: its budget, and the grid or count that the budget allows."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from timm.layers import register_notrace_function
 
 from vit_efficient.grid import fraction_of, larger, scaled_grid, smaller
+from vit_efficient.utils.checks import as_share, as_sides
+from vit_efficient.utils.compat import assume
 from vit_efficient.utils.errors import UserError
 
 
@@ -16,8 +16,9 @@ class Budget:
     """What a compressor may keep of the H × W patches; exactly one of the two.
 
     Args:
-        keep_ratio: A share of the patches, 0 < keep_ratio ≤ 1.
+        keep_ratio: A fraction of the patches, 0 < keep_ratio ≤ 1.
         num_tokens: A number of tokens, or the pair (h, w).
+        argument: What messages call `num_tokens`.
 
     Raises:
         UserError: If both or neither are given, or one is out of range.
@@ -25,24 +26,16 @@ class Budget:
 
     keep_ratio: float | None = None
     num_tokens: int | tuple[int, int] | None = None
+    argument: str = 'num_tokens'
 
     def __post_init__(self):
         ratio, tokens = self.keep_ratio, self.num_tokens
         if (ratio is None) == (tokens is None):
             raise UserError(f'give one of keep_ratio and num_tokens, got keep_ratio={ratio!r}, num_tokens={tokens!r}')
-        if ratio is not None and not (isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 < ratio <= 1):
-            raise UserError(f'keep_ratio must be a number with 0 < keep_ratio ≤ 1, got keep_ratio={ratio!r}')
         if tokens is not None:
-            pair = isinstance(tokens, Sequence) and not isinstance(tokens, str)
-            sides = tuple(tokens) if pair else (tokens,)
-            if len(sides) != (2 if pair else 1) or any(type(s) is not int or s < 1 for s in sides):
-                raise UserError(
-                    f'num_tokens must be a positive integer or a pair (h, w) of them, got num_tokens={tokens!r}'
-                )
-            if pair:
-                object.__setattr__(self, 'num_tokens', sides)
+            object.__setattr__(self, 'num_tokens', as_sides(self.argument, tokens))
         else:
-            object.__setattr__(self, 'keep_ratio', float(ratio))
+            object.__setattr__(self, 'keep_ratio', as_share('keep_ratio', ratio))
 
     @property
     def options(self) -> dict[str, float | int | list[int]]:
@@ -51,10 +44,10 @@ class Budget:
             return {'keep_ratio': self.keep_ratio}
         return {'num_tokens': list(self.num_tokens) if isinstance(self.num_tokens, tuple) else self.num_tokens}
 
-    def __str__(self) -> str:
-        if self.keep_ratio is not None:
-            return f'keep_ratio={self.keep_ratio:.4g}'
-        return f'num_tokens={self.num_tokens}'
+
+def sides(height, width, axes: str) -> tuple:
+    """The sides of the grid; with axes '1d' the row-major sequence, which is a grid of one row."""
+    return (1, height * width) if axes == '1d' else (height, width)
 
 
 # Both functions below are leaves for FX.
@@ -71,15 +64,18 @@ def kept_grid(height, width, budget: Budget) -> tuple[int, int]:
     if isinstance(budget.num_tokens, tuple):
         h, w = budget.num_tokens
         if type(height) is not int or type(width) is not int:
-            torch._check(height >= h and width >= w)
+            assume(height >= h and width >= w)
         elif h > height or w > width:
             raise UserError(
-                f'num_tokens={budget.num_tokens} exceeds the grid of {height} × {width} patches; '
-                'give a smaller pair, or keep_ratio, which follows the image size'
+                f'{budget.argument}={budget.num_tokens} exceeds the grid of {height} × {width} patches; give a smaller '
+                'pair, or one number, which follows the image size'
             )
         return h, w
     if budget.num_tokens is not None and (type(height) is not int or type(width) is not int):
-        raise UserError(f'num_tokens={budget.num_tokens} needs a fixed image size; give a pair (h, w) or keep_ratio')
+        raise UserError(
+            f'{budget.argument}={budget.num_tokens} needs a fixed image size; give a pair (h, w), or keep_ratio where '
+            'there is one'
+        )
     return scaled_grid(height, width, count=budget.num_tokens, ratio=budget.keep_ratio)
 
 
