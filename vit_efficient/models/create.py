@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models import VisionTransformer, model_entrypoint
 from torch import nn
 
@@ -46,9 +47,8 @@ def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = 
             arguments['img_size'] = img_size
     model = _create(name, arguments | factory)
     embedding = getattr(model, 'patch_embed', None)
-    patch = getattr(embedding, 'patch_size', None)
-    if img_size is not None and isinstance(patch, (tuple, list)) and not getattr(embedding, 'dynamic_img_pad', False):
-        for side in patch:
+    if img_size is not None and isinstance(embedding, PatchEmbed) and not embedding.dynamic_img_pad:
+        for side in embedding.patch_size:
             if img_size % side:
                 raise UserError(f'{img_size=} is not a multiple of the patch size {side} of {name}')
     return model
