@@ -1,3 +1,4 @@
+import logging
 import os
 
 # albumentations would ask the network for a newer version of itself.
@@ -10,3 +11,9 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _said(caplog):
+    """What the package has to say is in `caplog.text`."""
+    caplog.set_level(logging.INFO, 'vit_efficient')

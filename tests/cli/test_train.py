@@ -13,10 +13,10 @@ import torch
 from tests.data.trees import write_tree
 from tests.train.recipes import tiny_recipe
 from vit_efficient.cli import main
+from vit_efficient.train import train
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint
-from vit_efficient.train.config import to_yaml
-from vit_efficient.train.trainer import train
+from vit_efficient.train.recipe import to_yaml
 
 
 @pytest.fixture(scope='module')

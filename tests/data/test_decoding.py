@@ -24,9 +24,10 @@ from vit_efficient.data import (
     read_coefficients,
     train_input,
 )
-from vit_efficient.train import Config, train
-from vit_efficient.train import trainer as loop
-from vit_efficient.train.config import LossConfig, ModelConfig, SchedConfig, validate
+from vit_efficient.train import Config, experiment, train
+from vit_efficient.train.config import LossConfig, ModelConfig, SchedConfig
+from vit_efficient.train.rules import validate
+from vit_efficient.train.run_folder import RunFolder
 
 NAME = 'vit_tiny_patch16_224'
 ARGS = {'img_size': 64, 'patch_size': 16, 'embed_dim': 12, 'depth': 1, 'num_heads': 2}
@@ -106,8 +107,8 @@ def recipe(photographs, output, decode='coefficients'):
 
 
 def test_training_and_evaluation_on_coefficients(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, 'create_model', of_coefficients)
-    monkeypatch.setattr(loop._Run, '_save_model', lambda *args: None)
+    monkeypatch.setattr(experiment, 'create_model', of_coefficients)
+    monkeypatch.setattr(RunFolder, 'save_model', lambda *args: None)
     found = [train(recipe(photographs, tmp_path / str(number))) for number in range(2)]
     losses = [
         [line.get('loss') for line in map(json.loads, (tmp_path / str(number) / 'metrics.jsonl').open())]
@@ -118,7 +119,7 @@ def test_training_and_evaluation_on_coefficients(photographs, tmp_path, monkeypa
 
 
 def test_an_image_that_has_no_coefficients_is_named(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, 'create_model', of_coefficients)
+    monkeypatch.setattr(experiment, 'create_model', of_coefficients)
     with pytest.raises(ValueError, match=r'0\.png: not a JPEG.*data\.decode=pixels'):
         train(recipe(write_tree(tmp_path / 'pngs'), tmp_path / 'run'))
 

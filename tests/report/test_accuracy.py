@@ -11,6 +11,7 @@ from PIL import Image
 from vit_efficient.cli import main
 from vit_efficient.flops import count_flops
 from vit_efficient.report import accuracy as table_accuracy
+from vit_efficient.report import evaluation
 from vit_efficient.report.runs import folder_of_run
 
 RECIPE = """
@@ -132,11 +133,15 @@ def test_accuracy_stage_by_stage(trained, recipes, tmp_path, capsys):
     assert remark in (tmp_path / 'results.md').read_text()
 
 
-def test_accuracy_reuses_finished_runs(trained, recipes, tmp_path):
+def test_accuracy_reuses_finished_runs(trained, recipes, tmp_path, monkeypatch):
+    """And loads each model once."""
+    loaded, load = [], evaluation.load_model
+    monkeypatch.setattr(evaluation, 'load_model', lambda path, **sizes: (loaded.append(path), load(path, **sizes))[1])
     before = [(trained / f'{name}-s0/result.json').stat().st_mtime_ns for name in ('full', 'dct')]
     assert main(command(recipes, trained, '--out', str(tmp_path), 'log_every=7')) == 0
     assert before == [(trained / f'{name}-s0/result.json').stat().st_mtime_ns for name in ('full', 'dct')]
     assert {path.name for path in tmp_path.iterdir()} == {'results.md', 'results.csv', 'results.png'}
+    assert loaded == [trained / 'full-s0', trained / 'dct-s0']
 
 
 def test_accuracy_takes_what_the_train_command_has_finished(trained, recipes, tmp_path):
@@ -226,7 +231,8 @@ def test_accuracy_takes_runs_whose_data_have_moved(trained, recipes, tmp_path, m
     shutil.copytree(recipes / 'data', data)
     moved = command(recipes, trained, '--out', str(tmp_path), f'data.train={data}/train', f'data.val={data}/val')
     assert main(moved) == 0
-    assert f'was trained with data.train={recipes}/data/train, data.val={recipes}/data/val' in capsys.readouterr().out
+    said = f'{trained}/dct-s1 was trained with data.train={recipes}/data/train, data.val={recipes}/data/val: '
+    assert said in capsys.readouterr().out
     (data / 'val/dark/0.png').rename(data / 'val/dark/other.png')
     assert main(moved) == 2
     assert f'data.val={data}/val' in (err := capsys.readouterr().err).replace("'", '') and 'other images' in err

@@ -136,7 +136,7 @@ def test_by_command(tmp_path, capsys):
         (
             '{"kind": "val", "epoch": 0, "step": 1, "top1": 3}\n',
             ['--against', 'days'],
-            "epoch, step, hours, got 'days'",
+            "against must be one of epoch, step, hours, got against='days'",
         ),
     ],
 )

@@ -16,9 +16,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vit_efficient.train import Interrupted, load_recipe, train
-from vit_efficient.train import trainer as loop
+from vit_efficient.train import Interrupted, experiment, load_recipe, train
 from vit_efficient.train.distributed import processes
+from vit_efficient.train.state import TrainState
+from vit_efficient.train.trainer import Trainer
 
 
 def double(create_model):
@@ -34,51 +35,52 @@ def double(create_model):
     return create
 
 
-def counting(build_step_model):
-    """Counts in `run.reductions` how often DDP averages gradients: small models have one bucket of them."""
+def counting(wrap):
+    """Counts in `state.reductions` how often DDP averages gradients: small models have one bucket of them."""
 
-    def build(run):
-        build_step_model(run)
-        if isinstance(run.step_model, DistributedDataParallel):
-            run.reductions = []
-            run.step_model.register_comm_hook(run.reductions, count_and_reduce)
+    def wrapped(state):
+        wrap(state)
+        if isinstance(state.forward, DistributedDataParallel):
+            state.reductions = []
+            state.forward.register_comm_hook(state.reductions, count_and_reduce)
 
     def count_and_reduce(reductions, bucket):
         reductions.append(bucket.index())
         return allreduce_hook(None, bucket)
 
-    return build
+    return wrapped
 
 
 def stop_after(last_update, update):
-    """The update, which asserts that exactly the models that are to share out their weights do, and that processes talk
+    """The update, which asserts that exactly the models that are to split their weights do, and that processes talk
     once, however many micro-batches there are."""
 
-    def updating(run, chunk):
-        models = [run.model, *([run.ema.module] if run.ema else [])]
+    def updating(trainer, chunk):
+        experiment, state, team = trainer.experiment, trainer.state, trainer.experiment.team
+        models = [state.model, *([state.average.module] if state.average else [])]
         for parameter in (parameter for model in models for parameter in model.parameters()):
             assert parameter.dtype == torch.float64
-            assert isinstance(parameter, DTensor) == (run.config.parallel == 'fsdp' and run.team.world_size > 1)
-        if run.progress.updates + 1 == last_update and run.team.rank + 1 == run.team.world_size:
+            assert isinstance(parameter, DTensor) == (experiment.config.parallel == 'fsdp' and team.world_size > 1)
+        if state.progress.updates + 1 == last_update and team.rank + 1 == team.world_size:
             os.kill(os.getpid(), signal.SIGTERM)
-        loss = update(run, chunk)
-        if isinstance(run.step_model, DistributedDataParallel):
-            assert run.reductions == [0]
-            run.reductions.clear()
+        loss = update(trainer, chunk)
+        if isinstance(state.forward, DistributedDataParallel):
+            assert state.reductions == [0]
+            state.reductions.clear()
         return loss
 
     return updating
 
 
 if __name__ == '__main__':
-    loop.create_model = double(loop.create_model)
-    loop._Run._build_step_model = counting(loop._Run._build_step_model)
-    update = loop._Run._update
+    experiment.create_model = double(experiment.create_model)
+    TrainState.wrap = counting(TrainState.wrap)
+    update = Trainer.update
     with processes('cpu'):  # a second group cannot meet where the first one did
         for argument in sys.argv[1:]:
             recipe, _, last_update = argument.partition('@')
-            loop._Run._update = stop_after(int(last_update or 0), update)
+            Trainer.update = stop_after(int(last_update or 0), update)
             with suppress(Interrupted):
                 train(load_recipe(recipe))
-            assert loop.create_model.calls == 1
-            loop.create_model.calls = 0
+            assert experiment.create_model.calls == 1
+            experiment.create_model.calls = 0

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from vit_efficient.train import load_recipe, train
-from vit_efficient.train import trainer as loop
 from vit_efficient.train.checkpoint import list_checkpoints, load_newest
+from vit_efficient.train.trainer import Trainer
 
 LONGEST = 0.3  # seconds that a run has before it is killed, once it trains
 
@@ -42,14 +42,14 @@ class SlowFile:
 
 def begin(config, ready):
     """The run; it tells when it begins to train."""
-    save, epochs = torch.save, loop._Run._epochs
+    save, epochs = torch.save, Trainer.epochs
     torch.save = lambda state, file: save(state, SlowFile(file))
 
-    def told(run, interrupts):
+    def told(trainer):
         os.write(ready, b'.')
-        return epochs(run, interrupts)
+        return epochs(trainer)
 
-    loop._Run._epochs = told
+    Trainer.epochs = told
     train(config)
 
 

@@ -3,18 +3,23 @@
 poisoned.py RECIPE
 """
 
+import logging
 import sys
 
 from vit_efficient.train import load_recipe, train
-from vit_efficient.train import trainer as loop
+from vit_efficient.train.trainer import Trainer
 
 if __name__ == '__main__':
-    update = loop._Run._update
+    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    update = Trainer.update
 
-    def poisoned(run, chunk):
-        if run.progress.updates == 3 and run.team.rank + 1 == run.team.world_size:
+    def poisoned(trainer, chunk):
+        if (
+            trainer.state.progress.updates == 3
+            and trainer.experiment.team.rank + 1 == trainer.experiment.team.world_size
+        ):
             chunk[0][0][:] = float('nan')
-        return update(run, chunk)
+        return update(trainer, chunk)
 
-    loop._Run._update = poisoned
+    Trainer.update = poisoned
     train(load_recipe(sys.argv[1]))

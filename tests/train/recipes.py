@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 
 from vit_efficient.train import Config, load_recipe, train
-from vit_efficient.train.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, SchedConfig, to_yaml
+from vit_efficient.train.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, SchedConfig
+from vit_efficient.train.recipe import to_yaml
 
 ROOT = Path(__file__).parents[2]
 

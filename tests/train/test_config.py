@@ -2,7 +2,8 @@ import pytest
 
 from tests.train.recipes import ALL, load_any
 from vit_efficient.train import load_recipe
-from vit_efficient.train.config import to_yaml, validate
+from vit_efficient.train.recipe import to_yaml
+from vit_efficient.train.rules import validate
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from tests.train.recipes import TINY, tiny_recipe, train_on_one_and_two_processe
 from tests.train.test_trainer import assert_same_run, fail, same
 from vit_efficient.cli import main
 from vit_efficient.data import SizeConfig
-from vit_efficient.train import train
-from vit_efficient.train import trainer as loop
+from vit_efficient.train import experiment, train
 from vit_efficient.train.checkpoint import load_checkpoint
-from vit_efficient.train.config import LossConfig, load_recipe, to_yaml
+from vit_efficient.train.config import LossConfig
+from vit_efficient.train.recipe import load_recipe, to_yaml
+from vit_efficient.train.trainer import Trainer
 
 SKIMAGE = ('astronaut', 'chelsea', 'coffee')
 
@@ -133,17 +134,17 @@ def stop_and_go_on(options, tmp_path, monkeypatch, stop, change=lambda config: N
         return config
 
     order = {'whole': [], 'parts': []}
-    update = loop._Run._update
+    update = Trainer.update
 
     def recorded(self, chunk):
-        name = self.folder.name
-        if name == 'parts' and self.config.resume == 'never' and self.progress.updates == stop:
+        name = self.folder.path.name
+        if name == 'parts' and self.experiment.config.resume == 'never' and self.state.progress.updates == stop:
             fail()
         value = update(self, chunk)
         order[name].append([batch[-1].tolist() for batch in chunk])
         return value
 
-    monkeypatch.setattr(loop._Run, '_update', recorded)
+    monkeypatch.setattr(Trainer, 'update', recorded)
     train(changed('whole'))
     config = changed('parts')
     config.data.workers = 2
@@ -269,13 +270,13 @@ def everything(config):
 @pytest.mark.parametrize('change', [repeats, sizes, channels_last, everything], ids=lambda change: change.__name__)
 def test_options_go_on_as_well(photographs, tmp_path, monkeypatch, change, stop):
     shapes = []
-    update = loop._Run._update
+    update = Trainer.update
 
     def seen(self, chunk):
         shapes.extend(tuple(images.shape) for images, *_ in chunk)
         return update(self, chunk)
 
-    monkeypatch.setattr(loop._Run, '_update', seen)
+    monkeypatch.setattr(Trainer, 'update', seen)
     stop_and_go_on(shards_of(photographs, tmp_path / 'data'), tmp_path, monkeypatch, stop, change)
     if change is sizes:
         assert shapes[:12] == [(4, 3, 8, 12)] * 6 + [(4, 3, 20, 20)] * 6
@@ -283,8 +284,8 @@ def test_options_go_on_as_well(photographs, tmp_path, monkeypatch, change, stop)
 
 def test_repeats_share_the_batch_and_differ(photographs, tmp_path, monkeypatch):
     seen = []
-    update = loop._Run._update
-    monkeypatch.setattr(loop._Run, '_update', lambda self, chunk: seen.extend(chunk) or update(self, chunk))
+    update = Trainer.update
+    monkeypatch.setattr(Trainer, 'update', lambda self, chunk: seen.extend(chunk) or update(self, chunk))
     config = recipe(folder_of(photographs, None), tmp_path / 'run', loss=LossConfig(0.0))
     config.data.repeats = 2
     assert train(config)['steps'] == 12
@@ -313,7 +314,7 @@ def test_two_processes_see_the_same_repeats_and_sizes(photographs, tmp_path):
 
 def test_channels_last_is_what_the_model_sees(photographs, tmp_path, monkeypatch):
     found = []
-    build = loop.create_model
+    build = experiment.create_model
 
     def watched(*args):
         model = build(*args)
@@ -322,7 +323,7 @@ def test_channels_last_is_what_the_model_sees(photographs, tmp_path, monkeypatch
         )
         return model
 
-    monkeypatch.setattr(loop, 'create_model', watched)
+    monkeypatch.setattr(experiment, 'create_model', watched)
     for name in ('plain', 'last'):
         train(recipe(folder_of(photographs, None), tmp_path / name, channels_last=name == 'last'))
         for tensor in found[0]:

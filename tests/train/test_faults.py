@@ -21,10 +21,13 @@ from tests.train.recipes import ROOT, TINY, tiny_recipe, train_on_one_and_two_pr
 from tests.train.test_trainer import assert_same_run, fail, same
 from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler
-from vit_efficient.train import checkpoint, evaluate, load_model, train
-from vit_efficient.train import trainer as loop
+from vit_efficient.train import evaluate, experiment, load_model, run_folder, train, trainer
 from vit_efficient.train.checkpoint import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
-from vit_efficient.train.config import LossConfig, to_yaml
+from vit_efficient.train.config import LossConfig
+from vit_efficient.train.log import MetricsLog
+from vit_efficient.train.recipe import to_yaml
+from vit_efficient.train.trainer import Trainer
+from vit_efficient.utils import files
 
 
 @pytest.fixture(scope='module')
@@ -50,12 +53,12 @@ def updates(folder):
 
 
 def stop_at(monkeypatch, update, action=fail):
-    original = loop._Run._update
+    original = Trainer.update
 
-    def stopping(run, chunk):
-        return original(run, chunk) if run.progress.updates < update else action()
+    def stopping(trainer, chunk):
+        return original(trainer, chunk) if trainer.state.progress.updates < update else action()
 
-    monkeypatch.setattr(loop._Run, '_update', stopping)
+    monkeypatch.setattr(Trainer, 'update', stopping)
 
 
 @contextmanager
@@ -129,7 +132,7 @@ def test_without_links_checkpoints_are_copied(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('gone', [False, True])
-def test_a_run_goes_on_from_the_newest_checkpoint_that_can_be_read(data, tmp_path, monkeypatch, capsys, gone):
+def test_a_run_goes_on_from_the_newest_checkpoint_that_can_be_read(data, tmp_path, monkeypatch, caplog, gone):
     train(tiny_recipe(data, tmp_path / 'whole'))
     config = tiny_recipe(data, tmp_path / 'parts', checkpoint_steps=2, checkpoint_keep=3)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
@@ -139,10 +142,10 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_can_be_read(data, tmp_pat
     for name in ('checkpoint.pt', 'checkpoint-10.pt'):
         path = tmp_path / 'parts' / name
         path.unlink() if gone else path.write_bytes(path.read_bytes()[:1000])
-    capsys.readouterr()
+    caplog.clear()
     config.resume = 'auto'
     train(config)
-    said = capsys.readouterr().err
+    said = caplog.text
     line = f'{tmp_path}/parts/checkpoint.pt: not a readable checkpoint'
     assert (line in said) is not gone
     assert ('; going on from ' in said) is not gone
@@ -211,7 +214,7 @@ def test_the_best_model_is_kept(data, tmp_path, monkeypatch):
         object.__setattr__(evaluation, 'top1', next(found))
         return evaluation
 
-    monkeypatch.setattr(loop, 'evaluate', judged)
+    monkeypatch.setattr(trainer, 'evaluate', judged)
     config = tiny_recipe(data, tmp_path / 'run', checkpoint_best=True)
     config.sched.epochs = 4
     result = train(config)
@@ -245,7 +248,7 @@ def test_a_full_disk_costs_no_checkpoint(data, tmp_path, monkeypatch, capsys, wh
     train(tiny_recipe(data, tmp_path / 'whole'))
     path = tmp_path / 'recipe.yaml'
     path.write_text(to_yaml(tiny_recipe(data, tmp_path / 'run', checkpoint_steps=2, checkpoint_keep=2)))
-    save = loop.save_checkpoint
+    save = run_folder.save_checkpoint
     with monkeypatch.context() as patch:
 
         def full(file, state, keep):
@@ -253,7 +256,7 @@ def test_a_full_disk_costs_no_checkpoint(data, tmp_path, monkeypatch, capsys, wh
                 patch.setattr(where, no_space)
             save(file, state, keep)
 
-        patch.setattr(loop, 'save_checkpoint', full)
+        patch.setattr(run_folder, 'save_checkpoint', full)
         assert main(['train', str(path)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == (
@@ -294,7 +297,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_checkpoint_is_told(tmp_path):
 
 
 def test_other_errors_of_pytorch_keep_their_traceback(tmp_path):
-    with pytest.raises(RuntimeError, match='a bug'), checkpoint.writing(tmp_path):
+    with pytest.raises(RuntimeError, match='a bug'), files.writing(tmp_path):
         raise RuntimeError('a bug')
 
 
@@ -305,13 +308,15 @@ def test_other_files_that_cannot_be_written_are_named(data, tmp_path, monkeypatc
     path.write_text(to_yaml(tiny_recipe(data, tmp_path / 'run', checkpoint_best=True)))
     with monkeypatch.context() as patch:
         if name == 'metrics.jsonl':
-            patch.setattr(loop.MetricsLog, '_append', no_space)
+            patch.setattr(MetricsLog, 'append', no_space)
         elif name == 'predictions.csv':
-            write = loop.write_text
-            patch.setattr(loop, 'write_text', lambda file, text: (no_space if file.name == name else write)(file, text))
+            write = run_folder.write_text
+            patch.setattr(
+                run_folder, 'write_text', lambda file, text: (no_space if file.name == name else write)(file, text)
+            )
         else:
-            save = loop._Run._save_model
-            patch.setattr(loop._Run, '_save_model', lambda *args: (no_space if args[-1] == name else save)(*args))
+            save = run_folder.save_model
+            patch.setattr(run_folder, 'save_model', lambda *args: (no_space if args[1].name == name else save)(*args))
         assert main(['train', str(path)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f'vit-efficient train: error: {tmp_path}/run')
@@ -355,27 +360,32 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(data, tmp_path
     def read_only(*_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(loop, 'write_text', read_only)
+    monkeypatch.setattr(run_folder, 'write_text', read_only)
     with pytest.raises(ValueError, match='output=.*run: cannot write there: Read-only file system'):
         train(tiny_recipe(data, tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize('where', ['create_dataset', 'load_newest', 'describe_environment'])
-def test_a_signal_before_the_first_update_is_one_line(data, stopped, tmp_path, monkeypatch, capsys, number, where):
+@pytest.mark.parametrize(
+    'owner, where',
+    [(experiment, 'create_dataset'), (run_folder, 'load_newest'), (experiment, 'describe_environment')],
+)
+def test_a_signal_before_the_first_update_is_one_line(
+    data, stopped, tmp_path, monkeypatch, capsys, number, owner, where
+):
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     folder = shutil.copytree(stopped, tmp_path / 'run')
     before = (folder / 'checkpoint.pt').read_bytes()
     path = tmp_path / 'recipe.yaml'
     path.write_text(to_yaml(tiny_recipe(data, folder, resume='auto')))
-    original = getattr(loop, where)
+    original = getattr(owner, where)
 
     def interrupted(*args):
         os.kill(os.getpid(), number)
         return original(*args)
 
-    monkeypatch.setattr(loop, where, interrupted)
+    monkeypatch.setattr(owner, where, interrupted)
     assert main(['train', str(path)]) == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
     line = capsys.readouterr().err.removesuffix('\n')
     if where == 'describe_environment':  # the folder is being written
@@ -388,22 +398,22 @@ def test_a_signal_before_the_first_update_is_one_line(data, stopped, tmp_path, m
 
 def poison(monkeypatch, *numbers, gradient=False):
     """Makes the loss, or only its gradient, of these updates NaN, by an image of each."""
-    update = loop._Run._update
+    update = Trainer.update
 
-    def poisoned(run, chunk):
-        if run.progress.updates not in numbers:
-            return update(run, chunk)
+    def poisoned(trainer, chunk):
+        if trainer.state.progress.updates not in numbers:
+            return update(trainer, chunk)
         if not gradient:
             chunk[0][0][1] = float('nan')
-            return update(run, chunk)
-        weight = run.model.head.weight
+            return update(trainer, chunk)
+        weight = trainer.state.model.head.weight
         handle = weight.register_hook(lambda gradient: gradient * float('inf'))
         try:
-            return update(run, chunk)
+            return update(trainer, chunk)
         finally:
             handle.remove()
 
-    monkeypatch.setattr(loop._Run, '_update', poisoned)
+    monkeypatch.setattr(Trainer, 'update', poisoned)
 
 
 def files_of(data, update, batch=4):
@@ -431,12 +441,12 @@ def test_what_is_not_finite_never_reaches_the_weights(data, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize('gradient', [False, True])
-def test_updates_may_be_left_out(data, tmp_path, monkeypatch, capsys, gradient):
+def test_updates_may_be_left_out(data, tmp_path, monkeypatch, caplog, gradient):
     config = tiny_recipe(data, tmp_path / 'whole', on_nonfinite='skip', checkpoint_steps=1)
     with monkeypatch.context() as patch:
         poison(patch, 2, 3, 7, gradient=gradient)
         result = train(config)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert said.count('left out: the ') == 3 and ', '.join(files_of(data, 2)) in said
     assert (result['steps'], result['nonfinite']) == (12, 3)
     lines = list(map(json.loads, (tmp_path / 'whole/metrics.jsonl').open()))
@@ -471,7 +481,7 @@ def test_an_epoch_without_an_update_has_no_loss(data, tmp_path, monkeypatch):
 
 
 def test_too_many_in_a_row_end_the_run(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, 'MAX_NONFINITE', 3)
+    monkeypatch.setattr(trainer, 'MAX_NONFINITE', 3)
     poison(monkeypatch, 1, 2, 4, 5, 6)
     with pytest.raises(ValueError, match=r'at update 6 \(epoch 1\), images .*; with it, 3 updates in a row were left'):
         train(tiny_recipe(data, tmp_path / 'run', on_nonfinite='skip'))

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -11,9 +12,11 @@ from tests.data.trees import write_tree
 from tests.train.recipes import ALL, load_any, tiny_recipe
 from tests.train.test_trainer import same
 from vit_efficient.cli import main
-from vit_efficient.train import load_recipe
-from vit_efficient.train import trainer as loop
-from vit_efficient.train.config import to_yaml
+from vit_efficient.train import load_recipe, run
+from vit_efficient.train.recipe import to_yaml
+from vit_efficient.train.run_folder import RunFolder
+from vit_efficient.train.trainer import Trainer
+from vit_efficient.utils.errors import UserError
 
 ODD = (
     *(None, True, -1, 0, 1.5, 10**12, 10**400, -math.inf, math.inf, math.nan),
@@ -58,11 +61,11 @@ def resolved(draw):
 
 
 def refusal(read):
-    """The message, None if there is none; anything but a ValueError of one line fails."""
+    """The message, None if there is none; anything but a UserError of one line fails."""
     try:
         read()
     except ValueError as error:
-        assert type(error) is ValueError, repr(error)
+        assert type(error) is UserError, repr(error)
         assert '\n' not in str(error) and len(str(error)) < 1000, str(error)
         return str(error)
 
@@ -103,9 +106,15 @@ def test_broken_yaml_is_refused_by_line(tmp_path):
     assert refused > 25
 
 
+def write_nothing(monkeypatch):
+    """Ends a run where its folder would be opened."""
+    monkeypatch.setattr(RunFolder, 'open', lambda *_: nullcontext())
+    monkeypatch.setattr(Trainer, 'fit', lambda _: {})
+
+
 def test_what_only_training_can_tell_is_one_line_too(tmp_path, monkeypatch, capsys):
     """Arguments of models, optimisers and schedules."""
-    monkeypatch.setattr(loop._Run, 'fit', lambda run, interrupts: run._try_input() or {})
+    write_nothing(monkeypatch)
     path = tmp_path / 'fuzzed.yaml'
     draw = random.Random(0)
     config = tiny_recipe(write_tree(tmp_path / 'data'), tmp_path / 'run')
@@ -188,17 +197,17 @@ def test_keys_whose_values_only_fail_later_are_named(recipe, capsys, arguments, 
 @pytest.mark.parametrize('name', ['resnet10t', 'vit_dct_tiny'])
 def test_what_is_tried_leaves_nothing_behind(tmp_path, monkeypatch, name):
     states = []
-    try_training = loop._Run._try_training
+    preflight = run.preflight
 
-    def watched(run):
-        states.append(copy.deepcopy(run.model.state_dict()))
-        try_training(run)
-        states.append(run.model.state_dict())
+    def watched(experiment, state):
+        states.append(copy.deepcopy(state.model.state_dict()))
+        preflight(experiment, state)
+        states.append(state.model.state_dict())
 
-    monkeypatch.setattr(loop._Run, '_try_training', watched)
-    monkeypatch.setattr(loop._Run, '_fit', lambda run, interrupts: {})
+    monkeypatch.setattr(run, 'preflight', watched)
+    write_nothing(monkeypatch)
     config = tiny_recipe(write_tree(tmp_path / 'data'), tmp_path / 'run')
     if name == 'resnet10t':
         config.model.name, config.model.args, config.data.img_size = name, {}, [32, 32]
-    loop.train(config)
+    run.train(config)
     assert same(*map(dict, states))

@@ -9,7 +9,7 @@ from tests.data.trees import write_tree
 from tests.train.recipes import ROOT, tiny_recipe
 from tests.train.test_trainer import assert_same_run
 from vit_efficient.train import train
-from vit_efficient.train.config import to_yaml
+from vit_efficient.train.recipe import to_yaml
 
 KILLS = 20
 

@@ -14,9 +14,10 @@ from tests.train.test_trainer import assert_same_run, fail, same
 from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler, ImageTree
 from vit_efficient.train import train
-from vit_efficient.train import trainer as loop
 from vit_efficient.train.checkpoint import load_checkpoint
-from vit_efficient.train.config import to_yaml, validate
+from vit_efficient.train.recipe import to_yaml
+from vit_efficient.train.rules import validate
+from vit_efficient.train.trainer import Trainer
 
 
 @pytest.fixture(scope='module')
@@ -124,13 +125,13 @@ def test_the_count_is_printed_where_nothing_is_skipped_too(tmp_path, capsys):
 def test_going_on_mid_epoch_makes_no_difference(data, tmp_path, monkeypatch, stop, cache):
     train(recipe(data, tmp_path / 'whole'))
     config = recipe(data, tmp_path / 'parts', checkpoint_steps=1)
-    update = loop._Run._update
+    update = Trainer.update
 
     def stopping(self, chunk):
         return update(self, chunk) if self.progress.updates < stop else fail()
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
-        patch.setattr(loop._Run, '_update', stopping)
+        patch.setattr(Trainer, 'update', stopping)
         train(config)
     assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['updates'] == stop
     config.resume, config.data.workers, config.data.cache = 'auto', 2, cache

@@ -17,10 +17,11 @@ from torch import nn
 from tests.data.trees import write_tree
 from tests.train.recipes import ROOT, TINY, tiny_recipe
 from vit_efficient.train import load_model, train
-from vit_efficient.train import trainer as loop
+from vit_efficient.train import run as running
 from vit_efficient.train.checkpoint import load_checkpoint
-from vit_efficient.train.config import EmaConfig, LossConfig, ModelConfig, StageConfig, to_yaml
+from vit_efficient.train.config import EmaConfig, LossConfig, ModelConfig, StageConfig
 from vit_efficient.train.distributed import Processes, has_unused_parameters
+from vit_efficient.train.recipe import to_yaml
 
 ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
@@ -209,7 +210,7 @@ class Two(Processes):
 
 
 def test_learned_truncations_are_not_shared_out(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, 'processes', lambda _: nullcontext(Two()))
+    monkeypatch.setattr(running, 'processes', lambda _: nullcontext(Two()))
     config = recipe(data, tmp_path / 'run', parallel='fsdp')
     config.model = ModelConfig('vit_dct_tiny', {**TINY, 'attention_kwargs': {'learned': True}})
     with pytest.raises(ValueError, match='parallel must be ddp for a model that learns truncations, got fsdp'):
@@ -235,7 +236,7 @@ def test_optimisers_that_do_not_take_shared_weights_are_named(data, tmp_path):
 
 
 def test_a_folder_that_not_all_processes_see_is_an_error(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, 'processes', lambda _: nullcontext(Two((True, False))))
+    monkeypatch.setattr(running, 'processes', lambda _: nullcontext(Two((True, False))))
     with pytest.raises(ValueError, match='rank 0: output=.*: some processes find a run there and some do not'):
         train(recipe(data, tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()

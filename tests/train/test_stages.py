@@ -12,10 +12,14 @@ import torch
 from tests.data.trees import write_tree
 from tests.train.recipes import TINY, tiny_recipe
 from tests.train.test_trainer import assert_same_run, fail
-from vit_efficient.train import Interrupted, load_model, load_recipe, train
-from vit_efficient.train import trainer as loop
+from vit_efficient.train import Interrupted, load_model, load_recipe, train, trainer
 from vit_efficient.train.checkpoint import load_checkpoint
-from vit_efficient.train.config import ModelConfig, StageConfig, to_yaml, validate
+from vit_efficient.train.config import ModelConfig, StageConfig
+from vit_efficient.train.leaves import LeafOccupancy
+from vit_efficient.train.recipe import to_yaml
+from vit_efficient.train.rules import validate
+from vit_efficient.train.state import TrainState
+from vit_efficient.train.trainer import Trainer
 
 TREES = {'tree_height': 2}
 STAGES = [
@@ -48,10 +52,12 @@ def lines_of(folder, kind):
     return [line for line in map(json.loads, (folder / 'metrics.jsonl').open()) if line['kind'] == kind]
 
 
-def test_a_run_goes_through_its_stages(data, tmp_path, capsys, monkeypatch):
+def test_a_run_goes_through_its_stages(data, tmp_path, caplog, monkeypatch):
     seen = []
-    evaluate = loop.evaluate
-    monkeypatch.setattr(loop, 'evaluate', lambda model, *args: seen.append(attentions(model)) or evaluate(model, *args))
+    evaluate = trainer.evaluate
+    monkeypatch.setattr(
+        trainer, 'evaluate', lambda model, *args: seen.append(attentions(model)) or evaluate(model, *args)
+    )
     result = train(staged_recipe(data, tmp_path / 'run', eval_every=9))
     tc, tf = 'treeformer_tc', 'treeformer_tf'
     assert seen == [['full', 'full'], ['full', tc], [tc, tc], [tf, tf]]
@@ -59,7 +65,7 @@ def test_a_run_goes_through_its_stages(data, tmp_path, capsys, monkeypatch):
     assert [line['stage'] for line in val] == [0, 1, 2, 3]
     assert [stage['top1'] for stage in result['stages']] == [line['top1'] for line in val]
     assert result['top1'] == result['stages'][-1]['top1']
-    said = re.findall(r'stage \S+: .*', capsys.readouterr().err)
+    said = re.findall(r'stage \S+: .*', caplog.text)
     assert said == [
         'stage 1/4: as built',
         'stage 2/4: treeformer_tc in layers -1',
@@ -86,14 +92,14 @@ def test_a_run_goes_through_its_stages(data, tmp_path, capsys, monkeypatch):
 
 def test_trees_are_handed_over(data, tmp_path, monkeypatch):
     """From one stage to the next every weight goes on that both have, the trees of TC among them."""
-    enter, pairs = loop._Run._enter_stage, []
+    enter, pairs = TrainState.enter_stage, []
 
-    def entering(run, number):
-        before = copy.deepcopy(run.model.state_dict())
-        enter(run, number)
-        pairs.append((before, copy.deepcopy(run.model.state_dict())))
+    def entering(state, number):
+        before = copy.deepcopy(state.model.state_dict())
+        enter(state, number)
+        pairs.append((before, copy.deepcopy(state.model.state_dict())))
 
-    monkeypatch.setattr(loop._Run, '_enter_stage', entering)
+    monkeypatch.setattr(TrainState, 'enter_stage', entering)
     train(staged_recipe(data, tmp_path / 'run'))
     assert len(pairs) == 4
     for before, after in pairs:
@@ -107,8 +113,8 @@ def test_trees_are_handed_over(data, tmp_path, monkeypatch):
 def test_going_on_inside_a_stage_gives_the_same_weights(data, tmp_path, monkeypatch, stop):
     train(staged_recipe(data, tmp_path / 'whole'))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
-        iterate, done = loop.iterate, iter(range(24))
-        patch.setattr(loop, 'iterate', lambda *args: (fail() if next(done) == stop else b for b in iterate(*args)))
+        iterate, done = trainer.iterate, iter(range(24))
+        patch.setattr(trainer, 'iterate', lambda *args: (fail() if next(done) == stop else b for b in iterate(*args)))
         train(staged_recipe(data, tmp_path / 'parts', checkpoint_steps=1))
     assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['updates'] == stop
     torch.rand(3)
@@ -116,19 +122,22 @@ def test_going_on_inside_a_stage_gives_the_same_weights(data, tmp_path, monkeypa
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
-@pytest.mark.parametrize('moment', ['_evaluate', '_enter_stage', '_announce_stage'])
+@pytest.mark.parametrize(
+    'owner, moment', [(Trainer, 'evaluate'), (TrainState, 'enter_stage'), (LeafOccupancy, 'stage_begun')]
+)
 @pytest.mark.parametrize('how', ['power', signal.SIGTERM])
-def test_going_on_between_stages_gives_the_same_weights(data, tmp_path, monkeypatch, moment, how):
+def test_going_on_between_stages_gives_the_same_weights(data, tmp_path, monkeypatch, owner, moment, how):
     train(staged_recipe(data, tmp_path / 'whole'))
     with monkeypatch.context() as patch, pytest.raises((Interrupted, RuntimeError)):
-        unpatched = getattr(loop._Run, moment)
+        unpatched = getattr(owner, moment)
 
-        def stopping(run, *args):
-            if run.progress.updates == 12:
+        def stopping(self, *args):
+            state = self if owner is TrainState else (args[0] if args else self).state
+            if state.progress.updates == 12:
                 fail() if how == 'power' else os.kill(os.getpid(), how)
-            return unpatched(run, *args)
+            return unpatched(self, *args)
 
-        patch.setattr(loop._Run, moment, stopping)
+        patch.setattr(owner, moment, stopping)
         train(staged_recipe(data, tmp_path / 'parts'))
     assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['updates'] == 12
     train(staged_recipe(data, tmp_path / 'parts', resume='auto'))

@@ -15,10 +15,12 @@ from tests.train.test_trainer import assert_same_run, fail, stop_after
 from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler, EvalTransform, MegapixelMnist, Preprocessing, Samples, create_loader
 from vit_efficient.train import Config, evaluate, load_model, train
-from vit_efficient.train import trainer as loop
 from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
-from vit_efficient.train.config import LossConfig, ModelConfig, OptimConfig, SchedConfig, to_yaml
+from vit_efficient.train.config import LossConfig, ModelConfig, OptimConfig, SchedConfig
+from vit_efficient.train.distributed import Processes
 from vit_efficient.train.evaluation import confusion_matrix, intersection_over_union
+from vit_efficient.train.experiment import Experiment
+from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.tasks import Task
 
 pytest.importorskip('mlxtend')
@@ -246,21 +248,17 @@ def test_from_the_command_line(tmp_path, capsys, task):
     assert 'foreground mIoU' in printed and ('top-1' in printed) == (task == 'both')
 
 
-def test_training_sees_what_evaluation_sees(tmp_path, monkeypatch):
+def test_training_sees_what_evaluation_sees(tmp_path):
     """Where nothing is drawn, images of half the resolution are resized alike."""
-    runs = []
-    monkeypatch.setattr(loop._Run, '_try_input', lambda self: runs.append(self) or fail())
     config = patch_recipe(tmp_path / 'run', 'segmentation')
     config.model.args['img_size'], config.data.img_size = 24, [24, 24]
     config.data.val, config.data.val_args = 'train', {}
-    with pytest.raises(RuntimeError, match='the power is off'):
-        train(config)
-    (run,) = runs
+    experiment = Experiment.build(config, Processes.alone())
     for i in range(3):
-        seen, measured = run.train_samples[1, i], run.val_samples[0, i]
+        seen, measured = experiment.feed.train_samples[1, i], experiment.feed.val_samples[0, i]
         assert torch.equal(seen[0], measured[0]) and seen[0].shape == (1, 24, 24)
         assert torch.equal(seen[2], measured[2]) and seen[2].shape == (12, 12)
-    assert run.task.grid == (6, 6)
+    assert experiment.task.grid == (6, 6)
 
 
 def test_two_processes_reach_the_weights_of_one(tmp_path):

@@ -16,10 +16,11 @@ from PIL import Image
 from tests.data.trees import pixels, write_tree
 from tests.train.recipes import TINY, tiny_recipe
 from vit_efficient.data import EpochSampler, EvalTransform, ImageTree, Preprocessing, Samples, create_loader
-from vit_efficient.train import Interrupted, evaluate, load_model, train
-from vit_efficient.train import trainer as loop
+from vit_efficient.train import Interrupted, evaluate, load_model, train, trainer
 from vit_efficient.train.checkpoint import load_checkpoint
-from vit_efficient.train.config import LossConfig, to_yaml
+from vit_efficient.train.config import LossConfig
+from vit_efficient.train.log import MetricsLog
+from vit_efficient.train.recipe import to_yaml
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +30,7 @@ def data(tmp_path_factory):
 
 def stop_after(monkeypatch, batches, action):
     """Lets the loader fail, or a signal arrive, before the given micro-batch."""
-    iterate = loop.iterate
+    iterate = trainer.iterate
 
     def stopping(*args):
         for number, batch in enumerate(iterate(*args)):
@@ -37,7 +38,7 @@ def stop_after(monkeypatch, batches, action):
                 action()
             yield batch
 
-    monkeypatch.setattr(loop, 'iterate', stopping)
+    monkeypatch.setattr(trainer, 'iterate', stopping)
 
 
 def fail():
@@ -148,7 +149,7 @@ def test_the_loader_leaves_signals_to_the_run(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize('kind', ['train', 'val'])
 def test_a_signal_does_not_cut_a_line_of_the_log(data, tmp_path, monkeypatch, kind):
     """TensorBoard's writer is another thread; a queue that is left half filled would stop it, and the run, for good."""
-    write = loop.MetricsLog.write
+    write = MetricsLog.write
 
     def signalled(self, this_kind, epoch, step, values):
         if this_kind == kind:
@@ -156,7 +157,7 @@ def test_a_signal_does_not_cut_a_line_of_the_log(data, tmp_path, monkeypatch, ki
         write(self, this_kind, epoch, step, values)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(loop.MetricsLog, 'write', signalled)
+        patch.setattr(MetricsLog, 'write', signalled)
         train(tiny_recipe(data, tmp_path / 'run'))
     last = json.loads((tmp_path / 'run/metrics.jsonl').read_text().splitlines()[-1])
     assert (last['kind'], last['step']) == (kind, 1 if kind == 'train' else 6)
@@ -165,7 +166,7 @@ def test_a_signal_does_not_cut_a_line_of_the_log(data, tmp_path, monkeypatch, ki
 def test_an_interrupted_evaluation_is_made_up_for(data, tmp_path, monkeypatch):
     train(tiny_recipe(data, tmp_path / 'whole'))
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
-        patch.setattr(loop, 'evaluate', lambda *_: fail())
+        patch.setattr(trainer, 'evaluate', lambda *_: fail())
         train(tiny_recipe(data, tmp_path / 'parts'))
     train(tiny_recipe(data, tmp_path / 'parts', resume='auto'))
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')

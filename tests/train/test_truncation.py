@@ -12,9 +12,10 @@ from tests.data.trees import write_tree
 from tests.train.recipes import TINY, tiny_recipe
 from tests.train.test_trainer import assert_same_run
 from vit_efficient.models.truncation import has_windows
-from vit_efficient.train import Interrupted, load_model, train
-from vit_efficient.train import trainer as loop
+from vit_efficient.train import Interrupted, load_model, train, trainer
 from vit_efficient.train.config import ModelConfig, StageConfig
+from vit_efficient.train.trainer import Trainer
+from vit_efficient.train.truncation import LearnedTruncation
 
 
 @pytest.fixture(scope='module')
@@ -38,12 +39,12 @@ def shares(folder):
     return {name: value for name, value in state.items() if name.endswith('window.share')}
 
 
-def test_what_is_learned_is_frozen_and_reported(data, tmp_path, capsys):
+def test_what_is_learned_is_frozen_and_reported(data, tmp_path, caplog):
     result = train(learning_recipe(data, tmp_path / 'run', penalty=30.0, budget=0.3))
     kept = result['truncation']['kept']
     assert set(kept) == {'patch_embed', 'blocks.0.attn', 'blocks.1.attn'}
     assert set(result['truncation']['learned']) >= {'top1'}
-    assert 'truncations frozen: top-1' in capsys.readouterr().err
+    assert 'truncations frozen: top-1' in caplog.text
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').open()]
     assert lines[-1]['kind'] == 'frozen' and lines[-1]['top1'] == result['top1']
     assert lines[-2]['kind'] == 'val' and lines[-2]['top1'] == result['truncation']['learned']['top1']
@@ -72,9 +73,9 @@ def freezing_recipe(data, output, **options):
     return config
 
 
-def test_a_stage_freezes_and_trains_on(data, tmp_path, capsys):
+def test_a_stage_freezes_and_trains_on(data, tmp_path, caplog):
     result = train(freezing_recipe(data, tmp_path / 'run'))
-    said = capsys.readouterr().err
+    said = caplog.text
     assert 'stage 2/2: truncations frozen' in said and said.count('truncations frozen: top-1') == 1
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').open()]
     frozen = [line for line in lines if line['kind'] == 'frozen']
@@ -96,7 +97,7 @@ def test_a_stage_freezes_and_trains_on(data, tmp_path, capsys):
 def test_what_freezing_costs_is_measured_on_what_is_frozen(data, tmp_path, monkeypatch, patch):
     """With an average of the weights, too: it has the sizes of the weights, and these are what a stage freezes."""
     measured = []
-    evaluate = loop.evaluate
+    evaluate = trainer.evaluate
 
     def spy(model, *args):
         evaluation = evaluate(model, *args)
@@ -104,7 +105,7 @@ def test_what_freezing_costs_is_measured_on_what_is_frozen(data, tmp_path, monke
         measured.append((shares, evaluation.accuracies))
         return evaluation
 
-    monkeypatch.setattr(loop, 'evaluate', spy)
+    monkeypatch.setattr(trainer, 'evaluate', spy)
     config = freezing_recipe(data, tmp_path / 'run')
     config.ema.decay, config.eval_every = 0.999, 9
     if patch:
@@ -129,7 +130,7 @@ def test_sizes_are_learned_at_the_size_of_the_model(data, tmp_path):
 def test_a_checkpoint_from_before_a_key_of_stages_goes_on(data, tmp_path, monkeypatch):
     train(freezing_recipe(data, tmp_path / 'whole'))
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, '_finish', lambda *args: {})
+        patch.setattr(Trainer, 'finish', lambda *args: {})
         train(freezing_recipe(data, tmp_path / 'again'))
     path = tmp_path / 'again' / 'checkpoint.pt'
     state = torch.load(path, weights_only=True)
@@ -164,13 +165,13 @@ def test_sizes_learn_at_the_full_rate(data):
 @pytest.mark.parametrize('moment', ['learning', 'freezing', 'measured', 'trained on'])
 def test_going_on_around_a_freeze_gives_the_same_weights(data, tmp_path, monkeypatch, moment):
     train(freezing_recipe(data, tmp_path / 'whole'))
-    method, call = {
-        'learning': ('_update', 9),
-        'freezing': ('_measure_frozen', 2),
-        'measured': ('_epoch', 3),
-        'trained on': ('_update', 15),
+    owner, method, call = {
+        'learning': (Trainer, 'update', 9),
+        'freezing': (LearnedTruncation, 'stage_begun', 2),
+        'measured': (Trainer, 'epoch', 3),
+        'trained on': (Trainer, 'update', 15),
     }[moment]
-    original, calls = getattr(loop._Run, method), []
+    original, calls = getattr(owner, method), []
 
     def stop(self, *args):
         calls.append(1)
@@ -179,7 +180,7 @@ def test_going_on_around_a_freeze_gives_the_same_weights(data, tmp_path, monkeyp
         return original(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, method, stop)
+        patch.setattr(owner, method, stop)
         with pytest.raises(Interrupted):
             train(freezing_recipe(data, tmp_path / 'again'))
     train(freezing_recipe(data, tmp_path / 'again', resume='auto'))
@@ -220,7 +221,7 @@ def test_a_run_that_ends_while_it_is_measured_goes_on(data, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, '_finish', stop)
+        patch.setattr(Trainer, 'finish', stop)
         with pytest.raises(KeyboardInterrupt):
             train(learning_recipe(data, tmp_path / 'again', penalty=30.0))
     train(learning_recipe(data, tmp_path / 'again', penalty=30.0, resume='auto'))

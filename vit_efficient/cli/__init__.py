@@ -8,8 +8,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from vit_efficient.cli.parsing import Parser
 from vit_efficient.utils.errors import UserError
@@ -40,15 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f'vit_efficient.cli.{name}')
             module.add_arguments(command)
     args = parser.parse_args(argv)
+    logger, lines = logging.getLogger('vit_efficient'), _Lines()
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
     try:
-        with _messages():
-            status = module.run(args) or 0
-            sys.stdout.flush()
-            return status
+        status = module.run(args) or 0
+        sys.stdout.flush()
+        return status
     except (UserError, OSError, KeyboardInterrupt) as error:
         if debug:
             raise
         return _end(f'vit-efficient {args.command}', error)
+    finally:
+        logger.removeHandler(lines)
 
 
 def is_first_process() -> bool:
@@ -70,7 +73,7 @@ def _end(command: str, error: UserError | OSError | KeyboardInterrupt) -> int:
 def _has_no_reader() -> bool:
     """Whether stdout is a pipe that is closed at its other end, as `head` does. What is left of it is dropped."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # a pipe that is broken elsewhere leaves an empty line
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush it when it ends
         return True
@@ -78,26 +81,9 @@ def _has_no_reader() -> bool:
 
 
 class _Lines(logging.Handler):
-    """Messages as plain lines on stderr, above a progress bar if there is one."""
+    """Prints what the package has to say on stderr, in the first process, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not is_first_process():
-            return
-        if tqdm := sys.modules.get('tqdm'):  # without it, there is no bar
-            tqdm.tqdm.write(self.format(record), file=sys.stderr)
-        else:
-            print(self.format(record), file=sys.stderr)
-
-
-@contextmanager
-def _messages() -> Iterator[None]:
-    """Prints what the package has to say, as long as a command runs."""
-    logger, handler = logging.getLogger('vit_efficient'), _Lines()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        if is_first_process():
+            bars = sys.modules.get('tqdm')
+            (bars.tqdm.write if bars else print)(self.format(record), file=sys.stderr)

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from vit_efficient.export import export_model
     from vit_efficient.report.evaluation import SavedModel
 
-    saved = SavedModel(args.model, args.img_size)
+    saved = SavedModel(args.model, img_size=args.img_size)
     size = saved.input_shape
     try:
         difference = export_model(saved.model, args.out, size, args.batch_size)

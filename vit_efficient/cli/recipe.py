@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from vit_efficient.report.table import FORMATS, Column, Table
 from vit_efficient.utils.checks import nearest
 from vit_efficient.utils.errors import UserError
 
@@ -12,11 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = 'list the keys of recipes: their types, defaults and ranges, and whether a run may go on with another value'
     keys = commands.add_parser('keys', help=about, description=about)
     keys.add_argument('--like', default='', metavar='WORD', help='those with this in their name or meaning')
-    keys.add_argument('--format', choices=('markdown', 'csv', 'json'), default='markdown')
+    keys.add_argument('--format', choices=FORMATS, default=FORMATS[0])
 
 
 def run(args: argparse.Namespace) -> None:
-    from vit_efficient.report.table import Column, Table
     from vit_efficient.train.config import describe_keys
 
     word, known = args.like.lower(), describe_keys()

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vit_efficient.report.table import FORMATS
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     tables = parser.add_subparsers(dest='table', required=True, metavar='TABLE')
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='options of the attention, such as keep_ratio=1/16, for all models of this package but vit_full_*',
     )
-    flops.add_argument('--format', choices=('markdown', 'csv', 'json'), default='markdown')
+    flops.add_argument('--format', choices=FORMATS, default=FORMATS[0])
     flops.add_argument('--out', type=Path, metavar='FILE', help='write the table to this file')
     flops.set_defaults(make=_flops_table)
 

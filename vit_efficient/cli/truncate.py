@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vit_efficient.utils.checks import is_real
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.options import parse_option
+from vit_efficient.utils.options import parse_value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _ratio(text: str) -> float:
-    _, ratio = parse_option(f'keep={text}')
+    ratio = parse_value(text)
     if not (is_real(ratio) and 0 < ratio <= 1):
         raise UserError(f'--keep must be shares above 0 and at most 1, such as 1/16, got {text!r}')
     return float(ratio)

@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from timm.layers import register_notrace_function
 
-from vit_efficient.grid import larger, scaled_grid, fraction_of, smaller
+from vit_efficient.grid import fraction_of, larger, scaled_grid, smaller
 from vit_efficient.utils.errors import UserError
 
 

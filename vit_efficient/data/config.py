@@ -1,86 +1,144 @@
 """The options of data loading and augmentation, typed: the `data:` section of a recipe."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from vit_efficient.utils.keys import BELOW_1, Range, at_least, between, key, one_of, section
+
 ON_ERROR = ('error', 'skip')
-DECODE = (
-    'pixels',  # all files that can be read, at full size
-    'scaled',  # JPEGs at 1/2, 1/4 or 1/8 where crop and resize leave no more of them
-    'coefficients',  # of JPEGs, undecoded, for a patch embedding that takes them; patches are cropped at random
-)
+DECODE = ('pixels', 'scaled', 'coefficients')
+_PAIR_OF_RATIOS = Range('two ratios, 0 < least ≤ most', lambda v: len(v) == 2 and 0 < v[0] <= v[1])
+
+
+def _shares(of: str) -> Range:
+    return Range(f'two shares of {of}, 0 < least ≤ most ≤ 1', lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
 
 
 @dataclass
 class AffineConfig:
     """Random affine maps of the whole image, for images in which position and slant mean little, such as digits."""
 
-    rotate: float = 0.0  # degrees, drawn from ± rotate
-    translate: float = 0.0  # share of the image's side, drawn from ± translate on each axis
-    scale: float = 0.0  # share of the size: the factor is drawn from 1 ± scale
-    shear: float = 0.0  # degrees, drawn from ± shear on each axis
+    rotate: float = key(0.0, 'degrees, drawn from ± rotate', at_least(0))
+    translate: float = key(0.0, "share of the image's side, drawn from ± translate on each axis", BELOW_1)
+    scale: float = key(0.0, 'share of the size: the factor is drawn from 1 ± scale', BELOW_1)
+    shear: float = key(0.0, 'degrees, drawn from ± shear on each axis', at_least(0))
 
 
 @dataclass
 class AugmentConfig:
     """Training augmentation. The defaults are those of a light ImageNet recipe; 0 switches an operation off."""
 
-    crop_scale: list[float] | None = field(default_factory=lambda: [0.08, 1.0])  # share of the area; null: no crop
-    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width to height of the crop
-    hflip: float = 0.5  # probability
-    vflip: float = 0.0  # probability
-    # One of grey, solarised and blurred, at even odds (the "3-Augment" of DeiT III). All but 8-bit grey and RGB stay as
-    # they are where what is drawn is not defined for them: solarised, and grey of other than 3 channels.
-    three: bool = False
-    color_jitter: float = 0.3  # brightness, contrast and saturation factors are drawn from 1 ± color_jitter
-    hue: float = 0.0  # share of the colour circle, drawn from ± hue
-    rand_ops: int = 2  # operations of the RandAugment-like policy per image
-    rand_magnitude: float = 9.0  # their strength, 0 to 10
-    dct_truncate: float = 0.0  # probability that DCT coefficients of high frequency are dropped
-    dct_truncate_ratio: list[float] = field(default_factory=lambda: [1 / 16, 1 / 2])  # share of them kept: the range
-    erasing: float = 0.25  # probability that a random rectangle is replaced by noise
-    affine: AffineConfig = field(default_factory=AffineConfig)
+    crop_scale: list[float] | None = key(
+        help='share of the area of a random crop; null: no crop',
+        within=_shares('the area'),
+        default_factory=lambda: [0.08, 1.0],
+    )
+    crop_ratio: list[float] = key(
+        help='width to height of the crop', within=_PAIR_OF_RATIOS, default_factory=lambda: [3 / 4, 4 / 3]
+    )
+    hflip: float = key(0.5, 'probability of a horizontal flip', between(0, 1))
+    vflip: float = key(0.0, 'probability of a vertical flip', between(0, 1))
+    three: bool = key(
+        False,
+        'one of grey, solarised and blurred, at even odds (the "3-Augment" of DeiT III); all but 8-bit grey and RGB '
+        'stay as they are where what is drawn is not defined for them: solarised, and grey of other than 3 channels',
+    )
+    color_jitter: float = key(
+        0.3, 'brightness, contrast and saturation factors are drawn from 1 ± color_jitter', between(0, 1)
+    )
+    hue: float = key(0.0, 'share of the colour circle, drawn from ± hue', between(0, 0.5))
+    rand_ops: int = key(2, 'operations of the RandAugment-like policy per image', at_least(0))
+    rand_magnitude: float = key(9.0, 'their strength, 0 to 10', between(0, 10))
+    dct_truncate: float = key(0.0, 'probability that DCT coefficients of high frequency are dropped', between(0, 1))
+    dct_truncate_ratio: list[float] = key(
+        help='share of the coefficients that are left then: the range',
+        within=_shares('the coefficients'),
+        default_factory=lambda: [1 / 16, 1 / 2],
+    )
+    erasing: float = key(0.25, 'probability that a random rectangle is replaced by noise', between(0, 1))
+    affine: AffineConfig = section(AffineConfig)
 
 
 @dataclass
 class SizeConfig:
     """The size of training images from an epoch on."""
 
-    epoch: int = 0  # the first one with it, counted from 0
-    img_size: list[int] = field(default_factory=list)  # height, width
+    epoch: int = key(0, 'the first one with it, counted from 0')
+    img_size: list[int] = key(help='height, width', default_factory=list)
 
 
 @dataclass
 class DataConfig:
     """Where the images come from, and how they reach the model."""
 
-    # Folder of class folders; or WebDataset's shards, such as train-{000..009}.tar; with `dataset`, name of the split.
-    train: str = ''
-    val: str = ''
-    # megapixel_mnist; `hfds/NAME` or `hfds/FOLDER` of Hugging Face; tar, of class folders; or what else timm knows by
-    # name and can read by index, such as `torch/cifar10`.
-    dataset: str = ''
-    root: str = ''  # with `dataset`: the folder that holds it; of hfds/…, that of the library's cache
-    args: dict[str, Any] = field(default_factory=dict)  # further arguments, of shards or with `dataset`
-    val_args: dict[str, Any] = field(default_factory=dict)  # what replaces some of them for validation
-    decode: str = 'pixels'  # one of DECODE
-    batch_size: int = 128  # images per process and micro-batch
-    eval_batch_size: int | None = None  # null: batch_size
-    workers: int = 4  # loader processes; 0 loads in the training process
-    cache: bool = False  # keep decoded images in memory (each worker its own)
-    # What a file does that cannot be read. error: it ends the run. skip: it is named, counted and done without; in
-    # training another image of its batch takes its place. What can be read and does not fit ends the run either way.
-    on_error: str = 'error'
-    repeats: int = 1  # how often an image comes in a row, each time augmented anew; an epoch is as long as without
-    # With shards: only so many of them are shuffled together, where random access to all of them is slow. null: all.
-    mixed_shards: int | None = None
-    img_size: list[int] | None = None  # height, width; null: the model's own
-    # Training images of other sizes than img_size, from epochs on; evaluation is at img_size throughout. The model has
-    # to take them all, a vision transformer by model.args.dynamic_img_size.
-    schedule: list[SizeConfig] = field(default_factory=list)
-    mean: list[float] | None = None  # per channel, of pixels in [0, 1]; null: the model's own
-    std: list[float] | None = None
-    interpolation: str | None = None  # bilinear, bicubic, …; null: the model's own
-    crop_pct: float | None = None  # evaluation: side of the centre crop over the resized side; null: the model's own
-    crop_mode: str | None = None  # evaluation: center, squash or border; null: the model's own
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: str = key(
+        '',
+        "a folder of class folders, or WebDataset's shards, such as train-{000..009}.tar; with `dataset`, the name of "
+        'the split',
+        resume=True,
+    )
+    val: str = key('', 'likewise, of the validation images', resume=True)
+    dataset: str = key(
+        '',
+        'megapixel_mnist; `hfds/NAME` or `hfds/FOLDER` of Hugging Face; tar, of class folders; or what else timm knows '
+        'by name and can read by index, such as `torch/cifar10`',
+    )
+    root: str = key('', "with `dataset`: the folder that holds it; of hfds/…, that of the library's cache", resume=True)
+    args: dict[str, Any] = key(help='further arguments, of shards or with `dataset`', default_factory=dict)
+    val_args: dict[str, Any] = key(
+        help='arguments that replace some of them for validation', resume=True, default_factory=dict
+    )
+    decode: str = key(
+        'pixels',
+        'pixels: all files that can be read, at full size; scaled: JPEGs at 1/2, 1/4 or 1/8 where crop and resize '
+        'leave no more; coefficients: of JPEGs, undecoded, for a patch embedding that takes them, where patches '
+        'are cropped at random',
+        one_of(*DECODE),
+    )
+    batch_size: int = key(128, 'images per process and micro-batch', at_least(1))
+    eval_batch_size: int | None = key(
+        None, 'images per batch of evaluation; null: batch_size', at_least(1), resume=True
+    )
+    workers: int = key(4, 'loader processes; 0 loads in the training process', at_least(0), resume=True)
+    cache: bool = key(False, 'keep decoded images in memory (each worker its own)', resume=True)
+    on_error: str = key(
+        'error',
+        'for a file that cannot be read, error: it ends the run; skip: it is named, counted and done without, and in '
+        'training another image of its batch takes its place. An image that can be read and does not fit ends the run '
+        'either way',
+        one_of(*ON_ERROR),
+        resume=True,  # where both values lead to weights, these are the same
+    )
+    repeats: int = key(
+        1, 'how often an image comes in a row, each time augmented anew; an epoch is as long as without', at_least(1)
+    )
+    mixed_shards: int | None = key(
+        None,
+        'with shards: only so many of them are shuffled together, where random access to all of them is slow; null: '
+        'all',
+        at_least(1),
+    )
+    img_size: list[int] | None = key(None, "height, width; null: the model's own")
+    schedule: list[SizeConfig] = key(
+        help='training images of other sizes than img_size, from epochs on; evaluation is at img_size throughout. The '
+        'model has to take them all, a vision transformer by model.args.dynamic_img_size',
+        default_factory=list,
+    )
+    mean: list[float] | None = key(
+        None,
+        "per channel, of pixels in [0, 1]; null: the model's own",
+        Range('numbers from -1e6 to 1e6', lambda v: all(-1e6 <= number <= 1e6 for number in v)),
+    )
+    std: list[float] | None = key(
+        None,
+        'likewise, the standard deviation',
+        Range('numbers from 1e-6 to 1e6', lambda v: all(1e-6 <= number <= 1e6 for number in v)),
+    )
+    interpolation: str | None = key(None, "bilinear, bicubic, …; null: the model's own")
+    crop_pct: float | None = key(
+        None,
+        "in evaluation, the side of the centre crop over the resized side; null: the model's own",
+        Range('at least 0.1 and at most 1', lambda v: 0.1 <= v <= 1),
+    )
+    crop_mode: str | None = key(None, "in evaluation: center, squash or border; null: the model's own")
+    augment: AugmentConfig = section(AugmentConfig)

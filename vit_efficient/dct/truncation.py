@@ -14,7 +14,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from vit_efficient.dct.transforms import as_pair, dct2, idct2
-from vit_efficient.grid import floor_sqrt, larger, plain_sizes, scaled_grid, fraction_of, smaller
+from vit_efficient.grid import floor_sqrt, fraction_of, larger, plain_sizes, scaled_grid, smaller
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import real_dtype, without_autocast
 

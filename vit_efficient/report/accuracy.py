@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from vit_efficient.attention.treeformer.tf import LeafAttention
 from vit_efficient.benchmark import take_turns
-from vit_efficient.data import Samples, create_dataset, eval_input
+from vit_efficient.data import create_dataset
 from vit_efficient.flops import count_flops
 from vit_efficient.models import kept_tokens
 from vit_efficient.report.columns import ACCURACIES, COSTS, accuracy_columns, mean_and_spread
 from vit_efficient.report.comparison import compare_with_first
+from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.report.plot import Panel, Point, plot_accuracy
 from vit_efficient.report.runs import Entry, check_runs, open_runs, train_missing
 from vit_efficient.report.stages import stage_table, truncation_table
 from vit_efficient.report.table import Column, Table
 from vit_efficient.report.text import environments, explanation
 from vit_efficient.train import load_model
-from vit_efficient.train.config import default_output
+from vit_efficient.train.recipe import default_output
 from vit_efficient.utils.device import choose_device
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_text
@@ -71,14 +70,16 @@ def accuracy_table(
     remarks = check_runs(entries)
     train_missing(entries)
 
-    _set_labels(entries)
+    names = [entry.results[0]['model'] for entry in entries]
+    for entry, name in zip(entries, names, strict=True):
+        entry.label = name if names.count(name) == 1 else f'{name} ({entry.recipe.stem})'
     results = [result for entry in entries for result in entry.results]
     accuracies = [name for name in ACCURACIES if all(name in result for result in results)]
     config = entries[0].configs[0]
     device = choose_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    speeds, about_speed = measure_speeds(entries, device)
+    speeds, about_speed = measure_speeds([entry.saved for entry in entries], device)
     rows = [
         measure(entry, accuracies) | {'images_per_second': speed, 'speed_ratio': speed / speeds[0]}
         for entry, speed in zip(entries, speeds, strict=True)
@@ -101,17 +102,11 @@ def accuracy_table(
     return text
 
 
-def _set_labels(entries: Sequence[Entry]) -> None:
-    names = [entry.results[0]['model'] for entry in entries]
-    for entry, name in zip(entries, names, strict=True):
-        entry.label = name if names.count(name) == 1 else f'{name} ({entry.recipe.stem})'
-
-
 def measure(entry: Entry, accuracies: Sequence[str]) -> dict[str, Any]:
     """A recipe's row of the table, without the speed."""
     # What is learned of a truncation is another one for each seed.
     others = [load_model(run.path) for run in entry.runs[1:]] if entry.learns_truncation else []
-    counts = [count_flops(model, entry.input_shape) for model in (entry.model, *others)]
+    counts = [count_flops(model, entry.saved.input_shape) for model in (entry.saved.model, *others)]
     return {
         'model': entry.label,
         'parameters_m': statistics.fmean(result['parameters'] for result in entry.results) / 1e6,
@@ -126,19 +121,22 @@ def measure(entry: Entry, accuracies: Sequence[str]) -> dict[str, Any]:
 def _attended(entry: Entry) -> int | str | None:
     """The number of tokens that a query attends to, or its range over the layers; None where it is not known."""
     try:
-        tokens = kept_tokens(entry.model, entry.preprocessing.input_size[1:])
+        tokens = kept_tokens(entry.saved.model, entry.saved.preprocessing.input_size[1:])
     except UserError:  # not a model of this package
         return None
     return tokens[0] if len(set(tokens)) == 1 else f'{min(tokens)}–{max(tokens)}'
 
 
-def measure_speeds(entries: Sequence[Entry], device: torch.device) -> tuple[list[float], str]:
-    """The speeds of the models in images per second, and a sentence on how they were measured."""
-    batch_size = max(1, min(BATCH_SIZE, BATCH_PATCHES // max(map(_patches, entries))))
-    models = [entry.model for entry in entries]
-    speeds = images_per_second(models, [entry.input_shape for entry in entries], device, batch_size)
-    for model in models:
-        model.cpu()
+def measure_speeds(models: Sequence[SavedModel], device: torch.device) -> tuple[list[float], str]:
+    """Speeds of the forward pass on random images, per second, and a sentence on how they were measured."""
+    batch_size = max(1, min(BATCH_SIZE, BATCH_PATCHES // max(map(_patches, models))))
+    calls = [
+        partial(saved.model.to(device), torch.randn(batch_size, *saved.input_shape, device=device)) for saved in models
+    ]
+    with torch.inference_mode():
+        speeds = [batch_size / statistics.median(times) for times in take_turns(calls, device, ROUNDS)]
+    for saved in models:
+        saved.model.cpu()
     threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
     return speeds, (
         f'Speed: forward pass, batch {batch_size}, float32, {device.type}{threads}, median of {ROUNDS} rounds in which '
@@ -146,43 +144,22 @@ def measure_speeds(entries: Sequence[Entry], device: torch.device) -> tuple[list
     )
 
 
-def _patches(entry: Entry) -> int:
+def _patches(saved: SavedModel) -> int:
     """The number of patches of an image; 1 for models without."""
-    size = entry.preprocessing.input_size[1:]
-    embedding = getattr(entry.model, 'patch_embed', None)
+    size = saved.preprocessing.input_size[1:]
+    embedding = getattr(saved.model, 'patch_embed', None)
     built = getattr(embedding, 'img_size', None) or size
     return max(1, (getattr(embedding, 'num_patches', None) or 1) * math.prod(size) // math.prod(built))
 
 
-def images_per_second(
-    models: Sequence[nn.Module],
-    sizes: Sequence[tuple[int, int, int]],
-    device: torch.device,
-    batch_size: int = BATCH_SIZE,
-) -> list[float]:
-    """Speeds of the forward pass on random images: medians over rounds in which the models take turns."""
-    calls = [
-        partial(model.to(device), torch.randn(batch_size, *size, device=device))
-        for model, size in zip(models, sizes, strict=True)
-    ]
-    with torch.inference_mode():
-        return [batch_size / statistics.median(times) for times in take_turns(calls, device, ROUNDS)]
-
-
 def costs_of_images(entry: Entry) -> str:
     """A line on a model whose cost depends on the data, which the table has in expectation; '' for others."""
-    if not any(isinstance(module, LeafAttention) for module in entry.model.modules()):
+    model, data = entry.saved.model, entry.configs[0].data
+    if not any(getattr(module, 'cost_depends_on_data', False) for module in model.modules()):
         return ''
-    data, preprocessing = entry.configs[0].data, entry.preprocessing
     dataset = create_dataset(data.val, data.dataset, data.root, 'data.val', {**data.args, **data.val_args})
-    samples = Samples(
-        *eval_input(dataset, entry.model, preprocessing, data.decode),
-        preprocessing.input_size[0],
-        entry.model.num_classes,
-        on_error=data.on_error,
-    )
-    images = samples.spread(COUNTED_IMAGES)
-    count = count_flops(entry.model, images=images)
+    images = entry.saved.samples(dataset, data.on_error).spread(COUNTED_IMAGES)
+    count = count_flops(model, images=images)
     return (
         f'{entry.label}: GMACs as if all leaves held as many patches; as {len(images)} validation images fall into '
         f'those of seed {entry.configs[0].seed}, {count.total / len(images) / 1e9:.4f}, of which in attention '

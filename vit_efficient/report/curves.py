@@ -9,6 +9,7 @@ from typing import Any
 from vit_efficient.report.plot import line_style, tidy
 from vit_efficient.train.log import METRICS
 from vit_efficient.train.run_folder import RunFolder
+from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
 
@@ -18,7 +19,7 @@ DEFAULT_VALUES = (TRAIN_LOSS, 'val/loss', 'val/top1', 'val/foreground_miou', 'va
 
 
 def known_values(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """What can be drawn of them, such as 'train/loss' and 'val/top1'."""
+    """What can be drawn of a run, such as 'train/loss' and 'val/top1'."""
     names = {}
     for line in lines:
         for key, value in line.items():
@@ -39,14 +40,13 @@ def points_of(
     """x and y of a curve; without those that have no x, or a y that is not finite.
 
     Args:
-        lines: Of a run.
+        lines: The metrics of a run.
         value: One of `known_values`. Where no update has been logged, train/loss is the mean of the epochs evaluated.
         against: 'epoch', from 0 to the number of epochs; 'step', updates; 'hours', of training, which only the lines of
             evaluations have.
         per_epoch: Updates of an epoch, for runs without an evaluation, which would tell.
     """
-    told = (line['step'] / (line['epoch'] + 1) for line in lines if line['kind'] == 'val')
-    per_epoch = max(told, default=per_epoch)
+    per_epoch = max((line['step'] / (line['epoch'] + 1) for line in lines if line['kind'] == 'val'), default=per_epoch)
     kind, _, key = value.partition('/')
     if value == TRAIN_LOSS and not any(line['kind'] == kind for line in lines):
         kind, key = 'val', 'train_loss'  # the mean of each epoch, of runs that are shorter than `log_every`
@@ -71,7 +71,7 @@ def _curves(
     folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str], against: str
 ) -> dict[str, list[tuple[float, float]]]:
     """The points of a run for each value."""
-    per_epoch = RunFolder(folder).updates_per_epoch
+    per_epoch = RunFolder(folder).environment.get('scale', {}).get('updates_per_epoch')
     return {value: points_of(lines, value, against, per_epoch) for value in values or DEFAULT_VALUES}
 
 
@@ -90,10 +90,11 @@ def plot_curves(
     """Saves the curves of runs, a panel for each value and a line for each run.
 
     Args:
-        folders: Of runs, finished or not; those of which there is nothing to draw yet are left out.
-        path: Of the figure; its suffix says the format.
-        values: Such as 'train/loss' or 'val/top1'. By default the losses and the accuracies that the runs have.
-        against: 'epoch', 'step' or 'hours' (of training).
+        folders: The folders of runs, finished or not; those of which there is nothing to draw yet are left out.
+        path: The file of the figure; its suffix says the format.
+        values: What is drawn, such as 'train/loss' or 'val/top1'. By default the losses and the accuracies that the
+            runs have.
+        against: The x axis: 'epoch', 'step' or 'hours' (of training).
 
     Returns:
         The values that are drawn, and the runs that are left out, each with the reason.
@@ -101,10 +102,7 @@ def plot_curves(
     Raises:
         UserError: If a folder is not that of a run, a value is one that none of them has, or no run is left to draw.
     """
-    from matplotlib.figure import Figure
-
-    if against not in AXES:
-        raise UserError(f'against must be one of {", ".join(AXES)}, got {against!r}')
+    check_choice('against', against, AXES)
     runs = {str(folder): RunFolder(folder).metrics() for folder in folders}
     known = list(dict.fromkeys(name for lines in runs.values() for name in known_values(lines)))
     for value in values:
@@ -120,12 +118,21 @@ def plot_curves(
     if not curves:
         raise UserError('; '.join(left_out.values()))
     values = values or [name for name in DEFAULT_VALUES if any(points[name] for points in curves.values())]
+    _draw(dict(zip(_labels(list(curves)), curves.values(), strict=True)), values, against, path)
+    return list(values), left_out
+
+
+def _draw(
+    curves: dict[str, dict[str, list[tuple[float, float]]]], values: Sequence[str], against: str, path: str | Path
+) -> None:
+    """Saves the figure of curves, by label and value."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(1 + 4.5 * len(values), 4.5), dpi=150, layout='constrained')
     panels = figure.subplots(1, len(values), squeeze=False)[0]
-    labels = _short(list(curves))
     handles = {}
     for axes, value in zip(panels, values, strict=True):
-        for number, (label, points) in enumerate(zip(labels, curves.values(), strict=True)):
+        for number, (label, points) in enumerate(curves.items()):
             if points[value]:
                 x, y = zip(*points[value], strict=True)
                 handles[label] = axes.plot(x, y, label=label, **line_style(number, False))[0]
@@ -133,13 +140,12 @@ def plot_curves(
         tidy(axes, against)
     figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(4, len(handles)), frameon=False)
     save_figure(figure, path)
-    return list(values), left_out
 
 
-def _short(folders: Sequence[str]) -> list[str]:
-    """Without the folder that all of them are in."""
+def _labels(folders: Sequence[str]) -> list[str]:
+    """The folders without the one that all of them are in."""
     if len(folders) == 1:
         return [Path(folders[0]).name]
     absolute = [str(Path(folder).resolve()) for folder in folders]
-    shared = commonpath(absolute)
-    return [Path(folder).relative_to(shared).as_posix() for folder in absolute]
+    common = commonpath(absolute)
+    return [Path(folder).relative_to(common).as_posix() for folder in absolute]

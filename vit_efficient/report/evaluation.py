@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -25,14 +26,14 @@ from vit_efficient.train.tasks import Task
 
 
 class SavedModel:
-    """A trained model, and what the recipe of its run says of its images.
+    """A trained model, and what a recipe says of its images.
 
     Args:
         path: A run folder, or a model folder: one of a run, or any other, for which the recipe's defaults hold.
+        config: A recipe instead of the run's.
         img_size: Height and width of the images, instead of those of training.
 
     Attributes:
-        config: The recipe.
         model: In evaluation mode.
         preprocessing: Of its images.
 
@@ -40,9 +41,9 @@ class SavedModel:
         UserError: If there is no such model.
     """
 
-    def __init__(self, path: str, img_size: Sequence[int] | None = None):
+    def __init__(self, path: str | Path, config: Config | None = None, img_size: Sequence[int] | None = None):
         run = RunFolder.of_model(path)
-        self.config = run.config if run else Config()
+        self.config = config or (run.config if run else Config())
         sizes = {}
         if img_size is not None:
             self.config.data.img_size, sizes = list(img_size), {'img_size': tuple(img_size)}
@@ -62,11 +63,18 @@ class SavedModel:
             return create_dataset(data, key='--data', args=options if data.endswith('.tar') else None)
         return create_dataset(data, config.dataset, config.root, '--data', options)
 
+    def samples(self, dataset: Dataset, on_error: str, **options: Any) -> Samples:
+        """The images of a data set as the model takes them."""
+        decode = 'coefficients' if takes_coefficients(self.model) else self.config.data.decode
+        inputs = eval_input(dataset, self.model, self.preprocessing, decode)
+        channels = self.preprocessing.input_size[0]
+        return Samples(*inputs, channels, self.model.num_classes, on_error=on_error, **options)
+
 
 def evaluate_saved(
     saved: SavedModel,
     data: str,
-    batch_size: int = 64,
+    batch_size: int,
     workers: int = 0,
     device: str = 'auto',
     amp: str = 'none',
@@ -77,26 +85,19 @@ def evaluate_saved(
     Args:
         saved: The model.
         data: As `SavedModel.open_data` takes it.
-        batch_size, workers, amp, on_error: As the keys of a recipe.
-        device: As of `train.distributed.processes`.
+        batch_size, workers, device, amp, on_error: As the keys of a recipe.
 
     Raises:
         UserError: If the data, their classes or the device do not fit the model.
     """
-    config, model, preprocessing = saved.config, saved.model, saved.preprocessing
+    config, model = saved.config, saved.model
     dataset = saved.open_data(data)
     classes = class_names(dataset)
     check_same_classes(model.pretrained_cfg.get('label_names'), classes, 'the model', data)
-    task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight)
+    task = Task.of(config.task, model, saved.preprocessing, classes, config.loss.patch_weight)
     with torch.no_grad():
         task.check_logits(model(torch.zeros(1, *saved.input_shape)))
-    samples = Samples(
-        *eval_input(dataset, model, preprocessing, 'coefficients' if takes_coefficients(model) else config.data.decode),
-        preprocessing.input_size[0],
-        model.num_classes,
-        check_target=task.check_target if task.of_patches else None,
-        on_error=on_error,
-    )
+    samples = saved.samples(dataset, on_error, check_target=task.check_target if task.of_patches else None)
     with processes(device) as team:
         sampler = EpochSampler(len(samples), shuffle=False, rank=team.rank, world_size=team.world_size, even=False)
         loader = create_loader(samples, sampler, batch_size, workers, pin=team.device.type == 'cuda')

@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from vit_efficient.data import Preprocessing, create_dataset, input_shape
-from vit_efficient.train import Config, load_model, load_recipe, train
-from vit_efficient.train.config import flatten, identity
+from vit_efficient.data import create_dataset
+from vit_efficient.report.evaluation import SavedModel
+from vit_efficient.train import Config, load_recipe, train
+from vit_efficient.train.config import identity
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.keys import flatten
 
 logger = logging.getLogger(__name__)
 
@@ -52,19 +52,9 @@ class Entry:
         return [run.result for run in self.runs]
 
     @cached_property
-    def model(self) -> nn.Module:
-        """The model of the first run, in evaluation mode."""
-        return load_model(self.runs[0].path).eval()
-
-    @cached_property
-    def preprocessing(self) -> Preprocessing:
-        """The preprocessing of the runs."""
-        return Preprocessing.of(self.model, self.configs[0].data)
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """The shape of what the model takes, (C, H, W)."""
-        return input_shape(self.model, self.preprocessing)
+    def saved(self) -> SavedModel:
+        """The model of the first run."""
+        return SavedModel(self.runs[0].path, self.configs[0])
 
     @property
     def learns_truncation(self) -> bool:
@@ -156,7 +146,7 @@ def _check_reusable(config: Config) -> str:
         if not _has_images_of(config, key):
             raise _other_run(config, saved, [key], ', where other images are or none')
     folders = ', '.join(f'{key}={saved[key]}' for key in moved)
-    return f'{run} was trained with {folders}: images of the same names and number.\n' if moved else ''
+    return f'{run.path} was trained with {folders}: images of the same names and number.\n' if moved else ''
 
 
 def _other_run(config: Config, saved: dict[str, Any], keys: Sequence[str], why: str = '') -> UserError:
@@ -187,11 +177,11 @@ def _has_images_of(config: Config, key: str) -> bool:
 
 
 def _check_same_updates(entry: Entry) -> None:
-    folders: dict[int, RunFolder] = {}
+    folders: dict[int, Path] = {}
     for config, run in zip(entry.configs, entry.runs, strict=True):
         images = _images_per_update(run.result) if run.is_finished else _images_per_process(flatten(config))
         if images:
-            folders.setdefault(images, run)
+            folders.setdefault(images, run.path)
     if len(folders) > 1:
         found = ', '.join(f'{folder} {images}' for images, folder in folders.items())
         raise UserError(

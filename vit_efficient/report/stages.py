@@ -11,7 +11,7 @@ from vit_efficient.flops import count_flops
 from vit_efficient.report.columns import ACCURACIES, COSTS, accuracy_columns, mean_and_spread
 from vit_efficient.report.runs import Entry
 from vit_efficient.report.table import Column, Table
-from vit_efficient.train.stages import list_stages
+from vit_efficient.train.stages import list_stages, model_at_stages
 
 
 def stage_table(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
@@ -30,10 +30,12 @@ def stage_table(entries: Sequence[Entry], accuracies: Sequence[str]) -> str:
 def _stage_rows(entry: Entry, accuracies: Sequence[str]) -> list[dict[str, Any]]:
     config, rows = entry.configs[0], []
     with torch.device('meta'):
-        model = timm.create_model(config.model.name, **{**config.model.args, 'num_classes': entry.model.num_classes})
-        for number, stage in enumerate(list_stages(config)):
-            stage.begin(model, entry.results[0].get('truncation', {}).get('kept'))  # of the first seed
-            count = count_flops(model, input_shape(model, entry.preprocessing))
+        model = timm.create_model(
+            config.model.name, **{**config.model.args, 'num_classes': entry.saved.model.num_classes}
+        )
+        sizes = entry.results[0].get('truncation', {}).get('kept')  # of the first seed
+        for number, (stage, staged) in enumerate(model_at_stages(model, list_stages(config), sizes)):
+            count = count_flops(staged, input_shape(staged, entry.saved.preprocessing))
             rows.append(
                 {
                     'model': entry.label if not number else '',

@@ -38,7 +38,9 @@ class Column:
     def _text(self, value: Any) -> str:
         if value is None:
             return NOTHING
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, bool):
+            return 'yes' if value else 'no'
+        if _is_number(value):
             return f'{value:,}' if self.digits is None else f'{value:,.{self.digits}f}'
         return str(value).replace('|', r'\|').replace('\n', ' ')
 
@@ -79,7 +81,7 @@ class Table:
         columns = [column for column in self.columns if column.key not in spreads]
         heads = [column.title or column.key for column in columns]
         cells = [[column.show(row) for column in columns] for row in self.rows]
-        numeric = [all(isinstance(row[c.key], (int, float, type(None))) for row in self.rows) for c in columns]
+        numeric = [all(row[c.key] is None or _is_number(row[c.key]) for row in self.rows) for c in columns]
         widths = [max(3, *(len(line[i]) for line in [heads, *cells])) for i in range(len(heads))]
 
         def line(texts: Sequence[str]) -> str:
@@ -98,6 +100,10 @@ class Table:
 
     def _json(self) -> str:
         return json.dumps(self.rows, indent=2, ensure_ascii=False) + '\n'
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_nothing(value: Any) -> bool:

@@ -8,17 +8,14 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from vit_efficient.utils.errors import UserError, first_line
-from vit_efficient.utils.files import replacing
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.files import replacing, writing
 
 CHECKPOINT = 'checkpoint.pt'
 _PARTS = ('identity', 'progress', 'model', 'optimizer')  # and, of runs that have one, ema
@@ -69,15 +66,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [newest] * newest.exists() + [path for _, path in sorted(_numbered(folder).items(), reverse=True)]
 
 
-def load_checkpoint(path: Path, device: torch.device | str = 'cpu') -> dict[str, Any]:
-    """Loads what save_checkpoint saved. Nothing in the file is executed.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Loads what save_checkpoint saved, on the CPU. Nothing in the file is executed.
 
     Raises:
         UserError: If the file is not such a checkpoint, or its content is not what was written.
     """
     try:
         damaged = damaged_part(path)
-        state = None if damaged else torch.load(path, map_location=device, weights_only=True)
+        state = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
     # A damaged file raises whatever the archive reader or the unpickler stumbles over.
     except Exception as error:
         raise UserError(f'{path}: not a readable checkpoint ({type(error).__name__})') from error
@@ -103,7 +100,7 @@ def damaged_part(path: Path) -> str | None:
         return archive.testzip()
 
 
-def load_newest(folder: Path, device: torch.device | str = 'cpu') -> tuple[Path, dict[str, Any], list[str]]:
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
     """The newest checkpoint of a run that can be read, which has at least one.
 
     Returns:
@@ -115,7 +112,7 @@ def load_newest(folder: Path, device: torch.device | str = 'cpu') -> tuple[Path,
     unreadable = []
     for path in list_checkpoints(folder):
         try:
-            return path, load_checkpoint(path, device), unreadable
+            return path, load_checkpoint(path), unreadable
         except ValueError as error:
             unreadable.append(str(error))
     raise UserError(f'{"; ".join(unreadable)}; resume=restart starts anew')
@@ -149,28 +146,3 @@ def check_room(folder: Path, model: nn.Module, average: bool, keep: int, best: b
             f'({keep} of about {checkpoint / 1e6:.0f} MB, and one that is being written); make room, or set another '
             'output'
         )
-
-
-@contextmanager
-def writing(path: Path, state: str = '') -> Iterator[None]:
-    """Makes a ValueError that names a file or folder of what the system says when it cannot be written.
-
-    Args:
-        path: The file or folder.
-        state: What the message ends with.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        cause = _system_error(error)
-        if isinstance(error, RuntimeError) and not cause:
-            raise
-        reason = (cause and cause.strerror) or first_line(error)
-        raise UserError(f'{path}: cannot be written: {reason}{state}') from error
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """What the system has said: PyTorch's writer, stopped in the middle, raises an error of its own over it."""
-    while error and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from vit_efficient.data import Preprocessing, check_same_classes
 from vit_efficient.models import load_model
 from vit_efficient.train.config import DistillConfig
+from vit_efficient.train.hooks import TrainingHook, register_hook
 from vit_efficient.utils.errors import UserError, first_line
+from vit_efficient.utils.precision import autocast
 
 
-class Distillation:
-    """The loss of a student that also hears a teacher.
+@register_hook('distillation')
+class Distillation(TrainingHook):
+    """The loss of a student that also hears a teacher: the `distill` of a recipe.
 
     Images are normalised anew for the teacher, and resized bilinearly to what it was trained at.
 
@@ -42,6 +45,7 @@ class Distillation:
         device: torch.device | str = 'cpu',
         classes: list[str] | None = None,
     ):
+        super().__init__()
         self.config = config
         channels, num_classes = preprocessing.input_size[0], student.num_classes
         try:
@@ -67,7 +71,18 @@ class Distillation:
         statistics = torch.tensor([preprocessing.mean, preprocessing.std], device=device)
         self.mean, self.std = statistics[:, None, :, None, None]
 
-    def __call__(self, images: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, experiment, options):
+        config, team = experiment.config.distill, experiment.team
+        if not config.teacher:
+            return None
+        return cls(config, experiment.model, experiment.preprocessing, team.device, experiment.classes)
+
+    def penalty(self, state, images, logits, loss):
+        with autocast(images.device, state.experiment.config.amp):
+            return self.loss(images, logits.float(), loss)
+
+    def loss(self, images: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
         """(1 - weight) · loss + weight · the loss against the teacher.
 
         Args:

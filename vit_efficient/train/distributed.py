@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vit_efficient.utils.errors import UserError, first_line
+from vit_efficient.utils.device import choose_device
+from vit_efficient.utils.precision import real_dtype
 
 # A process that waits longer for another gives up. Without torchrun, which ends the others when one dies, nothing else
 # would end a run on GPUs; what the first process does alone (checkpoints, the final files) must take less.
@@ -26,6 +27,11 @@ class Processes:
     rank: int = 0
     world_size: int = 1
 
+    @classmethod
+    def alone(cls) -> 'Processes':
+        """This process, on the CPU."""
+        return cls(torch.device('cpu'))
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
@@ -38,20 +44,25 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def mean(self, value: float) -> float:
-        """Of the values of all processes."""
-        return self._reduce(value, dist.ReduceOp.SUM) / self.world_size
+    def exchange(self, values: Sequence[Tensor], numbers: Sequence[float] = ()) -> list[list[float]]:
+        """The numbers of every process, by rank: one collective, and one wait for the device.
+
+        Args:
+            values: Scalars on the device.
+            numbers: Further ones that are known on the host. All processes give as many of both.
+        """
+        row = torch.stack(list(values)).to(real_dtype(self.device)) if values else None
+        if self.world_size == 1:
+            return [[*([] if row is None else row.tolist()), *numbers]]
+        known = torch.tensor(numbers, dtype=real_dtype(self.device), device=self.device)
+        row = known if row is None else torch.cat([row, known])
+        rows = row.new_empty(self.world_size, len(row))
+        dist.all_gather(list(rows), row)
+        return rows.tolist()
 
     def max(self, value: float) -> float:
         """Of the values of all processes."""
-        return self._reduce(value, dist.ReduceOp.MAX)
-
-    def _reduce(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
-        if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, operation)
-        return tensor.item()
+        return max(number for (number,) in self.exchange((), (value,)))
 
     def in_step(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Sequence[Tensor], bool]]:
         """Batches as long as any process has some, with whether they are this process's own.
@@ -99,24 +110,8 @@ def processes(device: str = 'auto') -> Iterator[Processes]:
     Raises:
         UserError: If there is no such device.
     """
-    local_rank = int(os.environ.get('LOCAL_RANK', 0))
     world_size = int(os.environ.get('WORLD_SIZE', 1))
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f'device={device}: {first_line(error)}') from error
-    if chosen.type == 'meta':
-        raise UserError(f'device={device} holds no numbers; use device=cpu')
-    if chosen.type == 'cuda':
-        if not torch.cuda.is_available():
-            raise UserError(f'device={device}: PyTorch finds no GPU here; use device=cpu')
-        chosen = torch.device('cuda', local_rank if chosen.index is None else chosen.index)
-    try:
-        torch.empty(0, device=chosen)
-    except Exception as error:  # each backend has its own way to say that it is not there
-        raise UserError(f'device={device}: PyTorch finds no {chosen} here; use another, or device=cpu') from error
+    chosen = choose_device(device, local_rank=int(os.environ.get('LOCAL_RANK', 0)))
     if chosen.type == 'cuda':
         torch.cuda.set_device(chosen)
     if world_size == 1:

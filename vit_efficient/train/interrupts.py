@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -29,15 +29,16 @@ class Interrupts:
     queue of TensorBoard's writer is not left in between. In threads other than the main one signals are left as they
     are, as Python requires.
 
-    Of several processes, once they `share` it, all stop at the same point, the next `check()`, whichever was told to.
-    They ignore further signals: a scheduler may send each process one, and torchrun one more (and kills those that are
-    not gone in time).
+    Of several processes, once they `share` it, all stop at the same point, the next `check()` or `obey()`, whichever
+    was told to. They ignore further signals: a scheduler may send each process one, and torchrun one more (and kills
+    those that are not gone in time).
     """
 
     def __init__(self):
         self._processes: Processes | None = None
         self._held = False
         self._received = 0
+        self._heard = 0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> 'Interrupts':
@@ -66,17 +67,37 @@ class Interrupts:
                 raise Interrupted(number)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """A block that a signal does not cut in two."""
+    def held(self, and_after: bool = False) -> Iterator[None]:
+        """A block that a signal does not cut in two.
+
+        Args:
+            and_after: Raise not at its end, but at the next `obey`, `check` or end of a block.
+        """
         self._held = True
         try:
             yield
         finally:
             self._held = False
-        if self._received and not self._processes:
-            raise Interrupted(self._received)
+        if not and_after:
+            self.obey(heard=False)
+
+    @property
+    def received(self) -> int:
+        """The number of the signal that this process was sent; 0 without one."""
+        return self._received
+
+    def hear(self, signals: Iterable[int]) -> None:
+        """Takes note of what all processes have received, at the same point; they stop at the next `obey`."""
+        self._heard = self._heard or (max(signals, default=0) if self._processes else 0)
+
+    def obey(self, heard: bool = True) -> None:
+        """Raises Interrupted if this process, a single one, was told to stop; or one of several, once all `heard`."""
+        number = self._heard * heard if self._processes else self._received
+        if number:
+            raise Interrupted(number)
 
     def check(self) -> None:
         """Raises Interrupted if a process has been told to stop; all processes call it at the same points."""
-        if self._processes and (received := int(self._processes.max(self._received))):
-            raise Interrupted(received)
+        if self._processes:
+            self.hear([int(self._processes.max(self._received))])
+        self.obey()

@@ -1,9 +1,10 @@
 """What a run tells on its way: metrics.jsonl, TensorBoard, and the memory it takes."""
 
 import json
+import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,34 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from vit_efficient.train.checkpoint import writing
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.files import write_text
+from vit_efficient.utils.files import write_text, writing
 
 METRICS = 'metrics.jsonl'
+TENSORBOARD = 'tensorboard'
+
+logger = logging.getLogger(__name__)
 
 
-class MetricsLog:
+class SilentLog:
+    """The log of the processes that write none."""
+
+    def write(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
+        """Adds a line."""
+
+    def say(self, text: str) -> None:
+        """Tells the user."""
+
+    def name_skipped(self, split: str, skipped: Mapping[int, str]) -> None:
+        """Tells the user, once, which images of a split could not be read, and why."""
+
+
+class MetricsLog(SilentLog):
     """Lines of metrics, each with `kind`, `epoch` (from 0), `step` (updates done) and its values.
 
     Kinds: train (of an update), val (of an evaluation), leaves (of Treeformer's trees), frozen (an evaluation once
     truncations that were learned are hard), skipped (images that could not be read), nonfinite (of an update that was
-    left out, with the number of those so far).
+    left out, with the number of those so far), and the names of hooks that measure.
 
     JSON has no numbers that are not finite: they are null.
 
@@ -40,24 +56,37 @@ class MetricsLog:
             kept = [line for line in _lines(path) if _is_before(line, epoch, step)]
             write_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
         self.file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
-        self.board = SummaryWriter(folder / 'tensorboard', purge_step=step + 1)
+        self.board = SummaryWriter(folder / TENSORBOARD, purge_step=step + 1)
+        self.named: set[tuple[str, str]] = set()
 
     def write(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
-        """Adds a line."""
         with writing(Path(self.file.name)):
-            self._append(kind, epoch, step, values)
+            self.append(json.dumps({'kind': kind, 'epoch': epoch, 'step': step, **_as_json(values)}))
+            for name, value in values.items():
+                self.board.add_scalar(f'{kind}/{name}', value, step)
 
-    def _append(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({'kind': kind, 'epoch': epoch, 'step': step, **finite}) + '\n')
+    def append(self, line: str) -> None:
+        """Adds a line to the file."""
+        self.file.write(line + '\n')
         self.file.flush()
-        for name, value in values.items():
-            self.board.add_scalar(f'{kind}/{name}', value, step)
+
+    def say(self, text: str) -> None:
+        logger.info(text)
+
+    def name_skipped(self, split: str, skipped: Mapping[int, str]) -> None:
+        for reason in skipped.values():
+            if (split, reason) not in self.named:
+                self.named.add((split, reason))
+                self.say(f'skipped, {split}: {reason}')
 
     def close(self) -> None:
         for writer in (self.file, self.board):
             with suppress(OSError):  # what could not be written has been told of, and is tried once more
                 writer.close()
+
+
+def _as_json(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def has_metrics(folder: Path) -> bool:

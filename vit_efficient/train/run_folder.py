@@ -1,34 +1,53 @@
 """The folder of a run: every file name in it, and how each is written and read."""
 
 import csv
+import io
 import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from vit_efficient.train.config import Config, load_recipe
-from vit_efficient.train.log import read_metrics
+from torch import nn
+
+from vit_efficient.models import save_model
+from vit_efficient.train.checkpoint import CHECKPOINT, check_room, list_checkpoints, load_newest, save_checkpoint
+from vit_efficient.train.config import Config, StageConfig, identity
+from vit_efficient.train.distributed import Processes
+from vit_efficient.train.evaluation import Evaluation
+from vit_efficient.train.experiment import IMAGES_PER_UPDATE, Experiment
+from vit_efficient.train.interrupts import Interrupts
+from vit_efficient.train.log import METRICS, TENSORBOARD, MetricsLog, SilentLog, has_metrics, read_metrics
+from vit_efficient.train.recipe import load_recipe, to_yaml
+from vit_efficient.train.state import TrainState
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.files import lock, remove_unfinished, write_json, write_text, writing
 
 RECIPE = 'recipe.yaml'
 ENVIRONMENT = 'environment.json'
 RESULT = 'result.json'
 PREDICTIONS = 'predictions.csv'
+SKIPPED = 'skipped.txt'
 MODEL = 'model'  # a model folder, as BEST is
 BEST = 'best'
+LOCK = '.lock'
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """A run on disk. Reading it needs no more than its path; it is written by one process at a time.
+    """A run on disk. Reading it needs no more than its path; it is written by one run at a time.
 
     Args:
         path: The folder, which need not exist.
+        team: The processes of the run, of which the first one writes; by default this one alone.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, team: Processes | None = None):
         self.path = Path(path)
-
-    def __str__(self) -> str:
-        return str(self.path)
+        self.team = team or Processes.alone()
 
     @classmethod
     def of_model(cls, path: str | Path) -> 'RunFolder | None':
@@ -63,6 +82,14 @@ class RunFolder:
             pass
         raise UserError(f'{path}: not a readable result; delete it, and resume=auto writes it anew from the checkpoint')
 
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What environment.json holds; nothing where it cannot be read."""
+        try:
+            return dict(json.loads((self.path / ENVIRONMENT).read_text(encoding='utf-8')))
+        except (OSError, TypeError, ValueError):
+            return {}
+
     def predictions(self) -> list[dict[str, str]]:
         """A row for each image of the validation set, in its order."""
         with open(self.path / PREDICTIONS, newline='', encoding='utf-8') as file:
@@ -72,11 +99,162 @@ class RunFolder:
         """The lines of metrics.jsonl, as `train.log.read_metrics` reads them."""
         return read_metrics(self.path)
 
-    @property
-    def updates_per_epoch(self) -> int | None:
-        """As environment.json tells; None where it does not."""
+    def earlier(self, experiment: Experiment) -> tuple[dict[str, Any] | None, tuple[Path, dict[str, Any]] | None]:
+        """What an earlier process has left of this run: its result, and the checkpoint to go on from with its file.
+
+        Raises:
+            UserError: If the folder holds a run that `resume` does not allow to touch, or one of another recipe.
+        """
+        checkpoints, resume = list_checkpoints(self.path), experiment.config.resume
+        if len(set(self.team.gather((bool(checkpoints), self.is_finished)))) > 1:
+            raise UserError(
+                f'output={self.path}: some processes find a run there and some do not; all nodes must have one file '
+                'system'
+            )
+        if resume == 'never' and (checkpoints or self.is_finished or has_metrics(self.path)):
+            raise UserError(
+                f'{self.path} holds a run already; resume=auto goes on with it, resume=restart replaces it, output=… '
+                'starts another'
+            )
+        if resume == 'restart' or not (checkpoints or self.is_finished):
+            return None, None
+        if not checkpoints:
+            raise UserError(
+                f'{self.path} holds a result and no checkpoint; resume=restart replaces it, output=… starts another'
+            )
+        path, state = _load_newest(self.path, self.team)
+        with reading(path):
+            saved = _identity(state['identity'], experiment)
+        for key, ours in experiment.identity.items():
+            theirs = saved.get(key)
+            if theirs != json.loads(json.dumps(ours)):
+                raise UserError(
+                    f'{path} was written with {key}={theirs!r}, this run has {key}={ours!r}; set it back, or start '
+                    'another run with output=… (resume=restart replaces this one)'
+                )
+        return self.result if self.is_finished else None, (path, state)
+
+    @contextmanager
+    def open(self, experiment: Experiment, state: TrainState, stop: Interrupts) -> Iterator[SilentLog]:
+        """Makes the folder ready, the first thing that is written, and gives the log of the run.
+
+        Of a run that ends without an update, nothing is left but what was there before.
+
+        Raises:
+            UserError: If another process trains there, there is too little room, or nothing can be written.
+        """
+        if not self.team.is_first:
+            yield SilentLog()
+            return
+        made, taken = not self.path.exists(), None
         try:
-            environment = json.loads((self.path / ENVIRONMENT).read_text(encoding='utf-8'))
-            return environment['scale']['updates_per_epoch']
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
+            with stop.held(and_after=True):
+                try:
+                    self.path.mkdir(parents=True, exist_ok=True)  # unless it is a file
+                    taken = lock(self.path / LOCK)
+                    if not taken:
+                        made = False
+                        raise UserError(
+                            f'output={self.path}: another process trains there; wait for its end, or set another output'
+                        )
+                    _begin(self.path, experiment, state)
+                except OSError as error:
+                    raise UserError(f'output={self.path}: cannot write there: {error.strerror}') from error
+                with writing(self.path):
+                    log = MetricsLog(self.path, state.progress.epoch, state.progress.updates)
+            with closing(log):
+                yield log
+        except BaseException:
+            if made and not state.progress.updates and not list_checkpoints(self.path):
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+        finally:
+            if taken:
+                taken.close()
+
+    def save_checkpoint(self, state: dict[str, Any], keep: int) -> None:
+        save_checkpoint(self.path / CHECKPOINT, state, keep)
+
+    def save_model(self, model: nn.Module, experiment: Experiment, name: str = MODEL) -> None:
+        """Saves a model with its preprocessing and the names of its classes."""
+        model.pretrained_cfg = {
+            **model.pretrained_cfg,
+            **experiment.preprocessing.as_dict(),
+            'num_classes': model.num_classes,
+        }
+        classes = experiment.classes
+        save_model(model, self.path / name, classes if classes and len(classes) == model.num_classes else None)
+
+    def write_result(
+        self, result: dict[str, Any], evaluation: Evaluation, filename: Callable[[int], str], skipped: Sequence[str]
+    ) -> dict[str, Any]:
+        """Writes predictions, what was skipped and, last, the result: it tells that the run is complete.
+
+        Args:
+            result: Of the run.
+            evaluation: Of its final model.
+            filename: Of an image of the validation set.
+            skipped: Why training images could not be read.
+
+        Returns:
+            The result, with the environment.
+        """
+        table = io.StringIO(newline='')
+        writer = csv.writer(table, lineterminator='\n')
+        writer.writerow(['index', 'file', *evaluation.columns[1:]])
+        writer.writerows([index, filename(index), *prediction] for index, *prediction in evaluation.predictions)
+        write_text(self.path / PREDICTIONS, table.getvalue())
+        lines = [f'training: {reason}\n' for reason in skipped]
+        lines += [f'validation: {reason}\n' for reason in evaluation.skipped.values()]
+        if lines:
+            write_text(self.path / SKIPPED, ''.join(lines))
+        result = {**result, 'environment': self.environment}
+        write_json(self.path / RESULT, result)
+        return result
+
+
+def _load_newest(folder: Path, team: Processes) -> tuple[Path, dict[str, Any]]:
+    path, state, unreadable = load_newest(folder)
+    if len(set(team.gather(path.name))) > 1:
+        raise UserError(f'output={folder}: {path.name} is the newest that this process can read')
+    if unreadable and team.is_first:
+        updates = state['progress']['updates']
+        logger.warning('%s; going on from %s, update %d', '; '.join(unreadable), path, updates)
+    return path, state
+
+
+def _begin(folder: Path, experiment: Experiment, state: TrainState) -> None:
+    """Checks the room, clears what is not to stay, and writes what the run is."""
+    config = experiment.config
+    check_room(folder, state.model, state.average is not None, config.checkpoint_keep, config.checkpoint_best)
+    for name in ('', MODEL, BEST):
+        remove_unfinished(folder / name)
+    if config.resume == 'restart':
+        for path in list_checkpoints(folder):
+            path.unlink()
+        for name in (RESULT, SKIPPED, METRICS, PREDICTIONS):
+            (folder / name).unlink(missing_ok=True)
+        for name in (MODEL, BEST, TENSORBOARD):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    write_text(folder / RECIPE, to_yaml(config))
+    write_json(folder / ENVIRONMENT, experiment.environment())
+
+
+def _identity(saved: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """What a checkpoint says of its run, with what checkpoints of older versions do not say."""
+    saved = {**identity(Config()), **saved}
+    saved.setdefault(IMAGES_PER_UPDATE, saved['data.batch_size'] * saved['grad_accum'] * saved.get('processes', 1))
+    saved.setdefault('training files', experiment.identity['training files'])
+    defaults = vars(StageConfig())
+    saved['stages'] = [{**defaults, **stage} for stage in saved['stages']]
+    return saved
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Names the file whose content does not fit; it may be anything."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise UserError(f'{checkpoint}: not a state of this run ({type(error).__name__}: {reason})') from error

@@ -1,13 +1,13 @@
 """The stages of a run: what the model is converted to, part after part, while its weights go on."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from vit_efficient.conversion import convert
-from vit_efficient.models.truncation import Sizes, count_windows, freeze_truncation, has_windows
 from vit_efficient.train.config import Config, OptimConfig, SchedConfig, StageConfig
 from vit_efficient.utils.errors import UserError
 
@@ -28,23 +28,19 @@ class Stage:
     optim: OptimConfig
     sched: SchedConfig
 
-    def begin(self, model: nn.Module, sizes: Sizes | None = None) -> Sizes:
-        """Freezes what the model has learned to cut, if the stage says so, and converts its layers, in place.
+    @property
+    def changes(self) -> bool:
+        """Whether the model becomes another one where the stage begins."""
+        return bool(self.config.attention or self.config.freeze)
 
-        Args:
-            model: As the stage before has left it.
-            sizes: To freeze it to, instead of what it has learned.
-
-        Returns:
-            The sizes that it has frozen, if any.
+    def convert(self, model: nn.Module) -> None:
+        """Converts the layers of a model, as the stage before has left it, in place.
 
         Raises:
-            UserError: As `freeze_truncation` and `convert` do.
+            UserError: As `convert` does.
         """
-        kept = freeze_truncation(model, sizes) if self.config.freeze else {}
         if self.config.attention:
             convert(model, self.config.attention, self.config.layers, **self.config.attention_kwargs)
-        return kept
 
     def __str__(self) -> str:
         """What begins with it, such as 'treeformer_tc in layers -2 -1'."""
@@ -73,40 +69,33 @@ def stage_of(stages: Sequence[Stage], epoch: int) -> int:
     return next(number for number, stage in enumerate(stages) if epoch < stage.end)
 
 
-def check_stages(model: nn.Module, stages: Sequence[Stage], penalty: float) -> bool:
-    """Tries all conversions on a copy of the model that has no data.
+@contextmanager
+def naming(number: int) -> Iterator[None]:
+    """Names the stage in what goes wrong."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f'stages[{number}]: {error}') from error
+
+
+def model_at_stages(model: nn.Module, stages: Sequence[Stage], sizes=None) -> Iterator[tuple[Stage, nn.Module]]:
+    """Each stage with the model that it trains: a copy without data, converted part after part.
 
     Args:
         model: As it is built.
         stages: Of the run.
-        penalty: Of truncations that are learned, `truncation.penalty`.
-
-    Returns:
-        Whether a stage learns a truncation.
+        sizes: That learned truncations are frozen to; by default, uncut ones.
 
     Raises:
-        UserError: Naming the first stage that does not fit, or that would lose what an earlier one has learned to cut;
-            if there is a penalty, and no stage learns a truncation.
+        UserError: Naming the first stage that does not fit.
     """
-    learns, frozen = has_windows(model), False
-    if any(stage.config.attention or stage.config.freeze for stage in stages):
+    from vit_efficient.models.truncation import freeze_truncation
+
+    if any(stage.changes for stage in stages):
         model = copy.deepcopy(model).to('meta')
-        for number, stage in enumerate(stages):
-            before = count_windows(model)
-            try:
-                stage.begin(model)
-            except ValueError as error:
-                raise UserError(f'stages[{number}]: {error}') from error
-            learns, frozen = learns or has_windows(model), frozen or stage.config.freeze
-            if frozen and has_windows(model):
-                raise UserError(f'stages[{number}] learns truncations again, after a stage that has frozen some')
-            if count_windows(model) < before and not stage.config.freeze:
-                raise UserError(
-                    f'stages[{number}] takes away truncations that are learned; let a stage with freeze=true go before'
-                )
-    if penalty and not learns:
-        raise UserError(
-            f'truncation.penalty={penalty:g}: the model learns no truncation; set model.args.patch_window=true (with '
-            'patch_embed=dct) or attention_kwargs.learned=true (attention dct)'
-        )
-    return learns
+    for number, stage in enumerate(stages):
+        with naming(number):
+            if stage.config.freeze:
+                freeze_truncation(model, sizes)
+            stage.convert(model)
+        yield stage, model

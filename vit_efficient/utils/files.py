@@ -9,7 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from vit_efficient.utils.errors import UserError
+from safetensors import SafetensorError
+
+from vit_efficient.utils.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,3 +105,28 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a value as JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
+
+
+@contextmanager
+def writing(path: Path, state: str = '') -> Iterator[None]:
+    """Makes a ValueError that names a file or folder of what the system says when it cannot be written.
+
+    Args:
+        path: The file or folder.
+        state: What the message ends with.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = _system_error(error)
+        if isinstance(error, RuntimeError) and not cause:
+            raise
+        reason = (cause and cause.strerror) or first_line(error)
+        raise UserError(f'{path}: cannot be written: {reason}{state}') from error
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """What the system has said: PyTorch's writer, stopped in the middle, raises an error of its own over it."""
+    while error and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

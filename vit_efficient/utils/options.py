@@ -5,17 +5,35 @@ import re
 from fractions import Fraction
 from typing import Any
 
+import yaml
+
 from vit_efficient.utils.errors import UserError
+
+_FRACTION = re.compile(r'\d+/[1-9]\d*')
+
+
+def parse_fractions(value: Any) -> Any:
+    """A value of a configuration with each fraction in it, such as '1/16', as a number."""
+    if isinstance(value, dict):
+        return {key: parse_fractions(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [parse_fractions(part) for part in value]
+    return float(Fraction(value)) if isinstance(value, str) and _FRACTION.fullmatch(value) else value
 
 
 def parse_value(text: str) -> Any:
-    """The value that a text stands for: a Python literal, a fraction such as 1/16 as a float, or the text itself."""
-    if re.fullmatch(r'\d+/[1-9]\d*', text):
-        return float(Fraction(text))
+    """The value that a text stands for, as in a recipe: a number, a fraction such as 1/16, true, null, a list or a
+    mapping, in the words of YAML or Python; or the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
+        pass
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
         return text
+    is_value = value is None or isinstance(value, (bool, int, float, list, dict))
+    return parse_fractions(value if is_value else text)
 
 
 def parse_option(text: str) -> tuple[str, Any]:

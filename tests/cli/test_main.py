@@ -1,0 +1,129 @@
+"""What is the same for all commands: how they end, what they say on the way, and what they make of slips."""
+
+import logging
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from tqdm import tqdm
+
+from vit_efficient.cli import main
+from vit_efficient.utils.errors import UserError
+
+
+@pytest.fixture
+def plot(monkeypatch):
+    """Puts another function in the place of the plot command."""
+
+    def put(run):
+        module = SimpleNamespace(add_arguments=lambda parser: parser.add_argument('--values'), run=run)
+        monkeypatch.setitem(sys.modules, 'vit_efficient.cli.plot', module)
+
+    return put
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize('error', [UserError('one\ntwo'), FileNotFoundError(2, 'one two')])
+def test_what_a_user_can_mend_is_one_line(plot, error, capsys):
+    plot(raising(error))
+    assert main(['plot']) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('vit-efficient plot: error: ') and err.endswith('one two\n') and err.count('\n') == 1
+    for argv in (['--debug', 'plot'], ['plot', '--debug']):
+        with pytest.raises(type(error), match='one'):
+            main(argv)
+
+
+@pytest.mark.parametrize('error', [ValueError, TypeError, RuntimeError])
+def test_a_bug_keeps_its_traceback(plot, error):
+    plot(raising(error('a bug')))
+    with pytest.raises(error, match='a bug'):
+        main(['plot'])
+
+
+def test_interrupts(plot, capsys):
+    plot(raising(KeyboardInterrupt()))
+    assert main(['plot']) == 130
+    assert capsys.readouterr().err == 'vit-efficient plot: interrupted\n'
+    with pytest.raises(KeyboardInterrupt):
+        main(['plot', '--debug'])
+
+
+def test_a_reader_that_has_gone():
+    """As `head` does, it ends the command, which has nothing to say to that. Other pipes that break are errors."""
+    code = (
+        'import sys; from types import SimpleNamespace; from vit_efficient.cli import main\n'
+        'def run(args):\n'
+        '    if args.values:\n'
+        '        raise BrokenPipeError(32, "of a worker")\n'
+        '    print("table")\n'
+        'add = lambda parser: parser.add_argument("--values")\n'
+        'sys.modules["vit_efficient.cli.plot"] = SimpleNamespace(add_arguments=add, run=run)\n'
+        'sys.exit(main(sys.argv[1:]))\n'
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, '-c', code, 'plot']
+    for unbuffered in ('', '1'):
+        environment = {**os.environ, 'PYTHONUNBUFFERED': unbuffered}
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+        assert (done.returncode, done.stderr) == (141, '')
+    os.close(writer)
+    done = subprocess.run([*command, '--values', 'x'], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, 'vit-efficient plot: error: [Errno 32] of a worker\n')
+
+
+def test_messages_are_lines_of_the_first_process(plot, monkeypatch, capsys):
+    logger = logging.getLogger('vit_efficient.somewhere')
+    before = logging.getLogger('vit_efficient').handlers[:]
+
+    def run(args):
+        with tqdm(total=2, file=sys.stderr) as bar:
+            bar.update()
+            logger.warning('mind %s', 'this')
+            logger.debug('not this')
+        logger.info('or that')
+
+    plot(run)
+    assert main(['plot']) == 0
+    lines = capsys.readouterr().err.replace('\r', '\n').splitlines()
+    assert lines.count('mind this') == lines.count('or that') == 1 and 'not this' not in lines
+    monkeypatch.setenv('RANK', '1')
+    assert main(['plot']) == 0
+    err = capsys.readouterr().err
+    assert 'mind' not in err and 'or that' not in err
+    assert logging.getLogger('vit_efficient').handlers == before
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['trian'], 'did you mean train?'),
+        (['table', 'flop'], 'did you mean flops?'),
+        (['truncate', 'image.png', '--order', 'zigzg'], 'did you mean zigzag?'),
+        (['evaluate', 'run', '--dta', 'val'], 'unknown option --dta; did you mean --data?'),
+        (
+            ['evaluate', 'run', '--data', 'val', '--batchsize=3'],
+            'unknown option --batchsize; did you mean --batch-size?',
+        ),
+        (['table', 'accuracy', 'a.yaml', '--sedes', '3'], 'unknown option --sedes; did you mean --seeds?'),
+    ],
+)
+def test_slips_are_answered_with_the_nearest(argv, message, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        main(argv)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options_may_be_shortened(plot):
+    found = []
+    plot(lambda args: found.append(args.values))
+    assert main(['plot', '--val', 'x']) == 0 and found == ['x']

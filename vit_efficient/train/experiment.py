@@ -1,0 +1,224 @@
+"""A run as its recipe describes it: data, model, task, stages and hooks, built and checked; nothing is written."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from vit_efficient.data import (
+    EpochSampler,
+    Preprocessing,
+    Samples,
+    check_same_classes,
+    class_names,
+    create_dataset,
+    create_loader,
+    eval_input,
+    input_shape,
+    shard_order,
+    train_input,
+)
+from vit_efficient.train.build import create_model
+from vit_efficient.train.config import Config, identity
+from vit_efficient.train.distributed import Processes
+from vit_efficient.train.hooks import TrainingHook, create_hooks
+from vit_efficient.train.stages import Stage, list_stages, model_at_stages
+from vit_efficient.train.tasks import Task
+from vit_efficient.utils.environment import describe_environment
+from vit_efficient.utils.errors import UserError, first_line
+
+IMAGES_PER_UPDATE = 'data.batch_size × grad_accum × processes'
+
+
+class Feed:
+    """The images of a run on their way to the model: samples, their order, and loaders.
+
+    Args:
+        config: The recipe.
+        team: Of which this process takes its part of the images.
+        datasets: For training and validation.
+        model, preprocessing, task: Of the run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        team: Processes,
+        datasets: tuple[Dataset, Dataset],
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        task: Task,
+    ):
+        data, tones = config.data, config.data.augment
+        self.config, self.team, self.preprocessing = config, team, preprocessing
+        (train_set, augment), (val_set, fixed) = self._inputs(*datasets, model)
+        if task.of_patches and not (tones.three or tones.color_jitter or tones.hue or tones.dct_truncate):
+            augment = fixed  # nothing is drawn: where images are resized, training sees what evaluation sees
+        check_target = task.check_target if task.of_patches else None
+        options = preprocessing.input_size[0], model.num_classes, data.cache, check_target, data.on_error
+        self.train_samples = Samples(train_set, augment, *options)
+        self.val_samples = Samples(val_set, fixed, *options)
+        if not len(self.val_samples):
+            raise UserError('the validation set is empty')
+        self.sampler = EpochSampler(
+            len(train_set),
+            config.seed,
+            rank=team.rank,
+            world_size=team.world_size,
+            block=data.batch_size,
+            repeats=data.repeats,
+            **shard_order(train_set, data.mixed_shards),
+        )
+        self.train_loader, self.val_loader = self._loaders()
+
+    def _inputs(self, train_set: Dataset, val_set: Dataset, model: nn.Module) -> tuple[Any, Any]:
+        data = self.config.data
+        return (
+            train_input(train_set, model, self.preprocessing, data, self.config.seed),
+            eval_input(val_set, model, self.preprocessing, data.decode),
+        )
+
+    def _loaders(self) -> tuple[DataLoader, DataLoader]:
+        data, team, samples = self.config.data, self.team, self.val_samples
+        pin = team.device.type == 'cuda'
+        order = EpochSampler(len(samples), shuffle=False, even=False, rank=team.rank, world_size=team.world_size)
+        batch_size = data.eval_batch_size or data.batch_size
+        return (
+            create_loader(self.train_samples, self.sampler, data.batch_size, data.workers, drop_last=True, pin=pin),
+            create_loader(samples, order, batch_size, data.workers, pin=pin),
+        )
+
+    def follow(self, model: nn.Module) -> None:
+        """Gives what the model takes: a patch embedding that has been truncated takes fewer coefficients."""
+        if self.config.data.decode == 'coefficients':
+            train, val = self._inputs(self.train_samples.dataset, self.val_samples.dataset, model)
+            self.train_samples.transform, self.val_samples.transform = train[1], val[1]
+            self.train_loader, self.val_loader = self._loaders()
+
+
+@dataclass
+class Experiment:
+    """A run in one process, before anything learns.
+
+    Attributes:
+        config: The recipe.
+        team: The processes of the run, and this one among them.
+        classes: Their names, if the data tell.
+        model: As it is built, on the device.
+        preprocessing: How its images are made.
+        task: How its logits are read.
+        feed: Its images.
+        stages: At least one.
+        hooks: What takes part in training.
+    """
+
+    config: Config
+    team: Processes
+    classes: list[str] | None
+    model: nn.Module
+    preprocessing: Preprocessing
+    task: Task
+    feed: Feed
+    stages: list[Stage]
+    hooks: list[TrainingHook] = field(default_factory=list)
+
+    @classmethod
+    def build(
+        cls, config: Config, team: Processes, train_set: Dataset | None = None, val_set: Dataset | None = None
+    ) -> 'Experiment':
+        """Builds all of it.
+
+        Args:
+            config: The recipe.
+            team: The processes of the run.
+            train_set, val_set: Instead of `data.train` and `data.val`.
+
+        Raises:
+            UserError: For what does not fit.
+        """
+        data = config.data
+        if train_set is None:
+            train_set = create_dataset(data.train, data.dataset, data.root, 'data.train', data.args)
+        if val_set is None:
+            val_set = create_dataset(data.val, data.dataset, data.root, 'data.val', {**data.args, **data.val_args})
+        classes = class_names(train_set)
+        check_same_classes(classes, class_names(val_set), 'the training set', 'the validation set')
+        model = create_model(config, classes).to(team.device, memory_format=_layout(config))
+        if config.grad_checkpointing:
+            try:
+                model.set_grad_checkpointing()
+            except Exception as error:  # of models that have it not, or only the name
+                raise UserError(
+                    f'grad_checkpointing=true: model {config.model.name} does not have it ({first_line(error)})'
+                ) from error
+        preprocessing = Preprocessing.of(model, data)
+        task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight)
+        feed = Feed(config, team, (train_set, val_set), model, preprocessing, task)
+        experiment = cls(config, team, classes, model, preprocessing, task, feed, list_stages(config))
+        if not experiment.updates_per_epoch:
+            raise UserError(
+                f'an update takes {experiment.images_per_update} images ({IMAGES_PER_UPDATE}), the training set has '
+                f'{len(train_set)}; make data.batch_size={data.batch_size} smaller'
+                + (f', or grad_accum={config.grad_accum}' if config.grad_accum > 1 else '')
+            )
+        list(model_at_stages(model, experiment.stages))  # tries them
+        experiment.hooks = create_hooks(experiment)
+        return experiment
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """Of images in memory."""
+        return _layout(self.config)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes split the weights among each other."""
+        return self.config.parallel == 'fsdp' and self.team.world_size > 1
+
+    @property
+    def images_per_update(self) -> int:
+        return self.config.data.batch_size * self.config.grad_accum * self.team.world_size
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return len(self.feed.train_samples) // self.images_per_update
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the weights of the run depend on, by name."""
+        train_set = self.feed.train_samples.dataset
+        digest = getattr(train_set, 'digest', None)
+        own = IMAGES_PER_UPDATE.split(' × ')  # which the product stands for
+        return {
+            **{key: value for key, value in identity(self.config).items() if key not in own},
+            IMAGES_PER_UPDATE: self.images_per_update,
+            'training images': len(train_set),
+            'training files': digest() if digest else None,
+            'classes': self.classes,
+        }
+
+    def environment(self) -> dict[str, Any]:
+        """What the run runs on, and how an update is split among processes."""
+        config, processes = self.config, self.team.world_size
+        scale = {
+            'images_per_update': self.images_per_update,
+            'processes': processes,
+            'batch_size': config.data.batch_size,
+            'grad_accum': config.grad_accum,
+            'lr': max(stage.optim.lr for stage in self.stages),
+            'updates_per_epoch': self.updates_per_epoch,
+            'parallel': config.parallel if processes > 1 else None,
+        }
+        return {**describe_environment(self.team.device), 'scale': scale}
+
+    def blank_input(self, preprocessing: Preprocessing | None = None) -> torch.Tensor:
+        """A batch of one image without content, as the model takes it."""
+        shape = input_shape(self.model, preprocessing or self.preprocessing)
+        return torch.zeros(1, *shape, device=self.team.device)
+
+
+def _layout(config: Config) -> torch.memory_format:
+    return torch.channels_last if config.channels_last else torch.preserve_format

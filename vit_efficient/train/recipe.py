@@ -1,0 +1,171 @@
+"""Recipes: YAML files checked against the typed keys of `train.config`.
+
+A recipe may start from another (`extends: base.yaml`, relative to its own folder) and be overridden from the command
+line (`optim.lr=1e-3`). Numbers may be fractions (`1/16`). Whatever does not fit is a UserError that names the key and
+its source.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from vit_efficient.train.config import MAX_NUMBER, Config
+from vit_efficient.train.rules import validate
+from vit_efficient.utils.checks import nearest
+from vit_efficient.utils.errors import UserError, first_line
+from vit_efficient.utils.keys import element_of, flatten
+from vit_efficient.utils.options import parse_fractions
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: `key=value` with dots in the key; the value is YAML.
+
+    Raises:
+        UserError: For a file that cannot be read, an unknown key, or a value of the wrong type or out of its range.
+    """
+    path = Path(path)
+    config = OmegaConf.structured(Config)
+    for layer_path, layer in _layers(path):
+        config = _merge(config, layer, str(layer_path))
+    for override in overrides:
+        key, equals, _ = override.partition('=')
+        if not equals or not key:
+            raise UserError(f'command line: expected key=value, got {override!r}')
+        try:
+            layer = OmegaConf.from_dotlist([override])
+        except Exception as error:  # see `_layers`
+            raise UserError(f'command line: {override!r} is not valid: {first_line(error)}') from error
+        config = _merge(config, layer, 'command line')
+    try:
+        recipe = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f'{path}: {_key_of(error)}{first_line(error)}') from error
+    recipe.recipe = path.as_posix()
+    if not recipe.output:
+        recipe.output = default_output(path).as_posix()
+    validate(recipe)
+    return recipe
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved recipe, as load_recipe reads it."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def default_output(path: Path) -> Path:
+    """runs/… where the recipe is recipes/…; of recipes elsewhere, their folder and name."""
+    parts = path.resolve().with_suffix('').parts
+    below = parts[::-1].index('recipes') if 'recipes' in parts else 2
+    return Path('runs', *parts[-below:])
+
+
+def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, Any]]:
+    """The recipes that this one extends, the most basic first, then this one."""
+    if path.resolve() in below:
+        raise UserError(f'{path}: extends itself')
+    try:
+        layer = OmegaConf.load(path)
+    except OSError as error:
+        raise UserError(f'{path}: cannot read the recipe: {error.strerror or first_line(error)}') from error
+    except Exception as error:  # a value that is not of the type its tag tells raises anything
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(f'{path}: not valid YAML: {reason}') from error
+    if not OmegaConf.is_dict(layer):
+        raise UserError(f'{path}: a recipe is a mapping of keys to values')
+    content = OmegaConf.to_container(layer)
+    base = content.get('extends')
+    if 'extends' in content:
+        del layer['extends']
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f'{path}: extends must name a recipe, got {base!r}')
+        yield from _layers(path.parent / base, (*below, path.resolve()))
+    yield path, layer
+
+
+def _merge(config: Any, layer: Any, source: str) -> Any:
+    layer = OmegaConf.create(_checked(Config(), OmegaConf.to_container(layer), source))
+    try:
+        return OmegaConf.merge(config, layer)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        key = str(error.full_key)
+        raise UserError(f'{source}: unknown key {key}{_suggestion(key)}') from error
+    except TypeError as error:  # OmegaConf's, of a list under a mapping or the other way round
+        raise UserError(f'{source}: {first_line(error)}; a list is replaced as a whole') from error
+    except OmegaConfBaseException as error:
+        raise UserError(f'{source}: {_key_of(error)}{first_line(error)}') from error
+
+
+def _key_of(error: OmegaConfBaseException) -> str:
+    return f'{error.full_key}: ' if error.full_key else ''
+
+
+def _checked(config: Any, layer: dict[Any, Any], source: str, prefix: str = '') -> dict[Any, Any]:
+    """A section of a recipe with its fractions as numbers.
+
+    Raises:
+        UserError: For what OmegaConf does not name: a section that is none, a section in a list, an integer beyond
+            floats.
+    """
+    items = {item.name: item for item in fields(config)}
+    checked = {}
+    for key, value in layer.items():
+        name = f'{prefix}{key}'
+        if key not in items:
+            raise UserError(f'{source}: unknown key {name}{_suggestion(name, [prefix + item for item in items])}')
+        default, part = getattr(config, key), element_of(items[key])
+        if is_dataclass(default):
+            if not isinstance(value, dict):
+                raise UserError(f'{source}: {name} must be a section of keys, got {value!r}')
+            checked[key] = _checked(default, value, source, f'{name}.')
+        elif part:
+            if not isinstance(value, list):
+                raise UserError(
+                    f'{source}: {name} must be a list of sections, got {value!r}; it is replaced as a whole'
+                )
+            checked[key] = [_element(part, element, source, f'{name}[{i}]') for i, element in enumerate(value)]
+        else:
+            checked[key] = _leaf(items[key].type, value, f'{source}: {name}')
+    return checked
+
+
+def _element(part: type, value: Any, source: str, name: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f'{source}: {name} must be a section of keys, got {value!r}')
+    value = _checked(part(), value, source, f'{name}.')
+    try:
+        OmegaConf.merge(OmegaConf.structured(part), value)
+    except OmegaConfBaseException as error:
+        raise UserError(f'{source}: {name}.{_key_of(error)}{first_line(error)}') from error
+    return value
+
+
+def _leaf(kind: Any, value: Any, name: str) -> Any:
+    origins = {get_origin(each) for each in (kind, *get_args(kind))}
+    for origin, what in ((list, 'a list'), (dict, 'a mapping of keys to values')):
+        if origin in origins and not isinstance(value, (origin, type(None))):
+            raise UserError(f'{name} must be {what}, got {value!r}')
+    if str not in (kind, *get_args(kind)) or dict in origins:
+        value = parse_fractions(value)
+    for number in value if isinstance(value, list) else [value]:
+        if number is not value and isinstance(number, (dict, list)):
+            raise UserError(f'{name} must be a list of single values, got {value!r}')
+        if isinstance(number, int) and abs(number) > MAX_NUMBER:
+            raise UserError(f'{name} must be at most {MAX_NUMBER:g} in size')
+    return value
+
+
+def _suggestion(key: str, beside: Sequence[str] = ()) -> str:
+    known = [*flatten(Config()), *beside]
+    sections = {name.rpartition('.')[0] for name in known} - {''}
+    # A key in the wrong section is the other common slip.
+    moved = next((name for name in known if name.rpartition('.')[2] == key.rpartition('.')[2]), None)
+    return nearest(key, [*known, *sections]) or (f'; did you mean {moved}?' if moved else '')

@@ -1,0 +1,122 @@
+"""What a recipe must fulfil: each key its range, and the keys together what they ask of each other."""
+
+import math
+from typing import Any
+
+from vit_efficient.train.config import Config, DistillConfig
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.keys import check_ranges, flatten
+
+# The values with which augmentation and mixing leave every pixel at its place.
+_STILL = {
+    'data.schedule': [],
+    'data.augment.crop_scale': None,
+    **dict.fromkeys(('data.augment.hflip', 'data.augment.vflip'), 0.0),
+    **dict.fromkeys((f'data.augment.affine.{name}' for name in ('rotate', 'translate', 'scale', 'shear')), 0.0),
+    'data.augment.rand_ops': 0,
+    **dict.fromkeys(('data.augment.erasing', 'loss.mixup', 'loss.cutmix'), 0.0),
+}
+# The values with which nothing is done to coefficients that only pixels allow.
+_ON_COEFFICIENTS = {
+    'task': 'classification',
+    **dict.fromkeys(('data.interpolation', 'data.crop_pct', 'data.crop_mode')),
+    **{name: value for name, value in _STILL.items() if name.rpartition('.')[2] not in ('hflip', 'vflip', 'mixup')},
+    'data.augment.three': False,
+    **dict.fromkeys(('data.augment.color_jitter', 'data.augment.hue', 'data.augment.dct_truncate'), 0.0),
+}
+
+
+def validate(config: Config) -> None:
+    """Checks the ranges of values, and values that go together.
+
+    Raises:
+        UserError: Naming the first key whose value does not fit, with the value and what it must be.
+    """
+    check_ranges(config)
+    data, stages = config.data, config.stages
+    if config.parallel == 'fsdp' and config.channels_last:
+        raise UserError('channels_last must be false for parallel=fsdp, which takes contiguous weights only; got true')
+    _check_sizes(config)
+    if data.on_error == 'skip' and data.batch_size < 2:
+        raise UserError(
+            'data.batch_size must be at least 2 for data.on_error=skip, got 1: another image of its batch takes the '
+            'place of one that cannot be read'
+        )
+    if config.truncation.budget and not config.truncation.penalty:
+        raise UserError(
+            f'truncation.budget={config.truncation.budget:g} has no effect without a penalty; set truncation.penalty'
+        )
+    _check_teacher(config)
+    if stages:
+        _check_stages(config)
+    elif config.sched.warmup_epochs > config.sched.epochs:
+        raise UserError(
+            f'sched.warmup_epochs must be at most sched.epochs={config.sched.epochs}, got {config.sched.warmup_epochs}'
+        )
+    if (config.loss.mixup or config.loss.cutmix) and data.batch_size % 2:
+        raise UserError(f'data.batch_size must be even for mixup and cutmix, got {data.batch_size}')
+    if config.task != 'classification':
+        _require(config, _STILL, f'task={config.task}: the target of patches does not move with the pixels')
+    if data.decode == 'coefficients':
+        reason = 'they can be cropped by whole patches, flipped and mixed (mixup), no more'
+        _require(config, _ON_COEFFICIENTS, f'data.decode=coefficients: {reason}')
+
+
+def _require(config: Config, required: dict[str, Any], reason: str) -> None:
+    values = flatten(config)
+    for name, value in required.items():
+        if values[name] != value:
+            raise UserError(f'{name} must be {"null" if value is None else value} for {reason}; got {values[name]!r}')
+
+
+def _check_sizes(config: Config) -> None:
+    before = -1
+    for number, part in enumerate(config.data.schedule):
+        if not before < part.epoch < config.sched.epochs:
+            raise UserError(
+                f'data.schedule[{number}].epoch must be {"above the one before" if number else "at least 0"}, and '
+                f'below sched.epochs={config.sched.epochs}, got {part.epoch}'
+            )
+        before = part.epoch
+        if len(part.img_size) != 2 or min(part.img_size) < 1:
+            raise UserError(f'data.schedule[{number}].img_size must be height and width in pixels, got {part.img_size}')
+
+
+def _check_teacher(config: Config) -> None:
+    if not config.distill.teacher:
+        if config.distill != DistillConfig():
+            raise UserError('distill has options, and no teacher; set distill.teacher')
+        return
+    values = flatten(config)
+    for name, allowed in (('task', ('classification',)), ('data.decode', ('pixels', 'scaled'))):
+        if values[name] not in allowed:
+            raise UserError(f'{name} must be {" or ".join(allowed)} with distill.teacher, got {values[name]!r}')
+    if config.loss.bce:  # a mean over the classes, in the place of a sum
+        raise UserError(
+            'loss.bce=true is too small to be heard beside a teacher; set loss.bce=false with distill.teacher'
+        )
+
+
+def _check_stages(config: Config) -> None:
+    for number, stage in enumerate(config.stages):
+        warmup = config.sched.warmup_epochs if stage.warmup_epochs is None else stage.warmup_epochs
+        if not 0 <= warmup <= stage.epochs or not math.isfinite(warmup):
+            raise UserError(
+                f'stages[{number}].warmup_epochs must be from 0 to the {stage.epochs} epochs of the stage, got '
+                f'{warmup!r}'
+            )
+        if stage.attention and stage.freeze:
+            raise UserError(f'stages[{number}] has attention and freeze; give the second of them a stage of its own')
+        if not stage.attention and (stage.attention_kwargs or stage.layers is not None):
+            raise UserError(f'stages[{number}] has attention_kwargs or layers, and no attention to give them to')
+    freezing = [number for number, stage in enumerate(config.stages) if stage.freeze]
+    if len(freezing) > 1:
+        raise UserError(f'freeze is for one stage, that of {" and ".join(map(str, freezing))} is true (stages)')
+    if freezing == [0]:
+        raise UserError(
+            'stages[0].freeze must be false: a run freezes what it has learned; for another model there is '
+            'vit_efficient.freeze_truncation'
+        )
+    epochs = sum(stage.epochs for stage in config.stages)
+    if epochs != config.sched.epochs:
+        raise UserError(f'sched.epochs must be {epochs}, as all stages together have, got {config.sched.epochs}')
