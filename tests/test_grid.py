@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 from vit_efficient import PatchGrid
@@ -15,7 +16,9 @@ def test_frozen():
         PatchGrid(7, 13).height = 8
 
 
-@pytest.mark.parametrize('arguments', [(0, 3), (3, -1), (3, 3, -1), (2.0, 3), ('3', 3), (True, 3)])
+@pytest.mark.parametrize(
+    'arguments', [(0, 3), (3, -1), (3, 3, -1), (2.0, 3), ('3', 3), (True, 3), (None, 3), (3, np.float64(3))]
+)
 def test_bad_sizes(arguments):
-    with pytest.raises(ValueError, match='PatchGrid'):
+    with pytest.raises(ValueError, match='an integer of at least . in a PatchGrid, got'):
         PatchGrid(*arguments)

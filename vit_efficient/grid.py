@@ -8,7 +8,9 @@ from fractions import Fraction
 
 import torch
 
-from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.checks import as_integer
+
+SYMBOLS = (torch.SymInt, torch.fx.Proxy, torch.Tensor)  # of torch.export, FX and torch.jit.trace
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class PatchGrid:
         for name, least in (('height', 1), ('width', 1), ('prefix', 0)):
             value = getattr(self, name)
             # Sizes that are symbols (torch.export, FX) are taken as they are: comparing them would fix their value.
-            if type(value) in (int, float, bool, str) and (type(value) is not int or value < least):
-                raise UserError(f'PatchGrid: {name} must be an integer of at least {least}, got {name}={value!r}')
+            if (type(value) is int and value >= least) or isinstance(value, SYMBOLS):
+                continue
+            size = as_integer(name, value, least, f'an integer of at least {least} in a PatchGrid')
+            object.__setattr__(self, name, size)
 
     @property
     def num_patches(self) -> int:
@@ -77,9 +81,9 @@ def scaled_grid(height, width, *, count: int | None = None, ratio: float | None 
     """The largest (h, w) of the grid's aspect, h = ⌊s · height⌋ and w = ⌊s · width⌋ (at least 1), within a budget.
 
     Args:
-        height, width: Of the grid.
+        height, width: The sides of the grid.
         count: The most cells, h · w; needs sizes that are no symbols. One of count and ratio.
-        ratio: The same as a share of height · width.
+        ratio: The same as a fraction of height · width.
     """
     if ratio is None:
         most = min(count, height * width)

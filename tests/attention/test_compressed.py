@@ -219,8 +219,11 @@ def test_repr_tells_the_truth():
         (dict(domain='time'), "domain='time'"),
         (dict(local=2), 'local=2'),
         (dict(local=-1), 'local=-1'),
-        (dict(compressor='pol'), "compressor='pol'"),
-        (dict(keep_ration=0.5), 'keep_ration'),
+        (dict(compressor='pol'), r"compressor='pol'; did you mean pool\?"),
+        (
+            dict(keep_ration=0.5),
+            r"'dct' has no option 'keep_ration'; did you mean keep_ratio\? \(it has .*, place",
+        ),
         (dict(num_heads=5), 'num_heads=5'),
         (dict(qk_norm=True), 'norm_layer'),
     ],

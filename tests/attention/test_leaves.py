@@ -1,15 +1,9 @@
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import vit_efficient
-from tests.data.trees import write_tree
-from tests.train.recipes import tiny_recipe
-from tests.train.test_stages import STAGES, staged_recipe
-from vit_efficient.attention.treeformer.leaves import Occupancy, find_leaves, leaf_occupancy, occupancy, plot_leaves
-from vit_efficient.cli import main
-from vit_efficient.train import train
+from vit_efficient.attention.treeformer.leaves import Occupancy, find_leaves, leaf_occupancy, occupancy
 
 SMALL = dict(embed_dim=24, depth=3, num_heads=2, img_size=(28, 52), patch_size=4)  # 7 × 13 patches
 
@@ -71,33 +65,3 @@ def test_a_model_without_trees():
     model = timm.create_model('vit_dct_tiny', **SMALL)
     with pytest.raises(ValueError, match='no layer of the model has trees.*treeformer_tc'):
         find_leaves(model, torch.zeros(1, 3, 28, 52))
-
-
-@pytest.mark.parametrize('channels', [1, 3, 5])
-def test_drawing(tmp_path, channels):
-    found = find_leaves(small_model(), torch.randn(1, 3, 28, 52))
-    plot_leaves(torch.rand(channels, 28, 52), found, tmp_path / 'leaves.png')
-    drawn = Image.open(tmp_path / 'leaves.png')
-    plot_leaves(torch.rand(channels, 28, 52), found, tmp_path / 'queries.png', queries=True)
-    assert drawn.width > drawn.height > 200
-
-
-def test_from_the_command_line(tmp_path, capsys):
-    data = write_tree(tmp_path / 'data')
-    train(staged_recipe(data, tmp_path / 'run', STAGES[:2]))
-    image, out = next((data / 'val').rglob('*.png')), tmp_path / 'one.png'
-    assert main(['leaves', str(tmp_path / 'run'), str(image), '--out', str(out)]) == 0
-    said = capsys.readouterr().out
-    assert 'block 1: entropy ' in said and 'bits of 2' in said and 'block 0' not in said
-    # The same image by its number in the data.
-    assert (
-        main(['leaves', str(tmp_path / 'run'), '0', '--data', str(data / 'val'), '--out', str(out), '--queries']) == 0
-    )
-    assert Image.open(out).width > 0
-    assert main(['leaves', str(tmp_path / 'run'), '6', '--data', str(data / 'val')]) == 2
-    assert 'IMAGE must be a number from 0 to 5 with --data' in capsys.readouterr().err
-    config = tiny_recipe(data, tmp_path / 'dct')
-    config.sched.epochs = 1
-    train(config)
-    assert main(['leaves', str(tmp_path / 'dct'), str(image)]) == 2
-    assert 'no layer of the model has trees' in capsys.readouterr().err

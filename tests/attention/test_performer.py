@@ -12,7 +12,7 @@ from torch import nn
 
 from vit_efficient import PatchGrid, count_flops, create_attention
 from vit_efficient.attention import performer, swap_attention
-from vit_efficient.attention.performer import attend, orthogonal_features, redraw_features
+from vit_efficient.attention.performer import attend_features, orthogonal_features, redraw_features
 
 from .test_compressed import EVERYTHING, assert_same, gradients, randomised
 
@@ -97,7 +97,7 @@ class TestInBlocks:
         q, k, v = (torch.randn(2, 3, 92, 4, dtype=torch.float64) for _ in range(3))
         k *= torch.linspace(0, 30, 92, dtype=torch.float64)[:, None]
         w = orthogonal_features(21, 4)
-        y = attend(q, k, v, w, 0.5, True)
+        y = attend_features(q, k, v, w, 0.5, True)
         features_q, features_k = (positive_features(x / 2**0.5, w) for x in (q.flatten(0, 2), k.flatten(0, 2)))
         kernel = features_q.unflatten(0, (6, 92)) @ features_k.unflatten(0, (6, 92)).mT
         expected = kernel / kernel.sum(dim=2, keepdim=True) @ v.flatten(0, 1)
@@ -106,7 +106,7 @@ class TestInBlocks:
     def test_gradients_of_gradients(self):
         k, v = (torch.randn(2, 3, 11, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
         q, w = torch.randn(2, 3, 11, 2, dtype=torch.float64), orthogonal_features(21, 2)
-        assert torch.autograd.gradgradcheck(lambda k, v: attend(q, k, v, w, 0.7, False), (k, v))
+        assert torch.autograd.gradgradcheck(lambda k, v: attend_features(q, k, v, w, 0.7, False), (k, v))
 
     def test_features_of_keys_are_not_kept(self, monkeypatch):
         def largest_kept():
@@ -221,7 +221,7 @@ class TestFeatures:
         n = 32
         q, k = 2 * torch.randn(2, 1, 1, n, n, dtype=torch.float64)
         w = orthogonal_features(8, n)
-        matrix = attend(q, k, torch.eye(n, dtype=torch.float64)[None, None], w, n**-0.5, True)
+        matrix = attend_features(q, k, torch.eye(n, dtype=torch.float64)[None, None], w, n**-0.5, True)
         assert matrix.min() >= 0
         assert torch.allclose(matrix.sum(dim=-1), torch.ones(1, 1, n, dtype=torch.float64))
         angles_q, angles_k = (x[0, 0] / n**0.25 @ w.T for x in (q, k))
@@ -301,12 +301,12 @@ class TestStability:
         """What is rounded is the input and the result, not what stands between: exponentials, and sums over N keys."""
         q, k, v = (torch.randn(1, 2, 4097, 64).mul(s).bfloat16() for s in (scale, scale, 1.0))
         w = orthogonal_features(266, 64).float()
-        y = attend(q, k, v, w, 1 / 8, True)
-        expected = attend(q.double(), k.double(), v.double(), w.double(), 1 / 8, False)
+        y = attend_features(q, k, v, w, 1 / 8, True)
+        expected = attend_features(q.double(), k.double(), v.double(), w.double(), 1 / 8, False)
         assert y.dtype == torch.bfloat16
         assert (y - expected).abs().max() <= 1e-2 * expected.abs().max()
         with torch.autocast('cpu', torch.bfloat16):
-            assert torch.equal(attend(q, k, v, w, 1 / 8, True), y)
+            assert torch.equal(attend_features(q, k, v, w, 1 / 8, True), y)
 
     def test_bfloat16(self):
         attention, x = create_attention('performer', 128, 2, qkv_bias=True), torch.randn(1, 4097, 128)
@@ -339,13 +339,13 @@ class TestStability:
         w = torch.tensor([[10.0, 0.0], [0.0, 10.0]])
         q, k = torch.tensor([[[[0.0, 20.0]]]]), torch.tensor([[[[10.0, -3.0], [10.0, -2.9]]]])
         v = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
-        y = attend(q, k, v, w, 1.0, fused)
+        y = attend_features(q, k, v, w, 1.0, fused)
         scores = torch.tensor([-30.0 - (100 + 9) / 2, -29.0 - (100 + 8.41) / 2])
         assert torch.allclose(y[0, 0, 0], scores.softmax(0), atol=1e-4)
 
     def test_queries_and_keys_of_no_content_take_the_mean(self):
         v = torch.randn(1, 2, 92, 16)
-        y = attend(torch.zeros_like(v), torch.zeros_like(v), v, orthogonal_features(44, 16), 0.25, True)
+        y = attend_features(torch.zeros_like(v), torch.zeros_like(v), v, orthogonal_features(44, 16), 0.25, True)
         assert torch.allclose(y, v.mean(dim=2, keepdim=True).expand_as(v), atol=1e-6)
 
 

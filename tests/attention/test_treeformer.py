@@ -451,7 +451,11 @@ class TestModule:
             ('treeformer_tf', dict(num_leaves=0), 'num_leaves=0'),
             ('treeformer_tf', dict(num_leaves=3, tree_height=1), 'num_leaves=3, tree_height=1'),
             ('treeformer_tf', dict(num_leaves=True), 'num_leaves=True'),
-            ('treeformer_tc', dict(num_leaves=2), "no option 'num_leaves'; it has tree_height"),
+            (
+                'treeformer_tc',
+                dict(num_leaves=2),
+                r"'treeformer_tc' has no option 'num_leaves' \(it has tree_height\)",
+            ),
         ],
         ids=str,
     )

@@ -345,7 +345,7 @@ def test_options_and_repr_tell_the_truth():
         (dict(window_size=(2, 3, 4)), r'window_size=\(2, 3, 4\)'),
         (dict(shift=1), 'shift=1'),
         (dict(shift=None), 'shift=None'),
-        (dict(window=7), "no option 'window'; it has window_size, shift"),
+        (dict(window=7), r"no option 'window'; did you mean window_size\? \(it has window_size, shift\)"),
     ],
 )
 def test_bad_options(options, message):

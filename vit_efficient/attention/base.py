@@ -1,4 +1,4 @@
-"""The contract of an attention: timm's `Attention`, told where its tokens lie."""
+"""The contract of an attention: timm's `Attention` with the grid of its tokens; and what all mechanisms repeat."""
 
 import copy
 import inspect
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from vit_efficient.attention.registry import get_attention, register_attention
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.checks import argument_names, as_integer, check_options
+from vit_efficient.utils.compat import own_names, own_parameters
 from vit_efficient.utils.errors import UserError
 
 _TIMM_ARGUMENTS = tuple(inspect.signature(Attention.__init__).parameters)[1:]
@@ -23,6 +25,7 @@ class GridAttention(Attention):
 
     Args:
         dim, num_heads: As timm's.
+        mechanism: The name that it is registered by, if it is.
         **kwargs: timm's other arguments, and the options of the mechanism.
 
     Raises:
@@ -39,37 +42,42 @@ class GridAttention(Attention):
     #: Whether what it computes depends on the values of its input, so that a count without data is an expectation.
     cost_depends_on_data: bool = False
 
-    def __init__(self, dim: int, num_heads: int = 8, **kwargs):
+    def __init__(self, dim: int, num_heads: int = 8, *, mechanism: str = '', **kwargs):
         timm_arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in _TIMM_ARGUMENTS}
-        if num_heads < 1 or (timm_arguments.get('attn_head_dim') is None and dim % num_heads):
+        dim, num_heads = as_integer('dim', dim), as_integer('num_heads', num_heads)
+        for name in ('attn_head_dim', 'dim_out'):
+            if timm_arguments.get(name) is not None:
+                timm_arguments[name] = as_integer(name, timm_arguments[name])
+        if timm_arguments.get('attn_head_dim') is None and dim % num_heads:
             raise UserError(f'num_heads must divide dim, got {dim=}, {num_heads=}')
         if timm_arguments.get('norm_layer') is None:
             for switch in ('qk_norm', 'scale_norm'):
                 if timm_arguments.get(switch):
                     raise UserError(f'{switch}=True needs norm_layer, for example norm_layer=nn.LayerNorm')
         super().__init__(dim, num_heads, **timm_arguments)
-        self._configure(kwargs)
+        self._configure(mechanism, kwargs)
 
     @classmethod
-    def from_attention(cls, attention: Attention, **options) -> 'GridAttention':
+    def from_attention(cls, attention: Attention, *, mechanism: str = '', **options) -> 'GridAttention':
         """This mechanism around the parameters of an existing timm `Attention`, which is left as it was.
 
         What both mechanisms add to timm's under the same name and in the same shape is kept too.
 
         Args:
             attention: Any subclass of timm's `Attention` whose additions are registered here or none.
+            mechanism: The name that it is registered by, if it is.
             **options: Of the mechanism.
 
         Raises:
             UserError: If an option is unknown or out of range.
         """
         new = cls.__new__(cls)
-        for name, value in vars(attention).items():  # own registries of modules and hooks, shared parameters
+        for name, value in vars(attention).items():  # own registries of modules and hooks, the same parameters
             new.__dict__[name] = copy.copy(value) if isinstance(value, dict) else value
         for name in (*getattr(attention, '_additions', ()), 'mechanism'):
-            if name in new._own_names():
+            if name in own_names(new):
                 delattr(new, name)
-        new._configure(options)
+        new._configure(mechanism, options)
         if isinstance(attention, GridAttention):
             new._keep_additions(attention)
         return new.train(attention.training)
@@ -79,11 +87,10 @@ class GridAttention(Attention):
         for name, own in self.added_state(keep_vars=True).items():
             path, _, leaf = name.rpartition('.')
             module = self.get_submodule(path)
-            if name not in given or given[name].shape != own.shape:
+            if name not in given or given[name].shape != own.shape or type(given[name]) is not type(own):
                 continue
-            if path and type(module) is not type(attention.get_submodule(path)):
-                continue
-            (module._parameters if leaf in module._parameters else module._buffers)[leaf] = given[name]
+            if not path or type(module) is type(attention.get_submodule(path)):
+                setattr(module, leaf, given[name])
 
     @classmethod
     def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
@@ -91,8 +98,8 @@ class GridAttention(Attention):
 
         Args:
             options: Of the mechanism, preset included.
-            layer: Number of the block, from 0.
-            depth: Number of blocks.
+            layer: The number of the block, from 0.
+            depth: The number of blocks.
             grid_size: Rows and columns of patches that the model is built for.
 
         Raises:
@@ -100,25 +107,26 @@ class GridAttention(Attention):
         """
         return options
 
-    def _configure(self, options: dict[str, Any]) -> None:
-        known = [
-            name
-            for name, parameter in inspect.signature(self.configure).parameters.items()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-        open_ended = len(known) < len(inspect.signature(self.configure).parameters)
-        for name in options:
-            if name not in known and not open_ended:
-                raise UserError(f'{type(self).__name__} has no option {name!r}; it has {", ".join(known) or "none"}')
-        before = self._own_names()
+    def _configure(self, mechanism: str, options: dict[str, Any]) -> None:
+        if mechanism:
+            self.mechanism = mechanism
+        known, takes_others = argument_names(self.configure)
+        if not takes_others:
+            check_options(self.title, options, known)
+        before = own_names(self)
         self.configure(**options)
-        self._additions = (*(self._own_names() - before), '_additions')
-
-    def _own_names(self) -> set[str]:
-        return {*vars(self), *self._modules, *self._parameters, *self._buffers}
+        self._additions = (*(own_names(self) - before), '_additions')
 
     def configure(self) -> None:
-        """Takes the options of the mechanism, checks them, and adds what it needs to the module."""
+        """Takes the options of the mechanism, checks them, and adds what it needs to the module.
+
+        The names of its arguments are those of the options; if it takes any (`**options`), it checks the names too.
+        """
+
+    @property
+    def title(self) -> str:
+        """The mechanism in messages: by its registered name, if it has one."""
+        return f'attention {self.mechanism!r}' if self.mechanism else type(self).__name__
 
     @property
     def options(self) -> dict[str, Any]:
@@ -130,7 +138,7 @@ class GridAttention(Attention):
 
         Args:
             x: (B, N, C), N = grid.num_tokens.
-            grid: Of the tokens.
+            grid: The layout of the tokens.
             attn_mask, is_causal: As timm's, where the mechanism can have them.
 
         Returns:
@@ -140,6 +148,37 @@ class GridAttention(Attention):
             UserError: If the grid does not have N tokens, or a mask is given to a mechanism that can have none.
         """
         raise NotImplementedError
+
+    def check_call(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
+        """Raises the errors of `forward`, of a mechanism that can have no mask."""
+        check_tokens(self.title, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+
+    def heads(self, projected: Tensor) -> Tensor:
+        """The heads of queries, keys and values, or of some of them: (B, N, parts · C) → (B, N, parts, H, D)"""
+        return projected.unflatten(-1, (-1, self.num_heads, self.head_dim))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, with qk-norm: (B, N, C) → (B, H, N, D), three times"""
+        q, k, v = self.heads(self.qkv(x)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    @property
+    def drop_rate(self) -> float:
+        """The fraction of attention weights that is dropped, in the mode that the module is in."""
+        return self.attn_drop.p if self.training else 0.0
+
+    def drop_keys(self, v: Tensor) -> Tensor:
+        """Values without those of dropped keys, for mechanisms with no N × N matrix that `attn_drop` could act on."""
+        return v * self.attn_drop(torch.ones_like(v[..., :1])) if self.drop_rate else v
+
+    def norm_and_gate(self, y: Tensor, x: Tensor) -> Tensor:
+        """What stands between the heads' outputs y and the output projection; x is the attention's input."""
+        y = self.norm(y)
+        return y if self.gate is None else y * self.gate(x).sigmoid()
+
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """What follows the heads' outputs y: norm, gate, output projection and its dropout."""
+        return self.proj_drop(self.proj(self.norm_and_gate(y, x)))
 
     def num_attended(self, grid: PatchGrid) -> int:
         """The number of keys that a query attends to."""
@@ -182,16 +221,12 @@ class FullAttention(GridAttention):
 
 @torch.fx.wrap
 @register_notrace_function
-def check_tokens(mechanism: str, num_tokens, height, width, prefix, attn_mask, is_causal) -> None:
-    """Raises the errors of `GridAttention.forward`.
-
-    A leaf for FX, because a traced mask is never None. FX finds leaves in the module that defines them: call it as
-    `base.check_tokens`.
-    """
+def check_tokens(title: str, num_tokens, height, width, prefix, attn_mask, is_causal) -> None:
+    """Raises the errors of `GridAttention.forward`; a leaf for FX, because a traced mask is never None."""
     for argument, given in (('attn_mask', attn_mask is not None), ('is_causal', bool(is_causal))):
         if given:
             raise UserError(
-                f'attention {mechanism!r} does not compare all queries with all keys and cannot have {argument}; use '
+                f'{title} does not compare all queries with all keys and cannot have {argument}; use '
                 "'full', or crop the image to its valid patches and set dynamic_img_size=True"
             )
     sizes = (num_tokens, height, width, prefix)
@@ -204,7 +239,7 @@ def check_tokens(mechanism: str, num_tokens, height, width, prefix, attn_mask, i
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a linear layer does what its weight says: no adapter, pruning or parametrisation."""
-    return type(module) is nn.Linear and 'weight' in module._parameters and 'forward' not in vars(module)
+    return type(module) is nn.Linear and 'weight' in own_parameters(module) and 'forward' not in vars(module)
 
 
 def layer_options(
@@ -237,9 +272,7 @@ def create_attention(name: str, dim: int, num_heads: int = 8, **options) -> Grid
         UserError: If the name or an option is unknown, or an option is out of range.
     """
     cls, preset = get_attention(name)
-    attention = cls(dim, num_heads, **{**preset, **options})
-    attention.mechanism = name
-    return attention
+    return cls(dim, num_heads, mechanism=name, **{**preset, **options})
 
 
 def swap_attention(attention: nn.Module, name: str, **options) -> GridAttention:
@@ -249,6 +282,4 @@ def swap_attention(attention: nn.Module, name: str, **options) -> GridAttention:
         UserError: If the name or an option is unknown, or an option is out of range.
     """
     cls, preset = get_attention(name)
-    new = cls.from_attention(attention, **{**preset, **options})
-    new.mechanism = name
-    return new
+    return cls.from_attention(attention, mechanism=name, **{**preset, **options})

@@ -21,11 +21,12 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.attention import base
-from vit_efficient.attention.base import GridAttention, is_plain
+from vit_efficient.attention.base import GridAttention, check_tokens, is_plain
+from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.compress import COMPRESSORS
+from vit_efficient.compress import COMPRESSORS, get_compressor
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.checks import argument_names, as_integer, check_choice, check_options
 from vit_efficient.utils.errors import UserError
 
 PLACES = ('x', 'qkv', 'kv', 'block')
@@ -80,18 +81,17 @@ class CompressedAttention(GridAttention):
     """
 
     def configure(self, *, compressor: str, place: str = 'x', local: int = 0, **compressor_options) -> None:
-        if place not in PLACES:
-            raise UserError(f'place must be one of {", ".join(PLACES)}, got {place=}')
-        if type(local) is not int or local < 0 or (local and local % 2 == 0):
+        check_choice('place', place, PLACES)
+        local = as_integer('local', local, 0, '0 or an odd kernel size')
+        if local and local % 2 == 0:
             raise UserError(f'local must be 0 or an odd kernel size, got {local=}')
         if local and place == 'block':
             raise UserError(f"local={local} cannot be had at place='block': there the residual carries the rest")
-        if compressor not in COMPRESSORS:
-            raise UserError(f'compressor must be one of {", ".join(sorted(COMPRESSORS))}, got {compressor=}')
-        try:
-            self.compress = COMPRESSORS[compressor].of_attention(self, **compressor_options)
-        except TypeError as error:
-            raise UserError(f'compressor {compressor!r}: {error}') from None
+        chosen = get_compressor(compressor)
+        known, takes_others = chosen.option_names()
+        if not takes_others:
+            check_options(self.title, compressor_options, [*argument_names(self.configure)[0], *known])
+        self.compress = chosen.of_attention(self, **compressor_options)
         if self.compress.up is None and place != 'kv':
             raise UserError(f"compressor {compressor!r} has no way up, it can only stand at place='kv', got {place=}")
         self.compressor = compressor
@@ -121,9 +121,9 @@ class CompressedAttention(GridAttention):
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if self.of_block:
-            check_kept(self.mechanism, x.shape[1], self.num_attended(grid), attn_mask, is_causal)
+            check_kept(self.title, x.shape[1], self.num_attended(grid), attn_mask, is_causal)
             return self.proj_drop(self.proj(self._among_kept(x, grid)))
-        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+        self.check_call(x, grid, attn_mask, is_causal)
         if self.place == 'x':
             y = self._project_up(self._among_kept(self._down(x, grid), grid), grid)
         else:
@@ -136,7 +136,7 @@ class CompressedAttention(GridAttention):
 
     def down(self, x: Tensor, grid: PatchGrid) -> Tensor:
         """The tokens that a block keeps at place 'block': (B, N, C) → (B, m, C)."""
-        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, None, False)
+        self.check_call(x, grid)
         return self._down(x, grid)
 
     def up(self, y: Tensor, grid: PatchGrid) -> Tensor:
@@ -145,12 +145,8 @@ class CompressedAttention(GridAttention):
 
     def _among_kept(self, x_BmC: Tensor, grid: PatchGrid) -> Tensor:
         """timm's attention on the kept tokens, but for the output projection."""
-        q, k, v = self._heads(self.qkv(x_BmC)).unbind(2)
-        y_BmC = self._attend(q, k, v, grid)
-        y_BmC = self.norm(y_BmC)
-        if self.gate is not None:
-            y_BmC = y_BmC * self.gate(x_BmC).sigmoid()
-        return y_BmC
+        q, k, v = self.heads(self.qkv(x_BmC)).unbind(2)
+        return self.norm_and_gate(self._attend(q, k, v, grid), x_BmC)
 
     def _on_projections(self, x: Tensor, grid: PatchGrid) -> Tensor:
         q, k, v = self._compressed_projections(x, grid)
@@ -159,19 +155,16 @@ class CompressedAttention(GridAttention):
             if self.gate is None and isinstance(self.norm, nn.Identity):
                 return self._project_up(y, grid)
             y = self._up(y, grid)
-        y_BNC = self.norm(y)
-        if self.gate is not None:
-            y_BNC = y_BNC * self.gate(x).sigmoid()
-        return self.proj(y_BNC)
+        return self.proj(self.norm_and_gate(y, x))
 
     def _compressed_projections(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as (B, tokens, H, D): k and v, and at `qkv` q, of the kept tokens."""
         if self.compress.commutes and self.place == 'qkv':
             qkv = self._with_constant(self.qkv(self._down(x, grid)), self.qkv.bias, grid)
-            return self._heads(qkv).unbind(2)
+            return self.heads(qkv).unbind(2)
         down_k, down_v = self.compress.ways_down
         if self.compress.commutes and is_plain(self.qkv):  # its rows can be used apart
-            q = self._heads(self._rows(x, 0, 1)).squeeze(2)
+            q = self.heads(self._rows(x, 0, 1)).squeeze(2)
             if down_k is down_v:
                 k, v = self._down_and_project(x, grid, down_k, 1, 3).unbind(2)
             else:
@@ -179,7 +172,7 @@ class CompressedAttention(GridAttention):
                 v = self._down_and_project(x, grid, down_v, 2, 3).squeeze(2)
             return q, k, v
         # Per head: (B, H, tokens, D).
-        q, k, v = self._heads(self.qkv(x)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.heads(self.qkv(x)).permute(2, 0, 3, 1, 4)
         k, v = self._down(k, grid, down_k), self._down(v, grid, down_v)
         q = self._down(q, grid) if self.place == 'qkv' else q
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -191,26 +184,17 @@ class CompressedAttention(GridAttention):
     def _down_and_project(self, x: Tensor, grid: PatchGrid, way: nn.Module, first: int, last: int) -> Tensor:
         """The same of kept tokens, as (B, tokens, parts, H, D)."""
         kept = self._rows(self._down(x, grid, way), first, last)
-        return self._heads(self._with_constant(kept, self._weights(first, last)[1], grid, way))
+        return self.heads(self._with_constant(kept, self._weights(first, last)[1], grid, way))
 
     def _weights(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
         rows = slice(first * self.attn_dim, last * self.attn_dim)
         return self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows]
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        """(B, tokens, parts · H · D) → (B, tokens, parts, H, D)"""
-        return projected.unflatten(-1, (-1, self.num_heads, self.head_dim))
-
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid) -> Tensor:
         """(B, tokens, H, D) each → (B, tokens, H · D)"""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
-        bias = self.compress.log_counts(grid, q)
-        if self.fused_attn:
-            y = attend_fused(q, k, v, bias, self.attn_drop.p if self.training else 0.0, self.scale)
-        else:
-            scores = add_bias((q * self.scale) @ k.mT, bias)
-            y = self.attn_drop(scores.softmax(dim=-1)) @ v
+        y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, self.compress.log_counts(grid, q))
         return y.transpose(1, 2).flatten(2)
 
     def _project_up(self, y_BmC: Tensor, grid: PatchGrid) -> Tensor:
@@ -255,38 +239,14 @@ class CompressedAttention(GridAttention):
         return f"place='{self.place}'"
 
 
-# Leaves for FX, to which nothing is None.
-
-
+# A leaf for FX, to which nothing is None.
 @torch.fx.wrap
 @register_notrace_function
-def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float) -> Tensor:
-    """`F.scaled_dot_product_attention` with a bias of keys, (1, m), whose gradient costs no N × m matrix.
-
-    No fused kernel takes a mask that has a gradient. As one channel more, 1 for queries, it is a part of the product.
-    """
-    if bias is None or not bias.requires_grad:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
-    more = 4 - q.shape[-1] % 4  # fused kernels of GPUs want multiples of 4 channels
-    channel = (bias / scale).to(k.dtype)[0, :, None].expand(*k.shape[:-1], 1)
-    q, v = F.pad(q, (0, more), value=1.0), F.pad(v, (0, more))
-    k = F.pad(torch.cat([k, channel], dim=-1), (0, more - 1))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)[..., :-more]
-
-
-@torch.fx.wrap
-@register_notrace_function
-def add_bias(scores: Tensor, bias: Tensor | None) -> Tensor:
-    return scores if bias is None else scores + bias
-
-
-@torch.fx.wrap
-@register_notrace_function
-def check_kept(mechanism: str, num_tokens, kept, attn_mask: Tensor | None, is_causal: bool) -> None:
+def check_kept(title: str, num_tokens, kept, attn_mask: Tensor | None, is_causal: bool) -> None:
     """Raises the errors of `CompressedAttention.forward` at place 'block'."""
-    base.check_tokens(mechanism, kept, 1, kept, 0, attn_mask, is_causal)
+    check_tokens(title, kept, 1, kept, 0, attn_mask, is_causal)
     if type(num_tokens) is int and type(kept) is int and num_tokens != kept:
         raise UserError(
-            f"attention {mechanism!r} at place='block' attends among the {kept} tokens that its block keeps, and was "
+            f"{title} at place='block' attends among the {kept} tokens that its block keeps, and was "
             f'given {num_tokens}: it needs a block that goes down and up, such as those of the models here'
         )

@@ -11,7 +11,6 @@ the cells of the patch grid.
 Letters: B batch, N tokens, m landmarks, P prefix, C channels, H heads, D = C / H.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,12 +18,12 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.attention import base
 from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.functional import attend, attention_weights
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.compress import COMPRESSORS
-from vit_efficient.compress.budget import Budget
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.checks import as_integer, as_sides, check_choice, is_integer, is_pair
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
 
@@ -85,31 +84,24 @@ class NystromAttention(GridAttention):
         pinv_iterations: int | None = None,
         residual_kernel: int | tuple[int, int] = 0,
     ) -> None:
-        try:
-            budget = Budget(num_tokens=num_landmarks)
-        except ValueError:
-            raise UserError(
-                f'num_landmarks must be a positive integer or a pair (h, w) of them, got {num_landmarks=}'
-            ) from None
-        self.landmarks = COMPRESSORS['pool'](num_tokens=budget.num_tokens, count_bias=False)
-        if pinv not in ('iterative', 'exact'):
-            raise UserError(f"pinv must be 'iterative' or 'exact', got {pinv=}")
+        num_landmarks = as_sides('num_landmarks', num_landmarks)
+        self.landmarks = COMPRESSORS['pool'](num_tokens=num_landmarks, count_bias=False)
+        check_choice('pinv', pinv, ('iterative', 'exact'))
         if pinv == 'exact' and pinv_iterations is not None:
             raise UserError(f"pinv='exact' has no iterations, got {pinv_iterations=}; leave it out")
-        if pinv_iterations is not None and (type(pinv_iterations) is not int or pinv_iterations < 1):
-            raise UserError(f'pinv_iterations must be a positive integer, got {pinv_iterations=}')
-        kernel = tuple(residual_kernel) if _is_pair(residual_kernel) else (residual_kernel,) * 2
-        without = type(residual_kernel) is int and residual_kernel == 0
-        if not without and any(type(side) is not int or side < 1 or side % 2 == 0 for side in kernel):
+        if pinv == 'iterative':
+            given = PINV_ITERATIONS if pinv_iterations is None else pinv_iterations
+            pinv_iterations = as_integer('pinv_iterations', given)
+        kernel = tuple(residual_kernel) if is_pair(residual_kernel) else (residual_kernel,) * 2
+        without = is_integer(residual_kernel) and residual_kernel == 0
+        if not without and not all(is_integer(side, 1) and side % 2 for side in kernel):
             raise UserError(
                 f'residual_kernel must be 0, odd, or a pair (height, width) of odd sizes, got {residual_kernel=}'
             )
         self.pinv = pinv
-        self.pinv_iterations = (pinv_iterations or PINV_ITERATIONS) if pinv == 'iterative' else None
-        self.local = None
-        if not without:
-            like = self.qkv.weight
-            self.local = ValueMixing(self.num_heads, kernel, device=like.device, dtype=like.dtype)
+        self.pinv_iterations = pinv_iterations
+        like = dict(device=self.qkv.weight.device, dtype=self.qkv.weight.dtype)
+        self.local = None if without else ValueMixing(self.num_heads, tuple(int(side) for side in kernel), **like)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -121,27 +113,20 @@ class NystromAttention(GridAttention):
         )
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+        self.check_call(x, grid, attn_mask, is_causal)
         check_landmarks(grid.height, grid.width, self.landmarks.budget.num_tokens)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        kept = v
-        if self.training and self.attn_drop.p:
-            kept = v * self.attn_drop(torch.ones_like(v[..., :1]))
+        q, k, v = self.project(x)
+        v_dropped = self.drop_keys(v)
 
         q_BHmD, k_BHmD = self._means(q, grid).to(v.dtype), self._means(k, grid).to(v.dtype)
-        v_BHmD = self._attend(q_BHmD, k, kept)
+        v_BHmD = attend(q_BHmD, k, v_dropped, self.scale, self.fused_attn)
         v_BHmD = unmix(q_BHmD, k_BHmD, v_BHmD, self.scale, self.pinv_iterations)
-        y = self._attend(q, k_BHmD, v_BHmD)
+        y = attend(q, k_BHmD, v_BHmD, self.scale, self.fused_attn)
 
         y_BNC = y.transpose(1, 2).flatten(2)
         if self.local is not None:
             y_BNC = y_BNC + F.pad(self.local(v[:, :, grid.prefix :], grid), (0, 0, grid.prefix, 0))
-        y_BNC = self.norm(y_BNC)
-        if self.gate is not None:
-            y_BNC = y_BNC * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(y_BNC))
+        return self.finish(y_BNC, x)
 
     def _means(self, x: Tensor, grid: PatchGrid) -> Tensor:
         """Landmarks of queries or keys: (B, H, N, D) → (B, H, m, D)"""
@@ -149,11 +134,6 @@ class NystromAttention(GridAttention):
         means = self.landmarks.down(patches_BLC, grid).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         means = means.contiguous()  # fused attention takes no other
         return torch.cat([x[:, :, : grid.prefix].to(means.dtype), means], dim=2) if grid.prefix else means
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.fused_attn:
-            return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return ((q * self.scale) @ k.mT).softmax(dim=-1) @ v
 
     def num_attended(self, grid: PatchGrid) -> int:
         """N: every query sees all keys, through the landmarks.
@@ -174,10 +154,6 @@ class NystromAttention(GridAttention):
 
     def extra_repr(self) -> str:
         return f"pinv='{self.pinv}'" + (f', pinv_iterations={self.pinv_iterations}' if self.pinv_iterations else '')
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
 # The functions below are leaves for FX, where sizes, dtypes and devices are not known.
@@ -213,7 +189,7 @@ def unmix(q: Tensor, k: Tensor, v: Tensor, scale: float, iterations: int | None)
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     with without_autocast(v):
-        a = ((q.to(dtype) * scale) @ k.to(dtype).mT).softmax(dim=-1)
+        a = attention_weights(q.to(dtype), k.to(dtype), scale)
         if iterations is None:
             # Singular values below the precision of q and k are noise, which their inverses would magnify.
             inverse = torch.linalg.pinv(a, rtol=None if v.dtype == dtype else torch.finfo(v.dtype).eps)

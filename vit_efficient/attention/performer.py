@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vit_efficient.attention import base
 from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.functional import attend, bias_as_channel
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.checks import as_integer
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
 
@@ -38,7 +39,7 @@ class PerformerAttention(GridAttention):
     """Attention by random features of the softmax kernel; prefix tokens are tokens like the others.
 
     The features are drawn from torch's random state when the module is built, and stay as they are, in training too,
-    until `redraw_features`. They are a buffer and part of the state dict; the heads of a layer share them.
+    until `redraw_features`. They are a buffer and part of the state dict, one for all heads of a layer.
 
     There is no N × N matrix that `attn_drop` could act on. In training it drops keys instead, each from the sums of all
     queries of its head, and as in exact attention the remaining weights are scaled up, not normalised again.
@@ -54,8 +55,7 @@ class PerformerAttention(GridAttention):
     def configure(self, *, num_features: int | None = None) -> None:
         if num_features is None:
             num_features = max(1, int(self.head_dim * math.log(self.head_dim)))
-        if type(num_features) is not int or num_features < 1:
-            raise UserError(f'num_features must be a positive integer, got {num_features=}')
+        num_features = as_integer('num_features', num_features)
         like = self.qkv.weight
         self.register_buffer('features', torch.empty(num_features, self.head_dim, device=like.device, dtype=like.dtype))
         self.redraw_features()
@@ -79,17 +79,10 @@ class PerformerAttention(GridAttention):
         self.redraw_features()
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.training and self.attn_drop.p:
-            v = v * self.attn_drop(torch.ones_like(v[..., :1]))
-        y = attend(q, k, v, self.features, self.scale, self.fused_attn)
-        y_BNC = self.norm(y.transpose(1, 2).flatten(2))
-        if self.gate is not None:
-            y_BNC = y_BNC * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(y_BNC))
+        self.check_call(x, grid, attn_mask, is_causal)
+        q, k, v = self.project(x)
+        y = attend_features(q, k, self.drop_keys(v), self.features, self.scale, self.fused_attn)
+        return self.finish(y.transpose(1, 2).flatten(2), x)
 
     def num_attended(self, grid: PatchGrid) -> int:
         """N: every query sees all keys, through the features."""
@@ -141,7 +134,7 @@ def orthogonal_features(num_features: int, dim: int, generator: torch.Generator 
 # A leaf for FX, where dtypes and devices are not known.
 @torch.fx.wrap
 @register_notrace_function
-def attend(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: float, fused: bool) -> Tensor:
+def attend_features(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: float, fused: bool) -> Tensor:
     """The equations of this module, in float32 at least: an exponential of rounded scores would be far off.
 
     Args:
@@ -160,14 +153,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: float, fuse
         total = sums[..., -1:]
         u_BHrD, b_BHr1 = sums[..., :-1] / total, total.log() + largest
 
-        # w · q̂ + b_w, as one product too. Fused kernels of GPUs want multiples of 4 channels.
-        more = 4 - q.shape[-1] % 4
-        q = F.pad(q.to(dtype), (0, more), value=1.0)
-        w_and_b = torch.cat([w_BHrD, F.pad(b_BHr1, (0, more - 1))], dim=-1)
-        if fused:
-            y = F.scaled_dot_product_attention(q, w_and_b, F.pad(u_BHrD, (0, more)), scale=1.0)[..., :-more]
-        else:
-            y = (q @ w_and_b.mT).softmax(dim=-1) @ u_BHrD
+        # w · q̂ + b_w, as one product too.
+        q, w_and_b = bias_as_channel(q.to(dtype), w_BHrD, b_BHr1, 1.0)
+        y = attend(q, w_and_b, u_BHrD, 1.0, fused)
     return y.to(v.dtype)
 
 

@@ -13,7 +13,7 @@ Letters: B batch, N tokens, P prefix, n windows, L patches of a window, S = P + 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import chain, product
 from typing import Any, NamedTuple
@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from timm.layers import register_notrace_function, to_2tuple
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional as F
 
-from vit_efficient.attention import base
 from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.grid import PatchGrid, larger, smaller
-from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.checks import as_sides, check_flag
+from vit_efficient.utils.compat import is_number
 
 
 @register_attention('window')
@@ -51,15 +51,8 @@ class WindowAttention(GridAttention):
     """
 
     def configure(self, *, window_size: int | tuple[int, int] = 7, shift: bool = False) -> None:
-        pair = isinstance(window_size, Sequence) and not isinstance(window_size, str)
-        sides = tuple(window_size) if pair else (window_size,)
-        if len(sides) != (2 if pair else 1) or any(type(side) is not int or side < 1 for side in sides):
-            raise UserError(
-                f'window_size must be a positive integer or a pair (rows, columns) of them, got {window_size=}'
-            )
-        if type(shift) is not bool:
-            raise UserError(f'shift must be True or False, got {shift=}')
-        self.window_size = sides if pair else window_size
+        check_flag('shift', shift)
+        self.window_size = as_sides('window_size', window_size, '(rows, columns)')
         self.shift = shift
 
     @classmethod
@@ -72,16 +65,13 @@ class WindowAttention(GridAttention):
         return dict(window_size=list(self.window_size) if pair else self.window_size, shift=self.shift)
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+        self.check_call(x, grid, attn_mask, is_causal)
         windows = (grid.height, grid.width, grid.prefix, to_2tuple(self.window_size), self.shift)
         x = to_window_order(x, *windows)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        q, k, v = self.heads(self.qkv(x)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
-        dropout = self.attn_drop.p if self.training else 0.0
-        y_BNC = attend_in_windows(q, k, v, *windows, self.scale, dropout, self.fused_attn)
-        y_BNC = self.norm(y_BNC)
-        if self.gate is not None:
-            y_BNC = y_BNC * self.gate(x).sigmoid()
+        y_BNC = attend_in_windows(q, k, v, *windows, self.scale, self.drop_rate, self.fused_attn)
+        y_BNC = self.norm_and_gate(y_BNC, x)
         return self.proj_drop(to_grid_order(self.proj(y_BNC), *windows))
 
     def num_attended(self, grid: PatchGrid) -> int:
@@ -136,29 +126,27 @@ def attend_in_windows(
 
     Args:
         q, k, v: (B, N, H, D), in the order of `to_window_order`.
-        height, width, prefix: Of the grid.
-        window, shift: Of the mechanism, `window` as (rows, columns).
-        scale: Of the scores.
-        dropout: Share of the weights that is dropped.
-        fused: Whether to use PyTorch's fused attention.
+        height, width, prefix: The grid.
+        window, shift: The options of the mechanism, `window` as (rows, columns).
+        scale, dropout, fused: As of `functional.attend`.
 
     Returns:
         (B, N, C), in the same order.
     """
-    attend = partial(_attend, scale=scale, dropout=dropout, fused=fused)
+    among = partial(_among, scale=scale, fused=fused, dropout=dropout)
     known = _are_numbers(height, width)
     windows = _count_by_area(height, width, window, shift) if known else {1: height * width}  # or all patches, uncut
     sizes = [prefix, *(n * area for area, n in windows.items())]
     # Split, not sliced: the gradient of a slice is as large as the whole.
     (q_prefix, *q_patches), (k_prefix, *k_patches), (v_prefix, *v_patches) = (t.split(sizes, dim=1) for t in (q, k, v))
 
-    y = [attend(q_prefix, k, v)] if prefix else []
+    y = [among(q_prefix, k, v)] if prefix else []
     kv_prefix = (k_prefix, v_prefix) if prefix else None
     for n, *patches in zip(windows.values(), q_patches, k_patches, v_patches, strict=True):
         if known:
-            y.append(_attend_windows(*patches, n, kv_prefix, attend))
+            y.append(_attend_windows(*patches, n, kv_prefix, among))
         else:
-            y.append(_attend_padded(*patches, height, width, window, shift, kv_prefix, attend))
+            y.append(_attend_padded(*patches, height, width, window, shift, kv_prefix, among))
     return torch.cat(y, dim=1)
 
 
@@ -168,7 +156,7 @@ def _attend_windows(
     v: Tensor,
     n: int,
     kv_prefix: tuple[Tensor, Tensor] | None,
-    attend: Callable,
+    among: Callable,
     mask_nL: Tensor | None = None,
 ) -> Tensor:
     """The patches of n windows one after the other, (B, n · L, H, D) each → (B, n · L, C)
@@ -185,11 +173,11 @@ def _attend_windows(
     if mask_nL is not None:
         mask_nS = F.pad(mask_nL, (k.shape[2] - mask_nL.shape[1], 0), value=True)
         mask = mask_nS.expand(q.shape[0], -1, -1).flatten(0, 1)[:, None, None]
-    y = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
+    y = among(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask=mask)
     return y.unflatten(0, (-1, n)).flatten(1, 2)
 
 
-def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, attend) -> Tensor:
+def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, among) -> Tensor:
     """The patches of a grid whose sides may be symbols, (B, H · W, H, D) each → (B, H · W, C)"""
     (h, w), area = window, window[0] * window[1]
     top, rows = _padding(height, h, shift)
@@ -204,7 +192,7 @@ def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, attend) -> 
     is_patch = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     patch = row.remainder(height) * width + column.remainder(width)  # any will do where it is masked
     q, k, v = (t.index_select(1, patch) for t in (q, k, v))
-    y = _attend_windows(q, k, v, n, kv_prefix, attend, is_patch.unflatten(0, (n, area)))
+    y = _attend_windows(q, k, v, n, kv_prefix, among, is_patch.unflatten(0, (n, area)))
 
     patch = torch.arange(height * width, device=q.device)
     row, column = patch // width + top, patch % width + left
@@ -212,17 +200,9 @@ def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, attend) -> 
     return y.index_select(1, place)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale, dropout, fused) -> Tensor:
-    """(B, tokens, H, D) each → (B, tokens, C)"""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if fused:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    else:
-        scores = (q * scale) @ k.mT
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        y = F.dropout(scores.softmax(dim=-1), dropout) @ v
-    return y.transpose(1, 2).flatten(2)
+def _among(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """`attend`, of (B, tokens, H, D) each → (B, tokens, C)"""
+    return attend(*(t.transpose(1, 2) for t in (q, k, v)), **options).transpose(1, 2).flatten(2)
 
 
 class _Run(NamedTuple):
@@ -280,5 +260,4 @@ def _padding(length, side: int, shift: bool) -> tuple:
 
 
 def _are_numbers(*sizes) -> bool:
-    # To torch.compile, a symbol is of type int too.
-    return all(type(size) is int and has_static_value(size) for size in sizes)
+    return all(is_number(size) for size in sizes)

@@ -21,9 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from vit_efficient.attention.treeformer.leaves import find_leaves, occupancy, plot_leaves
+    from vit_efficient.attention.treeformer.leaves import find_leaves, occupancy
     from vit_efficient.data import EvalTransform, read_image, takes_coefficients, to_array
     from vit_efficient.report.evaluation import SavedModel
+    from vit_efficient.report.leaves import plot_leaves
 
     saved = SavedModel(args.model)
     if takes_coefficients(saved.model):

@@ -6,9 +6,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.checks import argument_names, nearest
 from vit_efficient.utils.errors import UserError
 
 COMPRESSORS: dict[str, type['Compressor']] = {}
+
+# Arguments that a compressor with weights may have, and that the attention it is of fills in.
+FROM_ATTENTION = ('num_heads', 'head_dim', 'device', 'dtype')
 
 
 class Compressor(nn.Module):
@@ -36,8 +40,18 @@ class Compressor(nn.Module):
 
     @classmethod
     def of_attention(cls, attention: nn.Module, **options) -> 'Compressor':
-        """The compressor for the tokens or heads of an attention; one with weights takes their sizes from it."""
-        return cls(**options)
+        """The compressor for the tokens or heads of an attention, from which come the arguments in `FROM_ATTENTION`."""
+        weight = attention.qkv.weight
+        has = (attention.num_heads, attention.head_dim, weight.device, weight.dtype)
+        taken = argument_names(cls)[0]
+        own = {name: value for name, value in zip(FROM_ATTENTION, has, strict=True) if name in taken}
+        return cls(**own, **options)
+
+    @classmethod
+    def option_names(cls) -> tuple[list[str], bool]:
+        """The names of the options, which are the other arguments, and whether it takes any others by name."""
+        names, takes_others = argument_names(cls)
+        return [name for name in names if name not in FROM_ATTENTION], takes_others
 
     @classmethod
     def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
@@ -92,3 +106,15 @@ def register_compressor(name: str) -> Callable[[type[Compressor]], type[Compress
         return cls
 
     return register
+
+
+def get_compressor(name: str) -> type[Compressor]:
+    """The compressor behind a name.
+
+    Raises:
+        UserError: If no compressor has the name.
+    """
+    if name not in COMPRESSORS:
+        known = ', '.join(sorted(COMPRESSORS))
+        raise UserError(f'compressor must be one of {known}, got compressor={name!r}{nearest(name, COMPRESSORS)}')
+    return COMPRESSORS[name]

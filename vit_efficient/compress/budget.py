@@ -1,13 +1,13 @@
 """How many tokens a compressor keeps: its budget, and the grid or count that the budget allows."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from timm.layers import register_notrace_function
 
 from vit_efficient.grid import fraction_of, larger, scaled_grid, smaller
+from vit_efficient.utils.checks import as_share, as_sides
+from vit_efficient.utils.compat import assume
 from vit_efficient.utils.errors import UserError
 
 
@@ -16,7 +16,7 @@ class Budget:
     """What a compressor may keep of the H × W patches; exactly one of the two.
 
     Args:
-        keep_ratio: A share of the patches, 0 < keep_ratio ≤ 1.
+        keep_ratio: A fraction of the patches, 0 < keep_ratio ≤ 1.
         num_tokens: A number of tokens, or the pair (h, w).
 
     Raises:
@@ -30,19 +30,10 @@ class Budget:
         ratio, tokens = self.keep_ratio, self.num_tokens
         if (ratio is None) == (tokens is None):
             raise UserError(f'give one of keep_ratio and num_tokens, got keep_ratio={ratio!r}, num_tokens={tokens!r}')
-        if ratio is not None and not (isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 < ratio <= 1):
-            raise UserError(f'keep_ratio must be a number with 0 < keep_ratio ≤ 1, got keep_ratio={ratio!r}')
         if tokens is not None:
-            pair = isinstance(tokens, Sequence) and not isinstance(tokens, str)
-            sides = tuple(tokens) if pair else (tokens,)
-            if len(sides) != (2 if pair else 1) or any(type(s) is not int or s < 1 for s in sides):
-                raise UserError(
-                    f'num_tokens must be a positive integer or a pair (h, w) of them, got num_tokens={tokens!r}'
-                )
-            if pair:
-                object.__setattr__(self, 'num_tokens', sides)
+            object.__setattr__(self, 'num_tokens', as_sides('num_tokens', tokens))
         else:
-            object.__setattr__(self, 'keep_ratio', float(ratio))
+            object.__setattr__(self, 'keep_ratio', as_share('keep_ratio', ratio))
 
     @property
     def options(self) -> dict[str, float | int | list[int]]:
@@ -71,7 +62,7 @@ def kept_grid(height, width, budget: Budget) -> tuple[int, int]:
     if isinstance(budget.num_tokens, tuple):
         h, w = budget.num_tokens
         if type(height) is not int or type(width) is not int:
-            torch._check(height >= h and width >= w)
+            assume(height >= h and width >= w)
         elif h > height or w > width:
             raise UserError(
                 f'num_tokens={budget.num_tokens} exceeds the grid of {height} × {width} patches; '

@@ -17,6 +17,7 @@ from vit_efficient.compress import budget as budgets
 from vit_efficient.compress.base import Compressor, register_compressor
 from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.checks import check_choice, check_flag
 from vit_efficient.utils.errors import UserError
 
 
@@ -80,7 +81,7 @@ class DctCompressor(Compressor):
         domain: 'frequency', the paper's: the tokens kept are the orthonormal coefficients, the first of them √(H·W)
             times the mean token. 'space': the coefficients go back to an h × w grid of tokens, the best band-limited
             downsampling; constants keep their value, and with nothing truncated it is the identity.
-        keep_ratio: Share of the patches kept. 1/4 if neither this nor `num_tokens` is given.
+        keep_ratio: The fraction of patches kept. 1/4 if neither this nor `num_tokens` is given.
         num_tokens: Number of tokens kept, or (h, w) with axes '2d'.
         learned: Learn how many of these are needed: their frequencies are weighed by a `FrequencyWindow`, down and up,
             and so are the keys of the domain 'frequency'. Where it starts, the highest ones are damped: with nothing
@@ -102,10 +103,9 @@ class DctCompressor(Compressor):
         learned: bool = False,
     ):
         super().__init__()
-        if axes not in ('1d', '2d'):
-            raise UserError(f"axes must be '1d' or '2d', got {axes=}")
-        if domain not in ('frequency', 'space'):
-            raise UserError(f"domain must be 'frequency' or 'space', got {domain=}")
+        check_choice('axes', axes, ('1d', '2d'))
+        check_choice('domain', domain, ('frequency', 'space'))
+        check_flag('learned', learned)
         if keep_ratio is None and num_tokens is None:
             keep_ratio = 0.25
         self.axes = axes
@@ -114,8 +114,6 @@ class DctCompressor(Compressor):
         self.budget = budgets.Budget(keep_ratio, num_tokens)
         if axes == '1d' and isinstance(self.budget.num_tokens, tuple):
             raise UserError(f"num_tokens must be an integer with axes='1d', got {num_tokens=}")
-        if type(learned) is not bool:
-            raise UserError(f'learned must be True or False, got {learned=}')
         if learned and axes == '1d':
             raise UserError("learned=True needs axes='2d', got axes='1d'")
         self.window = FrequencyWindow() if learned else None

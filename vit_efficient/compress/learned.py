@@ -1,7 +1,8 @@
 """Linformer's compressor: keys and values of N patches projected to k, by learned matrices or by pooling.
 
 Source: Wang et al., "Linformer: Self-Attention with Linear Complexity", 2020, arXiv 2006.04768, section 4: k̄ = E k,
-v̄ = F v with E, F ∈ R^{k×N}; the ways to share them, a k for each layer, and mean, max and convolution as projections.
+v̄ = F v with E, F ∈ R^{k×N}; which of them are one and the same, a k for each layer, and mean, max and convolution as
+projections.
 
 Ours: a row of E is a map over the patch grid. At another image size it is resampled as one, band-limited and divided by
 the growth of its area. That keeps its sum, and its product with every image that holds no other frequencies; so a model
@@ -25,6 +26,7 @@ from vit_efficient.compress import cells
 from vit_efficient.compress.base import Compressor, register_compressor
 from vit_efficient.dct.bases import along
 from vit_efficient.grid import PatchGrid, plain_sizes
+from vit_efficient.utils.checks import as_sides, check_choice, is_integer, is_pair
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
 
@@ -51,7 +53,7 @@ def _at_size(maps: Tensor, size: tuple) -> Tensor:
 class Maps(nn.Module):
     """A way down with weights that are maps, the two last axes of `weight`."""
 
-    flop_role = 'transform'  # of those that the model owns, since layers share them
+    flop_role = 'transform'  # said here for those that the model owns, of which no compressor says it
     weight: nn.Parameter
 
     def follow(self, size: tuple[int, int]) -> None:
@@ -215,13 +217,13 @@ class LearnedCompressor(Compressor):
             'none', 2 · L · H · w; 'headwise', one E and one F in a layer, 2 · L · w; 'key-value', also E = F, L · w;
             'layerwise', one for all layers, owned by the model, w.
         axes: '2d', cells of the grid, or '1d', the paper's, of the row-major sequence; 'linear' has none.
-        keep_ratio: Share of the patches that k is. For 'linear', of those that it is made for: k stays at other sizes.
+        keep_ratio: k as a fraction of the patches. For 'linear', of those that it is made for: k stays at other sizes.
         num_tokens: k, or (h, w) with axes '2d', of which an integer gives 'mean', 'max' and 'conv' the largest that has
             no more tokens and the shape of the grid. 64 if neither this nor `keep_ratio` is given. In the options of a
             model also one for each block, as a list, or a mapping from `first` and `last` to those of the first and
             last block, between which it changes linearly (the paper's "non-uniform projected dimension").
         grid_size: Rows and columns of patches that the weights are made for; a model gives its own.
-        num_heads, head_dim, device, dtype: Of the attention.
+        num_heads, head_dim, device, dtype: Those of the attention.
 
     Raises:
         UserError: If an argument is missing or out of range.
@@ -242,12 +244,11 @@ class LearnedCompressor(Compressor):
     ):
         super().__init__()
         has_weights = projection in ('linear', 'conv')
-        if projection not in PROJECTIONS:
-            raise UserError(f'projection must be one of {", ".join(PROJECTIONS)}, got {projection=}')
+        check_choice('projection', projection, PROJECTIONS)
         if sharing is not None and not has_weights:
             raise UserError(f'{projection=} has no weights to share, got {sharing=}; leave it out')
-        if sharing not in (None, *SHARING):
-            raise UserError(f'sharing must be one of {", ".join(SHARING)}, got {sharing=}')
+        if sharing is not None:
+            check_choice('sharing', sharing, SHARING)
         if axes not in ('1d', '2d') or (axes == '1d' and projection == 'linear'):
             raise UserError(f"axes must be '2d', or '1d' with projection mean, max or conv, got {axes=}, {projection=}")
         if has_weights and grid_size is None:
@@ -256,9 +257,9 @@ class LearnedCompressor(Compressor):
                 'model does)'
             )
         if grid_size is not None:
-            sides = tuple(grid_size) if isinstance(grid_size, (list, tuple)) else ()
-            if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+            if not is_pair(grid_size) or not all(is_integer(side, 1) for side in grid_size):
                 raise UserError(f'grid_size must be rows and columns of patches, got {grid_size=}')
+            grid_size = as_sides('grid_size', grid_size)
         if keep_ratio is None and num_tokens is None:
             num_tokens = 64
         self.budget = budgets.Budget(keep_ratio, num_tokens)
@@ -275,7 +276,7 @@ class LearnedCompressor(Compressor):
         ways = 2 if self.sharing in ('none', 'headwise') else 1
         each = num_heads if self.sharing == 'none' else 1
         if projection == 'linear':
-            k = budgets.kept_count(*grid_size, self.budget) if num_tokens is None else num_tokens
+            k = budgets.kept_count(*grid_size, self.budget) if num_tokens is None else self.budget.num_tokens
             self.budget = budgets.Budget(num_tokens=k)
             made = [Linear(each, k, grid_size, device, dtype) for _ in range(ways)]
         elif projection == 'conv':
@@ -285,17 +286,6 @@ class LearnedCompressor(Compressor):
         self.down = made[0]
         if ways == 2:
             self.down_values = made[1]
-
-    @classmethod
-    def of_attention(cls, attention: nn.Module, **options) -> 'LearnedCompressor':
-        weight = attention.qkv.weight
-        return cls(
-            num_heads=attention.num_heads,
-            head_dim=attention.head_dim,
-            device=weight.device,
-            dtype=weight.dtype,
-            **options,
-        )
 
     @classmethod
     def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
@@ -345,9 +335,9 @@ class LearnedCompressor(Compressor):
 def _tokens_at(num_tokens: Any, layer: int, depth: int, one_axis: bool) -> Any:
     """`num_tokens` of one block, where it is given for each. A pair is (h, w), unless there is but one axis."""
     if isinstance(num_tokens, Mapping):
-        if set(num_tokens) != {'first', 'last'} or any(type(n) is not int or n < 1 for n in num_tokens.values()):
+        if set(num_tokens) != {'first', 'last'} or not all(is_integer(n, 1) for n in num_tokens.values()):
             raise UserError(f'num_tokens as a mapping needs positive integers first and last, got {num_tokens=}')
-        first, last = num_tokens['first'], num_tokens['last']
+        first, last = int(num_tokens['first']), int(num_tokens['last'])
         return round(first + (last - first) * layer / max(depth - 1, 1))
     if isinstance(num_tokens, (list, tuple)) and (one_axis or len(num_tokens) != 2):
         if len(num_tokens) != depth:

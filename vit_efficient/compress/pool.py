@@ -19,7 +19,7 @@ from vit_efficient.compress import budget as budgets
 from vit_efficient.compress import cells
 from vit_efficient.compress.base import Compressor, register_compressor
 from vit_efficient.grid import PatchGrid
-from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.checks import check_flag
 
 # Leaves for FX: which way is taken depends on sizes.
 
@@ -82,7 +82,7 @@ class PoolCompressor(Compressor):
     """Averages each of h × w cells of the patch grid; bilinear interpolation brings them up again.
 
     Args:
-        keep_ratio: Share of the patches kept. 1/4 if neither this nor `num_tokens` is given.
+        keep_ratio: The fraction of patches kept. 1/4 if neither this nor `num_tokens` is given.
         num_tokens: (h, w), or a number: the largest h × w that is no larger and has the shape of the grid.
         count_bias: Whether a kept key weighs as many as the patches that it stands for. It matters beside prefix
             tokens, and where cells differ in size.
@@ -104,8 +104,7 @@ class PoolCompressor(Compressor):
         super().__init__()
         if keep_ratio is None and num_tokens is None:
             keep_ratio = 0.25
-        if not isinstance(count_bias, bool):
-            raise UserError(f'count_bias must be True or False, got {count_bias=}')
+        check_flag('count_bias', count_bias)
         self.budget = budgets.Budget(keep_ratio, num_tokens)
         self.count_bias = count_bias
         self.down = Down(self.budget, self.picks)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vit_efficient.utils.compat import is_transformed
+
 MEMO_BYTES = 2**29
 
 
@@ -31,7 +33,8 @@ class Memo:
         # A tensor made in inference mode could never be saved for a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             tensor = build()
-        if _is_real(tensor):
+        # Not what is of no use outside of here: fake, without data, or wrapped by a transform.
+        if type(tensor) is Tensor and not tensor.is_meta and not is_transformed(tensor):
             with self.lock:
                 if key not in self.tensors:
                     self.tensors[key] = tensor
@@ -42,12 +45,6 @@ class Memo:
 
 
 memo = Memo()
-
-
-def _is_real(tensor: Tensor) -> bool:
-    """Whether a tensor is of use outside of here: not fake, without data, or wrapped by a transform of torch.func."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return type(tensor) is Tensor and not tensor.is_meta and not wrapped
 
 
 def basis(build: Callable[..., Tensor], rows, columns, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vit_efficient.dct.bases import along, basis
 from vit_efficient.grid import plain_sizes, smaller
+from vit_efficient.utils.checks import is_integer, is_pair
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import product_dtype, real_dtype, without_autocast
 
@@ -115,6 +116,8 @@ def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
     n, size = plain_sizes((x.shape[dim], size))
     if size is None:
         size = n
+    elif type(size) is not int and is_integer(size):  # of NumPy; a symbol is no integer
+        size = int(size)
     if type(size) is int and type(n) is int:
         low, high = {'dct': (1, n), 'idct': (n, math.inf), 'resample': (1, math.inf)}[kind]
         if not low <= size <= high:
@@ -147,8 +150,8 @@ def _by_fft(x: Tensor, dim: int, n: int, kind: str, kept: int, size: int, dtype:
 
 
 def as_pair(value, name: str) -> tuple:
-    """The pair that an argument is to be; a ValueError if it is none."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
+    """The pair that an argument is to be; a UserError if it is none."""
+    if not is_pair(value):
         raise UserError(f'{name} must be a pair, got {name}={value!r}')
     return tuple(value)
 
@@ -165,8 +168,8 @@ def dct_matrix(
     Args:
         n: Samples.
         m: Frequencies kept, the lowest; all n by default.
-        dtype: Of the result; entries are rounded once, from float64. The default dtype by default.
-        device: Of the result.
+        dtype: The dtype of the result, torch's default one by default; entries are rounded once, from float64.
+        device: The device of the result.
 
     Returns:
         (m, n), its rows orthonormal. The caller owns it.
@@ -175,10 +178,10 @@ def dct_matrix(
         UserError: If not 1 ≤ m ≤ n.
     """
     m = n if m is None else m
-    if not (type(n) is int and type(m) is int and 1 <= m <= n):
+    if not (is_integer(n) and is_integer(m) and 1 <= m <= n):
         raise UserError(f'dct_matrix: need integers 1 ≤ m ≤ n, got {m=}, {n=}')
     device = torch.empty(0, device=device).device
-    return _cosines(m, n, device).to(dtype or torch.get_default_dtype())
+    return _cosines(int(m), int(n), device).to(dtype or torch.get_default_dtype())
 
 
 def dct(x: Tensor, m: int | None = None, dim: int = -1) -> Tensor:
@@ -232,7 +235,7 @@ def resample(x: Tensor, size: int | tuple[int, int], dims: int | tuple[int, int]
     Raises:
         UserError: If x is not floating-point, or a size is below 1.
     """
-    if isinstance(dims, int):
+    if is_integer(dims):
         return _along(x, dims, 'resample', size)
     (h, w), (rows, columns) = as_pair(size, 'size'), as_pair(dims, 'dims')
     return _along(_along(x, rows, 'resample', h), columns, 'resample', w)

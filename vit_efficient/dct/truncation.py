@@ -6,15 +6,14 @@ but for the last one. The basis is orthonormal, so that energies of coefficients
 a truncated image is the best approximation in the coefficients that it keeps.
 """
 
-from numbers import Real
-
 import numpy as np
 import torch
-from timm.layers import register_notrace_function
+from timm.layers import register_notrace_function, to_2tuple
 from torch import Tensor
 
 from vit_efficient.dct.transforms import as_pair, dct2, idct2
 from vit_efficient.grid import floor_sqrt, fraction_of, larger, plain_sizes, scaled_grid, smaller
+from vit_efficient.utils.checks import as_integer, as_share, as_sides, check_choice, is_integer
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import real_dtype, without_autocast
 
@@ -28,8 +27,8 @@ def zigzag(height: int, width: int, device: torch.device | str | None = None) ->
     the upper right to the lower left and back.
 
     Args:
-        height, width: Of the block.
-        device: Of the result.
+        height, width: The sides of the block.
+        device: The device of the result.
 
     Returns:
         (height · width,), int64: `coefficients.flatten(-2)[..., zigzag(height, width)]` has them in order.
@@ -37,9 +36,7 @@ def zigzag(height: int, width: int, device: torch.device | str | None = None) ->
     Raises:
         UserError: If a side is below 1.
     """
-    for name, side in (('height', height), ('width', width)):
-        if type(side) is not int or side < 1:
-            raise UserError(f'zigzag: {name} must be an integer of at least 1, got {name}={side!r}')
+    height, width = as_integer('height', height), as_integer('width', width)
     return _rank(height, width, height, width, torch.empty(0, device=device).device).flatten().argsort()
 
 
@@ -71,7 +68,7 @@ def kept_coefficients(
     """Which coefficients `truncate` keeps of a block of height × width.
 
     Args:
-        height, width: Of the block.
+        height, width: The sides of the block.
         size, count, ratio, order: As of `truncate`.
 
     Returns:
@@ -84,8 +81,7 @@ def kept_coefficients(
     given = {name: value for name, value in (('size', size), ('count', count), ('ratio', ratio)) if value is not None}
     if len(given) != 1:
         raise UserError(f'give one of size, count and ratio, got {given or "none"}')
-    if order not in ORDERS:
-        raise UserError(f'order must be one of {", ".join(ORDERS)}, got {order=}')
+    check_choice('order', order, ORDERS)
     # Sizes that are symbols are taken as they are: comparing them would fix their value.
     plain = type(height) is int and type(width) is int
     if plain and min(height, width) < 1:
@@ -95,14 +91,17 @@ def kept_coefficients(
         if order != 'square':
             raise UserError(f'size={size} is a rectangle; with {order=} give count or ratio')
         h, w = as_pair(size, 'size')
-        if plain and not (type(h) is type(w) is int and 1 <= h <= height and 1 <= w <= width):
-            raise UserError(f'size must be integers (h, w) from 1 to {whole}, got {size=}')
+        if plain:
+            if not (is_integer(h, 1) and is_integer(w, 1) and h <= height and w <= width):
+                raise UserError(f'size must be integers (h, w) from 1 to {whole}, got {size=}')
+            h, w = int(h), int(w)
         return h, w, h * w
-    if count is not None:
-        if type(count) is not int or count < 1 or (plain and count > height * width):
-            raise UserError(f'count must be an integer from 1 to {whole}, got {count=!r}')
-    elif isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
-        raise UserError(f'ratio must be a number with 0 < ratio ≤ 1, got {ratio=!r}')
+    if count is None:
+        ratio = as_share('ratio', ratio)
+    else:
+        count = as_integer('count', count, what=f'an integer from 1 to {whole}')
+        if plain and count > height * width:
+            raise UserError(f'count must be an integer from 1 to {whole}, got {count=}')
     if order == 'square':
         h, w = scaled_grid(height, width, count=count, ratio=ratio)
         return h, w, h * w
@@ -136,13 +135,13 @@ def truncate(
         block: p or (p_h, p_w): each block of these sides is transformed and truncated on its own, as in JPEG. None is
             the whole image.
         count: Coefficients kept of each block.
-        ratio: The share of them, 0 < ratio ≤ 1; of its coefficients, rounded down, a block keeps at least one.
+        ratio: The fraction of them, 0 < ratio ≤ 1; of its coefficients, rounded down, a block keeps at least one.
         order: `square`: the rectangle of `size`, or the largest of the block's aspect (h = ⌊s · H⌋, w = ⌊s · W⌋)
             within the budget. `zigzag`: as many as the budget says, in the order of `zigzag`. It counts half waves
             along each side, so on a block that is not square an antidiagonal is not of one frequency per pixel.
 
     Returns:
-        Of the shape and type of x.
+        The image, of the shape and type of x.
 
     Raises:
         UserError: If x is not floating-point, blocks do not divide it, or the budget exceeds the image or block.
@@ -160,7 +159,7 @@ def kept_energy(
     ratio: float | None = None,
     order: str = 'square',
 ) -> Tensor | np.ndarray:
-    """The share of the energy of an image, its sum of squares, that is in the coefficients that `truncate` keeps.
+    """The fraction of the energy of an image, its sum of squares, that is in the coefficients that `truncate` keeps.
 
     By Parseval, `truncate(x, …).square().sum() / x.square().sum()`, for each image; no image is reconstructed. Most of
     the energy of a photograph is in its mean, which is always kept: see x - x.mean(dims, keepdim=True) for the rest.
@@ -230,7 +229,7 @@ def _in_blocks(x: Tensor, dims: tuple[int, int], block: int | tuple[int, int] | 
     """x with each of its two axes as two, blocks and samples of a block; and the axes of samples."""
     rows, columns = as_pair(dims, 'dims')
     for dim in (rows, columns):
-        if type(dim) is not int or not -x.ndim <= dim < x.ndim:
+        if not is_integer(dim) or not -x.ndim <= dim < x.ndim:
             raise UserError(f'dims must be axes of a tensor of {x.ndim} axes, got {dims=}')
     rows, columns = rows % x.ndim, columns % x.ndim
     if rows == columns:
@@ -255,10 +254,7 @@ def as_block(block: int | tuple[int, int]) -> tuple[int, int]:
     Raises:
         UserError: If it is neither a positive integer nor a pair of them.
     """
-    sides = tuple(block) if isinstance(block, (tuple, list)) else (block, block)
-    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-        raise UserError(f'block must be a positive integer, or a pair (height, width) of them, got {block=!r}')
-    return sides
+    return to_2tuple(as_sides('block', block, '(height, width)'))
 
 
 def _low(x: Tensor, axes: tuple[int, int], sides: tuple[int, int], kept: tuple[int, int, int]) -> Tensor:

@@ -14,6 +14,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from vit_efficient.grid import plain_sizes
+from vit_efficient.utils.checks import is_pair, is_real
 from vit_efficient.utils.errors import UserError
 
 __all__ = ['FrequencyWindow']
@@ -47,8 +48,8 @@ class FrequencyWindow(nn.Module):
     is cast to that does not learn it any more.
 
     Args:
-        smoothness: Frequencies on the slope, above 1. Only those have a gradient; the paper has 4.
-        share: Of the two axes at the start, above 0.
+        smoothness: The number of frequencies on the slope, above 1. Only those have a gradient; the paper has 4.
+        share: L / n along the two axes at the start, above 0.
 
     Raises:
         UserError: If an argument is out of range.
@@ -61,10 +62,10 @@ class FrequencyWindow(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        if not isinstance(share, (tuple, list)) or len(share) != 2:
+        if not is_pair(share):
             raise UserError(f'share of a frequency window must be a pair, got {share=}')
         for name, value, least in (('smoothness', smoothness, 1), ('share', share[0], 0), ('share', share[1], 0)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < math.inf:
+            if not is_real(value) or not least < value < math.inf:
                 raise UserError(f'{name} of a frequency window must be above {least}, got {name}={value!r}')
         self.smoothness = float(smoothness)
         self.initial = tuple(float(value) for value in share)

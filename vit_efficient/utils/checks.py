@@ -1,7 +1,8 @@
 """Checks of arguments: each names the argument, its value and what it must be. NumPy's integers are integers."""
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -89,3 +90,10 @@ def check_options(owner: str, given: Iterable[str], known: Collection[str]) -> N
         if name not in known:
             has = ', '.join(known) or 'none'
             raise UserError(f'{owner} has no option {name!r}{nearest(name, known)} (it has {has})')
+
+
+def argument_names(function: Callable) -> tuple[list[str], bool]:
+    """The names of the arguments of a function or class, and whether it takes any others by name."""
+    parameters = inspect.signature(function).parameters.values()
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)

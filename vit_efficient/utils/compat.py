@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: The mode under which every operator passes one method, `__torch_dispatch__`.
@@ -52,6 +53,31 @@ def feature_indices(depth: int, indices: int | Sequence[int] | None) -> tuple[li
 def without_recompile_limit() -> AbstractContextManager:
     """A context in which `torch.compile` compiles as often as there are shapes, classes or options."""
     return torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
+
+
+def own_names(module: nn.Module) -> set[str]:
+    """The names of everything that a module has of its own: attributes, modules, parameters and buffers."""
+    return {*vars(module), *module._modules, *module._parameters, *module._buffers}
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of a module itself; one that is pruned or parametrised is not among them."""
+    return module._parameters
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is wrapped by a transform of `torch.func`, and of no use outside of it."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def assume(condition: bool | torch.SymBool) -> None:
+    """Raises an error if a condition on sizes is false; an exported graph has it as a guard."""
+    torch._check(condition)
+
+
+def is_number(size: Any) -> bool:
+    """Whether a size is a number; to `torch.compile` a symbol, whose value is open, is of type int too."""
+    return type(size) is int and has_static_value(size)
 
 
 def pil_decoder_arguments(image: Image.Image) -> tuple[Any, ...]:

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional as F
 
-from vit_efficient.attention import base
 from vit_efficient.attention.base import GridAttention, is_plain
+from vit_efficient.attention.functional import attend, attention_weights
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.attention.treeformer.trees import (
     LeafReads,
@@ -38,6 +37,8 @@ from vit_efficient.attention.treeformer.trees import (
     sum_tokens_by_leaf,
 )
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.checks import is_integer
+from vit_efficient.utils.compat import is_number
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
 
@@ -49,20 +50,14 @@ class TreeAttention(GridAttention):
     """What both attentions of Treeformer have: a tree per head. A change from one to the other keeps the trees."""
 
     def add_trees(self, tree_height: int) -> None:
-        if type(tree_height) is not int or not 0 <= tree_height <= MAX_HEIGHT:
+        if not (is_integer(tree_height, 0) and tree_height <= MAX_HEIGHT):
             raise UserError(f'tree_height must be an integer from 0 to {MAX_HEIGHT}, got {tree_height=}')
         like = self.qkv.weight
-        self.tree = Trees(self.num_heads, self.head_dim, tree_height, device=like.device, dtype=like.dtype)
+        self.tree = Trees(self.num_heads, self.head_dim, int(tree_height), device=like.device, dtype=like.dtype)
 
     def init_weights(self) -> None:
         """What timm's `init_weights` of a model calls, after `to_empty` too."""
         self.tree.reset_parameters()
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values: (B, N, C) → (B, H, N, D), three times."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.q_norm(q), self.k_norm(k), v
 
     def leaves(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
         """The leaves of the patches as queries and as keys: (B, N, C) → (B, H, N − P), int64, twice. No gradient."""
@@ -98,10 +93,9 @@ class TreeMeanAttention(TreeAttention):
 
     def configure(self, *, tree_height: int = 4) -> None:
         self.add_trees(tree_height)
-        like = self.qkv.weight
-        self.level_weight = nn.Parameter(
-            torch.full((self.num_heads, tree_height + 1), 1 / (tree_height + 1), device=like.device, dtype=like.dtype)
-        )
+        like, levels = self.qkv.weight, self.tree.height + 1
+        alphas = torch.full((self.num_heads, levels), 1 / levels, device=like.device, dtype=like.dtype)
+        self.level_weight = nn.Parameter(alphas)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -112,18 +106,14 @@ class TreeMeanAttention(TreeAttention):
         nn.init.constant_(self.level_weight, 1 / self.level_weight.shape[1])
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+        self.check_call(x, grid, attn_mask, is_causal)
         if self._folds(x, grid):
             return self._folded(x, grid)
         q, k, v = self.project(x)
-        if self.training and self.attn_drop.p:
-            v = v * self.attn_drop(torch.ones_like(v[..., :1]))
+        v = self.drop_keys(v)
         trees = (self.tree.weight, self.tree.bias, self.level_weight)
         y_BNC = average_over_nodes(q, k, v, *trees, grid.prefix, grid.num_patches, self.scale, self.fused_attn)
-        y_BNC = self.norm(y_BNC)
-        if self.gate is not None:
-            y_BNC = y_BNC * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(y_BNC))
+        return self.finish(y_BNC, x)
 
     def _folds(self, x: Tensor, grid: PatchGrid) -> bool:
         return (
@@ -134,8 +124,7 @@ class TreeMeanAttention(TreeAttention):
             and isinstance(self.norm, nn.Identity)
             and is_plain(self.qkv)
             and is_plain(self.proj)
-            and type(grid.num_patches) is int
-            and has_static_value(grid.num_patches)  # to torch.compile, a symbol is of type int too
+            and is_number(grid.num_patches)
             and 2**self.tree.height < grid.num_patches
         )
 
@@ -145,7 +134,7 @@ class TreeMeanAttention(TreeAttention):
         heads, num_leaves = (self.num_heads, self.head_dim), 2**self.tree.height
         rows, bias = [2 * self.attn_dim, self.attn_dim], self.qkv.bias
         (w_qk, w_v), (b_qk, b_v) = self.qkv.weight.split(rows), (None, None) if bias is None else bias.split(rows)
-        q, k = F.linear(x, w_qk, b_qk).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.heads(F.linear(x, w_qk, b_qk)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         b_v = torch.zeros_like(w_v[:, 0]) if b_v is None else b_v
         to_values = list(zip(w_v.unflatten(0, heads), b_v.unflatten(0, heads), strict=True))
@@ -174,8 +163,8 @@ class TreeMeanAttention(TreeAttention):
         y = y.to(answers[0].dtype)
         if not grid.prefix:
             return y
-        shares_BHPN = ((q[:, :, : grid.prefix] * self.scale) @ k.mT).softmax(dim=-1)
-        x_BHPC = shares_BHPN.to(x.dtype) @ x[:, None]
+        weights_BHPN = attention_weights(q[:, :, : grid.prefix], k, self.scale)
+        x_BHPC = weights_BHPN.to(x.dtype) @ x[:, None]
         y_prefix = [F.linear(t, w, b) for t, (w, b) in zip(x_BHPC.unbind(1), to_values, strict=True)]
         return torch.cat([self.proj(torch.cat(y_prefix, dim=-1)), y], dim=1)
 
@@ -206,16 +195,15 @@ def average_over_nodes(
 
     Args:
         q, k, v: (B, H, N, D)
-        weight, bias: Of the predicates, (H, J, D) and (H, J).
+        weight, bias: The predicates, (H, J, D) and (H, J).
         level_weight: α, (H, h + 1)
-        prefix, num_patches: Of the N tokens.
-        scale: Of the scores of the prefix tokens.
-        fused: Whether to use PyTorch's fused attention for them.
+        prefix, num_patches: How many of the N tokens are prefix tokens, and patches.
+        scale, fused: As of `functional.attend`, for the prefix tokens.
 
     Returns:
         (B, N, C), of the dtype of v.
     """
-    y_prefix = [attend(q[:, :, :prefix], k, v, scale, 0.0, fused).transpose(1, 2).to(v.dtype)] if prefix else []
+    y_prefix = [attend(q[:, :, :prefix], k, v, scale, fused).transpose(1, 2).to(v.dtype)] if prefix else []
     dtype = torch.promote_types(v.dtype, torch.float32)
     with without_autocast(v):
         # Split, not sliced: the gradient of a slice is as large as the whole.
@@ -239,7 +227,7 @@ def node_table(sums: Tensor, counts: Tensor, v_prefix: Tensor, level_weight: Ten
     one of them, its parent's.
 
     Args:
-        sums, counts: Of the patches in each leaf, (B, H, L, D) and (B, H, L, 1).
+        sums, counts: Of each leaf, the sum of its patches' values and their number, (B, H, L, D) and (B, H, L, 1).
         v_prefix: Values in every node, (B, H, P, D).
         level_weight: α, (H, h + 1)
 
@@ -262,14 +250,3 @@ def node_table(sums: Tensor, counts: Tensor, v_prefix: Tensor, level_weight: Ten
         mean = (sums + common + empty * mean.repeat_interleave(2, dim=2)) / (counts + empty)
         table = table.repeat_interleave(2, dim=2) + alpha * mean
     return table
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, fused: bool, mask: Tensor | None = None
-) -> Tensor:
-    """Softmax attention: (…, queries, D), (…, keys, D) twice, and which of them count → (…, queries, D)"""
-    if fused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    scores = (q * scale) @ k.mT
-    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v

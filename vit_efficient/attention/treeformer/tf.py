@@ -28,12 +28,13 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit_efficient.attention import base
+from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.attention.treeformer.tc import TreeAttention, attend
+from vit_efficient.attention.treeformer.tc import TreeAttention
 from vit_efficient.attention.treeformer.trees import CHUNK, best_leaves, leaves_of, membership, products, route
 from vit_efficient.flops.formulas import register_flops
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
 
@@ -68,36 +69,20 @@ class LeafAttention(TreeAttention):
 
     def configure(self, *, tree_height: int = 4, num_leaves: int = 1) -> None:
         self.add_trees(tree_height)
-        if type(num_leaves) is not int or not 1 <= num_leaves <= 2**tree_height:
+        if not (is_integer(num_leaves, 1) and num_leaves <= 2**self.tree.height):
             raise UserError(f'num_leaves must be from 1 to 2^tree_height, got {num_leaves=}, {tree_height=}')
-        self.num_leaves = num_leaves
+        self.num_leaves = int(num_leaves)
 
     @property
     def options(self) -> dict[str, Any]:
         return dict(tree_height=self.tree.height, num_leaves=self.num_leaves)
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        base.check_tokens(self.mechanism, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
-        q, k, v = self.project(x)
-        dropout = self.attn_drop.p if self.training else 0.0
-        y_BNC = attend_in_leaves(
-            q,
-            k,
-            v,
-            self.tree.weight,
-            self.tree.bias,
-            grid.prefix,
-            grid.num_patches,
-            self.num_leaves,
-            self.scale,
-            dropout,
-            self.fused_attn,
-            self.pad_groups,
-        )
-        y_BNC = self.norm(y_BNC)
-        if self.gate is not None:
-            y_BNC = y_BNC * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(y_BNC))
+        self.check_call(x, grid, attn_mask, is_causal)
+        trees = (self.tree.weight, self.tree.bias, self.num_leaves)
+        how = (self.scale, self.fused_attn, self.drop_rate, self.pad_groups)
+        y_BNC = attend_in_leaves(*self.project(x), *trees, grid.prefix, grid.num_patches, *how)
+        return self.finish(y_BNC, x)
 
     def export_error(self, suffix: str) -> str | None:
         return NO_GRAPH
@@ -122,24 +107,22 @@ def attend_in_leaves(
     v: Tensor,
     weight: Tensor,
     bias: Tensor,
+    num_leaves: int,
     prefix: int,
     num_patches: int,
-    num_leaves: int,
     scale: float,
-    dropout: float,
     fused: bool,
+    dropout: float,
     pad: bool = True,
 ) -> Tensor:
     """Softmax attention of the patches inside their leaves, and of the prefix tokens among all.
 
     Args:
         q, k, v: (B, H, N, D)
-        weight, bias: Of the predicates, (H, J, D) and (H, J).
-        prefix, num_patches: Of the N tokens.
-        num_leaves: That a query reads.
-        scale: Of the scores.
-        dropout: Share of the attention weights that is dropped.
-        fused: Whether to use PyTorch's fused attention.
+        weight, bias: The predicates, (H, J, D) and (H, J).
+        num_leaves: How many leaves a query reads.
+        prefix, num_patches: How many of the N tokens are prefix tokens, and patches.
+        scale, fused, dropout: As of `functional.attend`.
         pad: Whether small groups of queries may be padded to a batch.
 
     Returns:
@@ -150,14 +133,15 @@ def attend_in_leaves(
     """
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise UserError(NO_GRAPH)
-    y = [attend(q[:, :, :prefix], k, v, scale, dropout, fused)] if prefix else []
-    y.append(_attend_patches(q, k, v, weight, bias, prefix, num_patches, num_leaves, scale, dropout, fused, pad))
+    how = (scale, fused, dropout)
+    y = [attend(q[:, :, :prefix], k, v, *how)] if prefix else []
+    y.append(_attend_patches(q, k, v, weight, bias, num_leaves, prefix, num_patches, how, pad))
     return torch.cat(y, dim=2).to(v.dtype).transpose(1, 2).flatten(2)
 
 
 @torch.compiler.disable(reason=NO_GRAPH)
 def _attend_patches(
-    q: Tensor, k: Tensor, v: Tensor, weight, bias, prefix, num_patches, num_leaves, scale, dropout, fused, pad
+    q: Tensor, k: Tensor, v: Tensor, weight, bias, num_leaves, prefix, num_patches, how: tuple, pad: bool
 ) -> Tensor:
     """(B, H, N, D) three times, of all tokens → (B, H, N − P, D), of the patches"""
     # Split, not sliced: the gradient of a slice is as large as the whole.
@@ -178,7 +162,7 @@ def _attend_patches(
         with without_autocast(v):
             trees = [t.to(torch.promote_types(v.dtype, torch.float32)) for t in (weight, bias)]
             m_q, m_k = (
-                membership(t.detach().to(trees[0].dtype), *trees, leaves).to(t.dtype) / scale
+                membership(t.detach().to(trees[0].dtype), *trees, leaves).to(t.dtype) / how[0]
                 for t, leaves in ((q, leaves_q), (k, leaf_k.unsqueeze(-1)))
             )
         q = torch.cat([q, m_q, torch.ones_like(m_k)], dim=-1)
@@ -197,16 +181,13 @@ def _attend_patches(
     y = [v[:0]]  # of an empty batch, all
     for part in reads.split(q, k, v):
         if pad and (q.is_cuda or part.num_queries.amax() * part.num_keys.amax() <= PADDED):
-            y.append(_attend_padded(part, scale, dropout, fused))
+            y.append(_attend_padded(part, *how))
             continue
         tokens = (t.split(n.tolist()) for t, n in zip(part[:3], (part.num_queries, *[part.num_keys] * 2), strict=True))
         for q_group, k_group, v_group in zip(*tokens, strict=True):
             # In parts where scores are written out, so that a leaf with all tokens has no N × N matrix either.
-            rows = (q_group,) if fused else q_group.split(CHUNK)
-            y += [
-                attend(r[None, None], k_group[None, None], v_group[None, None], scale, dropout, fused)[0, 0]
-                for r in rows
-            ]
+            rows = (q_group,) if how[1] else q_group.split(CHUNK)
+            y += [attend(r[None, None], k_group[None, None], v_group[None, None], *how)[0, 0] for r in rows]
     y = torch.cat(y).index_select(0, reads.queries.argsort())
     return y[..., :dim].unflatten(0, leaf_k.shape)
 
@@ -314,12 +295,12 @@ def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
     return shift + torch.arange(len(shift), device=shift.device)
 
 
-def _attend_padded(part: Part, scale: float, dropout: float, fused: bool) -> Tensor:
+def _attend_padded(part: Part, scale: float, fused: bool, dropout: float) -> Tensor:
     """All groups as one batch, with keys that are masked and queries that are dropped again: → (Σ num_queries, D)"""
     (rows_q, is_query), (rows_k, is_key) = _padding(part.num_queries), _padding(part.num_keys)
     q = part.q.index_select(0, rows_q.flatten()).unflatten(0, rows_q.shape)[:, None]
     k, v = (t.index_select(0, rows_k.flatten()).unflatten(0, rows_k.shape)[:, None] for t in (part.k, part.v))
-    y = attend(q, k, v, scale, dropout, fused, is_key[:, None, None])
+    y = attend(q, k, v, scale, fused, dropout, is_key[:, None, None])
     return y.flatten(0, 2).index_select(0, is_query.flatten().nonzero()[:, 0])
 
 
