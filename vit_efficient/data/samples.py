@@ -102,12 +102,11 @@ class Samples(Dataset):
             UserError: If one of them does not fit the model, or the image is corrupt and `on_error` is not skip. The
                 message names the sample.
         """
-        if self.cached is not None and index in self.cached:
-            return self.cached[index]
-        item = self._read(index)
-        if self.cached is not None:
-            self.cached[index] = item
-        return item
+        if self.cached is None:
+            return self._read(index)
+        if index not in self.cached:
+            self.cached[index] = self._read(index)
+        return self.cached[index]
 
     def _read(self, index: int) -> tuple[Any, ...] | Unreadable:
         try:
@@ -161,12 +160,11 @@ class Samples(Dataset):
         return f'sample {name}' if name == str(index) else str(Path(root or '') / name)
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple[Any, ...] | Unreadable:
-        index = key[1]
-        item = self.decode(index)
+        item = self.decode(key[1])
         if isinstance(item, Unreadable):
             return item
         image, *truth = item
-        return self.transform(image, *key), *truth, index
+        return self.transform(image, *key), *truth, key[1]
 
     def readable(self, count: int) -> Iterator[tuple[Any, ...]]:
         """That many samples (at most all), evenly spread over the set, as in epoch 0, less those that are skipped.

@@ -88,24 +88,20 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
     else:
         steps += [A.SmallestMaxSize(max_size_hw=(height, width), **resize), A.CenterCrop(height, width)]
     if config.hflip:
-        steps.append((A.HorizontalFlip if photograph else _HorizontalFlip)(p=config.hflip))
+        steps.append(A.HorizontalFlip(p=config.hflip) if photograph else _Flip(1, p=config.hflip))
     if config.vflip:
-        steps.append((A.VerticalFlip if photograph else _VerticalFlip)(p=config.vflip))
+        steps.append(A.VerticalFlip(p=config.vflip) if photograph else _Flip(0, p=config.vflip))
     affine = config.affine
     if affine.rotate or affine.translate or affine.scale or affine.shear:
-        steps.append(
-            A.Affine(
-                rotate=(-affine.rotate, affine.rotate),
-                translate_percent=(-affine.translate, affine.translate),
-                scale=(1 - affine.scale, 1 + affine.scale),
-                shear=(-affine.shear, affine.shear),
-                p=1,
-            )
-        )
+        rotate, translate, shear = (_around(0, spread) for spread in (affine.rotate, affine.translate, affine.shear))
+        scale = _around(1, affine.scale)
+        steps.append(A.Affine(rotate=rotate, translate_percent=translate, scale=scale, shear=shear, p=1))
     if config.three:
         steps.append(A.OneOf(_three(photograph, channels), p=1))
     if config.color_jitter or config.hue:
-        steps.append(_color_jitter(config, photograph))
+        factors = [_around(1, config.color_jitter)] * 2  # of brightness and contrast
+        jitter = A.ColorJitter(*factors, factors[0], _around(0, config.hue), p=1)
+        steps.append(jitter if photograph else _BrightnessContrast(*factors))
     if config.rand_ops:
         policy = _policy(config.rand_magnitude / 10, photograph)
         steps.append(A.RandomOrder(policy, n=config.rand_ops, replace=True, p=1))
@@ -125,18 +121,15 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
     return A.Compose(steps)
 
 
-class _HorizontalFlip(A.HorizontalFlip):
-    """A flip of any number of channels: OpenCV 5 flips no more than 128."""
+class _Flip(A.ImageOnlyTransform):
+    """A flip along one axis, of any number of channels: OpenCV 5 flips no more than 128."""
+
+    def __init__(self, axis: int, p: float):
+        super().__init__(p=p)
+        self.axis = axis
 
     def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
-        return np.ascontiguousarray(img[:, ::-1])
-
-
-class _VerticalFlip(A.VerticalFlip):
-    """A flip of any number of channels, likewise."""
-
-    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
-        return np.ascontiguousarray(img[::-1])
+        return np.ascontiguousarray(np.flip(img, self.axis))
 
 
 class _BrightnessContrast(A.ImageOnlyTransform):
@@ -167,12 +160,8 @@ class _Erasing(A.Erasing):
         return erased
 
 
-def _color_jitter(config: AugmentConfig, photograph: bool) -> A.BasicTransform:
-    strength = config.color_jitter
-    factors = (1 - strength, 1 + strength)
-    if photograph:
-        return A.ColorJitter(factors, factors, factors, hue=(-config.hue, config.hue), p=1)
-    return _BrightnessContrast(factors, factors)
+def _around(middle: float, spread: float) -> tuple[float, float]:
+    return middle - spread, middle + spread
 
 
 def _three(photograph: bool, channels: int) -> list[A.BasicTransform]:
@@ -186,28 +175,24 @@ def _three(photograph: bool, channels: int) -> list[A.BasicTransform]:
 
 def _policy(strength: float, photograph: bool) -> list[A.BasicTransform]:
     """The operations of RandAugment (Cubuk et al., 2020), with the ranges of timm, at a strength of 0 to 1."""
-    turn, shear, shift, factor = 30 * strength, math.degrees(math.atan(0.3 * strength)), 0.45 * strength, 0.9 * strength
-    around, still = (1 - factor, 1 + factor), (1, 1)
+    shear, shift = _around(0, math.degrees(math.atan(0.3 * strength))), _around(0, 0.45 * strength)
+    factor, one, none = _around(1, 0.9 * strength), (1, 1), (0, 0)
     operations = [
         A.NoOp(p=1),
-        A.Affine(rotate=(-turn, turn), p=1),
-        A.Affine(shear={'x': (-shear, shear), 'y': (0, 0)}, p=1),
-        A.Affine(shear={'x': (0, 0), 'y': (-shear, shear)}, p=1),
-        A.Affine(translate_percent={'x': (-shift, shift), 'y': (0, 0)}, p=1),
-        A.Affine(translate_percent={'x': (0, 0), 'y': (-shift, shift)}, p=1),
+        A.Affine(rotate=_around(0, 30 * strength), p=1),
+        A.Affine(shear={'x': shear, 'y': none}, p=1),
+        A.Affine(shear={'x': none, 'y': shear}, p=1),
+        A.Affine(translate_percent={'x': shift, 'y': none}, p=1),
+        A.Affine(translate_percent={'x': none, 'y': shift}, p=1),
     ]
     if not photograph:
-        return [
-            *operations,
-            _BrightnessContrast(around, still),
-            _BrightnessContrast(still, around),
-        ]
+        return [*operations, _BrightnessContrast(factor, one), _BrightnessContrast(one, factor)]
     return [
         *operations,
-        A.ColorJitter(around, still, still, hue=(0, 0), p=1),
-        A.ColorJitter(still, around, still, hue=(0, 0), p=1),
-        A.ColorJitter(still, still, around, hue=(0, 0), p=1),
-        A.Sharpen(alpha=(0, factor), lightness=(1, 1), p=1),
+        A.ColorJitter(factor, one, one, hue=none, p=1),
+        A.ColorJitter(one, factor, one, hue=none, p=1),
+        A.ColorJitter(one, one, factor, hue=none, p=1),
+        A.Sharpen(alpha=(0, 0.9 * strength), lightness=(1, 1), p=1),
         A.AutoContrast(p=1),
         A.Equalize(p=1),
         A.Posterize(num_bits=(8 - round(4 * strength), 8), p=1),

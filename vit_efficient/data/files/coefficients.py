@@ -135,7 +135,7 @@ def read_coefficients(
     Raises:
         UserError: If the arguments do not fit each other, the file has no coefficients (see `read_quantized`), or the
             image is smaller than a patch.
-        ImportError: If `pyjpegio` is not installed.
+        MissingPackage: If `pyjpegio` is not installed.
     """
     layout = PatchCoefficients(patch_size, keep)
     if channels not in _TO_CHANNELS:

@@ -5,7 +5,6 @@ or an open stream, and leave EXIF orientation alone as it does.
 """
 
 import contextlib
-import importlib
 import io
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from PIL import Image
 
 from vit_efficient.data.files.images import name_of, read_image
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.packages import import_optional
 
 BLOCK = 8  # side of JPEG's blocks, in samples
 REDUCTIONS = (8, 4, 2)  # at which libjpeg decodes by a smaller inverse transform
@@ -42,7 +42,7 @@ class ReducedReader:
         crop_ratio: Least and largest width to height of the crop.
 
     Raises:
-        ImportError: If `simplejpeg` is not installed.
+        MissingPackage: If `simplejpeg` is not installed.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ReducedReader:
         crop_scale: float | None = None,
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     ):
-        _import('simplejpeg', 'simplejpeg')
+        import_optional('simplejpeg', 'JPEGs are decoded at a reduced size by', 'jpeg')
         self.height, self.width = height, width
         self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
 
@@ -77,7 +77,7 @@ class ReducedReader:
         Raises:
             UserError: If it cannot be decoded. The message names the file, if the source is one.
         """
-        simplejpeg = _import('simplejpeg', 'simplejpeg')
+        simplejpeg = import_optional('simplejpeg', 'JPEGs are decoded at a reduced size by', 'jpeg')
         data = _read(source)
         if data.startswith(_START):
             with contextlib.suppress(ValueError):
@@ -101,11 +101,11 @@ class QuantizedReader:
         height, width: The least size in pixels.
 
     Raises:
-        ImportError: If `pyjpegio` is not installed.
+        MissingPackage: If `pyjpegio` is not installed.
     """
 
     def __init__(self, height: int, width: int):
-        _import('jpegio', 'pyjpegio')
+        _import_jpegio()
         self.height, self.width = height, width
 
     def __call__(self, source: str | Path | BinaryIO) -> 'QuantizedJpeg':
@@ -154,9 +154,9 @@ def read_quantized(source: str | Path | BinaryIO) -> QuantizedJpeg:
     Raises:
         UserError: If it is not such a JPEG, or is truncated. The message names the file, if the source is one. Damage
             within a scan is not noticed, as it is not by decoders.
-        ImportError: If `pyjpegio` is not installed.
+        MissingPackage: If `pyjpegio` is not installed.
     """
-    jpegio = _import('jpegio', 'pyjpegio')
+    jpegio = _import_jpegio()
     data, prefix = _read(source), name_of(source)
     try:
         slots = _quantisation_tables(data)
@@ -239,11 +239,5 @@ def _quantized(jpeg, slots: list[int]) -> QuantizedJpeg:
     )
 
 
-def _import(name: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f'JPEGs are read this way by the {package} package, which is not installed: pip install {package}, or '
-            "pip install 'vit-efficient[jpeg]'"
-        ) from error
+def _import_jpegio() -> ModuleType:
+    return import_optional('jpegio', 'coefficients of JPEGs are read by', 'jpeg', 'pyjpegio')

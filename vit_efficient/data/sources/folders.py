@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from timm.utils.misc import natural_key
@@ -14,6 +15,11 @@ from vit_efficient.utils.errors import UserError
 _logger = logging.getLogger(__name__)
 # What lies beside images and is none.
 _OTHER_FILES = ('.csv', '.db', '.html', '.ini', '.json', '.log', '.md', '.tsv', '.txt', '.xml', '.yaml', '.yml')
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Names in the order of the numbers in them, and those that tie, such as 1 and 01, in a fixed one."""
+    return sorted(names, key=lambda name: (natural_key(name), name))
 
 
 class ImageTree(DatasetFolder):
@@ -58,8 +64,7 @@ class ImageTree(DatasetFolder):
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         names = (path.name for path in Path(directory).iterdir() if path.is_dir() and not path.name.startswith('.'))
-        # Names that tie, such as 1 and 01, would come as the file system lists them.
-        classes = sorted(names, key=lambda name: (natural_key(name), name))
+        classes = natural_order(names)
         if not classes:
             raise FileNotFoundError('no class folders')
         return classes, {name: label for label, name in enumerate(classes)}

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from timm.data.readers.reader import Reader
-from timm.utils.misc import natural_key
 
+from vit_efficient.data.sources.folders import natural_order
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.packages import import_optional
 
 
 class HuggingFaceReader(Reader):
@@ -28,7 +29,7 @@ class HuggingFaceReader(Reader):
 
     Raises:
         UserError: If the library cannot open it, there are no such columns, they are of other types, or it is a stream.
-        ImportError: If `datasets` is not installed.
+        MissingPackage: If `datasets` is not installed.
     """
 
     def __init__(
@@ -42,12 +43,7 @@ class HuggingFaceReader(Reader):
         **options: Any,
     ):
         super().__init__()
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(
-                "hfds/… needs the datasets package, which is not installed: pip install 'vit-efficient[hf]'"
-            ) from error
+        datasets = import_optional('datasets', 'hfds/… needs', 'hf')
         saved = Path(name, split)
         if _is_saved(Path(name)) and not _is_saved(saved):
             parent, folder = Path(name).parent, Path(name).name
@@ -63,9 +59,8 @@ class HuggingFaceReader(Reader):
             raise UserError('it is a stream, its samples have no index; leave streaming out')
         for key in (input_key, target_key):
             if key not in dataset.features:
-                raise UserError(
-                    f'there is no column {key!r} (input_key, target_key), only {", ".join(dataset.features)}'
-                )
+                known = ', '.join(dataset.features)
+                raise UserError(f'there is no column {key!r} (input_key, target_key), only {known}')
         image, label = dataset.features[input_key], dataset.features[target_key]
         if isinstance(image, datasets.Image):
             dataset = dataset.cast_column(input_key, datasets.Image(decode=False))
@@ -77,9 +72,7 @@ class HuggingFaceReader(Reader):
         self.numbers: dict[str, int] | None = None  # of labels that are names
         self.classes = getattr(label, 'names', None)
         if getattr(label, 'dtype', None) in ('string', 'large_string'):
-            names = set(dataset.unique(target_key)) - {None}
-            # Names that tie, such as 1 and 01, would come as the set has them: otherwise in each process.
-            self.classes = sorted(names, key=lambda name: (natural_key(name), name))
+            self.classes = natural_order(set(dataset.unique(target_key)) - {None})
             self.numbers = {name: number for number, name in enumerate(self.classes)}
         elif self.classes is None and not str(getattr(label, 'dtype', '')).startswith(('int', 'uint', 'bool')):
             raise UserError(f'column {target_key!r} must hold labels, integers or names, it holds {label}')

@@ -27,6 +27,7 @@ from vit_efficient.data.files.images import EXTENSIONS
 from vit_efficient.utils.compat import tar_members
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import replacing
+from vit_efficient.utils.packages import import_optional
 
 IMAGE_KEYS = ';'.join(extension[1:] for extension in EXTENSIONS)
 _THREADS = 16  # that read headers: most of the time goes by in waiting for the disk
@@ -55,7 +56,7 @@ class ShardReader(Reader):
     Raises:
         UserError: If the shards are not plain tar files on this machine, one of them is missing or damaged, or there
             is no image or no label in them.
-        ImportError: If `webdataset` is not installed.
+        MissingPackage: If `webdataset` is not installed.
     """
 
     def __init__(
@@ -114,22 +115,15 @@ class ShardReader(Reader):
 
 
 def _expand(pattern: str) -> list[str]:
-    try:
-        from webdataset.shardlists import expand_urls
-    except ImportError as error:
-        raise ImportError(
-            'shards are read with the webdataset package, which is not installed: pip install '
-            "'vit-efficient[webdataset]'"
-        ) from error
+    shardlists = import_optional('webdataset.shardlists', 'shards are read with', 'webdataset')
     if pattern.startswith('pipe:') or '://' in pattern:
         raise UserError(
             f'{pattern}: shards that come as a stream have no samples with an index, without which a run cannot go on '
             'where it stopped; copy them to a disk'
         )
     shards = []
-    for path in expand_urls(pattern):
-        wild = any(character in path for character in '*?[')
-        shards += sorted(glob(path)) if wild else [path]
+    for path in shardlists.expand_urls(pattern):
+        shards += sorted(glob(path)) if set('*?[') & set(path) else [path]
     missing = [shard for shard in shards if not Path(shard).is_file()]
     if missing or not shards:
         which = f'{len(missing)} of {len(shards)} shards, such as {missing[0]}' if missing else 'a shard'
