@@ -39,8 +39,8 @@ class PatchGrid:
             # Sizes that are symbols (torch.export, FX) are taken as they are: comparing them would fix their value.
             if (type(value) is int and value >= least) or isinstance(value, SYMBOLS):
                 continue
-            size = as_integer(name, value, least, f'an integer of at least {least} in a PatchGrid')
-            object.__setattr__(self, name, size)
+            what = f'an integer of at least {least} in a PatchGrid'
+            object.__setattr__(self, name, as_integer(name, value, least, what))
 
     @property
     def num_patches(self) -> int:

@@ -370,7 +370,7 @@ class TestModule:
 
     def test_repr_tells_the_truth(self):
         text = repr(create_attention('nystrom', 12, 3, num_landmarks=(3, 4), pinv='exact', residual_kernel=3))
-        assert "pinv='exact'" in text and 'num_tokens=(3, 4)' in text and 'iterations' not in text
+        assert "pinv='exact'" in text and 'num_landmarks=(3, 4)' in text and 'iterations' not in text
         assert '(local): ValueMixing(3, 3, kernel_size=(3, 3)' in text
         assert 'pinv_iterations=6' in repr(create_attention('nystrom', 12, 3))
 

@@ -80,7 +80,7 @@ def check(attention, grid, batch=2):
 def padded(request, monkeypatch):
     """Both ways of computing: by window order, and, as for sizes that are symbols, padded and masked."""
     if request.param:
-        monkeypatch.setattr(window, '_are_numbers', lambda *sizes: False)
+        monkeypatch.setattr(window, 'are_numbers', lambda *sizes: False)
 
 
 @pytest.mark.usefixtures('padded')

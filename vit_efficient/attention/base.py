@@ -1,7 +1,6 @@
 """The contract of an attention: timm's `Attention` with the grid of its tokens; and what all mechanisms repeat."""
 
 import copy
-import inspect
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, as_integer, check_options
 from vit_efficient.utils.compat import own_names, own_parameters
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.options import write_options
 
-_TIMM_ARGUMENTS = tuple(inspect.signature(Attention.__init__).parameters)[1:]
+_TIMM_ARGUMENTS = argument_names(Attention)[0]
 
 
 class GridAttention(Attention):
@@ -45,9 +45,6 @@ class GridAttention(Attention):
     def __init__(self, dim: int, num_heads: int = 8, *, mechanism: str = '', **kwargs):
         timm_arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in _TIMM_ARGUMENTS}
         dim, num_heads = as_integer('dim', dim), as_integer('num_heads', num_heads)
-        for name in ('attn_head_dim', 'dim_out'):
-            if timm_arguments.get(name) is not None:
-                timm_arguments[name] = as_integer(name, timm_arguments[name])
         if timm_arguments.get('attn_head_dim') is None and dim % num_heads:
             raise UserError(f'num_heads must divide dim, got {dim=}, {num_heads=}')
         if timm_arguments.get('norm_layer') is None:
@@ -66,10 +63,7 @@ class GridAttention(Attention):
         Args:
             attention: Any subclass of timm's `Attention` whose additions are registered here or none.
             mechanism: The name that it is registered by, if it is.
-            **options: Of the mechanism.
-
-        Raises:
-            UserError: If an option is unknown or out of range.
+            **options: Those of the mechanism.
         """
         new = cls.__new__(cls)
         for name, value in vars(attention).items():  # own registries of modules and hooks, the same parameters
@@ -97,7 +91,7 @@ class GridAttention(Attention):
         """The options of one block of a model, from those given for the model.
 
         Args:
-            options: Of the mechanism, preset included.
+            options: Those of the mechanism, preset included.
             layer: The number of the block, from 0.
             depth: The number of blocks.
             grid_size: Rows and columns of patches that the model is built for.
@@ -168,7 +162,11 @@ class GridAttention(Attention):
         return self.attn_drop.p if self.training else 0.0
 
     def drop_keys(self, v: Tensor) -> Tensor:
-        """Values without those of dropped keys, for mechanisms with no N × N matrix that `attn_drop` could act on."""
+        """In training, values without those of dropped keys: (B, H, N, D) → (B, H, N, D)
+
+        For mechanisms with no N × N matrix that `attn_drop` could act on: it drops keys, each from all queries of its
+        head. As in exact attention, the weights of the others are scaled up, not normalised again.
+        """
         return v * self.attn_drop(torch.ones_like(v[..., :1])) if self.drop_rate else v
 
     def norm_and_gate(self, y: Tensor, x: Tensor) -> Tensor:
@@ -201,6 +199,9 @@ class GridAttention(Attention):
     def use_common_part(self, owned: nn.Module) -> None:
         """Uses the common part that the model owns instead of its own."""
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return write_options(self.options)
 
     def added_state(self, prefix: str = '', keep_vars: bool = False) -> dict[str, Tensor]:
         """The entries of the state dict that timm's `Attention` does not have."""
@@ -249,7 +250,7 @@ def layer_options(
 
     Args:
         name: One of `list_attentions()`.
-        options: Of the mechanism.
+        options: Those of the mechanism.
         layer, depth, grid_size: As in `GridAttention.at_layer`.
 
     Raises:
@@ -266,7 +267,7 @@ def create_attention(name: str, dim: int, num_heads: int = 8, **options) -> Grid
         name: One of `list_attentions()`.
         dim: C, channels of the tokens.
         num_heads: Attention heads; they divide `dim`.
-        **options: Of the mechanism, over those that its name presets; and timm's arguments (`qkv_bias`, `qk_norm`, …).
+        **options: Those of the mechanism, over its name's preset; and timm's arguments (`qkv_bias`, `qk_norm`, …).
 
     Raises:
         UserError: If the name or an option is unknown, or an option is out of range.

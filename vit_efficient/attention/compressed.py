@@ -17,7 +17,7 @@ Letters: B batch, N tokens, m kept, P prefix, C channels, H heads, D = C / H. Ke
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
+from timm.layers import register_notrace_function, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,14 +33,16 @@ PLACES = ('x', 'qkv', 'kv', 'block')
 
 
 class LocalMixing(nn.Conv2d):
-    """Depthwise convolution over the patch grid; it starts at zero, so that adding it changes nothing at first."""
+    """Depthwise convolution over the patch grid, of odd kernel sizes.
+
+    It starts at zero, so that the weights of a plain ViT mean what they did; its gradient is not zero there.
+    """
 
     flop_role = 'transform'
 
-    def __init__(self, channels: int, kernel_size: int, **kwargs):
-        super().__init__(
-            channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False, **kwargs
-        )
+    def __init__(self, channels: int, kernel_size: int | tuple[int, int], **kwargs):
+        padding = tuple(side // 2 for side in to_2tuple(kernel_size))
+        super().__init__(channels, channels, kernel_size, padding=padding, groups=channels, bias=False, **kwargs)
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -75,9 +77,6 @@ class CompressedAttention(GridAttention):
         local: Kernel size of a depthwise convolution over the patch grid, added to the output; it restores what the
             compressor cannot carry. Odd; 0 for none, as at place 'block', whose residual does that.
         **compressor_options: For the compressor, such as `keep_ratio`.
-
-    Raises:
-        UserError: If an option is unknown or out of range.
     """
 
     def configure(self, *, compressor: str, place: str = 'x', local: int = 0, **compressor_options) -> None:
@@ -139,10 +138,6 @@ class CompressedAttention(GridAttention):
         self.check_call(x, grid)
         return self._down(x, grid)
 
-    def up(self, y: Tensor, grid: PatchGrid) -> Tensor:
-        """And back: (B, m, C) → (B, N, C)."""
-        return self._up(y, grid)
-
     def _among_kept(self, x_BmC: Tensor, grid: PatchGrid) -> Tensor:
         """timm's attention on the kept tokens, but for the output projection."""
         q, k, v = self.heads(self.qkv(x_BmC)).unbind(2)
@@ -154,7 +149,7 @@ class CompressedAttention(GridAttention):
         if self.place == 'qkv':
             if self.gate is None and isinstance(self.norm, nn.Identity):
                 return self._project_up(y, grid)
-            y = self._up(y, grid)
+            y = self.up(y, grid)
         return self.proj(self.norm_and_gate(y, x))
 
     def _compressed_projections(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,12 +159,11 @@ class CompressedAttention(GridAttention):
             return self.heads(qkv).unbind(2)
         down_k, down_v = self.compress.ways_down
         if self.compress.commutes and is_plain(self.qkv):  # its rows can be used apart
-            q = self.heads(self._rows(x, 0, 1)).squeeze(2)
+            q = self._parts(x, grid, 0, 1).squeeze(2)
             if down_k is down_v:
-                k, v = self._down_and_project(x, grid, down_k, 1, 3).unbind(2)
+                k, v = self._parts(x, grid, 1, 3, down_k).unbind(2)
             else:
-                k = self._down_and_project(x, grid, down_k, 1, 2).squeeze(2)
-                v = self._down_and_project(x, grid, down_v, 2, 3).squeeze(2)
+                k, v = self._parts(x, grid, 1, 2, down_k).squeeze(2), self._parts(x, grid, 2, 3, down_v).squeeze(2)
             return q, k, v
         # Per head: (B, H, tokens, D).
         q, k, v = self.heads(self.qkv(x)).permute(2, 0, 3, 1, 4)
@@ -177,18 +171,15 @@ class CompressedAttention(GridAttention):
         q = self._down(q, grid) if self.place == 'qkv' else q
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def _rows(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Of queries, keys and values, the projections number `first` to `last` - 1."""
-        return F.linear(x, *self._weights(first, last))
-
-    def _down_and_project(self, x: Tensor, grid: PatchGrid, way: nn.Module, first: int, last: int) -> Tensor:
-        """The same of kept tokens, as (B, tokens, parts, H, D)."""
-        kept = self._rows(self._down(x, grid, way), first, last)
-        return self.heads(self._with_constant(kept, self._weights(first, last)[1], grid, way))
-
-    def _weights(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+    def _parts(self, x: Tensor, grid: PatchGrid, first: int, last: int, way: nn.Module | None = None) -> Tensor:
+        """Of queries, keys and values number `first` to `last` - 1, after a way down: (B, tokens, parts, H, D)"""
         rows = slice(first * self.attn_dim, last * self.attn_dim)
-        return self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows]
+        weight, bias = self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows]
+        if way is None:
+            y = F.linear(x, weight, bias)
+        else:
+            y = self._with_constant(F.linear(self._down(x, grid, way), weight, bias), bias, grid, way)
+        return self.heads(y)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid) -> Tensor:
         """(B, tokens, H, D) each → (B, tokens, H · D)"""
@@ -200,17 +191,15 @@ class CompressedAttention(GridAttention):
     def _project_up(self, y_BmC: Tensor, grid: PatchGrid) -> Tensor:
         """up, then the output projection: the other way round where that is the same, on fewer tokens."""
         if not self.compress.commutes:
-            return self.proj(self._up(y_BmC, grid))
-        return self._up(self._with_constant(self.proj(y_BmC), self.proj.bias, grid), grid)
+            return self.proj(self.up(y_BmC, grid))
+        return self.up(self._with_constant(self.proj(y_BmC), self.proj.bias, grid), grid)
 
-    def _with_constant(
-        self, projected: Tensor, bias: Tensor | None, grid: PatchGrid, way: nn.Module | None = None
-    ) -> Tensor:
+    def _with_constant(self, y: Tensor, bias: Tensor | None, grid: PatchGrid, way: nn.Module | None = None) -> Tensor:
         """Turns the bias that a projection gave each kept token into one for each patch."""
         if bias is None or self.compress.keeps_constants:
-            return projected
-        bias = bias.to(projected.dtype)
-        prefix, kept = self._split(projected, grid)
+            return y
+        bias = bias.to(y.dtype)
+        prefix, kept = self._split(y, grid)
         kept = (way or self.compress.down).add_constant(kept - bias, bias, grid)
         return torch.cat([prefix, kept], dim=1) if grid.prefix else kept
 
@@ -227,7 +216,8 @@ class CompressedAttention(GridAttention):
         kept = (way or self.compress.down)(patches, grid)
         return torch.cat([prefix.to(kept.dtype), kept], dim=-2) if grid.prefix else kept
 
-    def _up(self, y: Tensor, grid: PatchGrid) -> Tensor:
+    def up(self, y: Tensor, grid: PatchGrid) -> Tensor:
+        """Kept tokens back to all: (…, m, C) → (…, N, C)."""
         prefix, kept = self._split(y, grid)
         patches = self.compress.up(kept, grid)
         return torch.cat([prefix, patches], dim=-2) if grid.prefix else patches

@@ -15,35 +15,26 @@ from typing import Any
 
 import torch
 from timm.layers import register_notrace_function
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.compressed import LocalMixing
 from vit_efficient.attention.functional import attend, attention_weights
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.compress import COMPRESSORS
+from vit_efficient.compress.budget import Budget, kept_grid
+from vit_efficient.compress.pool import Down
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import as_integer, as_sides, check_choice, is_integer, is_pair
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
 
 PINV_ITERATIONS = 6  # the paper's
+NO_ONNX = "ONNX has no pseudo-inverse for 'nystrom' with pinv='exact'; export to .pt2, or use pinv='iterative'"
 
 
-class ValueMixing(nn.Conv2d):
-    """Convolution of the values over the patch grid, one kernel for all channels of a head.
-
-    It starts at zero, so that the weights of a plain ViT mean what they did; its gradient is not zero there.
-    """
-
-    flop_role = 'transform'
-
-    def __init__(self, num_heads: int, kernel_size: tuple[int, int], **kwargs):
-        padding = tuple(side // 2 for side in kernel_size)
-        super().__init__(num_heads, num_heads, kernel_size, padding=padding, groups=num_heads, bias=False, **kwargs)
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
+class ValueMixing(LocalMixing):
+    """Convolution of the values over the patch grid, one kernel for all channels of a head."""
 
     def forward(self, v: Tensor, grid: PatchGrid) -> Tensor:
         """(B, H, height · width, D) → (B, height · width, C)"""
@@ -58,22 +49,18 @@ class NystromAttention(GridAttention):
     """Attention through landmarks: the prefix tokens, and the means of q and of k over the cells of the patch grid.
 
     qk-norm acts on the tokens, before the means; with every token a landmark and the exact pseudo-inverse this is exact
-    attention. There is no N × N matrix for `attn_drop`, and weights dropped from its factors would be noise that A⁺
-    amplifies. In training it drops keys instead, each from the outputs of all queries of its head; as in exact
-    attention, the weights of the others are scaled up, not normalised again.
+    attention. In training keys are dropped (`drop_keys`): weights dropped from the factors would be noise that A⁺
+    amplifies.
 
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
-        num_landmarks: Of the patches: the most cells that there may be, h · w of the grid's aspect, or the pair (h, w).
+        num_landmarks: The most cells that there may be, h · w of the grid's aspect, or the pair (h, w).
             The prefix tokens come on top.
         pinv: 'iterative', the paper's, which also bounds A⁺ where A is ill-conditioned; or 'exact', slow, for small
             or well-conditioned A: elsewhere its large values make the outputs worse.
-        pinv_iterations: Of 'iterative'; 6 by default.
+        pinv_iterations: How many 'iterative' makes; 6 by default.
         residual_kernel: Size of a convolution of the values over the patch grid, added to the output, one kernel per
             head: odd, or an odd pair (height, width); 0 for none. Prefix tokens have no part in it.
-
-    Raises:
-        UserError: If an option is unknown or out of range.
     """
 
     def configure(
@@ -85,14 +72,14 @@ class NystromAttention(GridAttention):
         residual_kernel: int | tuple[int, int] = 0,
     ) -> None:
         num_landmarks = as_sides('num_landmarks', num_landmarks)
-        self.landmarks = COMPRESSORS['pool'](num_tokens=num_landmarks, count_bias=False)
+        self.landmarks = Down(Budget(num_tokens=num_landmarks, argument='num_landmarks'), 'mean')
         check_choice('pinv', pinv, ('iterative', 'exact'))
         if pinv == 'exact' and pinv_iterations is not None:
             raise UserError(f"pinv='exact' has no iterations, got {pinv_iterations=}; leave it out")
         if pinv == 'iterative':
             given = PINV_ITERATIONS if pinv_iterations is None else pinv_iterations
             pinv_iterations = as_integer('pinv_iterations', given)
-        kernel = tuple(residual_kernel) if is_pair(residual_kernel) else (residual_kernel,) * 2
+        kernel = residual_kernel if is_pair(residual_kernel) else (residual_kernel,) * 2
         without = is_integer(residual_kernel) and residual_kernel == 0
         if not without and not all(is_integer(side, 1) and side % 2 for side in kernel):
             raise UserError(
@@ -114,7 +101,6 @@ class NystromAttention(GridAttention):
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
-        check_landmarks(grid.height, grid.width, self.landmarks.budget.num_tokens)
         q, k, v = self.project(x)
         v_dropped = self.drop_keys(v)
 
@@ -131,7 +117,7 @@ class NystromAttention(GridAttention):
     def _means(self, x: Tensor, grid: PatchGrid) -> Tensor:
         """Landmarks of queries or keys: (B, H, N, D) → (B, H, m, D)"""
         patches_BLC = x[:, :, grid.prefix :].transpose(1, 2).flatten(2)  # of all heads at once
-        means = self.landmarks.down(patches_BLC, grid).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        means = self.landmarks(patches_BLC, grid).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         means = means.contiguous()  # fused attention takes no other
         return torch.cat([x[:, :, : grid.prefix].to(means.dtype), means], dim=2) if grid.prefix else means
 
@@ -141,39 +127,14 @@ class NystromAttention(GridAttention):
         Raises:
             UserError: If the landmarks cannot be had on the grid.
         """
-        check_landmarks(grid.height, grid.width, self.landmarks.budget.num_tokens)
+        kept_grid(grid.height, grid.width, self.landmarks.budget)
         return grid.num_tokens
 
     def export_error(self, suffix: str) -> str | None:
-        if suffix == '.onnx' and self.pinv == 'exact':
-            return (
-                "ONNX has no pseudo-inverse for attention 'nystrom' with pinv='exact'; export to .pt2, or use "
-                "pinv='iterative'"
-            )
-        return None
-
-    def extra_repr(self) -> str:
-        return f"pinv='{self.pinv}'" + (f', pinv_iterations={self.pinv_iterations}' if self.pinv_iterations else '')
+        return NO_ONNX if suffix == '.onnx' and self.pinv == 'exact' else None
 
 
-# The functions below are leaves for FX, where sizes, dtypes and devices are not known.
-
-
-@torch.fx.wrap
-@register_notrace_function
-def check_landmarks(height, width, num_landmarks: int | tuple[int, int]) -> None:
-    """Raises UserError if the landmarks cannot be had on a grid."""
-    fixed = type(height) is int and type(width) is int
-    if isinstance(num_landmarks, tuple):
-        if fixed and (num_landmarks[0] > height or num_landmarks[1] > width):
-            raise UserError(
-                f'{num_landmarks=} exceeds the grid of {height} × {width} patches; give a smaller pair, or an integer, '
-                'which follows the grid'
-            )
-    elif not fixed:
-        raise UserError(f'{num_landmarks=} needs a fixed image size; give a pair (h, w)')
-
-
+# A leaf for FX, where dtypes and devices are not known.
 @torch.fx.wrap
 @register_notrace_function
 def unmix(q: Tensor, k: Tensor, v: Tensor, scale: float, iterations: int | None) -> Tensor:
@@ -182,7 +143,7 @@ def unmix(q: Tensor, k: Tensor, v: Tensor, scale: float, iterations: int | None)
     Args:
         q, k, v: (B, H, m, D), of the landmarks.
         scale: 1 / √D
-        iterations: Of the iterative pseudo-inverse; None for the exact one.
+        iterations: How many the pseudo-inverse makes; None for the exact one.
 
     Returns:
         (B, H, m, D), of the dtype of v.

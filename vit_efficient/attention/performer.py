@@ -40,16 +40,11 @@ class PerformerAttention(GridAttention):
 
     The features are drawn from torch's random state when the module is built, and stay as they are, in training too,
     until `redraw_features`. They are a buffer and part of the state dict, one for all heads of a layer.
-
-    There is no N × N matrix that `attn_drop` could act on. In training it drops keys instead, each from the sums of all
-    queries of its head, and as in exact attention the remaining weights are scaled up, not normalised again.
+    In training keys are dropped (`drop_keys`), each from the sums of all queries of its head.
 
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
         num_features: r. The error falls as 1/√r. By default ⌊D ln D⌋, as in the public implementations: 266 for D = 64.
-
-    Raises:
-        UserError: If an option is unknown or out of range.
     """
 
     def configure(self, *, num_features: int | None = None) -> None:
@@ -87,9 +82,6 @@ class PerformerAttention(GridAttention):
     def num_attended(self, grid: PatchGrid) -> int:
         """N: every query sees all keys, through the features."""
         return grid.num_tokens
-
-    def extra_repr(self) -> str:
-        return f'num_features={self.features.shape[0]}'
 
 
 def redraw_features(model: nn.Module, generator: torch.Generator | None = None) -> None:

@@ -13,8 +13,6 @@ Letters: B batch, N tokens, P prefix, n windows, L patches of a window, S = P + 
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
 from itertools import chain, product
 from typing import Any, NamedTuple
 
@@ -28,7 +26,7 @@ from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.grid import PatchGrid, larger, smaller
 from vit_efficient.utils.checks import as_sides, check_flag
-from vit_efficient.utils.compat import is_number
+from vit_efficient.utils.compat import are_numbers
 
 
 @register_attention('window')
@@ -45,9 +43,6 @@ class WindowAttention(GridAttention):
             grid's is taken to be the grid's, and is not shifted.
         shift: Whether windows are shifted: the first one along an axis has half the side, rounded down, and the next
             begin from there.
-
-    Raises:
-        UserError: If an option is unknown or out of range.
     """
 
     def configure(self, *, window_size: int | tuple[int, int] = 7, shift: bool = False) -> None:
@@ -67,20 +62,17 @@ class WindowAttention(GridAttention):
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
         windows = (grid.height, grid.width, grid.prefix, to_2tuple(self.window_size), self.shift)
-        x = to_window_order(x, *windows)
+        x = reorder(x, *windows)
         q, k, v = self.heads(self.qkv(x)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
-        y_BNC = attend_in_windows(q, k, v, *windows, self.scale, self.drop_rate, self.fused_attn)
+        y_BNC = attend_in_windows(q, k, v, *windows, (self.scale, self.fused_attn, self.drop_rate))
         y_BNC = self.norm_and_gate(y_BNC, x)
-        return self.proj_drop(to_grid_order(self.proj(y_BNC), *windows))
+        return self.proj_drop(reorder(self.proj(y_BNC), *windows, back=True))
 
     def num_attended(self, grid: PatchGrid) -> int:
         """The keys of a patch in a whole window; at the border there may be fewer. A prefix token attends to all."""
         rows, columns = to_2tuple(self.window_size)
         return grid.prefix + smaller(rows, grid.height) * smaller(columns, grid.width)
-
-    def extra_repr(self) -> str:
-        return f'window_size={self.window_size}, shift={self.shift}'
 
 
 # Leaves for FX, because what they do depends on the sizes.
@@ -88,77 +80,48 @@ class WindowAttention(GridAttention):
 
 @torch.fx.wrap
 @register_notrace_function
-def to_window_order(x: Tensor, height, width, prefix: int, window: tuple[int, int], shift: bool) -> Tensor:
-    """(B, N, C) → (B, N, C): prefix tokens first, then window after window, those of equal area together.
+def reorder(x: Tensor, height, width, prefix: int, window: tuple[int, int], shift: bool, back: bool = False) -> Tensor:
+    """(B, N, C) → (B, N, C): prefix tokens first, then window after window, those of equal area together; and `back`.
 
     Where sizes are symbols the order stays that of the grid.
     """
-    if not _are_numbers(height, width):
+    if not are_numbers(height, width):
         return x
-    return x.index_select(1, _window_order(height, width, prefix, window, shift, x.device))
+    order = _window_order(height, width, prefix, window, shift, x.device)
+    return x.index_select(1, order.argsort() if back else order)
 
 
 @torch.fx.wrap
 @register_notrace_function
-def to_grid_order(y: Tensor, height, width, prefix: int, window: tuple[int, int], shift: bool) -> Tensor:
-    """(B, N, C) → (B, N, C): undoes `to_window_order`."""
-    if not _are_numbers(height, width):
-        return y
-    return y.index_select(1, _window_order(height, width, prefix, window, shift, y.device).argsort())
-
-
-@torch.fx.wrap
-@register_notrace_function
-def attend_in_windows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    height,
-    width,
-    prefix: int,
-    window: tuple[int, int],
-    shift: bool,
-    scale: float,
-    dropout: float,
-    fused: bool,
-) -> Tensor:
+def attend_in_windows(q, k, v, height, width, prefix: int, window, shift: bool, how: tuple) -> Tensor:
     """Softmax attention of the patches inside their windows, and of the prefix tokens among all.
 
     Args:
-        q, k, v: (B, N, H, D), in the order of `to_window_order`.
+        q, k, v: (B, N, H, D), in window order, as of `reorder`.
         height, width, prefix: The grid.
         window, shift: The options of the mechanism, `window` as (rows, columns).
-        scale, dropout, fused: As of `functional.attend`.
+        how: What `functional.attend` takes: scale, fused, dropout.
 
     Returns:
         (B, N, C), in the same order.
     """
-    among = partial(_among, scale=scale, fused=fused, dropout=dropout)
-    known = _are_numbers(height, width)
+    known = are_numbers(height, width)
     windows = _count_by_area(height, width, window, shift) if known else {1: height * width}  # or all patches, uncut
     sizes = [prefix, *(n * area for area, n in windows.items())]
     # Split, not sliced: the gradient of a slice is as large as the whole.
     (q_prefix, *q_patches), (k_prefix, *k_patches), (v_prefix, *v_patches) = (t.split(sizes, dim=1) for t in (q, k, v))
 
-    y = [among(q_prefix, k, v)] if prefix else []
+    y = [_attend(q_prefix, k, v, *how)] if prefix else []
     kv_prefix = (k_prefix, v_prefix) if prefix else None
     for n, *patches in zip(windows.values(), q_patches, k_patches, v_patches, strict=True):
         if known:
-            y.append(_attend_windows(*patches, n, kv_prefix, among))
+            y.append(_attend_windows(*patches, n, kv_prefix, how))
         else:
-            y.append(_attend_padded(*patches, height, width, window, shift, kv_prefix, among))
+            y.append(_attend_padded(*patches, height, width, window, shift, kv_prefix, how))
     return torch.cat(y, dim=1)
 
 
-def _attend_windows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    n: int,
-    kv_prefix: tuple[Tensor, Tensor] | None,
-    among: Callable,
-    mask_nL: Tensor | None = None,
-) -> Tensor:
+def _attend_windows(q, k, v, n: int, kv_prefix: tuple | None, how: tuple, mask_nL: Tensor | None = None) -> Tensor:
     """The patches of n windows one after the other, (B, n · L, H, D) each → (B, n · L, C)
 
     `kv_prefix` are keys and values that every window sees, (B, P, H, D); `mask_nL` the patches that may be seen.
@@ -173,11 +136,11 @@ def _attend_windows(
     if mask_nL is not None:
         mask_nS = F.pad(mask_nL, (k.shape[2] - mask_nL.shape[1], 0), value=True)
         mask = mask_nS.expand(q.shape[0], -1, -1).flatten(0, 1)[:, None, None]
-    y = among(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask=mask)
+    y = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *how, mask)
     return y.unflatten(0, (-1, n)).flatten(1, 2)
 
 
-def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, among) -> Tensor:
+def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, how) -> Tensor:
     """The patches of a grid whose sides may be symbols, (B, H · W, H, D) each → (B, H · W, C)"""
     (h, w), area = window, window[0] * window[1]
     top, rows = _padding(height, h, shift)
@@ -186,23 +149,23 @@ def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, among) -> T
     # One axis throughout: torch.export would compare symbolic sizes of several. And the first window once more at the
     # end: it would take a number of one for fixed.
     n = rows * columns + 1
-    place = torch.arange(n * area, device=q.device)
-    number, inside = place // area % (rows * columns), place % area
+    slot = torch.arange(n * area, device=q.device)
+    number, inside = slot // area % (rows * columns), slot % area
     row, column = number // columns * h + inside // w - top, number % columns * w + inside % w - left
     is_patch = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     patch = row.remainder(height) * width + column.remainder(width)  # any will do where it is masked
     q, k, v = (t.index_select(1, patch) for t in (q, k, v))
-    y = _attend_windows(q, k, v, n, kv_prefix, among, is_patch.unflatten(0, (n, area)))
+    y = _attend_windows(q, k, v, n, kv_prefix, how, is_patch.unflatten(0, (n, area)))
 
     patch = torch.arange(height * width, device=q.device)
     row, column = patch // width + top, patch % width + left
-    place = (row // h * columns + column // w) * area + row % h * w + column % w
-    return y.index_select(1, place)
+    slot = (row // h * columns + column // w) * area + row % h * w + column % w
+    return y.index_select(1, slot)
 
 
-def _among(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, *how) -> Tensor:
     """`attend`, of (B, tokens, H, D) each → (B, tokens, C)"""
-    return attend(*(t.transpose(1, 2) for t in (q, k, v)), **options).transpose(1, 2).flatten(2)
+    return attend(*(t.transpose(1, 2) for t in (q, k, v)), *how).transpose(1, 2).flatten(2)
 
 
 class _Run(NamedTuple):
@@ -242,7 +205,7 @@ def _count_by_area(height: int, width: int, window: tuple[int, int], shift: bool
 
 
 def _window_order(height: int, width: int, prefix: int, window: tuple[int, int], shift: bool, device) -> Tensor:
-    """(N,): the token of the grid that stands at each place of the window order."""
+    """(N,): the tokens of the grid in window order."""
     patches = torch.arange(prefix, prefix + height * width, device=device).unflatten(0, (height, width))
     order = [torch.arange(prefix, device=device)]
     for rows, columns in chain(*_blocks_by_area(height, width, window, shift).values()):
@@ -257,7 +220,3 @@ def _padding(length, side: int, shift: bool) -> tuple:
     shifted = smaller(1, larger(0, length - side)) if shift else 0  # 1 where there are several windows
     before = shifted * (-(side // 2) % side)
     return before, (before + length + side - 1) // side
-
-
-def _are_numbers(*sizes) -> bool:
-    return all(is_number(size) for size in sizes)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, nearest
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.options import write_options
 
 COMPRESSORS: dict[str, type['Compressor']] = {}
 
@@ -22,6 +23,9 @@ class Compressor(nn.Module):
 
         down(x, grid): (…, H · W, D) → (…, m, D)
         up(y, grid):   (…, m, D) → (…, H · W, D)
+
+    Raises:
+        UserError: By a constructor, if an argument is missing or out of range.
     """
 
     #: What FLOPs inside it are, of `vit_efficient.flops.ROLES`.
@@ -40,12 +44,12 @@ class Compressor(nn.Module):
 
     @classmethod
     def of_attention(cls, attention: nn.Module, **options) -> 'Compressor':
-        """The compressor for the tokens or heads of an attention, from which come the arguments in `FROM_ATTENTION`."""
+        """The compressor for an attention, on its device and of its dtype; it fills in what `FROM_ATTENTION` lists."""
         weight = attention.qkv.weight
-        has = (attention.num_heads, attention.head_dim, weight.device, weight.dtype)
-        taken = argument_names(cls)[0]
-        own = {name: value for name, value in zip(FROM_ATTENTION, has, strict=True) if name in taken}
-        return cls(**own, **options)
+        values = (attention.num_heads, attention.head_dim, weight.device, weight.dtype)
+        has = dict(zip(FROM_ATTENTION, values, strict=True))
+        own = {name: has[name] for name in argument_names(cls)[0] if name in has}
+        return cls(**own, **options).to(weight.device, weight.dtype)
 
     @classmethod
     def option_names(cls) -> tuple[list[str], bool]:
@@ -76,7 +80,7 @@ class Compressor(nn.Module):
         """What is added to the score of each key, so that it weighs as many patches as it stands for.
 
         Args:
-            grid: Of the tokens.
+            grid: The layout of the tokens.
             like: Has the dtype and device of the result.
 
         Returns:
@@ -86,6 +90,9 @@ class Compressor(nn.Module):
 
     def set_grid_size(self, height: int, width: int) -> None:
         """Follows the model to another patch grid, where there are weights that have one."""
+
+    def extra_repr(self) -> str:
+        return write_options(self.options)
 
     def common_part(self) -> nn.Module | None:
         """The part that all layers of a model have in common, if there is one."""

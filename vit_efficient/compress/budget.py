@@ -18,6 +18,7 @@ class Budget:
     Args:
         keep_ratio: A fraction of the patches, 0 < keep_ratio ≤ 1.
         num_tokens: A number of tokens, or the pair (h, w).
+        argument: What messages call `num_tokens`.
 
     Raises:
         UserError: If both or neither are given, or one is out of range.
@@ -25,13 +26,14 @@ class Budget:
 
     keep_ratio: float | None = None
     num_tokens: int | tuple[int, int] | None = None
+    argument: str = 'num_tokens'
 
     def __post_init__(self):
         ratio, tokens = self.keep_ratio, self.num_tokens
         if (ratio is None) == (tokens is None):
             raise UserError(f'give one of keep_ratio and num_tokens, got keep_ratio={ratio!r}, num_tokens={tokens!r}')
         if tokens is not None:
-            object.__setattr__(self, 'num_tokens', as_sides('num_tokens', tokens))
+            object.__setattr__(self, 'num_tokens', as_sides(self.argument, tokens))
         else:
             object.__setattr__(self, 'keep_ratio', as_share('keep_ratio', ratio))
 
@@ -42,10 +44,10 @@ class Budget:
             return {'keep_ratio': self.keep_ratio}
         return {'num_tokens': list(self.num_tokens) if isinstance(self.num_tokens, tuple) else self.num_tokens}
 
-    def __str__(self) -> str:
-        if self.keep_ratio is not None:
-            return f'keep_ratio={self.keep_ratio:.4g}'
-        return f'num_tokens={self.num_tokens}'
+
+def sides(height, width, axes: str) -> tuple:
+    """The sides of the grid; with axes '1d' the row-major sequence, which is a grid of one row."""
+    return (1, height * width) if axes == '1d' else (height, width)
 
 
 # Both functions below are leaves for FX.
@@ -65,12 +67,15 @@ def kept_grid(height, width, budget: Budget) -> tuple[int, int]:
             assume(height >= h and width >= w)
         elif h > height or w > width:
             raise UserError(
-                f'num_tokens={budget.num_tokens} exceeds the grid of {height} × {width} patches; '
-                'give a smaller pair, or keep_ratio, which follows the image size'
+                f'{budget.argument}={budget.num_tokens} exceeds the grid of {height} × {width} patches; give a smaller '
+                'pair, or one number, which follows the image size'
             )
         return h, w
     if budget.num_tokens is not None and (type(height) is not int or type(width) is not int):
-        raise UserError(f'num_tokens={budget.num_tokens} needs a fixed image size; give a pair (h, w) or keep_ratio')
+        raise UserError(
+            f'{budget.argument}={budget.num_tokens} needs a fixed image size; give a pair (h, w), or keep_ratio where '
+            'there is one'
+        )
     return scaled_grid(height, width, count=budget.num_tokens, ratio=budget.keep_ratio)
 
 

@@ -64,8 +64,7 @@ def _between_middles(n, m, device: torch.device) -> Tensor:
 def means(x_HWD: Tensor, kept: tuple) -> Tensor:
     """The mean of each cell: (…, H, W, D) → (…, h, w, D)."""
     height, width = plain_sizes(x_HWD.shape[-3:-1])
-    even = all(type(n) is int and type(m) is int and n % m == 0 for n, m in zip((height, width), kept, strict=True))
-    if even:
+    if all(type(n) is int and type(m) is int and n % m == 0 for n, m in zip((height, width), kept, strict=True)):
         outer = x_HWD.shape[:-3]
         x_BDHW = x_HWD.reshape(-1, *x_HWD.shape[-3:]).permute(0, 3, 1, 2)
         y_BDhw = F.avg_pool2d(x_BDHW, (height // kept[0], width // kept[1]))
@@ -84,14 +83,9 @@ def largest(x_HWD: Tensor, kept: tuple) -> Tensor:
     return x_HWD
 
 
-def interpolate_means(y_hwD: Tensor, size: tuple) -> Tensor:
-    """Bilinear, between the centres of the cells: (…, h, w, D) → (…, H, W, D)."""
-    return _transform(y_hwD, _between_centres, (-2, -3), size[::-1])
-
-
-def interpolate_middles(y_hwD: Tensor, size: tuple) -> Tensor:
-    """Bilinear, between the patches in the middle of the cells: (…, h, w, D) → (…, H, W, D)."""
-    return _transform(y_hwD, _between_middles, (-2, -3), size[::-1])
+def interpolate(y_hwD: Tensor, size: tuple, picked: bool) -> Tensor:
+    """Bilinear, between the centres of cells or the patches `picked` in their middle: (…, h, w, D) → (…, H, W, D)."""
+    return _transform(y_hwD, _between_middles if picked else _between_centres, (-2, -3), size[::-1])
 
 
 def pick_middles(x_HWD: Tensor, kept: tuple) -> Tensor:

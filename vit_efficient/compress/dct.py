@@ -87,9 +87,6 @@ class DctCompressor(Compressor):
             and so are the keys of the domain 'frequency'. Where it starts, the highest ones are damped: with nothing
             else truncated the outputs are close to those of exact attention, and not equal.
             `vit_efficient.freeze_truncation` turns it into a hard one. With axes '2d'.
-
-    Raises:
-        UserError: If an argument is out of range.
     """
 
     commutes = True
@@ -120,11 +117,6 @@ class DctCompressor(Compressor):
         self.down = Down(axes, domain, self.budget, self.window)
         self.up = Up(axes, domain, self.budget, self.window)
 
-    @classmethod
-    def of_attention(cls, attention: nn.Module, **options) -> 'DctCompressor':
-        weight = attention.qkv.weight
-        return cls(**options).to(device=weight.device, dtype=weight.dtype)
-
     @property
     def options(self) -> dict[str, Any]:
         learned = {'learned': True} if self.window is not None else {}
@@ -143,6 +135,3 @@ class DctCompressor(Compressor):
             return budgets.kept_count(grid.height, grid.width, self.budget)
         h, w = budgets.kept_grid(grid.height, grid.width, self.budget)
         return h * w
-
-    def extra_repr(self) -> str:
-        return f"axes='{self.axes}', domain='{self.domain}', {self.budget}"

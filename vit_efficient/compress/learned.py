@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from vit_efficient import dct
 from vit_efficient.compress import budget as budgets
-from vit_efficient.compress import cells
 from vit_efficient.compress.base import Compressor, register_compressor
+from vit_efficient.compress.pool import Down
 from vit_efficient.dct.bases import along
 from vit_efficient.grid import PatchGrid, plain_sizes
 from vit_efficient.utils.checks import as_sides, check_choice, is_integer, is_pair
@@ -35,19 +35,15 @@ SHARING = ('none', 'headwise', 'key-value', 'layerwise')
 
 
 def follow(maps: Tensor, size: tuple) -> Tensor:
-    """Maps (…, Y, X) resampled to another size of their two last axes, band-limited; their sums are kept."""
+    """Maps (…, Y, X) resampled to another size of their two last axes, band-limited; their sums stay the same."""
     old = plain_sizes(maps.shape[-2:])
+    if all(type(side) is int for side in size) and old == tuple(size):
+        return maps
     # Rounded once, at the end, and not to a type that autocast has for products.
     exact = maps.to(torch.promote_types(maps.dtype, torch.float32))
     with without_autocast(maps):
         resampled = dct.resample(exact, (size[0], size[1]), dims=(-2, -1))
     return (resampled * (old[0] * old[1] / (size[0] * size[1]))).to(maps.dtype)
-
-
-def _at_size(maps: Tensor, size: tuple) -> Tensor:
-    if all(type(side) is int for side in size) and plain_sizes(maps.shape[-2:]) == tuple(size):
-        return maps
-    return follow(maps, size)
 
 
 class Maps(nn.Module):
@@ -89,21 +85,16 @@ def project(x: Tensor, weight: Tensor, height, width) -> Tensor:
     Returns:
         (…, k, D)
     """
-    matrices = _at_size(weight, (height, width)).flatten(-2)
+    matrices = follow(weight, (height, width)).flatten(-2)
     return matrices @ x if weight.shape[0] > 1 else along(x, -2, matrices[0])
-
-
-def _sides(height, width, axes: str) -> tuple:
-    """The sides of the grid; the row-major sequence is a grid of one row."""
-    return (1, height * width) if axes == '1d' else (height, width)
 
 
 class Linear(Maps):
     """E: (…, N, D) → (…, k, D), (1 or H, k, Y, X)."""
 
-    def __init__(self, matrices: int, rows: int, grid_size: tuple[int, int], device=None, dtype=None):
+    def __init__(self, matrices: int, rows: int, grid_size: tuple[int, int], **kwargs):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(matrices, rows, *grid_size, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(matrices, rows, *grid_size, **kwargs))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -138,7 +129,7 @@ def convolve(x_BHND: Tensor, weight: Tensor, height, width, budget: budgets.Budg
     A leaf for FX, because the kernel (1 or H, D, y, x) is resampled where the image has another size.
     """
     size = kernel_size(height, width, budget)
-    weight = _at_size(weight, size)
+    weight = follow(weight, size)
     heads = x_BHND.shape[1]
     x_BCYX = x_BHND.transpose(1, 2).flatten(2).mT.unflatten(2, (height, width))
     x_BCYX = F.pad(x_BCYX, (0, -width % size[1], 0, -height % size[0]))
@@ -150,57 +141,25 @@ def convolve(x_BHND: Tensor, weight: Tensor, height, width, budget: budgets.Budg
 class Conv(Maps):
     """A depthwise convolution whose kernel is also its stride; it begins as the mean."""
 
-    def __init__(
-        self,
-        kernels: int,
-        channels: int,
-        grid_size: tuple[int, int],
-        budget: budgets.Budget,
-        axes: str,
-        device=None,
-        dtype=None,
-    ):
+    def __init__(self, kernels: int, channels: int, grid_size: tuple, budget: budgets.Budget, axes: str, **kwargs):
         super().__init__()
         self.budget = budget
         self.axes = axes
-        size = self.kernel_size(*grid_size)
-        self.weight = nn.Parameter(torch.empty(kernels, channels, *size, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(kernels, channels, *self.kernel_size(*grid_size), **kwargs))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 1 / math.prod(self.weight.shape[-2:]))
 
     def kernel_size(self, height: int, width: int) -> tuple[int, int]:
-        return kernel_size(*_sides(height, width, self.axes), self.budget)
+        return kernel_size(*budgets.sides(height, width, self.axes), self.budget)
 
     def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
-        return convolve(x, self.weight, *_sides(grid.height, grid.width, self.axes), self.budget)
+        return convolve(x, self.weight, *budgets.sides(grid.height, grid.width, self.axes), self.budget)
 
     def extra_repr(self) -> str:
         kernels, channels, *size = self.weight.shape
         return f'kernels={kernels}, channels={channels}, kernel_size={tuple(size)}'
-
-
-@torch.fx.wrap
-@register_notrace_function
-def pool(x: Tensor, height, width, budget: budgets.Budget, largest: bool) -> Tensor:
-    """The mean, or largest value, of each cell: (…, N, D) → (…, k, D)."""
-    x_YXD = x.unflatten(-2, (height, width))
-    kept = budgets.kept_grid(height, width, budget)
-    return (cells.largest if largest else cells.means)(x_YXD, kept).flatten(-3, -2)
-
-
-class Pool(nn.Module):
-    """Mean or largest value of each cell, cells as in `vit_efficient.compress.cells`."""
-
-    def __init__(self, budget: budgets.Budget, axes: str, largest: bool):
-        super().__init__()
-        self.budget = budget
-        self.axes = axes
-        self.largest = largest
-
-    def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
-        return pool(x, *_sides(grid.height, grid.width, self.axes), self.budget, self.largest)
 
 
 @register_compressor('learned')
@@ -212,7 +171,7 @@ class LearnedCompressor(Compressor):
     Args:
         projection: 'linear', a learned matrix k × N; 'mean' or 'max' of the cells of the grid; 'conv', a depthwise
             convolution whose kernel and stride are those of a cell, rounded up (so it may leave fewer than k).
-        sharing: Of the weights of 'linear' and 'conv', 'headwise' by default; parameters as there are layers L, heads H
+        sharing: Which 'linear' or 'conv' projections are one, 'headwise' by default; parameters with layers L, heads H
             and weights w in one projection (k · N; of 'conv', D · N / k):
             'none', 2 · L · H · w; 'headwise', one E and one F in a layer, 2 · L · w; 'key-value', also E = F, L · w;
             'layerwise', one for all layers, owned by the model, w.
@@ -224,9 +183,6 @@ class LearnedCompressor(Compressor):
             last block, between which it changes linearly (the paper's "non-uniform projected dimension").
         grid_size: Rows and columns of patches that the weights are made for; a model gives its own.
         num_heads, head_dim, device, dtype: Those of the attention.
-
-    Raises:
-        UserError: If an argument is missing or out of range.
     """
 
     def __init__(
@@ -278,11 +234,11 @@ class LearnedCompressor(Compressor):
         if projection == 'linear':
             k = budgets.kept_count(*grid_size, self.budget) if num_tokens is None else self.budget.num_tokens
             self.budget = budgets.Budget(num_tokens=k)
-            made = [Linear(each, k, grid_size, device, dtype) for _ in range(ways)]
+            made = [Linear(each, k, grid_size, device=device, dtype=dtype) for _ in range(ways)]
         elif projection == 'conv':
-            made = [Conv(each, head_dim, grid_size, self.budget, axes, device, dtype) for _ in range(ways)]
+            made = [Conv(each, head_dim, grid_size, self.budget, axes, device=device, dtype=dtype) for _ in range(ways)]
         else:
-            made = [Pool(self.budget, axes, largest=projection == 'max')]
+            made = [Down(self.budget, 'largest' if projection == 'max' else 'mean', axes)]
         self.down = made[0]
         if ways == 2:
             self.down_values = made[1]
@@ -295,8 +251,8 @@ class LearnedCompressor(Compressor):
 
     @property
     def options(self) -> dict[str, Any]:
-        own = dict(projection=self.projection, axes=self.axes, **self.budget.options)
-        return own if self.sharing is None else {**own, 'sharing': self.sharing}
+        sharing = {} if self.sharing is None else {'sharing': self.sharing}
+        return dict(projection=self.projection, **sharing, axes=self.axes, **self.budget.options)
 
     @property
     def ways_down(self) -> tuple[nn.Module, nn.Module]:
@@ -305,7 +261,7 @@ class LearnedCompressor(Compressor):
     def num_kept(self, grid: PatchGrid) -> int:
         if self.projection == 'linear':
             return self.down.weight.shape[1]
-        sides = _sides(grid.height, grid.width, self.axes)
+        sides = budgets.sides(grid.height, grid.width, self.axes)
         h, w = budgets.kept_grid(*sides, self.budget)
         if self.projection == 'conv':
             kernel = kernel_size(*sides, self.budget)
@@ -326,10 +282,6 @@ class LearnedCompressor(Compressor):
         # By reference to the module, not to its weight, which can be replaced; unregistered, since the model owns it.
         del self.down
         vars(self)['down'] = owned
-
-    def extra_repr(self) -> str:
-        sharing = f", sharing='{self.sharing}'" if self.sharing else ''
-        return f"projection='{self.projection}'{sharing}, axes='{self.axes}', {self.budget}"
 
 
 def _tokens_at(num_tokens: Any, layer: int, depth: int, one_axis: bool) -> Any:

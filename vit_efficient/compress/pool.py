@@ -21,16 +21,17 @@ from vit_efficient.compress.base import Compressor, register_compressor
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import check_flag
 
+WAYS = {'mean': cells.means, 'middle': cells.pick_middles, 'largest': cells.largest}
+
 # Leaves for FX: which way is taken depends on sizes.
 
 
 @torch.fx.wrap
 @register_notrace_function
-def shrink(x: Tensor, height, width, budget: budgets.Budget, pick: bool) -> Tensor:
-    """(…, H · W, D) → (…, h · w, D): the mean of each cell, or with `pick` the patch in its middle."""
+def shrink(x: Tensor, height, width, budget: budgets.Budget, way: str) -> Tensor:
+    """(…, H · W, D) → (…, h · w, D): of each cell the mean, the patch in its middle, or the largest value."""
     kept = budgets.kept_grid(height, width, budget)
-    x_HWD = x.unflatten(-2, (height, width))
-    return (cells.pick_middles if pick else cells.means)(x_HWD, kept).flatten(-3, -2)
+    return WAYS[way](x.unflatten(-2, (height, width)), kept).flatten(-3, -2)
 
 
 @torch.fx.wrap
@@ -40,9 +41,7 @@ def interpolate(y: Tensor, height, width, budget: budgets.Budget, picked: bool) 
     kept = budgets.kept_grid(height, width, budget)
     if type(height) is int and type(width) is int and kept == (height, width):
         return y
-    y_hwD = y.unflatten(-2, (kept[0], kept[1]))
-    up = cells.interpolate_middles if picked else cells.interpolate_means
-    return up(y_hwD, (height, width)).flatten(-3, -2)
+    return cells.interpolate(y.unflatten(-2, (kept[0], kept[1])), (height, width), picked).flatten(-3, -2)
 
 
 @torch.fx.wrap
@@ -58,13 +57,18 @@ def log_counts(height, width, prefix, budget: budgets.Budget, like: Tensor) -> T
 
 
 class Down(nn.Module):
-    def __init__(self, budget: budgets.Budget, pick: bool):
+    """One of `WAYS` from the patches of a cell to a token, cells as in `vit_efficient.compress.cells`."""
+
+    flop_role = 'transform'
+
+    def __init__(self, budget: budgets.Budget, way: str, axes: str = '2d'):
         super().__init__()
         self.budget = budget
-        self.pick = pick
+        self.way = way
+        self.axes = axes
 
     def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
-        return shrink(x, grid.height, grid.width, self.budget, self.pick)
+        return shrink(x, *budgets.sides(grid.height, grid.width, self.axes), self.budget, self.way)
 
 
 class Up(nn.Module):
@@ -86,9 +90,6 @@ class PoolCompressor(Compressor):
         num_tokens: (h, w), or a number: the largest h × w that is no larger and has the shape of the grid.
         count_bias: Whether a kept key weighs as many as the patches that it stands for. It matters beside prefix
             tokens, and where cells differ in size.
-
-    Raises:
-        UserError: If an argument is out of range.
     """
 
     commutes = True
@@ -107,12 +108,12 @@ class PoolCompressor(Compressor):
         check_flag('count_bias', count_bias)
         self.budget = budgets.Budget(keep_ratio, num_tokens)
         self.count_bias = count_bias
-        self.down = Down(self.budget, self.picks)
+        self.down = Down(self.budget, 'middle' if self.picks else 'mean')
         self.up = Up(self.budget, self.picks)
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(count_bias=self.count_bias, **self.budget.options)
+        return dict(**self.budget.options, count_bias=self.count_bias)
 
     def num_kept(self, grid: PatchGrid) -> int:
         h, w = budgets.kept_grid(grid.height, grid.width, self.budget)
@@ -120,9 +121,6 @@ class PoolCompressor(Compressor):
 
     def log_counts(self, grid: PatchGrid, like: Tensor) -> Tensor | None:
         return log_counts(grid.height, grid.width, grid.prefix, self.budget, like) if self.count_bias else None
-
-    def extra_repr(self) -> str:
-        return f'{self.budget}, count_bias={self.count_bias}'
 
 
 @register_compressor('subsample')

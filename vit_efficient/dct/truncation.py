@@ -187,8 +187,7 @@ def _truncate(x, dims, block, size, count, ratio, order):
     _check_tensor(x)
     if not x.is_floating_point():
         raise UserError(f'truncate: x must have a floating-point dtype, got x.dtype={x.dtype}; convert it')
-    x_blocks, axes = _in_blocks(x, dims, block)
-    sides = plain_sizes(x_blocks.shape[axis] for axis in axes)
+    x_blocks, axes, sides = _in_blocks(x, dims, block)
     kept = kept_coefficients(*sides, size, count=count, ratio=ratio, order=order)
     return idct2(_low(x_blocks, axes, sides, kept), sides, axes).reshape(x.shape)
 
@@ -201,8 +200,7 @@ def _kept_energy(x, dims, block, size, count, ratio, order):
     _check_tensor(x)
     if x.is_complex() or x.dtype == torch.bool:
         raise UserError(f'kept_energy: x must be floating-point or integer, got x.dtype={x.dtype}')
-    x_blocks, axes = _in_blocks(x.to(real_dtype(x.device)), dims, block)
-    sides = plain_sizes(x_blocks.shape[axis] for axis in axes)
+    x_blocks, axes, sides = _in_blocks(x.to(real_dtype(x.device)), dims, block)
     kept = kept_coefficients(*sides, size, count=count, ratio=ratio, order=order)
     # The axes of blocks, just before those of their samples, are summed over as well.
     summed = axes if block is None else (*axes, *(axis - 1 for axis in axes))
@@ -225,8 +223,8 @@ def _to_tensor(x: np.ndarray, kinds: str) -> Tensor:
     return torch.from_numpy(x.astype(x.dtype.newbyteorder('='), order='C'))
 
 
-def _in_blocks(x: Tensor, dims: tuple[int, int], block: int | tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
-    """x with each of its two axes as two, blocks and samples of a block; and the axes of samples."""
+def _in_blocks(x: Tensor, dims: tuple[int, int], block: int | tuple[int, int] | None) -> tuple[Tensor, tuple, tuple]:
+    """x with each of its two axes as two, blocks and samples of a block; the axes of samples, and their sizes."""
     rows, columns = as_pair(dims, 'dims')
     for dim in (rows, columns):
         if not is_integer(dim) or not -x.ndim <= dim < x.ndim:
@@ -234,10 +232,10 @@ def _in_blocks(x: Tensor, dims: tuple[int, int], block: int | tuple[int, int] | 
     rows, columns = rows % x.ndim, columns % x.ndim
     if rows == columns:
         raise UserError(f'dims must be two axes, got {dims=}')
-    if block is None:
-        return x, (rows, columns)
-    height, width = as_block(block)
     sides = plain_sizes((x.shape[rows], x.shape[columns]))
+    if block is None:
+        return x, (rows, columns), sides
+    height, width = as_block(block)
     if all(type(side) is int for side in sides) and (sides[0] % height or sides[1] % width or 0 in sides):
         raise UserError(
             f'blocks of {height} × {width} do not divide an image of {sides[0]} × {sides[1]}; pad it, by repeating its '
@@ -245,7 +243,7 @@ def _in_blocks(x: Tensor, dims: tuple[int, int], block: int | tuple[int, int] | 
         )
     for dim, side in sorted(((rows, height), (columns, width)), reverse=True):
         x = x.unflatten(dim, (-1, side))
-    return x, (rows + 1 + (rows > columns), columns + 1 + (columns > rows))
+    return x, (rows + 1 + (rows > columns), columns + 1 + (columns > rows)), (height, width)
 
 
 def as_block(block: int | tuple[int, int]) -> tuple[int, int]:

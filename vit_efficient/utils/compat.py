@@ -75,9 +75,9 @@ def assume(condition: bool | torch.SymBool) -> None:
     torch._check(condition)
 
 
-def is_number(size: Any) -> bool:
-    """Whether a size is a number; to `torch.compile` a symbol, whose value is open, is of type int too."""
-    return type(size) is int and has_static_value(size)
+def are_numbers(*sizes: Any) -> bool:
+    """Whether sizes are numbers; to `torch.compile` a symbol, whose value is open, is of type int too."""
+    return all(type(size) is int and has_static_value(size) for size in sizes)
 
 
 def pil_decoder_arguments(image: Image.Image) -> tuple[Any, ...]:

@@ -68,3 +68,9 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
         if keys.count(key) > 1:
             raise UserError(f'{key} is given twice in {text!r}')
     return name, dict(pairs)
+
+
+def write_options(options: dict[str, Any]) -> str:
+    """Options as they would be given to a function: 'key=value, …', lists as tuples, those that are None left out."""
+    shown = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return ', '.join(f'{key}={value!r}' for key, value in shown.items() if value is not None)

@@ -3,6 +3,7 @@
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,17 +69,14 @@ def find_leaves(model: nn.Module, images: Tensor) -> dict[int, Leaves]:
         )
     found: dict[int, Leaves] = {}
 
-    def note(layer: int, attention: TreeAttention, x: Tensor, grid: PatchGrid) -> None:
-        found[layer] = Leaves(*attention.leaves(x, grid), grid, 2**attention.tree.height)
+    def note(layer: int, attention: TreeAttention, args: tuple[Tensor, PatchGrid]) -> None:
+        found[layer] = Leaves(*attention.leaves(*args), args[1], 2**attention.tree.height)
 
     was_training = model.training
     with ExitStack() as hooks:
         for layer, block in enumerate(model.blocks):
             if isinstance(block.attn, TreeAttention):
-                hook = block.attn.register_forward_pre_hook(
-                    lambda attention, args, layer=layer: note(layer, attention, *args)
-                )
-                hooks.callback(hook.remove)
+                hooks.callback(block.attn.register_forward_pre_hook(partial(note, layer)).remove)
         hooks.callback(model.train, was_training)
         model.eval()(images)
     return found

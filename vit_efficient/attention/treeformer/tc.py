@@ -38,7 +38,7 @@ from vit_efficient.attention.treeformer.trees import (
 )
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import is_integer
-from vit_efficient.utils.compat import is_number
+from vit_efficient.utils.compat import are_numbers
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
 
@@ -76,8 +76,7 @@ class TreeMeanAttention(TreeAttention):
     Predicates, values and α have gradients from all tokens (see `trees.py` for the surrogate). α starts at 1 / (h + 1),
     and with h = 0 the output of a patch is the mean of all values.
 
-    There is no N × N matrix that `attn_drop` could act on. In training it drops keys instead, each from all queries of
-    its head, and the values that stay are scaled up.
+    In training keys are dropped (`drop_keys`), each from the sums of all nodes of its head's tree.
 
     In evaluation, where no gradient is wanted and neither gate nor norm stands between, the projections of values and
     output are taken through the tree: they act on one row for each leaf instead of N tokens. This is exact; hooks on
@@ -86,9 +85,6 @@ class TreeMeanAttention(TreeAttention):
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
         tree_height: h. There are 2^h leaves.
-
-    Raises:
-        UserError: If an option is unknown or out of range.
     """
 
     def configure(self, *, tree_height: int = 4) -> None:
@@ -124,7 +120,7 @@ class TreeMeanAttention(TreeAttention):
             and isinstance(self.norm, nn.Identity)
             and is_plain(self.qkv)
             and is_plain(self.proj)
-            and is_number(grid.num_patches)
+            and are_numbers(grid.num_patches)
             and 2**self.tree.height < grid.num_patches
         )
 
@@ -172,24 +168,12 @@ class TreeMeanAttention(TreeAttention):
         """N: every query sees all keys, in the mean of the root."""
         return grid.num_tokens
 
-    def extra_repr(self) -> str:
-        return f'tree_height={self.tree.height}'
-
 
 # A leaf for FX, where sizes and dtypes are not known.
 @torch.fx.wrap
 @register_notrace_function
 def average_over_nodes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    level_weight: Tensor,
-    prefix: int,
-    num_patches: int,
-    scale: float,
-    fused: bool,
+    q: Tensor, k: Tensor, v: Tensor, weight, bias, level_weight, prefix: int, num_patches: int, scale: float, fused
 ) -> Tensor:
     """The equation of this module, in float32 at least: a rounded score may be another leaf.
 

@@ -80,8 +80,8 @@ class LeafAttention(TreeAttention):
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
         trees = (self.tree.weight, self.tree.bias, self.num_leaves)
-        how = (self.scale, self.fused_attn, self.drop_rate, self.pad_groups)
-        y_BNC = attend_in_leaves(*self.project(x), *trees, grid.prefix, grid.num_patches, *how)
+        how = (self.scale, self.fused_attn, self.drop_rate)
+        y_BNC = attend_in_leaves(*self.project(x), *trees, grid.prefix, grid.num_patches, how, self.pad_groups)
         return self.finish(y_BNC, x)
 
     def export_error(self, suffix: str) -> str | None:
@@ -94,26 +94,12 @@ class LeafAttention(TreeAttention):
         """The keys of a patch in expectation, under uniform leaves, rounded up. A prefix token attends to all."""
         return grid.prefix - (-grid.num_patches * self.num_leaves // 2**self.tree.height)
 
-    def extra_repr(self) -> str:
-        return f'tree_height={self.tree.height}, num_leaves={self.num_leaves}'
-
 
 # A leaf for FX, because what it does depends on the data.
 @torch.fx.wrap
 @register_notrace_function
 def attend_in_leaves(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_leaves: int,
-    prefix: int,
-    num_patches: int,
-    scale: float,
-    fused: bool,
-    dropout: float,
-    pad: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, weight, bias, num_leaves: int, prefix: int, num_patches: int, how: tuple, pad: bool
 ) -> Tensor:
     """Softmax attention of the patches inside their leaves, and of the prefix tokens among all.
 
@@ -122,7 +108,7 @@ def attend_in_leaves(
         weight, bias: The predicates, (H, J, D) and (H, J).
         num_leaves: How many leaves a query reads.
         prefix, num_patches: How many of the N tokens are prefix tokens, and patches.
-        scale, fused, dropout: As of `functional.attend`.
+        how: What `functional.attend` takes: scale, fused, dropout.
         pad: Whether small groups of queries may be padded to a batch.
 
     Returns:
@@ -133,7 +119,6 @@ def attend_in_leaves(
     """
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise UserError(NO_GRAPH)
-    how = (scale, fused, dropout)
     y = [attend(q[:, :, :prefix], k, v, *how)] if prefix else []
     y.append(_attend_patches(q, k, v, weight, bias, num_leaves, prefix, num_patches, how, pad))
     return torch.cat(y, dim=2).to(v.dtype).transpose(1, 2).flatten(2)
@@ -146,7 +131,7 @@ def _attend_patches(
     """(B, H, N, D) three times, of all tokens → (B, H, N − P, D), of the patches"""
     # Split, not sliced: the gradient of a slice is as large as the whole.
     (_, q), (k_prefix, k), (v_prefix, v) = (t.split([prefix, num_patches], dim=2) for t in (q, k, v))
-    dim, of_leaf = v.shape[-1], None
+    dim, (scale, fused, _) = v.shape[-1], how
     with torch.no_grad(), without_autocast(v):
         trees = [t.to(torch.promote_types(v.dtype, torch.float32)) for t in (weight, bias)]
         to_route = [t.to(trees[0].dtype) for t in (q, k)]
@@ -156,18 +141,18 @@ def _attend_patches(
             return torch.ops.vit_efficient.attend_in_leaves(q, k, v, prefix, num_leaves, leaves_of(weight))
         leaves_q, leaf_k = best_leaves(to_route[0], *trees, num_leaves), route(to_route[1], *trees)
 
-    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
+    learns = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
+    if learns:
         # Channels more, which add nothing to a score and carry the gradient of m(q) · m(k): (m(q) of each leaf, 1)
         # against (which leaf it is, m(k)).
         with without_autocast(v):
-            trees = [t.to(torch.promote_types(v.dtype, torch.float32)) for t in (weight, bias)]
+            trees = [t.to(trees[0].dtype) for t in (weight, bias)]  # with their gradient
             m_q, m_k = (
-                membership(t.detach().to(trees[0].dtype), *trees, leaves).to(t.dtype) / how[0]
+                membership(t.detach().to(trees[0].dtype), *trees, leaves).to(t.dtype) / scale
                 for t, leaves in ((q, leaves_q), (k, leaf_k.unsqueeze(-1)))
             )
         q = torch.cat([q, m_q, torch.ones_like(m_k)], dim=-1)
         k = torch.cat([k, torch.zeros_like(m_q), m_k], dim=-1)
-        of_leaf = slice(dim, dim + num_leaves)
         k_prefix, v_prefix, v = (F.pad(t, (0, q.shape[-1] - t.shape[-1])) for t in (k_prefix, v_prefix, v))
 
     reads = Reads.of(leaves_q, leaf_k, leaves_of(weight), prefix)
@@ -176,35 +161,29 @@ def _attend_patches(
     if prefix:
         k, v = (torch.cat([t, of_prefix.flatten(0, 2)]) for t, of_prefix in ((k, k_prefix), (v, v_prefix)))
     k, v = (t.index_select(0, reads.keys) for t in (k, v))
-    if of_leaf is not None:
+    if learns:
         k = k + F.pad(F.one_hot(reads.pieces, num_leaves + 1)[:, 1:].to(k.dtype), (dim, 1))
     y = [v[:0]]  # of an empty batch, all
     for part in reads.split(q, k, v):
         if pad and (q.is_cuda or part.num_queries.amax() * part.num_keys.amax() <= PADDED):
-            y.append(_attend_padded(part, *how))
+            y.append(_attend_padded(part, how))
             continue
         tokens = (t.split(n.tolist()) for t, n in zip(part[:3], (part.num_queries, *[part.num_keys] * 2), strict=True))
         for q_group, k_group, v_group in zip(*tokens, strict=True):
             # In parts where scores are written out, so that a leaf with all tokens has no N × N matrix either.
-            rows = (q_group,) if how[1] else q_group.split(CHUNK)
+            rows = (q_group,) if fused else q_group.split(CHUNK)
             y += [attend(r[None, None], k_group[None, None], v_group[None, None], *how)[0, 0] for r in rows]
     y = torch.cat(y).index_select(0, reads.queries.argsort())
     return y[..., :dim].unflatten(0, leaf_k.shape)
 
 
 class Part(NamedTuple):
-    """Groups of queries, one after the other, and the keys that each group reads.
+    """Groups of queries, one after the other, and the keys that each group reads."""
 
-    Attributes:
-        q: (Σ num_queries, D)
-        k, v: (Σ num_keys, D)
-        num_queries, num_keys: Of each group, (G,).
-    """
-
-    q: Tensor
-    k: Tensor
+    q: Tensor  # (Σ num_queries, D)
+    k: Tensor  # (Σ num_keys, D)
     v: Tensor
-    num_queries: Tensor
+    num_queries: Tensor  # of each group
     num_keys: Tensor
 
 
@@ -218,7 +197,7 @@ class Reads:
         queries: Rows of (B · H · N) queries, group by group.
         keys: Rows of (B · H · N) patches, and (B · H · P) prefix tokens after them, that the groups read, likewise.
         pieces: Of each key, which of the leaves of its group it is in, from 1; 0 if it is in none.
-        num_queries, num_keys: Of each group.
+        num_queries, num_keys: How many there are in each group.
         groups: How many of them are of each size.
     """
 
@@ -234,10 +213,9 @@ class Reads:
         """From the leaves that queries read, (B, H, N, n), ascending, and those that keys are in, (B, H, N)."""
         batch, heads, n = leaf_k.shape
         trees = torch.arange(batch * heads, device=leaf_k.device)
-        place = (leaf_k.flatten(0, 1) + num_leaves * trees[:, None]).flatten()
-        sizes = place.bincount(minlength=num_leaves * len(trees))
-        ends = sizes.cumsum(0)
-        patches = place.argsort(stable=True)
+        row = (leaf_k.flatten(0, 1) + num_leaves * trees[:, None]).flatten()  # in a table of all leaves
+        sizes = row.bincount(minlength=num_leaves * len(trees))
+        ends, patches = sizes.cumsum(0), row.argsort(stable=True)
 
         group = trees.repeat_interleave(n)
         for column in leaves_q.flatten(0, 2).unbind(1):
@@ -263,7 +241,8 @@ class Reads:
         size = torch.cat([torch.full_like(tree[:, None], prefix), size], dim=1)
         num_keys, piece = size.sum(1), F.pad(piece, (1, 0))
         powers = [torch.log2(count.double()).ceil().long() for count in (num_keys, num_queries)]
-        _, in_order, groups = _sorted_counts(64 * powers[0] + powers[1])
+        sizes, in_order = (64 * powers[0] + powers[1]).sort(stable=True)
+        groups = sizes.unique_consecutive(return_counts=True)[1].tolist()
         rows = torch.cat([patches, torch.arange(len(trees) * prefix, device=leaf_k.device) + len(patches)])
         size_in_order = size[in_order].flatten()
         return cls(
@@ -283,34 +262,28 @@ class Reads:
         return (Part(*part) for part in zip(*tokens, num_queries, num_keys, strict=True))
 
 
-def _sorted_counts(values: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """The values in order, the order, and how often each of them occurs."""
-    values, order = values.sort(stable=True)
-    return values, order, values.unique_consecutive(return_counts=True)[1].tolist()
-
-
 def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
     """start, start + 1, … of each range, one after the other."""
     shift = (starts - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
     return shift + torch.arange(len(shift), device=shift.device)
 
 
-def _attend_padded(part: Part, scale: float, fused: bool, dropout: float) -> Tensor:
+def _attend_padded(part: Part, how: tuple) -> Tensor:
     """All groups as one batch, with keys that are masked and queries that are dropped again: → (Σ num_queries, D)"""
     (rows_q, is_query), (rows_k, is_key) = _padding(part.num_queries), _padding(part.num_keys)
     q = part.q.index_select(0, rows_q.flatten()).unflatten(0, rows_q.shape)[:, None]
     k, v = (t.index_select(0, rows_k.flatten()).unflatten(0, rows_k.shape)[:, None] for t in (part.k, part.v))
-    y = attend(q, k, v, scale, fused, dropout, is_key[:, None, None])
+    y = attend(q, k, v, *how, is_key[:, None, None])
     return y.flatten(0, 2).index_select(0, is_query.flatten().nonzero()[:, 0])
 
 
 def _padding(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Of groups of rows, one after the other: rows (G, longest), padded with some row of another group, and which of
     them are the group's own."""
-    place = torch.arange(counts.amax(), device=counts.device)
+    column = torch.arange(counts.amax(), device=counts.device)
     starts = counts.cumsum(0) - counts
-    own = place < counts[:, None]
-    return torch.where(own, starts[:, None] + place, 0), own
+    own = column < counts[:, None]
+    return torch.where(own, starts[:, None] + column, 0), own
 
 
 # On the meta device there are no leaves. One operator stands for the attention inside them, as long as it takes when

@@ -1,6 +1,6 @@
 """The trees of Treeformer: which leaf a token falls into, and how a hard decision is learned.
 
-A head has one complete binary tree of height h, which its queries and keys share. Node j holds a linear predicate,
+A head has one complete binary tree of height h, for its queries and its keys. Node j holds a linear predicate,
 s_j(z) = ⟨w_j, z⟩ + b_j, and sends z right where s_j(z) ≥ 0, left otherwise (a tie goes right, NaN left).
 
 Decisions are hard forward and dense backward, as in the trees of Karthikeyan et al., "Learning Accurate Decision Trees
@@ -153,8 +153,7 @@ def sum_tokens_by_leaf(leaf: Tensor, counts: Tensor, x: Tensor, first: int) -> T
     before number `first` are in no leaf.
     """
     heads, n = leaf.shape[1:]
-    place = rows_of(leaf, counts.shape[2]).transpose(1, 2).flatten()
-    order = place.argsort(stable=True)
+    order = rows_of(leaf, counts.shape[2]).transpose(1, 2).flatten().argsort(stable=True)
     token = order // (heads * n) * x.shape[1] + first + order % n
     ends = counts.flatten().to(torch.int64).cumsum(dim=0)
     offsets = F.pad(ends[:-1], (1, 0))
