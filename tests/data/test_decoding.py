@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 from timm.data.readers.reader import Reader
-from torch import nn
 
 from tests.data.jpegs import jpeg, photograph
 from tests.data.trees import write_tree
@@ -24,13 +23,14 @@ from vit_efficient.data import (
     read_coefficients,
     train_input,
 )
-from vit_efficient.train import Config, experiment, train
+from vit_efficient.models import save_model
+from vit_efficient.train import Config, train
 from vit_efficient.train.config import LossConfig, ModelConfig, SchedConfig
 from vit_efficient.train.rules import validate
-from vit_efficient.train.run_folder import RunFolder
 
 NAME = 'vit_tiny_patch16_224'
 ARGS = {'img_size': 64, 'patch_size': 16, 'embed_dim': 12, 'depth': 1, 'num_heads': 2}
+OF_COEFFICIENTS, EMBED = 'vit_full_tiny', {'patch_embed': 'dct', 'patch_keep': 8, 'patch_input': 'coefficients'}
 STILL = {'crop_scale': None, 'color_jitter': 0.0, 'rand_ops': 0, 'erasing': 0.0}
 
 
@@ -50,28 +50,12 @@ def test_what_is_scaled_is_enough_for_every_size():
         assert (loader.height, loader.width) == largest
 
 
-class CoefficientEmbed(nn.Module):
-    """What a patch embedding must tell to be fed with coefficients."""
-
-    def __init__(self, keep=(8, 8)):
-        super().__init__()
-        self.input, self.patch_size, self.keep = 'coefficients', (16, 16), keep
-        self.img_size, self.num_patches, self.grid_size = (64, 64), 16, (4, 4)
-        self.proj = nn.Conv2d(3, 12, keep, keep)
-
-    def forward(self, x):
-        assert x.shape[-2:] == (4 * self.keep[0], 4 * self.keep[1])
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-def of_coefficients(*_, classes=3):
+def of_coefficients(classes=3):
     torch.manual_seed(0)
-    model = timm.create_model(NAME, **ARGS, num_classes=classes)
-    model.patch_embed = CoefficientEmbed()
-    return model
+    return timm.create_model(OF_COEFFICIENTS, **ARGS, **EMBED, num_classes=classes)
 
 
-def of_pixels(*_, classes=3):
+def of_pixels(classes=3):
     return timm.create_model(NAME, **ARGS, num_classes=classes)
 
 
@@ -91,7 +75,9 @@ def photographs(tmp_path_factory):
 
 def recipe(photographs, output, decode='coefficients'):
     config = Config(
-        model=ModelConfig(NAME, dict(ARGS)),
+        model=ModelConfig(OF_COEFFICIENTS, {**ARGS, **EMBED})
+        if decode == 'coefficients'
+        else ModelConfig(NAME, dict(ARGS)),
         sched=SchedConfig(epochs=2, warmup_epochs=1),
         loss=LossConfig(mixup=0.8),
         output=str(output),
@@ -106,9 +92,7 @@ def recipe(photographs, output, decode='coefficients'):
     return config
 
 
-def test_training_and_evaluation_on_coefficients(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, 'create_model', of_coefficients)
-    monkeypatch.setattr(RunFolder, 'save_model', lambda *args: None)
+def test_training_and_evaluation_on_coefficients(photographs, tmp_path):
     found = [train(recipe(photographs, tmp_path / str(number))) for number in range(2)]
     losses = [
         [line.get('loss') for line in map(json.loads, (tmp_path / str(number) / 'metrics.jsonl').open())]
@@ -118,8 +102,7 @@ def test_training_and_evaluation_on_coefficients(photographs, tmp_path, monkeypa
     assert found[0]['val_images'] == 6 and found[0]['steps'] == 6
 
 
-def test_an_image_that_has_no_coefficients_is_named(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, 'create_model', of_coefficients)
+def test_an_image_that_has_no_coefficients_is_named(photographs, tmp_path):
     with pytest.raises(ValueError, match=r'0\.png: not a JPEG.*data\.decode=pixels'):
         train(recipe(write_tree(tmp_path / 'pngs'), tmp_path / 'run'))
 
@@ -229,8 +212,8 @@ def test_augmentation_that_coefficients_do_not_allow_is_named(photographs, secti
         validate(config)
 
 
-def test_the_command_evaluates_a_model_of_coefficients(photographs, tmp_path, monkeypatch, capsys):
+def test_the_command_evaluates_a_model_of_coefficients(photographs, tmp_path, capsys):
     """Whatever its recipe says, or without one."""
-    monkeypatch.setattr('vit_efficient.train.load_model', of_coefficients)
+    save_model(of_coefficients(), tmp_path)
     main(['evaluate', str(tmp_path), '--data', f'{photographs}/val'])
     assert 'on 6 images' in capsys.readouterr().out

@@ -6,6 +6,7 @@ After UPDATE the last process alone is told to stop. Rounding in float32 would h
 share the work.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -73,6 +74,7 @@ def stop_after(last_update, update):
 
 
 if __name__ == '__main__':
+    logging.basicConfig(level=logging.INFO, format='%(message)s')
     experiment.create_model = double(experiment.create_model)
     TrainState.wrap = counting(TrainState.wrap)
     update = Trainer.update

@@ -35,7 +35,7 @@ def test_the_loss_by_hand(teacher, kind):
     x = torch.randn(5, 3, 16, 16)
     logits = student(x)
     distillation = Distillation(config, student, preprocessing)
-    loss = distillation(x, logits, logits.sum())
+    loss = distillation.loss(x, logits, logits.sum())
     pixels = x * torch.tensor(preprocessing.std)[:, None, None] + torch.tensor(preprocessing.mean)[:, None, None]
     seen = F.interpolate((pixels - 0.5) / 0.25, (32, 32), mode='bilinear', antialias=True)
     taught = timm.create_model(f'local-dir:{teacher}', pretrained=True).eval()(seen).detach()

@@ -128,7 +128,7 @@ def test_going_on_mid_epoch_makes_no_difference(data, tmp_path, monkeypatch, sto
     update = Trainer.update
 
     def stopping(self, chunk):
-        return update(self, chunk) if self.progress.updates < stop else fail()
+        return update(self, chunk) if self.state.progress.updates < stop else fail()
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
         patch.setattr(Trainer, 'update', stopping)

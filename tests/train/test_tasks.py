@@ -325,7 +325,7 @@ def test_a_run_from_before_a_key_existed_goes_on(tmp_path):
         ),
         ('model.args.num_classes', 10, r'num_classes=10 is below the 11 classes of the data'),
         ('data.val', 'test', r"data\.val must be a split of megapixel_mnist \(train or val\), got 'test'"),
-        ('data.val_args.lenght', 5, r'data\.val_args\.lenght: MegapixelMnist has no such argument'),
+        ('data.val_args.lenght', 5, r'data\.val_args: MegapixelMnist has no option .lenght.; did you mean length\?'),
         ('data.args.cell', 7, r'data\.args: cell=7 must divide'),
     ],
 )

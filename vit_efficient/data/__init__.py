@@ -6,8 +6,8 @@ from typing import Any
 # Albumentations and OpenCV load with the modules that use them, so each name is imported when it is asked for.
 _NAMES = {
     'config': ('AffineConfig', 'AugmentConfig', 'DataConfig', 'SizeConfig'),
-    'decoding': ('eval_input', 'input_shape', 'train_input'),
-    'files.coefficients': ('CoefficientTransform', 'PatchCoefficients', 'read_coefficients', 'takes_coefficients'),
+    'decoding': ('CoefficientTransform', 'eval_input', 'input_shape', 'train_input'),
+    'files.coefficients': ('PatchCoefficients', 'read_coefficients', 'takes_coefficients'),
     'files.images': ('read_image', 'to_array'),
     'files.jpeg': ('QuantizedJpeg', 'ReducedReader', 'read_quantized'),
     'loader': ('create_loader', 'iterate'),

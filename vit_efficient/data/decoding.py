@@ -5,17 +5,70 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vit_efficient.data.config import DataConfig
-from vit_efficient.data.files.coefficients import CoefficientTransform, PatchCoefficients
-from vit_efficient.data.files.jpeg import QuantizedReader, ReducedReader
+from vit_efficient.data.files.coefficients import TO_CHANNELS, PatchCoefficients, Window, regroup
+from vit_efficient.data.files.jpeg import QuantizedJpeg, QuantizedReader, ReducedReader
 from vit_efficient.data.preprocessing import EvalTransform, Preprocessing
+from vit_efficient.data.sampler import sample_seed
 from vit_efficient.data.sources import reads_files
 from vit_efficient.models.inputs import input_size, takes_coefficients
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.packages import MissingPackage
+
+
+class CoefficientTransform:
+    """Quantised JPEG to coefficient image: a window of the size of the model's input, and flips. Nothing is resized.
+
+    The draws for a sample are a function of (seed, epoch, index, repeat). Without a seed nothing is drawn: the window
+    is the one nearest to the centre.
+
+    Args:
+        layout: Patches and frequencies.
+        input_size: Channels (1 or 3), height and width of the pixels that the window covers.
+        mean, std: Per channel, of pixels in [0, 1].
+        seed: The run's seed; None for evaluation.
+        hflip, vflip: Probabilities, for training.
+
+    Raises:
+        UserError: If the channels are others, or patches do not divide height and width.
+    """
+
+    def __init__(
+        self,
+        layout: PatchCoefficients,
+        input_size: tuple[int, int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int | None = None,
+        hflip: float = 0.0,
+        vflip: float = 0.0,
+    ):
+        channels, *size = input_size
+        if channels not in TO_CHANNELS:
+            raise UserError(f'data.decode=coefficients reads images of 1 or 3 channels, the model takes {channels}')
+        if any(side % patch for side, patch in zip(size, layout.patch_size, strict=True)):
+            raise UserError(f'data.img_size={size} must be multiples of the patches, {list(layout.patch_size)}')
+        self.layout = layout
+        self.rows, self.columns = layout.grid(*size)
+        self.mean, self.std = mean, std
+        self.seed = seed
+        self.flips = (hflip, vflip)
+
+    def __call__(self, image: QuantizedJpeg, epoch: int = 0, index: int = 0, repeat: int = 0) -> Tensor:
+        """-> (C, rows · f, columns · g), float32"""
+        rows, columns = self.layout.grid(image.height, image.width)
+        spare = rows - self.rows, columns - self.columns
+        top, left, flips = spare[0] // 2, spare[1] // 2, [False, False]
+        if self.seed is not None:
+            rng = np.random.default_rng(sample_seed(self.seed, epoch, index, repeat))
+            top, left = (int(rng.integers(free, endpoint=True)) for free in spare)
+            flips = [bool(rng.random() < probability) for probability in self.flips]
+        window = Window(top, left, self.rows, self.columns)
+        return regroup(image, self.layout, self.mean, self.std, window, *flips)
 
 
 def train_input(

@@ -71,7 +71,7 @@ def _curves(
     folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str], against: str
 ) -> dict[str, list[tuple[float, float]]]:
     """The points of a run for each value."""
-    per_epoch = RunFolder(folder).environment.get('scale', {}).get('updates_per_epoch')
+    per_epoch = (RunFolder(folder).environment.get('scale') or {}).get('updates_per_epoch')
     return {value: points_of(lines, value, against, per_epoch) for value in values or DEFAULT_VALUES}
 
 

@@ -5,6 +5,7 @@ line (`optim.lr=1e-3`). Numbers may be fractions (`1/16`). Whatever does not fit
 its source.
 """
 
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -52,7 +53,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not recipe.output:
         recipe.output = default_output(path).as_posix()
     validate(recipe)
+    import_plugins(recipe)
     return recipe
+
+
+def import_plugins(config: Config) -> None:
+    """Imports the modules that a recipe names; what they register is then known by name.
+
+    Raises:
+        UserError: If there is no such module.
+    """
+    for name in config.plugins:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name.partition('.')[0] and error.name != name:
+                raise  # one that the plug-in itself wants
+            raise UserError(
+                f'plugins: there is no module {name!r}; install it, or add its folder to PYTHONPATH'
+            ) from error
 
 
 def to_yaml(config: Config) -> str:

@@ -1,6 +1,5 @@
 """From a recipe to a trained model: the parts of a run, one after the other."""
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from vit_efficient.train.distributed import Processes, processes
 from vit_efficient.train.experiment import Experiment
 from vit_efficient.train.interrupts import Interrupts
 from vit_efficient.train.preflight import preflight
+from vit_efficient.train.recipe import import_plugins
 from vit_efficient.train.rules import validate
 from vit_efficient.train.run_folder import RunFolder, reading
 from vit_efficient.train.state import TrainState
@@ -49,24 +49,24 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
     validate(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    for module in config.plugins:
-        importlib.import_module(module)
-    with Interrupts() as stop, processes(config.device) as team, _naming_rank(team):
+    import_plugins(config)
+    with Interrupts() as stop, processes(config.device) as team:
         experiment = Experiment.build(config, team, train_set, val_set)
         folder = RunFolder(config.output, team)
         state = TrainState(experiment)
-        result, saved = folder.earlier(experiment)
-        if result is not None:
-            return result
-        if saved:
-            path, content = saved
-            with reading(path):
-                state.load_state_dict(content)
+        with _naming_rank(team):
+            result, saved = folder.earlier(experiment)
+            if result is not None:
+                return result
+            if saved:
+                path, content = saved
+                with reading(path):
+                    state.load_state_dict(content)
         preflight(experiment, state)
         try:
             state.wrap()
             stop.share(team)
-            with folder.open(experiment, state, stop) as log:
+            with _naming_rank(team), folder.open(experiment, state, stop) as log:
                 return Trainer(experiment, state, folder, log, stop).fit()
         finally:
             # DDP must not outlive its process group: its end would wait, holding the interpreter's lock, for a thread

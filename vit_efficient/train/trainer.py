@@ -28,7 +28,7 @@ from vit_efficient.train.interrupts import Interrupted, Interrupts
 from vit_efficient.train.log import SilentLog, used_memory
 from vit_efficient.train.run_folder import BEST, RunFolder
 from vit_efficient.train.state import TrainState, seed_everything
-from vit_efficient.train.summary import describe_epoch, describe_result, describe_scale
+from vit_efficient.train.summary import describe_epoch, describe_result, describe_scale, values_of_epoch
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import writing
 from vit_efficient.utils.precision import autocast
@@ -213,9 +213,7 @@ class Trainer:
     def _leave_out(self, what: str, suspects: list[Tensor]) -> None:
         """Counts an update without a step, which all processes leave out; ends the run if that is the recipe's policy.
 
-        Args:
-            what: Is not finite.
-            suspects: Indices of samples of this process, by micro-batch, among which the cause is.
+        `what` is not finite, for one of the `suspects`: indices of samples of this process, by micro-batch.
         """
         experiment, progress = self.experiment, self.state.progress
         filename = experiment.feed.train_samples.filename
@@ -249,22 +247,9 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Evaluates the model at the end of an epoch, and tells."""
         experiment, state, progress = self.experiment, self.state, self.state.progress
-        config, hooks = experiment.config, experiment.hooks
         evaluation = self.measure(state.evaluated)
-        measured = {hook.name: hook.measure(self) for hook in hooks}
-        taken = experiment.updates_per_epoch - progress.epoch_nonfinite
-        values = {
-            'train_loss': progress.loss_sum / taken if taken else math.nan,
-            'loss': evaluation.loss,
-            **evaluation.accuracies,
-            'lr': state.lr,
-            'train_seconds': progress.train_seconds,
-            **({'stage': state.stage} if config.stages else {}),
-            **({'skipped': len(evaluation.skipped)} if config.data.on_error == 'skip' else {}),
-            **({'nonfinite': progress.epoch_nonfinite} if config.on_nonfinite == 'skip' else {}),
-        }
-        for hook in hooks:
-            values |= hook.values(state)
+        measured = {hook.name: hook.measure(self) for hook in experiment.hooks}
+        values = values_of_epoch(experiment, state, evaluation)
         self.log.name_skipped('validation', evaluation.skipped)
         with self.stop.held():
             for kind, line in {'val': values, **measured}.items():

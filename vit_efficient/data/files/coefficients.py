@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from vit_efficient.data.files.images import name_of
 from vit_efficient.data.files.jpeg import BLOCK, QuantizedJpeg, read_quantized
-from vit_efficient.data.sampler import sample_seed
 from vit_efficient.dct import dct_matrix
 from vit_efficient.models.inputs import takes_coefficients
 from vit_efficient.utils.checks import as_sides
@@ -47,7 +46,7 @@ _TO_RGB = {
     ),
 }
 _TO_GREY = {'grey': torch.ones(1, 1), 'RGB': _LUMA, 'YCbCr': torch.tensor([[1.0, 0.0, 0.0]])}
-_TO_CHANNELS = {1: _TO_GREY, 3: _TO_RGB}
+TO_CHANNELS = {1: _TO_GREY, 3: _TO_RGB}
 _STRIP = 2**18  # pixels at once, of each component: what is made of them stays within a core's cache
 
 
@@ -96,11 +95,6 @@ class PatchCoefficients:
         """Rows and columns of whole patches in an image of that size."""
         return height // self.patch_size[0], width // self.patch_size[1]
 
-    def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        """The shape of the coefficient image of an image of that size."""
-        rows, columns = self.grid(height, width)
-        return channels, rows * self.keep[0], columns * self.keep[1]
-
 
 @dataclass(frozen=True)
 class Window:
@@ -138,7 +132,7 @@ def read_coefficients(
         MissingPackage: If `pyjpegio` is not installed.
     """
     layout = PatchCoefficients(patch_size, keep)
-    if channels not in _TO_CHANNELS:
+    if channels not in TO_CHANNELS:
         raise UserError(f'{channels=} must be 1 or 3: the coefficients of a JPEG are of grey or RGB images')
     mean = tuple((0.0,) * channels if mean is None else mean)
     std = tuple((1.0,) * channels if std is None else std)
@@ -177,7 +171,7 @@ def regroup(
     """
     (p, q), (f, g) = layout.patch_size, layout.keep
     window = window or Window(0, 0, *layout.grid(image.height, image.width))
-    colour = _TO_CHANNELS[len(mean)][image.space] / (255 * torch.tensor(std)[:, None])
+    colour = TO_CHANNELS[len(mean)][image.space] / (255 * torch.tensor(std)[:, None])
     used = [number for number in range(colour.shape[1]) if colour[:, number].any()]
     colour = colour[:, used]
     # A block of a subsampled component may cover several patches; what is computed begins and ends with a block.
@@ -261,54 +255,3 @@ class _Component:
         groups = len(x) // samples
         x = torch.bmm(self.vertical.expand(groups, -1, -1), x.view(groups, samples, -1))
         torch.mm(x.view(-1, len(self.horizontal)), self.horizontal, out=out.view(-1, self.horizontal.shape[1]))
-
-
-class CoefficientTransform:
-    """Quantised JPEG to coefficient image: a window of the size of the model's input, and flips. Nothing is resized.
-
-    The draws for a sample are a function of (seed, epoch, index, repeat). Without a seed nothing is drawn: the window
-    is the one nearest to the centre.
-
-    Args:
-        layout: Patches and frequencies.
-        input_size: Channels (1 or 3), height and width of the pixels that the window covers.
-        mean, std: Per channel, of pixels in [0, 1].
-        seed: The run's seed; None for evaluation.
-        hflip, vflip: Probabilities, for training.
-
-    Raises:
-        UserError: If the channels are others, or patches do not divide height and width.
-    """
-
-    def __init__(
-        self,
-        layout: PatchCoefficients,
-        input_size: tuple[int, int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        seed: int | None = None,
-        hflip: float = 0.0,
-        vflip: float = 0.0,
-    ):
-        channels, *size = input_size
-        if channels not in _TO_CHANNELS:
-            raise UserError(f'data.decode=coefficients reads images of 1 or 3 channels, the model takes {channels}')
-        if any(side % patch for side, patch in zip(size, layout.patch_size, strict=True)):
-            raise UserError(f'data.img_size={size} must be multiples of the patches, {list(layout.patch_size)}')
-        self.layout = layout
-        self.rows, self.columns = layout.grid(*size)
-        self.mean, self.std = mean, std
-        self.seed = seed
-        self.flips = (hflip, vflip)
-
-    def __call__(self, image: QuantizedJpeg, epoch: int = 0, index: int = 0, repeat: int = 0) -> Tensor:
-        """-> (C, rows · f, columns · g), float32"""
-        rows, columns = self.layout.grid(image.height, image.width)
-        spare = rows - self.rows, columns - self.columns
-        top, left, flips = spare[0] // 2, spare[1] // 2, [False, False]
-        if self.seed is not None:
-            rng = np.random.default_rng(sample_seed(self.seed, epoch, index, repeat))
-            top, left = (int(rng.integers(free, endpoint=True)) for free in spare)
-            flips = [bool(rng.random() < probability) for probability in self.flips]
-        window = Window(top, left, self.rows, self.columns)
-        return regroup(image, self.layout, self.mean, self.std, window, *flips)
