@@ -34,27 +34,12 @@ IMAGES_PER_UPDATE = 'data.batch_size × grad_accum × processes'
 
 
 class Feed:
-    """The images of a run on their way to the model: samples, their order, and loaders.
+    """The images of a run on their way to the model: samples, their order, and loaders."""
 
-    Args:
-        config: The recipe.
-        team: Of which this process takes its part of the images.
-        datasets: For training and validation.
-        model, preprocessing, task: Of the run.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        team: Processes,
-        datasets: tuple[Dataset, Dataset],
-        model: nn.Module,
-        preprocessing: Preprocessing,
-        task: Task,
-    ):
+    def __init__(self, config, team, train_set, val_set, model, preprocessing: Preprocessing, task: Task):
         data, tones = config.data, config.data.augment
         self.config, self.team, self.preprocessing = config, team, preprocessing
-        (train_set, augment), (val_set, fixed) = self._inputs(*datasets, model)
+        (train_set, augment), (val_set, fixed) = self._inputs(train_set, val_set, model)
         if task.of_patches and not (tones.three or tones.color_jitter or tones.hue or tones.dct_truncate):
             augment = fixed  # nothing is drawn: where images are resized, training sees what evaluation sees
         check_target = task.check_target if task.of_patches else None
@@ -129,12 +114,7 @@ class Experiment:
     def build(
         cls, config: Config, team: Processes, train_set: Dataset | None = None, val_set: Dataset | None = None
     ) -> 'Experiment':
-        """Builds all of it.
-
-        Args:
-            config: The recipe.
-            team: The processes of the run.
-            train_set, val_set: Instead of `data.train` and `data.val`.
+        """Builds all of it, on `train_set` and `val_set` instead of `data.train` and `data.val` where they are given.
 
         Raises:
             UserError: For what does not fit.
@@ -156,7 +136,7 @@ class Experiment:
                 ) from error
         preprocessing = Preprocessing.of(model, data)
         task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight)
-        feed = Feed(config, team, (train_set, val_set), model, preprocessing, task)
+        feed = Feed(config, team, train_set, val_set, model, preprocessing, task)
         experiment = cls(config, team, classes, model, preprocessing, task, feed, list_stages(config))
         if not experiment.updates_per_epoch:
             raise UserError(

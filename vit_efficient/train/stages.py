@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from vit_efficient.conversion import convert
+from vit_efficient.models import freeze_truncation
 from vit_efficient.train.config import Config, OptimConfig, SchedConfig, StageConfig
 from vit_efficient.utils.errors import UserError
 
@@ -81,16 +82,11 @@ def naming(number: int) -> Iterator[None]:
 def model_at_stages(model: nn.Module, stages: Sequence[Stage], sizes=None) -> Iterator[tuple[Stage, nn.Module]]:
     """Each stage with the model that it trains: a copy without data, converted part after part.
 
-    Args:
-        model: As it is built.
-        stages: Of the run.
-        sizes: That learned truncations are frozen to; by default, uncut ones.
+    Learned truncations are frozen to `sizes`, by default uncut ones.
 
     Raises:
         UserError: Naming the first stage that does not fit.
     """
-    from vit_efficient.models.truncation import freeze_truncation
-
     if any(stage.changes for stage in stages):
         model = copy.deepcopy(model).to('meta')
     for number, stage in enumerate(stages):
