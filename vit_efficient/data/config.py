@@ -8,6 +8,9 @@ from vit_efficient.utils.keys import BELOW_1, Range, at_least, between, key, one
 ON_ERROR = ('error', 'skip')
 DECODE = ('pixels', 'scaled', 'coefficients')
 _PAIR_OF_RATIOS = Range('two ratios, 0 < least ≤ most', lambda v: len(v) == 2 and 0 < v[0] <= v[1])
+_MEANS = Range('numbers from -1e6 to 1e6', lambda v: all(-1e6 <= number <= 1e6 for number in v))
+_STDS = Range('numbers from 1e-6 to 1e6', lambda v: all(1e-6 <= number <= 1e6 for number in v))
+_CROP_PCT = Range('at least 0.1 and at most 1', lambda v: 0.1 <= v <= 1)
 
 
 def _shares(of: str) -> Range:
@@ -40,20 +43,16 @@ class AugmentConfig:
     vflip: float = key(0.0, 'probability of a vertical flip', between(0, 1))
     three: bool = key(
         False,
-        'one of grey, solarised and blurred, at even odds (the "3-Augment" of DeiT III); all but 8-bit grey and RGB '
-        'stay as they are where what is drawn is not defined for them: solarised, and grey of other than 3 channels',
+        'one of grey, solarised and blurred, at even odds ("3-Augment" of DeiT III); other images than 8-bit grey and '
+        'RGB stay as they are where what is drawn is not defined for them',
     )
-    color_jitter: float = key(
-        0.3, 'brightness, contrast and saturation factors are drawn from 1 ± color_jitter', between(0, 1)
-    )
+    color_jitter: float = key(0.3, 'brightness, contrast and saturation: factors are drawn from 1 ± it', between(0, 1))
     hue: float = key(0.0, 'share of the colour circle, drawn from ± hue', between(0, 0.5))
     rand_ops: int = key(2, 'operations of the RandAugment-like policy per image', at_least(0))
     rand_magnitude: float = key(9.0, 'their strength, 0 to 10', between(0, 10))
     dct_truncate: float = key(0.0, 'probability that DCT coefficients of high frequency are dropped', between(0, 1))
     dct_truncate_ratio: list[float] = key(
-        help='share of the coefficients that are left then: the range',
-        within=_shares('the coefficients'),
-        default_factory=lambda: [1 / 16, 1 / 2],
+        help='share of them that stays', within=_shares('the coefficients'), default_factory=lambda: [1 / 16, 1 / 2]
     )
     erasing: float = key(0.25, 'probability that a random rectangle is replaced by noise', between(0, 1))
     affine: AffineConfig = section(AffineConfig)
@@ -73,8 +72,7 @@ class DataConfig:
 
     train: str = key(
         '',
-        "a folder of class folders, or WebDataset's shards, such as train-{000..009}.tar; with `dataset`, the name of "
-        'the split',
+        "folder of class folders, or WebDataset's shards: train-{000..009}.tar; with `dataset`, name of the split",
         resume=True,
     )
     val: str = key('', 'likewise, of the validation images', resume=True)
@@ -85,27 +83,21 @@ class DataConfig:
     )
     root: str = key('', "with `dataset`: the folder that holds it; of hfds/…, that of the library's cache", resume=True)
     args: dict[str, Any] = key(help='further arguments, of shards or with `dataset`', default_factory=dict)
-    val_args: dict[str, Any] = key(
-        help='arguments that replace some of them for validation', resume=True, default_factory=dict
-    )
+    val_args: dict[str, Any] = key(help='those that replace some for validation', resume=True, default_factory=dict)
     decode: str = key(
         'pixels',
-        'pixels: all files that can be read, at full size; scaled: JPEGs at 1/2, 1/4 or 1/8 where crop and resize '
-        'leave no more; coefficients: of JPEGs, undecoded, for a patch embedding that takes them, where patches '
-        'are cropped at random',
+        'pixels: all files, at full size; scaled: JPEGs at 1/2, 1/4 or 1/8 where crop and resize leave no more; '
+        'coefficients: of JPEGs, undecoded, for a patch embedding that takes them; their patches are cropped at random',
         one_of(*DECODE),
     )
     batch_size: int = key(128, 'images per process and micro-batch', at_least(1))
-    eval_batch_size: int | None = key(
-        None, 'images per batch of evaluation; null: batch_size', at_least(1), resume=True
-    )
+    eval_batch_size: int | None = key(None, 'images per evaluation batch; null: batch_size', at_least(1), resume=True)
     workers: int = key(4, 'loader processes; 0 loads in the training process', at_least(0), resume=True)
     cache: bool = key(False, 'keep decoded images in memory (each worker its own)', resume=True)
     on_error: str = key(
         'error',
-        'for a file that cannot be read, error: it ends the run; skip: it is named, counted and done without, and in '
-        'training another image of its batch takes its place. An image that can be read and does not fit ends the run '
-        'either way',
+        'a file that cannot be read: error ends the run; skip names, counts and leaves it out, and in training another '
+        'image of its batch takes its place. An image that can be read and does not fit always ends the run',
         one_of(*ON_ERROR),
         resume=True,  # where both values lead to weights, these are the same
     )
@@ -113,10 +105,7 @@ class DataConfig:
         1, 'how often an image comes in a row, each time augmented anew; an epoch is as long as without', at_least(1)
     )
     mixed_shards: int | None = key(
-        None,
-        'with shards: only so many of them are shuffled together, where random access to all of them is slow; null: '
-        'all',
-        at_least(1),
+        None, 'shards that are shuffled together, where random access to all of them is slow; null: all', at_least(1)
     )
     img_size: list[int] | None = key(None, "height, width; null: the model's own")
     schedule: list[SizeConfig] = key(
@@ -124,21 +113,11 @@ class DataConfig:
         'model has to take them all, a vision transformer by model.args.dynamic_img_size',
         default_factory=list,
     )
-    mean: list[float] | None = key(
-        None,
-        "per channel, of pixels in [0, 1]; null: the model's own",
-        Range('numbers from -1e6 to 1e6', lambda v: all(-1e6 <= number <= 1e6 for number in v)),
-    )
-    std: list[float] | None = key(
-        None,
-        'likewise, the standard deviation',
-        Range('numbers from 1e-6 to 1e6', lambda v: all(1e-6 <= number <= 1e6 for number in v)),
-    )
+    mean: list[float] | None = key(None, "per channel, of pixels in [0, 1]; null: the model's own", _MEANS)
+    std: list[float] | None = key(None, 'likewise, the standard deviation', _STDS)
     interpolation: str | None = key(None, "bilinear, bicubic, …; null: the model's own")
     crop_pct: float | None = key(
-        None,
-        "in evaluation, the side of the centre crop over the resized side; null: the model's own",
-        Range('at least 0.1 and at most 1', lambda v: 0.1 <= v <= 1),
+        None, "in evaluation, side of the centre crop over the resized side; null: the model's own", _CROP_PCT
     )
     crop_mode: str | None = key(None, "in evaluation: center, squash or border; null: the model's own")
     augment: AugmentConfig = section(AugmentConfig)

@@ -28,13 +28,10 @@ class CoefficientTransform:
 
     Args:
         layout: Patches and frequencies.
-        input_size: Channels (1 or 3), height and width of the pixels that the window covers.
+        input_size: Channels (1 or 3), height and width of the pixels that the window covers; patches divide it.
         mean, std: Per channel, of pixels in [0, 1].
         seed: The run's seed; None for evaluation.
         hflip, vflip: Probabilities, for training.
-
-    Raises:
-        UserError: If the channels are others, or patches do not divide height and width.
     """
 
     def __init__(
@@ -54,9 +51,7 @@ class CoefficientTransform:
             raise UserError(f'data.img_size={size} must be multiples of the patches, {list(layout.patch_size)}')
         self.layout = layout
         self.rows, self.columns = layout.grid(*size)
-        self.mean, self.std = mean, std
-        self.seed = seed
-        self.flips = (hflip, vflip)
+        self.mean, self.std, self.seed, self.flips = mean, std, seed, (hflip, vflip)
 
     def __call__(self, image: QuantizedJpeg, epoch: int = 0, index: int = 0, repeat: int = 0) -> Tensor:
         """-> (C, rows · f, columns · g), float32"""
@@ -74,14 +69,7 @@ class CoefficientTransform:
 def train_input(
     dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, config: DataConfig, seed: int
 ) -> tuple[Dataset, Callable[..., Any]]:
-    """The data set as it is read for training, and the transform of what it reads.
-
-    Args:
-        dataset: What it reads is replaced in a copy, if at all.
-        model: It takes pixels or coefficients.
-        preprocessing: Input size and statistics.
-        config: How to decode, and the augmentation.
-        seed: The run's seed.
+    """The data set as it is read for training (a copy where it reads otherwise), and the transform of what it reads.
 
     Raises:
         UserError: If `data.decode` does not fit the model or the data set, or its library is not installed.
@@ -104,10 +92,7 @@ def train_input(
 def eval_input(
     dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, decode: str
 ) -> tuple[Dataset, Callable[..., Any]]:
-    """The data set as it is read for evaluation, and the transform of what it reads, in which nothing is drawn.
-
-    Args and errors are those of `train_input`; `decode` is what `data.decode` may be.
-    """
+    """`train_input` for evaluation: nothing is drawn. `decode` is what `data.decode` may be."""
     if decode == 'coefficients':
         return _coefficient_input(dataset, model, preprocessing)
     _check_takes_pixels(model, decode)
@@ -127,7 +112,7 @@ def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, in
 def _check_takes_pixels(model: nn.Module, decode: str) -> None:
     if takes_coefficients(model):
         raise UserError(
-            f'data.decode={decode} gives pixels, but the patch embedding of the model takes DCT coefficients; set '
+            f'data.decode={decode} gives pixels, the patch embedding of the model takes DCT coefficients; set '
             'data.decode=coefficients, or the input of the embedding to pixels'
         )
 
@@ -143,8 +128,8 @@ def _coefficient_input(
 def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any, **options: Any) -> Dataset:
     if not reads_files(dataset):
         raise UserError(
-            f'data.decode is for image files, {type(dataset).__name__} gives images that are decoded already; use '
-            'data.decode=pixels'
+            f'data.decode is for image files, {type(dataset).__name__} gives images that are decoded already; '
+            'use data.decode=pixels'
         )
     dataset = copy.copy(dataset)
     try:

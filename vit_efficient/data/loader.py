@@ -18,9 +18,9 @@ from vit_efficient.utils.errors import UserError
 
 
 class _Batch(NamedTuple):
-    """What loader processes send where samples may be skipped."""
+    """What loader processes send where samples may be skipped; no tensors if nothing can be read."""
 
-    tensors: list[torch.Tensor] | None  # None: nothing of it can be read
+    tensors: list[torch.Tensor] | None
     unreadable: dict[int, str]
 
 
@@ -28,14 +28,12 @@ def _collate(items: Sequence[tuple[Any, ...] | Unreadable], full: bool) -> _Batc
     """Leaves out what cannot be read; in a full batch the others take its places, in turn."""
     unreadable = {item.index: item.reason for item in items if isinstance(item, Unreadable)}
     readable = [item for item in items if not isinstance(item, Unreadable)]
-    if not readable:
-        if full:
-            raise UserError(f'nothing in a batch of {len(items)} can be read; the first one: {items[0].reason}')
-        return _Batch(None, unreadable)
+    if full and not readable:
+        raise UserError(f'nothing in a batch of {len(items)} can be read; the first one: {items[0].reason}')
     if full:
         others = cycle(readable)
         readable = [next(others) if isinstance(item, Unreadable) else item for item in items]
-    return _Batch(default_collate(readable), unreadable)
+    return _Batch(default_collate(readable) if readable else None, unreadable)
 
 
 def create_loader(
@@ -51,8 +49,7 @@ def create_loader(
     `iterate` gives these batches. If samples are skipped, what the loader itself gives holds them.
 
     Args:
-        samples: The data.
-        sampler: Their order. Training sets its epoch before each pass.
+        samples, sampler: The data and their order. Training sets the epoch of the sampler before each pass.
         batch_size: Images per batch.
         workers: Loader processes. Those of training, and those that cache images, live as long as the loader.
         drop_last: Full batches only (training): a last batch that is not full is left out, and a copy of another sample
@@ -95,9 +92,7 @@ def _end_when_the_parent_says_so() -> None:
 def iterate(loader: Iterable[Any], unreadable: dict[int, str] | None = None) -> Iterator[Any]:
     """Iterates a loader, and gives errors of loader processes the message they have without processes.
 
-    Args:
-        loader: From `create_loader`, or any other.
-        unreadable: Is given the samples that are skipped, by index, each with a line that names it and tells why.
+    The samples that are skipped go to `unreadable`, by index, each with a line that names it and tells why.
 
     Raises:
         UserError: What the data set raised, as one line; for training, also if nothing in a batch can be read.

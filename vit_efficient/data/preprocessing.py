@@ -35,9 +35,8 @@ class Preprocessing:
     def of(cls, model: nn.Module, config: DataConfig | None = None) -> 'Preprocessing':
         """Reads it off a timm model; what `config` sets goes first.
 
-        The size is the one that the model is built for, or, of a model that takes any (`dynamic_img_size`) and is as it
-        was saved, the one that it was saved with. A model of another number of channels than its statistics takes their
-        mean for every channel.
+        The size is that of `models.inputs.image_size`. A model of another number of channels than its statistics takes
+        their mean for every channel.
 
         Raises:
             UserError: If the statistics in `config` do not have one value per channel, or a name is unknown.
@@ -58,17 +57,11 @@ class Preprocessing:
             statistics[name] = tuple(float(value) for value in values)
         if min(statistics['std']) <= 0:
             raise UserError(f'data.std must be above 0, got {list(statistics["std"])}')
-        interpolation = config.interpolation or base['interpolation']
-        check_choice('data.interpolation', interpolation, _INTERPOLATIONS)
-        crop_mode = config.crop_mode or base['crop_mode']
-        check_choice('data.crop_mode', crop_mode, _CROP_MODES)
-        return cls(
-            input_size=(in_chans, *size),
-            interpolation=interpolation,
-            crop_pct=config.crop_pct or base['crop_pct'],
-            crop_mode=crop_mode,
-            **statistics,
-        )
+        names = ('interpolation', 'crop_pct', 'crop_mode')
+        crop = {name: getattr(config, name) or base[name] for name in names}
+        check_choice('data.interpolation', crop['interpolation'], _INTERPOLATIONS)
+        check_choice('data.crop_mode', crop['crop_mode'], _CROP_MODES)
+        return cls((in_chans, *size), **statistics, **crop)
 
     def scheduled(self, schedule: Sequence[SizeConfig]) -> dict[int, 'Preprocessing']:
         """The same at the sizes of a schedule, by the first epoch that has each."""
@@ -86,9 +79,6 @@ class EvalTransform:
     8-bit images of 1 or 3 channels go through it as PIL images, exactly as in timm. Others (16-bit, floating point,
     many-channel) go through its resize and crop as float32 tensors, with the same target sizes, the same interpolation
     and antialiasing; then they are clipped to [0, 1], as 8-bit images are by their type, and normalised.
-
-    Args:
-        preprocessing: Input size, statistics and crop.
     """
 
     def __init__(self, preprocessing: Preprocessing):

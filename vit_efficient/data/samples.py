@@ -33,9 +33,8 @@ def check_same_classes(ours: list[str] | None, theirs: list[str] | None, our_nam
     missing = [name for name in ours if name not in theirs]
     extra = [name for name in theirs if name not in ours]
     detail = f'missing {missing[:5]}, unexpected {extra[:5]}' if missing or extra else 'their order differs'
-    raise UserError(
-        f'the classes of {their_name} ({len(theirs)}) differ from those of {our_name} ({len(ours)}): {detail}'
-    )
+    names = f'the classes of {their_name} ({len(theirs)}) differ from those of {our_name} ({len(ours)})'
+    raise UserError(f'{names}: {detail}')
 
 
 @dataclass(frozen=True)
@@ -50,22 +49,17 @@ class Samples(Dataset):
     """What the loader reads: (tensor (C, H, W), label, index) for a key (epoch, index) or (epoch, index, repeat).
 
     With `check_target` it is (tensor, label, target, index), the target (rows, columns) being the class of each patch.
-    With `on_error` skip it is Unreadable if the data set cannot read the sample. A sample that is read and does not fit
-    the model (its label, channels, type or range, its target), or that PIL refuses for its size, is an error all the
-    same.
+    With `on_error` skip it is Unreadable if the data set cannot read the sample. One that is read and does not fit the
+    model (label, channels, type, range, target), or that PIL refuses for its size, is an error all the same.
 
     Args:
         dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`), or a
             QuantizedJpeg; with `check_target`, of (image, label, array of integers).
         transform: (array or QuantizedJpeg, *key) -> tensor.
-        in_chans: Channels of the model.
-        num_classes: Classes of the model.
+        in_chans, num_classes: Channels and classes of the model.
         cache: Keep decoded images in memory. Every loader process holds its own.
         check_target: Raises UserError if a target does not fit its image: ((height, width), (rows, columns)) -> None.
         on_error: error or skip, see `DataConfig`.
-
-    Raises:
-        UserError: If `on_error` is neither.
     """
 
     def __init__(
@@ -79,12 +73,9 @@ class Samples(Dataset):
         on_error: str = 'error',
     ):
         check_choice('on_error', on_error, ON_ERROR)
-        self.dataset = dataset
-        self.transform = transform
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.check_target = check_target
-        self.on_error = on_error
+        self.dataset, self.transform = dataset, transform
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.check_target, self.on_error = check_target, on_error
         self.cached: dict[int, tuple[Any, ...] | Unreadable] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -99,8 +90,7 @@ class Samples(Dataset):
         """The image as an array (H, W, C), its label and, where it is read, its target as an int64 tensor.
 
         Raises:
-            UserError: If one of them does not fit the model, or the image is corrupt and `on_error` is not skip. The
-                message names the sample.
+            UserError: If one does not fit the model, or cannot be read and is not skipped; it names the sample.
         """
         if self.cached is None:
             return self._read(index)
@@ -116,11 +106,10 @@ class Samples(Dataset):
         except _READ_ERRORS as error:
             where = self._where(index)
             what = ' '.join(str(error).removeprefix(f'{where}: ').split()) or type(error).__name__
-            if isinstance(error, ImageTooLarge):
-                raise UserError(f'{where}: {what}') from error
-            if self.on_error == 'skip':
+            if self.on_error == 'skip' and not isinstance(error, ImageTooLarge):
                 return Unreadable(index, f'{where}: {what}')
-            raise UserError(f'{where}: {what}; on_error=skip goes on without it') from error
+            way_out = '' if isinstance(error, ImageTooLarge) else '; on_error=skip goes on without it'
+            raise UserError(f'{where}: {what}{way_out}') from error
         try:
             truth = [self._label(label)]
             if not isinstance(image, QuantizedJpeg):
@@ -167,7 +156,7 @@ class Samples(Dataset):
         return self.transform(image, *key), *truth, key[1]
 
     def readable(self, count: int) -> Iterator[tuple[Any, ...]]:
-        """That many samples (at most all), evenly spread over the set, as in epoch 0, less those that are skipped.
+        """So many samples (at most all), evenly spread over the set, as in epoch 0, less those that are skipped.
 
         Raises:
             UserError: If a sample does not fit, or all would be skipped.
