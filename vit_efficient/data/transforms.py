@@ -15,12 +15,9 @@ from vit_efficient.data.preprocessing import Preprocessing
 from vit_efficient.data.sampler import sample_seed
 from vit_efficient.data.truncation import check_arguments, truncate_array
 
-_CV2_INTERPOLATION = {
-    'nearest': cv2.INTER_NEAREST,
-    'bilinear': cv2.INTER_LINEAR,
-    'bicubic': cv2.INTER_CUBIC,
-    'lanczos': cv2.INTER_LANCZOS4,
-}
+_CV2_INTERPOLATION = dict(
+    nearest=cv2.INTER_NEAREST, bilinear=cv2.INTER_LINEAR, bicubic=cv2.INTER_CUBIC, lanczos=cv2.INTER_LANCZOS4
+)
 
 
 class TrainTransform:
@@ -39,8 +36,7 @@ class TrainTransform:
     their white, and grey of other than 3 channels. An image that draws one of `three` that it skips stays as it is.
 
     Args:
-        preprocessing: Input size and statistics.
-        config: The augmentation.
+        preprocessing, config: Input size and statistics, and the augmentation.
         seed: The run's seed, ≥ 0.
         schedule: Other sizes than that of the input, from epochs on, which ascend.
     """
@@ -48,26 +44,19 @@ class TrainTransform:
     def __init__(
         self, preprocessing: Preprocessing, config: AugmentConfig, seed: int, schedule: Sequence[SizeConfig] = ()
     ):
-        self.preprocessing = preprocessing
+        self.preprocessing, self.config, self.seed = preprocessing, config, seed
         self._scheduled = preprocessing.scheduled(schedule)
-        self.config = config
-        self.seed = seed
         self._pipelines: dict[tuple[int, bool], A.Compose] = {}
-
-    def _pipeline(self, epoch: int, photograph: bool) -> A.Compose:
-        """The pipeline of the size that an epoch has."""
-        since = max(start for start in self._scheduled if start <= epoch)
-        key = since, photograph
-        if key not in self._pipelines:
-            self._pipelines[key] = _compose(self._scheduled[since], self.config, photograph)
-        return self._pipelines[key]
 
     def __call__(self, image: np.ndarray, epoch: int, index: int, repeat: int = 0) -> torch.Tensor:
         """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised."""
         photograph = image.dtype == np.uint8 and image.shape[2] in (1, 3)
         if not photograph and image.dtype == np.uint8:
             image = image.astype(np.float32) / 255
-        compose = self._pipeline(epoch, photograph)
+        since = max(start for start in self._scheduled if start <= epoch)
+        if (since, photograph) not in self._pipelines:
+            self._pipelines[since, photograph] = _compose(self._scheduled[since], self.config, photograph)
+        compose = self._pipelines[since, photograph]
         # One pair of generators for the whole pipeline: set_random_seed would give every operation the same draws, so
         # that, for one, each image that is flipped would be brightened too.
         draws = sample_seed(self.seed, epoch, index, repeat)
@@ -96,8 +85,10 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
         rotate, translate, shear = (_around(0, spread) for spread in (affine.rotate, affine.translate, affine.shear))
         scale = _around(1, affine.scale)
         steps.append(A.Affine(rotate=rotate, translate_percent=translate, scale=scale, shear=shear, p=1))
-    if config.three:
-        steps.append(A.OneOf(_three(photograph, channels), p=1))
+    if config.three:  # Touvron, Cord, Jégou, "DeiT III: revenge of the ViT", ECCV 2022, arXiv 2204.07118
+        grey = A.ToGray(p=1) if photograph or channels == 3 else A.NoOp(p=1)
+        solarize = A.Solarize(threshold_range=(0.5, 0.5), p=1) if photograph else A.NoOp(p=1)
+        steps.append(A.OneOf([grey, solarize, A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=1)], p=1))
     if config.color_jitter or config.hue:
         factors = [_around(1, config.color_jitter)] * 2  # of brightness and contrast
         jitter = A.ColorJitter(*factors, factors[0], _around(0, config.hue), p=1)
@@ -111,14 +102,10 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
         aspect = width / height
         # Where the image is longer than 8:1, so are the rectangles: of the usual ones, the smallest would not fit.
         stretch = aspect / min(max(aspect, 1 / 8), 8)
-        ratio = (0.3 * stretch, stretch / 0.3)
-        erasing = A.Erasing if photograph else _Erasing
-        steps.append(erasing(scale=(0.02, 1 / 3), ratio=ratio, fill='random', p=config.erasing))
-    steps += [
-        A.Normalize(preprocessing.mean, preprocessing.std, max_pixel_value=255.0 if photograph else 1.0),
-        A.ToTensorV2(),
-    ]
-    return A.Compose(steps)
+        options = dict(scale=(0.02, 1 / 3), ratio=(0.3 * stretch, stretch / 0.3), fill='random', p=config.erasing)
+        steps.append(A.Erasing(**options) if photograph else _Erasing(**options))
+    normalize = A.Normalize(preprocessing.mean, preprocessing.std, max_pixel_value=255.0 if photograph else 1.0)
+    return A.Compose([*steps, normalize, A.ToTensorV2()])
 
 
 class _Flip(A.ImageOnlyTransform):
@@ -164,20 +151,11 @@ def _around(middle: float, spread: float) -> tuple[float, float]:
     return middle - spread, middle + spread
 
 
-def _three(photograph: bool, channels: int) -> list[A.BasicTransform]:
-    """Touvron, Cord, Jégou, "DeiT III: revenge of the ViT", ECCV 2022, arXiv 2204.07118."""
-    return [
-        A.ToGray(p=1) if photograph or channels == 3 else A.NoOp(p=1),
-        A.Solarize(threshold_range=(0.5, 0.5), p=1) if photograph else A.NoOp(p=1),
-        A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=1),
-    ]
-
-
 def _policy(strength: float, photograph: bool) -> list[A.BasicTransform]:
     """The operations of RandAugment (Cubuk et al., 2020), with the ranges of timm, at a strength of 0 to 1."""
     shear, shift = _around(0, math.degrees(math.atan(0.3 * strength))), _around(0, 0.45 * strength)
     factor, one, none = _around(1, 0.9 * strength), (1, 1), (0, 0)
-    operations = [
+    geometric = [
         A.NoOp(p=1),
         A.Affine(rotate=_around(0, 30 * strength), p=1),
         A.Affine(shear={'x': shear, 'y': none}, p=1),
@@ -186,9 +164,9 @@ def _policy(strength: float, photograph: bool) -> list[A.BasicTransform]:
         A.Affine(translate_percent={'x': none, 'y': shift}, p=1),
     ]
     if not photograph:
-        return [*operations, _BrightnessContrast(factor, one), _BrightnessContrast(one, factor)]
+        return [*geometric, _BrightnessContrast(factor, one), _BrightnessContrast(one, factor)]
     return [
-        *operations,
+        *geometric,
         A.ColorJitter(factor, one, one, hue=none, p=1),
         A.ColorJitter(one, factor, one, hue=none, p=1),
         A.ColorJitter(one, one, factor, hue=none, p=1),
@@ -206,6 +184,9 @@ class DctTruncate(A.ImageOnlyTransform):
     It leaves edges softened and with ripples beside them (whole image), or blocks and their steps, as strong JPEG
     compression does. Masks, boxes and keypoints stay as they are.
 
+    It takes uint8, uint16 and floating point in [0, 1], with any number of channels: images (H, W) or (H, W, C), and
+    volumes of them. Integers are rounded; values are clipped to the range of their type.
+
     Args:
         ratio: The share of the coefficients that stays, 0 < ratio ≤ 1, or the range (least, most) from which it is
             drawn, evenly, for each image.
@@ -213,13 +194,6 @@ class DctTruncate(A.ImageOnlyTransform):
             divide is repeated, and what was added is cropped.
         order: `square` or `zigzag`, as of `dct.truncate`.
         p: Probability of applying it.
-
-    Targets:
-        image, volume
-
-    Image types:
-        uint8, uint16 and floating point in [0, 1], with any number of channels. Integers are rounded; values are
-        clipped to the range of their type.
 
     Raises:
         UserError: If an argument is out of range.
@@ -239,5 +213,4 @@ class DctTruncate(A.ImageOnlyTransform):
         return {'ratio': self.py_random.uniform(*self.ratio)}
 
     def apply(self, img: np.ndarray, ratio: float, **params: Any) -> np.ndarray:
-        """(H, W) or (H, W, C) -> the same."""
         return truncate_array(img, ratio, self.block, self.order)

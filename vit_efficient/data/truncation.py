@@ -1,7 +1,4 @@
-"""Truncation of the DCT of pixels of any type, also as a transform of torchvision's v2.
-
-That of albumentations is in transforms.py.
-"""
+"""Truncation of the DCT of pixels of any type, and as a transform of torchvision's v2."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,19 +31,10 @@ def repeat_edges(x: Tensor, block: int | tuple[int, int] | None) -> Tensor:
 def truncate_pixels(
     x: Tensor, ratio: float, block: int | tuple[int, int] | None = None, order: str = 'square'
 ) -> Tensor:
-    """`dct.truncate` of pixels of any size and type, which stay in their range.
+    """`dct.truncate` of pixels x (…, H, W): uint8, uint16, or floating point in [0, 1].
 
-    Args:
-        x: (…, H, W): uint8, uint16, or floating point in [0, 1].
-        ratio, block, order: As of `dct.truncate`. Where blocks do not divide the image its edge is repeated, and what
-            was added is cropped.
-
-    Returns:
-        Pixels of the shape and type of x: computed in float32 (in float64 for float64), clipped, and rounded to
-        integers.
-
-    Raises:
-        UserError: If x is of another type.
+    What it gives is of the same type: computed in float32 (float64 for float64), clipped, and rounded to integers.
+    Where blocks do not divide the image its edge is repeated, and what was added is cropped.
     """
     if x.dtype not in (torch.uint8, torch.uint16) and not x.is_floating_point():
         raise UserError(f'truncation needs pixels of uint8, uint16 or floating point in [0, 1], got {x.dtype}')
@@ -72,13 +60,7 @@ class TorchvisionDctTruncate(v2.Transform):
 
     Images are tensors (…, C, H, W), plain or of `tv_tensors`: uint8, uint16 or floating point in [0, 1], so that it
     comes before normalisation; or PIL images of 8 or 16 bits, grey or RGB. Masks, boxes and keypoints pass through.
-
-    Args:
-        ratio, block, order: As of `DctTruncate`.
-        p: Probability of applying it to a sample.
-
-    Raises:
-        UserError: If an argument is out of range.
+    Arguments and errors are those of `DctTruncate`; `p` is the probability of applying it to a sample.
     """
 
     def __init__(
@@ -109,16 +91,10 @@ class TorchvisionDctTruncate(v2.Transform):
 
 
 def check_arguments(ratio, block, order, p) -> tuple[tuple[float, float], tuple[int, int] | None, str, float]:
-    """The arguments of both transforms in one form, which JSON's lists take too.
-
-    Raises:
-        UserError: If one is out of range.
-    """
+    """The arguments of both transforms in one form, lists (of JSON) as tuples; a UserError if one is out of range."""
     least, most = (ratio, ratio) if is_real(ratio) else ratio if is_pair(ratio) else (None, None)
     if not (is_real(least) and is_real(most) and 0 < least <= most <= 1):
-        raise UserError(
-            f'ratio must be a share above 0 and at most 1, or a range (least, most) of them, got {ratio=!r}'
-        )
+        raise UserError(f'ratio must be a share above 0 and at most 1, or a range (least, most), got {ratio=!r}')
     check_choice('order', order, ORDERS)
     if not (is_real(p) and 0 <= p <= 1):
         raise UserError(f'p must be a probability, from 0 to 1, got {p=!r}')
