@@ -7,14 +7,14 @@ from vit_efficient.utils.keys import BELOW_1, Range, at_least, between, key, one
 
 ON_ERROR = ('error', 'skip')
 DECODE = ('pixels', 'scaled', 'coefficients')
-_PAIR_OF_RATIOS = Range('two ratios, 0 < least ≤ most', lambda v: len(v) == 2 and 0 < v[0] <= v[1])
+_RATIOS = Range('two ratios, 0 < least ≤ most', lambda v: len(v) == 2 and 0 < v[0] <= v[1])
 _MEANS = Range('numbers from -1e6 to 1e6', lambda v: all(-1e6 <= number <= 1e6 for number in v))
 _STDS = Range('numbers from 1e-6 to 1e6', lambda v: all(1e-6 <= number <= 1e6 for number in v))
 _CROP_PCT = Range('at least 0.1 and at most 1', lambda v: 0.1 <= v <= 1)
 
 
-def _shares(of: str) -> Range:
-    return Range(f'two shares of {of}, 0 < least ≤ most ≤ 1', lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
+def _shares(whole: str) -> Range:
+    return Range(f'two shares of {whole}, 0 < least ≤ most ≤ 1', lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
 
 
 @dataclass
@@ -32,13 +32,9 @@ class AugmentConfig:
     """Training augmentation. The defaults are those of a light ImageNet recipe; 0 switches an operation off."""
 
     crop_scale: list[float] | None = key(
-        help='share of the area of a random crop; null: no crop',
-        within=_shares('the area'),
-        default_factory=lambda: [0.08, 1.0],
+        [0.08, 1.0], 'share of the area of a random crop; null: no crop', _shares('the area')
     )
-    crop_ratio: list[float] = key(
-        help='width to height of the crop', within=_PAIR_OF_RATIOS, default_factory=lambda: [3 / 4, 4 / 3]
-    )
+    crop_ratio: list[float] = key([3 / 4, 4 / 3], 'width to height of the crop', _RATIOS)
     hflip: float = key(0.5, 'probability of a horizontal flip', between(0, 1))
     vflip: float = key(0.0, 'probability of a vertical flip', between(0, 1))
     three: bool = key(
@@ -52,7 +48,7 @@ class AugmentConfig:
     rand_magnitude: float = key(9.0, 'their strength, 0 to 10', between(0, 10))
     dct_truncate: float = key(0.0, 'probability that DCT coefficients of high frequency are dropped', between(0, 1))
     dct_truncate_ratio: list[float] = key(
-        help='share of them that stays', within=_shares('the coefficients'), default_factory=lambda: [1 / 16, 1 / 2]
+        [1 / 16, 1 / 2], 'share of them that stays: the range', _shares('the coefficients')
     )
     erasing: float = key(0.25, 'probability that a random rectangle is replaced by noise', between(0, 1))
     affine: AffineConfig = section(AffineConfig)
@@ -63,7 +59,7 @@ class SizeConfig:
     """The size of training images from an epoch on."""
 
     epoch: int = key(0, 'the first one with it, counted from 0')
-    img_size: list[int] = key(help='height, width', default_factory=list)
+    img_size: list[int] = key([], 'height, width')
 
 
 @dataclass
@@ -82,8 +78,8 @@ class DataConfig:
         'by name and can read by index, such as `torch/cifar10`',
     )
     root: str = key('', "with `dataset`: the folder that holds it; of hfds/…, that of the library's cache", resume=True)
-    args: dict[str, Any] = key(help='further arguments, of shards or with `dataset`', default_factory=dict)
-    val_args: dict[str, Any] = key(help='those that replace some for validation', resume=True, default_factory=dict)
+    args: dict[str, Any] = key({}, 'further arguments, of shards or with `dataset`')
+    val_args: dict[str, Any] = key({}, 'arguments that replace some of them for validation', resume=True)
     decode: str = key(
         'pixels',
         'pixels: all files, at full size; scaled: JPEGs at 1/2, 1/4 or 1/8 where crop and resize leave no more; '
@@ -109,9 +105,9 @@ class DataConfig:
     )
     img_size: list[int] | None = key(None, "height, width; null: the model's own")
     schedule: list[SizeConfig] = key(
-        help='training images of other sizes than img_size, from epochs on; evaluation is at img_size throughout. The '
-        'model has to take them all, a vision transformer by model.args.dynamic_img_size',
-        default_factory=list,
+        [],
+        'training images of other sizes than img_size, from epochs on; evaluation is at img_size throughout. The model '
+        'has to take them all, a vision transformer by model.args.dynamic_img_size',
     )
     mean: list[float] | None = key(None, "per channel, of pixels in [0, 1]; null: the model's own", _MEANS)
     std: list[float] | None = key(None, 'likewise, the standard deviation', _STDS)

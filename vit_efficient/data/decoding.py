@@ -81,12 +81,12 @@ def train_input(
     from vit_efficient.data.transforms import TrainTransform  # imports albumentations
 
     transform = TrainTransform(preprocessing, augment, seed, config.schedule)
-    if config.decode == 'pixels':
-        return dataset, transform
-    sizes = [scheduled.input_size[1:] for scheduled in preprocessing.scheduled(config.schedule).values()]
-    largest = (max(sides) for sides in zip(*sizes, strict=True))
-    crop = {} if augment.crop_scale is None else {'crop_scale': augment.crop_scale[0], 'crop_ratio': augment.crop_ratio}
-    return _read_by(dataset, ReducedReader, *largest, **crop), transform
+    if config.decode == 'scaled':
+        sizes = [scheduled.input_size[1:] for scheduled in preprocessing.scheduled(config.schedule).values()]
+        largest = (max(sides) for sides in zip(*sizes, strict=True))
+        crop = augment.crop_scale and augment.crop_scale[0], augment.crop_ratio
+        dataset = _read_by(dataset, ReducedReader, *largest, *crop)
+    return dataset, transform
 
 
 def eval_input(
@@ -96,11 +96,10 @@ def eval_input(
     if decode == 'coefficients':
         return _coefficient_input(dataset, model, preprocessing)
     _check_takes_pixels(model, decode)
-    transform = EvalTransform(preprocessing)
-    if decode == 'pixels':
-        return dataset, transform
-    resized = (math.ceil(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:])
-    return _read_by(dataset, ReducedReader, *resized), transform
+    if decode == 'scaled':
+        resized = (math.ceil(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:])
+        dataset = _read_by(dataset, ReducedReader, *resized)
+    return dataset, EvalTransform(preprocessing)
 
 
 def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, int, int]:
@@ -125,7 +124,7 @@ def _coefficient_input(
     return _read_by(dataset, QuantizedReader, *size[1:]), transform
 
 
-def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any, **options: Any) -> Dataset:
+def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any) -> Dataset:
     if not reads_files(dataset):
         raise UserError(
             f'data.decode is for image files, {type(dataset).__name__} gives images that are decoded already; '
@@ -133,7 +132,7 @@ def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any, **options
         )
     dataset = copy.copy(dataset)
     try:
-        dataset.loader = reader(*args, **options)
+        dataset.loader = reader(*args)
     except MissingPackage as error:
         raise UserError(f'data.decode: {error}') from error
     return dataset

@@ -15,6 +15,7 @@ from functools import cache
 import cv2
 import numpy as np
 from PIL import Image
+from timm.layers import to_2tuple
 from torch.utils.data import Dataset
 
 from vit_efficient.data.sampler import stable_seed
@@ -93,8 +94,7 @@ class MegapixelMnist(Dataset):
     ):
         check_choice('split', split, SPLITS)
         self.split = split
-        sides = as_sides('size', size)
-        self.size = sides if isinstance(sides, tuple) else (sides, sides)
+        self.size = to_2tuple(as_sides('size', size))
         self.length = as_integer('length', length)
         self.seed = as_integer('seed', seed, least=0)
         self.cell = as_integer('cell', cell)
@@ -106,9 +106,9 @@ class MegapixelMnist(Dataset):
             raise UserError(f'{cell=} must divide the sides of size={self.size}')
         rows, columns = (side // self.digit_size[1] for side in self.size)
         if rows * columns < self.digits[1]:
-            room = f'there is room for {rows} × {columns} of the largest'
             raise UserError(
-                f'digits={self.digits} of digit_size={self.digit_size} may not fit in size={self.size}: {room}'
+                f'digits={self.digits} of digit_size={self.digit_size} may not fit in size={self.size}: there is '
+                f'room for {rows} × {columns} of the largest'
             )
         _digit_images(split)  # what is missing shows now
 

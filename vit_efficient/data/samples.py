@@ -1,9 +1,8 @@
 """The samples of a data set as the loader reads them: checked against the model, cached, transformed."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +36,7 @@ def check_same_classes(ours: list[str] | None, theirs: list[str] | None, our_nam
     raise UserError(f'{names}: {detail}')
 
 
-@dataclass(frozen=True)
-class Unreadable:
+class Unreadable(NamedTuple):
     """Stands for a sample that cannot be read. `reason` names it."""
 
     index: int

@@ -18,11 +18,12 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vit_efficient.data.files.images import name_of
@@ -32,34 +33,26 @@ from vit_efficient.models.inputs import takes_coefficients
 from vit_efficient.utils.checks import as_sides
 from vit_efficient.utils.errors import UserError
 
-_LUMA = torch.tensor([[0.299, 0.587, 0.114]])  # ITU-R 601
-# (JFIF, ITU-T T.871, section 7: the inverse of its definition of Cb and Cr.)
-_TO_RGB = {
-    'grey': torch.ones(3, 1),
-    'RGB': torch.eye(3),
-    'YCbCr': torch.tensor(
-        [
-            [1, 0, 2 * (1 - 0.299)],
-            [1, -2 * (1 - 0.114) * 0.114 / 0.587, -2 * (1 - 0.299) * 0.299 / 0.587],
-            [1, 2 * (1 - 0.114), 0],
-        ]
-    ),
+_RED, _GREEN, _BLUE = _LUMA = 0.299, 0.587, 0.114  # ITU-R 601
+# Components to RGB (JFIF, ITU-T T.871, section 7: the inverse of its definition of Cb and Cr).
+_YCBCR = (
+    (1, 0, 2 * (1 - _RED)),
+    (1, -2 * (1 - _BLUE) * _BLUE / _GREEN, -2 * (1 - _RED) * _RED / _GREEN),
+    (1, 2 * (1 - _BLUE), 0),
+)
+TO_CHANNELS = {
+    1: {'grey': torch.ones(1, 1), 'RGB': torch.tensor([_LUMA]), 'YCbCr': torch.tensor([[1.0, 0.0, 0.0]])},
+    3: {'grey': torch.ones(3, 1), 'RGB': torch.eye(3), 'YCbCr': torch.tensor(_YCBCR)},
 }
-_TO_GREY = {'grey': torch.ones(1, 1), 'RGB': _LUMA, 'YCbCr': torch.tensor([[1.0, 0.0, 0.0]])}
-TO_CHANNELS = {1: _TO_GREY, 3: _TO_RGB}
 _STRIP = 2**18  # pixels at once, of each component: what is made of them stays within a core's cache
 
 
 @dataclass(frozen=True)
 class PatchCoefficients:
-    """Which coefficients of which patches: p × q pixels, the lowest f × g frequencies.
-
-    Args:
-        patch_size: (p, q), multiples of 8; one number for both.
-        keep: (f, g), at most p and q; likewise.
+    """Which coefficients of which patches: p × q pixels, the lowest f × g frequencies. One number stands for both.
 
     Raises:
-        UserError: If they are not that.
+        UserError: If p and q are no multiples of 8, or f and g not from 1 to p and q.
     """
 
     patch_size: int | tuple[int, int]
@@ -67,8 +60,7 @@ class PatchCoefficients:
 
     def __post_init__(self):
         for name in ('patch_size', 'keep'):
-            sides = as_sides(name, getattr(self, name))
-            object.__setattr__(self, name, sides if isinstance(sides, tuple) else (sides, sides))
+            object.__setattr__(self, name, to_2tuple(as_sides(name, getattr(self, name))))
         if any(size < BLOCK or size % BLOCK for size in self.patch_size):
             raise UserError(
                 f'patch_size={self.patch_size} must be multiples of {BLOCK}, the side of the blocks of a JPEG; '
@@ -79,11 +71,7 @@ class PatchCoefficients:
 
     @classmethod
     def of(cls, model: nn.Module) -> 'PatchCoefficients':
-        """What the model's patch embedding takes.
-
-        Raises:
-            UserError: If it takes pixels, or patches that are not made of JPEG's blocks.
-        """
+        """What the model's patch embedding takes; a UserError if these are pixels."""
         if not takes_coefficients(model):
             raise UserError(
                 'data.decode=coefficients needs a model whose patch embedding takes DCT coefficients, this one takes '
@@ -96,8 +84,7 @@ class PatchCoefficients:
         return height // self.patch_size[0], width // self.patch_size[1]
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """A rectangle of patches: the row and column of its first, and how many rows and columns there are."""
 
     top: int
@@ -118,8 +105,7 @@ def read_coefficients(
 
     Args:
         source: A file or an open stream.
-        patch_size: Side of the patches in pixels, or height and width; multiples of 8.
-        keep: Coefficients kept per direction, or vertically and horizontally.
+        patch_size, keep: (p, q), in pixels, and (f, g), as of `PatchCoefficients`.
         channels: 3 (RGB) or 1 (grey).
         mean, std: Per channel, of pixels in [0, 1]; 0 and 1 by default.
 
@@ -127,8 +113,7 @@ def read_coefficients(
         (C, R · f, S · g), float32.
 
     Raises:
-        UserError: If the arguments do not fit each other, the file has no coefficients (see `read_quantized`), or the
-            image is smaller than a patch.
+        UserError: If the arguments do not fit each other, the file has no coefficients, or the image no whole patch.
         MissingPackage: If `pyjpegio` is not installed.
     """
     layout = PatchCoefficients(patch_size, keep)
@@ -156,18 +141,10 @@ def regroup(
     hflip: bool = False,
     vflip: bool = False,
 ) -> Tensor:
-    """Coefficients of JPEG's blocks to those of patches.
+    """Coefficients of JPEG's blocks to those of the patches in a window: (C, R · f, S · g), float32.
 
-    Args:
-        image: From `read_quantized`.
-        layout: Patches and frequencies.
-        mean, std: Per channel of the model (1 or 3), of pixels in [0, 1].
-        window: The patches; by default, all that lie in the image as a whole.
-        hflip, vflip: Mirror the window from left to right, or from top to bottom: patches in reverse order, and odd
-            frequencies with the opposite sign.
-
-    Returns:
-        (C, R · f, S · g), float32.
+    By default these are all that lie in the image as a whole. Mean and std are per channel of the model (1 or 3), of
+    pixels in [0, 1]. A flipped window has its patches in reverse order, and odd frequencies with the opposite sign.
     """
     (p, q), (f, g) = layout.patch_size, layout.keep
     window = window or Window(0, 0, *layout.grid(image.height, image.width))
@@ -200,8 +177,7 @@ def regroup(
     patches_CRfSg[:, :, 0, :, 0] += math.sqrt(p * q) * shift[:, None, None]
     patches_CRfSg = patches_CRfSg[:, window.top - top :][:, : window.rows]
     patches_CRfSg = patches_CRfSg[:, :, :, window.left - left :][:, :, :, : window.columns]
-    flipped = [1] * vflip + [3] * hflip
-    if flipped:
+    if flipped := [1] * vflip + [3] * hflip:
         patches_CRfSg = patches_CRfSg.flip(flipped)
     return patches_CRfSg.reshape(len(mean), window.rows * f, window.columns * g)
 
@@ -225,22 +201,18 @@ def _basis(size: int, keep: int, subsampling: int, flip: bool) -> Tensor:
 
 
 class _Component:
-    """Dequantises and transforms a component, some lines at a time.
+    """Dequantises (by `table`) and transforms the coefficients of a component, some lines at a time.
 
-    Args:
-        plane: Quantised coefficients (8 · block rows, 8 · block columns), from the first patch on.
-        table: (8, 8).
-        vertical, horizontal: Of a group of patches, (coefficients out, coefficients in).
-        height, width: Coefficients out, of whole groups.
+    The bases, `vertical` and `horizontal`, are (coefficients out, coefficients in) of a group of patches; height and
+    width count coefficients out, of whole groups.
     """
 
     def __init__(
         self, plane: np.ndarray, table: np.ndarray, vertical: Tensor, horizontal: Tensor, height: int, width: int
     ):
         self.vertical, self.horizontal = vertical, horizontal.T
-        height, width = (
-            size // len(basis) * basis.shape[1] for size, basis in ((height, vertical), (width, horizontal))
-        )
+        height = height // len(vertical) * vertical.shape[1]
+        width = width // len(horizontal) * horizontal.shape[1]
         self.quantized = torch.from_numpy(plane[:height, :width])
         missing = width - self.quantized.shape[1], height - self.quantized.shape[0]
         if any(missing):  # blocks beyond the image, which the last group reaches to and no patch in it needs
