@@ -20,7 +20,6 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
@@ -62,10 +61,8 @@ class PatchCoefficients:
         for name in ('patch_size', 'keep'):
             object.__setattr__(self, name, to_2tuple(as_sides(name, getattr(self, name))))
         if any(size < BLOCK or size % BLOCK for size in self.patch_size):
-            raise UserError(
-                f'patch_size={self.patch_size} must be multiples of {BLOCK}, the side of the blocks of a JPEG; '
-                'data.decode=pixels takes any'
-            )
+            what = f'multiples of {BLOCK}, the side of the blocks of a JPEG; data.decode=pixels takes any'
+            raise UserError(f'patch_size={self.patch_size} must be {what}')
         if any(keep > size for keep, size in zip(self.keep, self.patch_size, strict=True)):
             raise UserError(f'keep={self.keep} must be from 1 to patch_size={self.patch_size}')
 
@@ -160,9 +157,15 @@ def regroup(
     components = []
     for number in used:
         sy, sx = image.subsampling[number]
-        plane = image.planes[number][top * p // sy :, left * q // sx :]
-        bases = _basis(p, f, sy, vflip), _basis(q, g, sx, hflip)
-        components.append(_Component(plane, image.tables[number], *bases, rows * f, columns * g))
+        height, width = rows * p // sy, columns * q // sx
+        quantized = torch.from_numpy(image.planes[number][top * p // sy :, left * q // sx :][:height, :width])
+        if quantized.shape != (
+            height,
+            width,
+        ):  # blocks beyond the image, which no patch in it needs, end the last group
+            quantized = F.pad(quantized, (0, width - quantized.shape[1], 0, height - quantized.shape[0]))
+        steps = torch.from_numpy(image.tables[number]).float().repeat(1, width // BLOCK)
+        components.append((quantized, steps, _basis(p, f, sy, vflip), _basis(q, g, sx, hflip).T))
     channels_CHW = torch.empty(len(mean), rows * f, columns * g)
     strip = max(row_step, _STRIP // (p * q * columns) // row_step * row_step)
     strips = torch.empty(len(used), strip * f, columns * g)
@@ -170,7 +173,7 @@ def regroup(
         lines = slice(first, min(first + strip * f, rows * f))
         planes = strips[:, : lines.stop - first]
         for component, plane in zip(components, planes, strict=True):
-            component.transform(lines, plane)
+            _transform(*component, lines, plane)
         torch.mm(colour, planes.flatten(1), out=channels_CHW[:, lines].flatten(1))
     patches_CRfSg = channels_CHW.view(-1, rows, f, columns, g)
     shift = (128 / 255 - torch.tensor(mean)) / torch.tensor(std)
@@ -200,30 +203,13 @@ def _basis(size: int, keep: int, subsampling: int, flip: bool) -> Tensor:
     return (torch.block_diag(*[rows] * patches) @ pixels).float()
 
 
-class _Component:
-    """Dequantises (by `table`) and transforms the coefficients of a component, some lines at a time.
-
-    The bases, `vertical` and `horizontal`, are (coefficients out, coefficients in) of a group of patches; height and
-    width count coefficients out, of whole groups.
-    """
-
-    def __init__(
-        self, plane: np.ndarray, table: np.ndarray, vertical: Tensor, horizontal: Tensor, height: int, width: int
-    ):
-        self.vertical, self.horizontal = vertical, horizontal.T
-        height = height // len(vertical) * vertical.shape[1]
-        width = width // len(horizontal) * horizontal.shape[1]
-        self.quantized = torch.from_numpy(plane[:height, :width])
-        missing = width - self.quantized.shape[1], height - self.quantized.shape[0]
-        if any(missing):  # blocks beyond the image, which the last group reaches to and no patch in it needs
-            self.quantized = F.pad(self.quantized, (0, missing[0], 0, missing[1]))
-        self.steps = torch.from_numpy(table).float().repeat(1, width // BLOCK)
-
-    def transform(self, lines: slice, out: Tensor) -> None:
-        """Fills `out`, (lines, width), with these lines of the result: those of whole groups."""
-        height, samples = self.vertical.shape
-        x = self.quantized[lines.start // height * samples : lines.stop // height * samples].float()
-        x.view(-1, *self.steps.shape).mul_(self.steps)
-        groups = len(x) // samples
-        x = torch.bmm(self.vertical.expand(groups, -1, -1), x.view(groups, samples, -1))
-        torch.mm(x.view(-1, len(self.horizontal)), self.horizontal, out=out.view(-1, self.horizontal.shape[1]))
+def _transform(
+    quantized: Tensor, steps: Tensor, vertical: Tensor, horizontal: Tensor, lines: slice, out: Tensor
+) -> None:
+    """Dequantises and transforms a component: fills `out`, (lines, width), with these lines, of whole groups."""
+    height, samples = vertical.shape
+    x = quantized[lines.start // height * samples : lines.stop // height * samples].float()
+    x.view(-1, *steps.shape).mul_(steps)
+    groups = len(x) // samples
+    x = torch.bmm(vertical.expand(groups, -1, -1), x.view(groups, samples, -1))
+    torch.mm(x.view(-1, len(horizontal)), horizontal, out=out.view(-1, horizontal.shape[1]))
