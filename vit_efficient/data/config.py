@@ -31,9 +31,7 @@ class AffineConfig:
 class AugmentConfig:
     """Training augmentation. The defaults are those of a light ImageNet recipe; 0 switches an operation off."""
 
-    crop_scale: list[float] | None = key(
-        [0.08, 1.0], 'share of the area of a random crop; null: no crop', _shares('the area')
-    )
+    crop_scale: list[float] | None = key([0.08, 1.0], 'share of the area of a crop; null: no crop', _shares('the area'))
     crop_ratio: list[float] = key([3 / 4, 4 / 3], 'width to height of the crop', _RATIOS)
     hflip: float = key(0.5, 'probability of a horizontal flip', between(0, 1))
     vflip: float = key(0.0, 'probability of a vertical flip', between(0, 1))
@@ -47,9 +45,7 @@ class AugmentConfig:
     rand_ops: int = key(2, 'operations of the RandAugment-like policy per image', at_least(0))
     rand_magnitude: float = key(9.0, 'their strength, 0 to 10', between(0, 10))
     dct_truncate: float = key(0.0, 'probability that DCT coefficients of high frequency are dropped', between(0, 1))
-    dct_truncate_ratio: list[float] = key(
-        [1 / 16, 1 / 2], 'share of them that stays: the range', _shares('the coefficients')
-    )
+    dct_truncate_ratio: list[float] = key([1 / 16, 1 / 2], 'share of them that stays', _shares('the coefficients'))
     erasing: float = key(0.25, 'probability that a random rectangle is replaced by noise', between(0, 1))
     affine: AffineConfig = section(AffineConfig)
 
@@ -67,9 +63,7 @@ class DataConfig:
     """Where the images come from, and how they reach the model."""
 
     train: str = key(
-        '',
-        "folder of class folders, or WebDataset's shards: train-{000..009}.tar; with `dataset`, name of the split",
-        resume=True,
+        '', 'class folders, or shards such as train-{000..009}.tar; with `dataset`, its split', resume=True
     )
     val: str = key('', 'likewise, of the validation images', resume=True)
     dataset: str = key(
@@ -112,8 +106,6 @@ class DataConfig:
     mean: list[float] | None = key(None, "per channel, of pixels in [0, 1]; null: the model's own", _MEANS)
     std: list[float] | None = key(None, 'likewise, the standard deviation', _STDS)
     interpolation: str | None = key(None, "bilinear, bicubic, …; null: the model's own")
-    crop_pct: float | None = key(
-        None, "in evaluation, side of the centre crop over the resized side; null: the model's own", _CROP_PCT
-    )
+    crop_pct: float | None = key(None, "in evaluation, crop over resized side; null: the model's own", _CROP_PCT)
     crop_mode: str | None = key(None, "in evaluation: center, squash or border; null: the model's own")
     augment: AugmentConfig = section(AugmentConfig)

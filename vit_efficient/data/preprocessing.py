@@ -58,15 +58,14 @@ class Preprocessing:
         statistics = {}
         for name in ('mean', 'std'):
             values, given = getattr(config, name), base[name]
-            if values is not None and len(values) != in_chans:
-                raise UserError(f'data.{name} must have one value per channel of the model ({in_chans}), got {values}')
             if values is None:
                 values = given if len(given) == in_chans else [sum(given) / len(given)] * in_chans
+            if len(values) != in_chans:
+                raise UserError(f'data.{name} must have one value per channel of the model ({in_chans}), got {values}')
             statistics[name] = tuple(float(value) for value in values)
         if min(statistics['std']) <= 0:
             raise UserError(f'data.std must be above 0, got {list(statistics["std"])}')
-        names = ('interpolation', 'crop_pct', 'crop_mode')
-        crop = {name: getattr(config, name) or base[name] for name in names}
+        crop = {name: getattr(config, name) or base[name] for name in ('interpolation', 'crop_pct', 'crop_mode')}
         check_choice('data.interpolation', crop['interpolation'], _INTERPOLATIONS)
         check_choice('data.crop_mode', crop['crop_mode'], _CROP_MODES)
         return cls((in_chans, *size), **statistics, **crop)
@@ -86,7 +85,8 @@ class EvalTransform:
 
     8-bit images of 1 or 3 channels go through it as PIL images, exactly as in timm. Others (16-bit, floating point,
     many-channel) go through its resize and crop as float32 tensors, with the same target sizes, the same interpolation
-    and antialiasing; then they are clipped to [0, 1], as 8-bit images are by their type, and normalised.
+    and antialiasing; then they are clipped to [0, 1], as 8-bit images are by their type, and normalised. With
+    `crop_mode` border they are a UserError: its padding is a colour.
     """
 
     def __init__(self, preprocessing: Preprocessing):
@@ -97,11 +97,7 @@ class EvalTransform:
         self.normalize = Normalize(preprocessing.mean, preprocessing.std)
 
     def __call__(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
-        """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised; the same for every epoch.
-
-        Raises:
-            UserError: For `crop_mode` border and an image that is not 8-bit grey or RGB: its padding is a colour.
-        """
+        """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised; the same for every epoch."""
         if image.dtype == np.uint8 and image.shape[2] in (1, 3):
             return self.photograph(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image))
         if self.crop_mode == 'border':
@@ -120,8 +116,7 @@ class CoefficientTransform:
 
     Args:
         layout: Patches and frequencies.
-        input_size: Channels (1 or 3), height and width of the pixels that the window covers; patches divide it.
-        mean, std: Per channel, of pixels in [0, 1].
+        preprocessing: Statistics, and the pixels (1 or 3, height, width) that the window covers; patches divide them.
         seed: The run's seed; None for evaluation.
         hflip, vflip: Probabilities, for training.
     """
@@ -129,21 +124,19 @@ class CoefficientTransform:
     def __init__(
         self,
         layout: PatchCoefficients,
-        input_size: tuple[int, int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        preprocessing: Preprocessing,
         seed: int | None = None,
         hflip: float = 0.0,
         vflip: float = 0.0,
     ):
-        channels, *size = input_size
+        channels, *size = preprocessing.input_size
         if channels not in TO_CHANNELS:
             raise UserError(f'data.decode=coefficients reads images of 1 or 3 channels, the model takes {channels}')
         if any(side % patch for side, patch in zip(size, layout.patch_size, strict=True)):
             raise UserError(f'data.img_size={size} must be multiples of the patches, {list(layout.patch_size)}')
-        self.layout = layout
+        self.layout, self.mean, self.std = layout, preprocessing.mean, preprocessing.std
         self.rows, self.columns = layout.grid(*size)
-        self.mean, self.std, self.seed, self.flips = mean, std, seed, (hflip, vflip)
+        self.seed, self.flips = seed, (hflip, vflip)
 
     def __call__(self, image: QuantizedJpeg, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
         """-> (C, rows · f, columns · g), float32"""
@@ -169,16 +162,13 @@ def train_input(
     augment = config.augment
     if config.decode == 'coefficients':
         return _coefficient_input(dataset, model, preprocessing, seed=seed, hflip=augment.hflip, vflip=augment.vflip)
-    _check_takes_pixels(model, config.decode)
+    sizes = [scheduled.input_size[1:] for scheduled in preprocessing.scheduled(config.schedule).values()]
+    largest = (max(sides) for sides in zip(*sizes, strict=True))
+    crop = augment.crop_scale and augment.crop_scale[0], augment.crop_ratio
+    dataset = _pixel_input(dataset, model, config.decode, *largest, *crop)
     from vit_efficient.data.transforms import TrainTransform  # imports albumentations
 
-    transform = TrainTransform(preprocessing, augment, seed, config.schedule)
-    if config.decode == 'scaled':
-        sizes = [scheduled.input_size[1:] for scheduled in preprocessing.scheduled(config.schedule).values()]
-        largest = (max(sides) for sides in zip(*sizes, strict=True))
-        crop = augment.crop_scale and augment.crop_scale[0], augment.crop_ratio
-        dataset = _read_by(dataset, ReducedReader, *largest, *crop)
-    return dataset, transform
+    return dataset, TrainTransform(preprocessing, augment, seed, config.schedule)
 
 
 def eval_input(
@@ -187,11 +177,8 @@ def eval_input(
     """`train_input` for evaluation: nothing is drawn. `decode` is what `data.decode` may be."""
     if decode == 'coefficients':
         return _coefficient_input(dataset, model, preprocessing)
-    _check_takes_pixels(model, decode)
-    if decode == 'scaled':
-        resized = (math.ceil(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:])
-        dataset = _read_by(dataset, ReducedReader, *resized)
-    return dataset, EvalTransform(preprocessing)
+    resized = (math.ceil(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:])
+    return _pixel_input(dataset, model, decode, *resized), EvalTransform(preprocessing)
 
 
 def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, int, int]:
@@ -200,20 +187,20 @@ def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, in
     return channels, *input_size(model, tuple(sides))[1:]
 
 
-def _check_takes_pixels(model: nn.Module, decode: str) -> None:
+def _pixel_input(dataset: Dataset, model: nn.Module, decode: str, *needed: Any) -> Dataset:
     if takes_coefficients(model):
         raise UserError(
             f'data.decode={decode} gives pixels, the patch embedding of the model takes DCT coefficients; set '
             'data.decode=coefficients, or the input of the embedding to pixels'
         )
+    return _read_by(dataset, ReducedReader, *needed) if decode == 'scaled' else dataset
 
 
 def _coefficient_input(
     dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, **draws: Any
 ) -> tuple[Dataset, CoefficientTransform]:
-    size, statistics = preprocessing.input_size, (preprocessing.mean, preprocessing.std)
-    transform = CoefficientTransform(PatchCoefficients.of(model), size, *statistics, **draws)
-    return _read_by(dataset, QuantizedReader, *size[1:]), transform
+    transform = CoefficientTransform(PatchCoefficients.of(model), preprocessing, **draws)
+    return _read_by(dataset, QuantizedReader, *preprocessing.input_size[1:]), transform
 
 
 def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any) -> Dataset:

@@ -35,22 +35,20 @@ class EpochSampler(Sampler[tuple[int, ...]]):
     the batches that a single process has one after the other.
 
     With `repeats`, keys are (epoch, index, repeat): each sample of the permutation comes that many times in a row, with
-    another augmentation, until there are as many as the data set holds; the rest of the permutation is left out.
-    That is repeated augmentation (Hoffer et al., "Augment Your Batch", 2019, arXiv 1901.09335) as in DeiT and in
-    timm's `RepeatAugSampler`, whose blocks are of one sample: several processes then have the copies in a batch each;
-    with blocks of the batch size, copies share a batch.
+    another augmentation, until there are as many as the data set holds; the rest of it is left out. That is repeated
+    augmentation (Hoffer et al., "Augment Your Batch", 2019, arXiv 1901.09335) as in DeiT and timm's `RepeatAugSampler`,
+    whose blocks are of one sample, so that processes have a copy each; with blocks of the batch size, they share it.
 
     With `groups` of consecutive samples, such as shards, an epoch has the groups in random order, and the samples of
     only `mixed` of them at a time: so few files are read at once, where disks are slow at random access.
 
     Args:
         size: Samples in the data set.
-        seed: Seed of the permutations, ≥ 0.
+        seed: Of the permutations, ≥ 0.
         shuffle: False keeps the data set's order.
         rank, world_size: This process, of so many.
         even: Leave out what does not fill a block of every process, so that all have as many samples (training);
             otherwise none is left out (evaluation).
-        block, repeats: See above.
         groups, mixed: Numbers of samples of each group (none: all are a single one), and groups shuffled together.
 
     Raises:

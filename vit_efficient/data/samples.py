@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from vit_efficient.data.config import ON_ERROR
 from vit_efficient.data.files.images import ImageTooLarge, to_array
 from vit_efficient.data.files.jpeg import QuantizedJpeg
-from vit_efficient.data.sampler import EpochSampler
 from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
 
@@ -202,20 +201,14 @@ def _collate(items: Sequence[tuple[Any, ...] | Unreadable], full: bool) -> _Batc
 
 
 def create_loader(
-    samples: Samples,
-    sampler: EpochSampler,
-    batch_size: int,
-    workers: int = 0,
-    drop_last: bool = False,
-    pin: bool = False,
+    samples: Samples, sampler: Sampler, batch_size: int, workers: int = 0, drop_last: bool = False, pin: bool = False
 ) -> DataLoader:
     """A loader of batches (images (B, C, H, W), labels (B,), indices (B,)), with targets before the indices if any.
 
     `iterate` gives these batches. If samples are skipped, what the loader itself gives holds them.
 
     Args:
-        samples, sampler: The data and their order. Training sets the epoch of the sampler before each pass.
-        batch_size: Images per batch.
+        samples, sampler: The data and their order. Training sets the sampler's epoch before each pass.
         workers: Loader processes. Those of training, and those that cache images, live as long as the loader.
         drop_last: Full batches only (training): a last batch that is not full is left out, and a copy of another sample
             of the batch takes the place of one that is skipped. Evaluation keeps the former and leaves out the latter.

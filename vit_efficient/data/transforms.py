@@ -13,7 +13,7 @@ import torch
 from vit_efficient.data.config import AugmentConfig, SizeConfig
 from vit_efficient.data.preprocessing import Preprocessing
 from vit_efficient.data.sampler import sample_seed
-from vit_efficient.data.truncation import check_arguments, truncate_array
+from vit_efficient.data.truncation import Block, Ratio, check_arguments, truncate_array
 
 _CV2_INTERPOLATION = dict(
     nearest=cv2.INTER_NEAREST, bilinear=cv2.INTER_LINEAR, bicubic=cv2.INTER_CUBIC, lanczos=cv2.INTER_LANCZOS4
@@ -27,18 +27,14 @@ class TrainTransform:
     RandAugment-like policy (`rand_ops` operations, drawn with replacement, each with a strength drawn uniformly up to
     `rand_magnitude` / 10 of its range), truncation of the DCT, random erasing with pixel noise, normalisation. Where an
     image shrinks it is resized by area averaging: OpenCV's other interpolations do not antialias. Without a crop
-    (`crop_scale` null), geometry is that of evaluation at `crop_pct` 1.
+    (`crop_scale` null), geometry is that of evaluation at `crop_pct` 1. With a schedule, sizes are other ones than that
+    of `preprocessing` from epochs on, which ascend.
 
     Images of more than 8 bits, or of other than 1 or 3 channels, are measurements, which need not fill their range.
     What they go through scales with them: brightness is a factor, contrast is about the mean of each channel, and the
     noise of erasing goes up to its maximum. They skip what is defined for photographs only: saturation and hue, the
     policy's tonal operations other than brightness and contrast, and of `three`, solarising, which would need to know
     their white, and grey of other than 3 channels. An image that draws one of `three` that it skips stays as it is.
-
-    Args:
-        preprocessing, config: Input size and statistics, and the augmentation.
-        seed: The run's seed, ≥ 0.
-        schedule: Other sizes than that of the input, from epochs on, which ascend.
     """
 
     def __init__(
@@ -76,10 +72,9 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
         steps.append(A.Resize(height, width, **resize))
     else:
         steps += [A.SmallestMaxSize(max_size_hw=(height, width), **resize), A.CenterCrop(height, width)]
-    if config.hflip:
-        steps.append(A.HorizontalFlip(p=config.hflip) if photograph else _Flip(1, p=config.hflip))
-    if config.vflip:
-        steps.append(A.VerticalFlip(p=config.vflip) if photograph else _Flip(0, p=config.vflip))
+    for axis, flip, p in ((1, A.HorizontalFlip, config.hflip), (0, A.VerticalFlip, config.vflip)):
+        if p:
+            steps.append(flip(p=p) if photograph else _Flip(axis, p=p))
     affine = config.affine
     if affine.rotate or affine.translate or affine.scale or affine.shear:
         rotate, translate, shear = (_around(0, spread) for spread in (affine.rotate, affine.translate, affine.shear))
@@ -90,9 +85,9 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
         solarize = A.Solarize(threshold_range=(0.5, 0.5), p=1) if photograph else A.NoOp(p=1)
         steps.append(A.OneOf([grey, solarize, A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=1)], p=1))
     if config.color_jitter or config.hue:
-        factors = [_around(1, config.color_jitter)] * 2  # of brightness and contrast
-        jitter = A.ColorJitter(*factors, factors[0], _around(0, config.hue), p=1)
-        steps.append(jitter if photograph else _BrightnessContrast(*factors))
+        factor = _around(1, config.color_jitter)
+        jitter = A.ColorJitter(factor, factor, factor, _around(0, config.hue), p=1)
+        steps.append(jitter if photograph else _BrightnessContrast(factor, factor))
     if config.rand_ops:
         policy = _policy(config.rand_magnitude / 10, photograph)
         steps.append(A.RandomOrder(policy, n=config.rand_ops, replace=True, p=1))
@@ -182,10 +177,9 @@ class DctTruncate(A.ImageOnlyTransform):
     """Drops high frequencies of an image, of the whole or in blocks, as a transform of albumentations.
 
     It leaves edges softened and with ripples beside them (whole image), or blocks and their steps, as strong JPEG
-    compression does. Masks, boxes and keypoints stay as they are.
-
-    It takes uint8, uint16 and floating point in [0, 1], with any number of channels: images (H, W) or (H, W, C), and
-    volumes of them. Integers are rounded; values are clipped to the range of their type.
+    compression does. Images are (H, W) or (H, W, C), with any number of channels, or volumes of them: uint8, uint16 or
+    floating point in [0, 1]. Integers are rounded; values are clipped to the range of their type. Masks, boxes and
+    keypoints stay as they are.
 
     Args:
         ratio: The share of the coefficients that stays, 0 < ratio ≤ 1, or the range (least, most) from which it is
@@ -199,13 +193,7 @@ class DctTruncate(A.ImageOnlyTransform):
         UserError: If an argument is out of range.
     """
 
-    def __init__(
-        self,
-        ratio: float | tuple[float, float] = (1 / 16, 1 / 2),
-        block: int | tuple[int, int] | None = None,
-        order: str = 'square',
-        p: float = 0.5,
-    ):
+    def __init__(self, ratio: Ratio = (1 / 16, 1 / 2), block: Block = None, order: str = 'square', p: float = 0.5):
         self.ratio, self.block, self.order, p = check_arguments(ratio, block, order, p)
         super().__init__(p=p)
 

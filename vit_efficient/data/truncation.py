@@ -1,6 +1,5 @@
 """Truncation of the DCT of pixels of any type, and as a transform of torchvision's v2."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,12 @@ from vit_efficient.dct.truncation import ORDERS, as_block, truncate
 from vit_efficient.utils.checks import check_choice, is_pair, is_real
 from vit_efficient.utils.errors import UserError
 
+Ratio = float | tuple[float, float]
+Block = int | tuple[int, int] | None
 _PIL_MODES = ('L', 'RGB', 'I;16')
 
 
-def repeat_edges(x: Tensor, block: int | tuple[int, int] | None) -> Tensor:
+def repeat_edges(x: Tensor, block: Block) -> Tensor:
     """x (…, H, W) with its last row and column repeated until blocks divide it."""
     if block is None:
         return x
@@ -28,9 +29,7 @@ def repeat_edges(x: Tensor, block: int | tuple[int, int] | None) -> Tensor:
     return x
 
 
-def truncate_pixels(
-    x: Tensor, ratio: float, block: int | tuple[int, int] | None = None, order: str = 'square'
-) -> Tensor:
+def truncate_pixels(x: Tensor, ratio: float, block: Block = None, order: str = 'square') -> Tensor:
     """`dct.truncate` of pixels x (…, H, W): uint8, uint16, or floating point in [0, 1].
 
     What it gives is of the same type: computed in float32 (float64 for float64), clipped, and rounded to integers.
@@ -46,9 +45,7 @@ def truncate_pixels(
     return y.clamp(0, torch.iinfo(x.dtype).max).round().to(x.dtype)
 
 
-def truncate_array(
-    image: np.ndarray, ratio: float, block: int | tuple[int, int] | None = None, order: str = 'square'
-) -> np.ndarray:
+def truncate_array(image: np.ndarray, ratio: float, block: Block = None, order: str = 'square') -> np.ndarray:
     """`truncate_pixels` of an image (H, W) or (H, W, C)."""
     planes_CHW = torch.from_numpy(np.atleast_3d(image).transpose(2, 0, 1).copy())
     y_CHW = truncate_pixels(planes_CHW, ratio, block, order)
@@ -63,13 +60,7 @@ class TorchvisionDctTruncate(v2.Transform):
     Arguments and errors are those of `DctTruncate`; `p` is the probability of applying it to a sample.
     """
 
-    def __init__(
-        self,
-        ratio: float | Sequence[float] = (1 / 16, 1 / 2),
-        block: int | Sequence[int] | None = None,
-        order: str = 'square',
-        p: float = 0.5,
-    ):
+    def __init__(self, ratio: Ratio = (1 / 16, 1 / 2), block: Block = None, order: str = 'square', p: float = 0.5):
         super().__init__()
         self.ratio, self.block, self.order, self.p = check_arguments(ratio, block, order, p)
 

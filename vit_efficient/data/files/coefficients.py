@@ -33,7 +33,7 @@ from vit_efficient.utils.checks import as_sides
 from vit_efficient.utils.errors import UserError
 
 _RED, _GREEN, _BLUE = _LUMA = 0.299, 0.587, 0.114  # ITU-R 601
-# Components to RGB (JFIF, ITU-T T.871, section 7: the inverse of its definition of Cb and Cr).
+# To RGB (JFIF, ITU-T T.871, section 7: the inverse of its definition of Cb and Cr).
 _YCBCR = (
     (1, 0, 2 * (1 - _RED)),
     (1, -2 * (1 - _BLUE) * _BLUE / _GREEN, -2 * (1 - _RED) * _RED / _GREEN),
@@ -159,11 +159,9 @@ def regroup(
         sy, sx = image.subsampling[number]
         height, width = rows * p // sy, columns * q // sx
         quantized = torch.from_numpy(image.planes[number][top * p // sy :, left * q // sx :][:height, :width])
-        if quantized.shape != (
-            height,
-            width,
-        ):  # blocks beyond the image, which no patch in it needs, end the last group
-            quantized = F.pad(quantized, (0, width - quantized.shape[1], 0, height - quantized.shape[0]))
+        missing = width - quantized.shape[1], height - quantized.shape[0]
+        if any(missing):  # blocks beyond the image, which the last group reaches to and no patch in it needs
+            quantized = F.pad(quantized, (0, missing[0], 0, missing[1]))
         steps = torch.from_numpy(image.tables[number]).float().repeat(1, width // BLOCK)
         components.append((quantized, steps, _basis(p, f, sy, vflip), _basis(q, g, sx, hflip).T))
     channels_CHW = torch.empty(len(mean), rows * f, columns * g)

@@ -160,7 +160,7 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
     Args:
         image: What `read_image` gives: a PIL image, or an array (H, W) or (H, W, C), or (C, H, W) where only that fits
             the model: uint8, uint16, or floating point in [0, 1], clipped where bicubic resampling overshoots.
-        in_chans: The channels that the model takes.
+        in_chans: Of the model.
 
     Returns:
         (H, W, in_chans): uint8 if the image has 8 bits, else float32, with uint16 scaled to [0, 1].

@@ -21,7 +21,6 @@ from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.packages import import_optional
 
 BLOCK = 8  # side of JPEG's blocks, in samples
-REDUCTIONS = (8, 4, 2)  # at which libjpeg decodes by a smaller inverse transform
 WAY_OUT = 'data.decode=pixels or scaled reads it, or write it anew as a baseline JPEG'
 _START, _END, _SCAN, _TABLES = b'\xff\xd8', b'\xff\xd9', b'\xda', b'\xdb'
 _SPACES = {1: 'grey', 2: 'RGB', 3: 'YCbCr'}  # libjpeg's J_COLOR_SPACE
@@ -56,7 +55,7 @@ class ReducedReader:
 
     def reduction(self, height: int, width: int) -> int:
         """1, 2, 4 or 8, for an image of that size."""
-        for reduction in REDUCTIONS:
+        for reduction in (8, 4, 2):  # at which libjpeg decodes by a smaller inverse transform
             crop = self._smallest_crop(-(-height // reduction), -(-width // reduction))
             if crop[0] >= self.height and crop[1] >= self.width:
                 return reduction
@@ -96,8 +95,7 @@ class QuantizedReader:
         if image.height < self.height or image.width < self.width:
             raise UserError(
                 f'{name_of(source)}its {image.height}×{image.width} pixels are fewer than the {self.height}×'
-                f"{self.width} of the model's input, and coefficients are not resized; set data.img_size, or store the "
-                'image larger'
+                f'{self.width} of the input, and coefficients are not resized; set data.img_size, or store it larger'
             )
         return image
 

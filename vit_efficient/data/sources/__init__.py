@@ -28,8 +28,7 @@ class ReaderImages(Dataset):
     """
 
     def __init__(self, reader: Reader):
-        self.reader = reader
-        self.loader = read_image
+        self.reader, self.loader = reader, read_image
         labels = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
         self.classes = getattr(reader, 'classes', None) or sorted(labels, key=labels.get)
         self.groups = getattr(reader, 'groups', None)

@@ -53,12 +53,11 @@ class HuggingFaceReader(Reader):
             raise UserError(' '.join(str(error).split()) or type(error).__name__) from error
         if not isinstance(dataset, datasets.Dataset):
             raise UserError('it is a stream, its samples have no index; leave streaming out')
+        features = dataset.features
         for key in (input_key, target_key):
-            if key not in dataset.features:
-                raise UserError(
-                    f'there is no column {key!r} (input_key, target_key), only {", ".join(dataset.features)}'
-                )
-        image, label = dataset.features[input_key], dataset.features[target_key]
+            if key not in features:
+                raise UserError(f'there is no column {key!r} (input_key, target_key), only {", ".join(features)}')
+        image, label = features[input_key], features[target_key]
         if isinstance(image, datasets.Image):
             dataset = dataset.cast_column(input_key, datasets.Image(decode=False))
         elif getattr(image, 'dtype', None) not in ('binary', 'large_binary'):

@@ -55,11 +55,7 @@ class ShardReader(Reader):
     """
 
     def __init__(
-        self,
-        pattern: str,
-        input_key: str = IMAGE_KEYS,
-        target_key: str = 'cls',
-        classes: str | Sequence[str] | None = None,
+        self, pattern: str, input_key: str = IMAGE_KEYS, target_key: str = 'cls', classes: Sequence[str] | None = None
     ):
         super().__init__()
         self.input_key, self.target_key = input_key, target_key
