@@ -34,6 +34,7 @@ setup(
         'matplotlib',
         'numpy',
         'omegaconf>=2.3',
+        'pyyaml',
         'safetensors',
         'tensorboard',
         'tifffile',

@@ -52,7 +52,7 @@ def _registered():
 def test_flops_command(capsys):
     command = next(c for c in commands() if c[1] == 'table')
     assert main(command[1:]) == 0
-    assert 'vit_dct1d_base' in capsys.readouterr().out
+    assert 'vit_dct_base:keep_ratio=1/16' in capsys.readouterr().out
 
 
 def test_training_commands_are_valid():

@@ -1,4 +1,4 @@
-"""Where the tokens of a vision transformer come from: the grid of image patches, and the prefix tokens before it."""
+"""The grid of image patches and the prefix tokens before it; and the arithmetic of smaller grids of its aspect."""
 
 import math
 import warnings

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from vit_efficient.report.table import Column, Table
-from vit_efficient.train import Config, train
-from vit_efficient.train import trainer as loop
+from vit_efficient.train import Config, experiment, state, train
 from vit_efficient.train.config import ModelConfig, SchedConfig
+from vit_efficient.train.trainer import Trainer
 from vit_efficient.utils.environment import describe_environment, one_line
 
 WARM_UP = 3  # updates that are not counted
@@ -63,7 +63,7 @@ class MadeUp(torch.utils.data.Dataset):
 def measure(config: Config, updates: int) -> dict:
     """Medians over the updates, in seconds."""
     watch, inside = Stopwatch(), []
-    create_model, create_optimizer, update = loop.create_model, loop.create_optimizer, loop._Run._update
+    create_model, create_optimizer, update = experiment.create_model, state.create_optimizer, Trainer.update
     backward = torch.Tensor.backward
 
     def watched_model(*args):
@@ -90,9 +90,9 @@ def measure(config: Config, updates: int) -> dict:
         return loss
 
     with (
-        mock.patch.object(loop, 'create_model', watched_model),
-        mock.patch.object(loop, 'create_optimizer', watched_optimizer),
-        mock.patch.object(loop._Run, '_update', watched_update),
+        mock.patch.object(experiment, 'create_model', watched_model),
+        mock.patch.object(state, 'create_optimizer', watched_optimizer),
+        mock.patch.object(Trainer, 'update', watched_update),
         mock.patch.object(torch.Tensor, 'backward', watched_backward),
         contextlib.redirect_stderr(io.StringIO()),
     ):

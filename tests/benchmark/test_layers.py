@@ -83,7 +83,7 @@ def test_error_rows(picky):
     ],
 )
 def test_mistakes_are_found_before_anything_is_timed(candidates, tokens, kwargs, named, picky, monkeypatch):
-    monkeypatch.setattr(layers, 'compare', None)
+    monkeypatch.setattr(layers, 'measure_block', None)
     with pytest.raises(ValueError, match=named):
         benchmark_layer(candidates, tokens, **dict(setting=SMALL) | kwargs)  # before the first block is asked for
 

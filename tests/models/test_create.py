@@ -99,7 +99,7 @@ def test_a_bug_in_an_attention_is_no_wrong_option(monkeypatch):
         ('True', True),
         ('dct', 'dct'),
         ('1/0', '1/0'),
-        ('', ''),
+        ('', None),
     ],
 )
 def test_values(text, value):

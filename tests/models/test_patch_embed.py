@@ -105,7 +105,7 @@ def test_in_a_model_it_is_what_timm_computes(options):
     torch.manual_seed(0)
     plain = VisionTransformer(**SMALL, **options).eval()
     model = timm.create_model('vit_full_tiny', **SMALL, **options, patch_embed='dct').eval()
-    model.load_state_dict(vit_efficient.models.vit.checkpoint_filter_fn(plain.state_dict(), model))
+    model.load_state_dict(vit_efficient.models.checkpoints.checkpoint_filter_fn(plain.state_dict(), model))
     x = torch.randn(2, 3, 70, 90) if 'dynamic_img_pad' in options else torch.randn(2, 3, 64, 96)
     torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
     if options:
@@ -242,9 +242,9 @@ def test_starts_like_a_convolution():
         (dict(patch_embed='dct', patch_keep=2.5), 'patch_keep=2.5'),
         (dict(patch_embed='dct', patch_keep='all'), "patch_keep='all'"),
         (dict(patch_embed='dct', patch_keep=[4, 4]), 'one for each of the 3 channels'),
-        (dict(patch_embed='dct', patch_color='hsv'), "patch_color must be .* got 'hsv'"),
+        (dict(patch_embed='dct', patch_color='hsv'), "patch_color must be .* got patch_color='hsv'"),
         (dict(patch_embed='dct', patch_color='ycbcr', in_chans=1), 'needs the 3 channels'),
-        (dict(patch_embed='dct', patch_input='jpeg'), "patch_input must be .* got 'jpeg'"),
+        (dict(patch_embed='dct', patch_input='jpeg'), "patch_input must be .* got patch_input='jpeg'"),
         (dict(patch_embed='dct', patch_input='coefficients', dynamic_img_pad=True), 'cannot be padded'),
     ],
 )

@@ -15,7 +15,7 @@ from tests.train.test_trainer import assert_same_run, fail
 from vit_efficient.train import Interrupted, load_model, load_recipe, train, trainer
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import ModelConfig, StageConfig
-from vit_efficient.train.leaves import LeafOccupancy
+from vit_efficient.train.hooks.leaves import LeafOccupancy
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.rules import validate
 from vit_efficient.train.state import TrainState
@@ -123,7 +123,7 @@ def test_going_on_inside_a_stage_gives_the_same_weights(data, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    'owner, moment', [(Trainer, 'evaluate'), (TrainState, 'enter_stage'), (LeafOccupancy, 'stage_begun')]
+    'owner, moment', [(Trainer, 'evaluate'), (TrainState, 'enter_stage'), (LeafOccupancy, 'begin_stage')]
 )
 @pytest.mark.parametrize('how', ['power', signal.SIGTERM])
 def test_going_on_between_stages_gives_the_same_weights(data, tmp_path, monkeypatch, owner, moment, how):

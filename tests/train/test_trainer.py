@@ -285,8 +285,8 @@ def test_bad_input_is_named_before_anything_is_written(data, tmp_path):
         ('model.args', {**TINY, 'attention_kwargs': {'num_tokens': [9, 9]}}, r'does not take images of 16×16 .*9'),
         ('model.args', {**TINY, 'in_chans': 5}, r'c0/0\.png: it has 3 channels, the model takes 5'),
         ('model.args', {**TINY, 'num_classes': 'three'}, "num_classes must be at least 1, got 'three'"),
-        ('model.args', {**TINY, 'name': 'vit'}, 'model vit_dct_tiny: .*name'),
-        ('model.args', {**TINY, 'patch_size': 0}, 'model vit_dct_tiny: '),
+        ('model.args', {**TINY, 'name': 'vit'}, 'vit_dct_tiny has no option .name.'),
+        ('model.args', {**TINY, 'patch_size': 0}, 'timm cannot build vit_dct_tiny: '),
         ('sched.epochs', 0, r'sched\.epochs must be at least 1'),
         ('output', f'{tmp_path}/file/run', 'output=.*file/run: cannot write there: Not a directory'),
     ]

@@ -16,14 +16,11 @@ from vit_efficient.attention import GridAttention, create_attention, layer_optio
 from vit_efficient.benchmark.peers import PEERS, create_peer
 from vit_efficient.benchmark.products import products_of
 from vit_efficient.benchmark.timing import (
-    MEASURED,
     Shared,
     check_plans,
     check_request,
-    compare,
     compiled_by_now,
-    peak_share,
-    with_matmul_rate,
+    measure_block,
 )
 from vit_efficient.flops import count_flops
 from vit_efficient.grid import PatchGrid
@@ -191,15 +188,9 @@ def _blocks(
         n = of_tokens[0]['tokens']
         inputs = Shared(partial(setting.inputs, n))
         for work in PASSES:
-            rows = [{**plan, 'work': work, **dict.fromkeys(MEASURED), 'error': plan['error']} for plan in of_tokens]
-            fit = [i for i, row in enumerate(rows) if row['error'] is None]
-            makes = [partial(layer_call, candidates[i], n, setting, work, inputs) for i in fit]
-            parts = [partial(_products, candidates[i], n, setting, work, inputs) for i in fit] if products else []
-            measurements, peak = with_matmul_rate(partial(compare, makes, setting.device, *options, parts), setting)
-            for i, measured in zip(fit, measurements, strict=True):
-                rows[i].update(measured)
-                rows[i]['peak_share'] = peak_share(rows[i], peak)
-            yield rows
+            makes = [partial(layer_call, candidate, n, setting, work, inputs) for candidate in candidates]
+            parts = [partial(_products, candidate, n, setting, work, inputs) for candidate in candidates if products]
+            yield measure_block(of_tokens, work, makes, setting, options, parts)
 
 
 def _products(candidate: Candidate, tokens: int, setting: LayerSetting, work: str, inputs: Shared):

@@ -14,15 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.benchmark.timing import (
-    MEASURED,
-    check_plans,
-    check_request,
-    compare,
-    compiled_by_now,
-    peak_share,
-    with_matmul_rate,
-)
+from vit_efficient.benchmark.timing import check_plans, check_request, compiled_by_now, measure_block
 from vit_efficient.flops import count_flops
 from vit_efficient.models import create_from_spec, input_size
 from vit_efficient.utils.checks import check_choice
@@ -148,16 +140,11 @@ def _blocks(
     for of_size in zip(*plans, strict=True):
         size = of_size[0]['img_size']
         for work in works:
-            blank = dict.fromkeys((*MEASURED, 'images_per_second'))
-            rows = [{**plan, 'work': work, **blank, 'error': plan['error']} for plan in of_size]
-            fit = [i for i, row in enumerate(rows) if row['error'] is None]
-            makes = [partial(model_call, candidates[i], size, setting, work) for i in fit]
-            measurements, peak = with_matmul_rate(partial(compare, makes, setting.device, *options), setting)
-            for i, measured in zip(fit, measurements, strict=True):
-                rows[i].update(measured)
-                rows[i]['peak_share'] = peak_share(rows[i], peak)
-                if rows[i]['milliseconds']:
-                    rows[i]['images_per_second'] = 1e3 * setting.batch_size / rows[i]['milliseconds']
+            makes = [partial(model_call, candidate, size, setting, work) for candidate in candidates]
+            rows = measure_block(of_size, work, makes, setting, options)
+            for row in rows:
+                time = row['milliseconds']
+                row['images_per_second'] = 1e3 * setting.batch_size / time if time else None
             yield rows
 
 

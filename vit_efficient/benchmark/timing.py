@@ -244,16 +244,33 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, side: int | None = Non
     return side**3 / best
 
 
-def with_matmul_rate(measure: Callable[[], Any], setting: Any) -> tuple[Any, float]:
-    """What a measurement returns, and the `matmul_rate` of a machine that may have been slower before or after it.
+def measure_block(
+    plans: Sequence[dict[str, Any]],
+    work: str,
+    makes: Sequence[Callable[[], Callable[[], object]]],
+    setting: Any,
+    options: Sequence[Any],
+    parts: Sequence[Callable[[], Callable[[], object]]] = (),
+) -> list[dict[str, Any]]:
+    """The rows of what is compared at one size and work: what is known of each, and what is measured.
 
     Args:
-        measure: Does it.
-        setting: Has a dtype and a device.
+        plans: What is known of each before anything runs; one with an error is not measured.
+        work: What the calls do.
+        makes, parts: As `compare` takes them, for each of the plans.
+        setting: Has the dtype and the device.
+        options: The rounds, max_seconds and memory of `compare`.
     """
-    before = matmul_rate(setting.dtype, setting.device)
-    measured = measure()
-    return measured, max(before, matmul_rate(setting.dtype, setting.device))
+    rows = [{**plan, 'work': work, **dict.fromkeys(MEASURED), 'error': plan['error']} for plan in plans]
+    fit = [i for i, row in enumerate(rows) if row['error'] is None]
+    # The machine may be slower before than after.
+    rate = matmul_rate(setting.dtype, setting.device)
+    measurements = compare([makes[i] for i in fit], setting.device, *options, [parts[i] for i in fit if parts])
+    rate = max(rate, matmul_rate(setting.dtype, setting.device))
+    for i, measured in zip(fit, measurements, strict=True):
+        rows[i].update(measured)
+        rows[i]['peak_share'] = peak_share(rows[i], rate)
+    return rows
 
 
 def peak_share(row: dict[str, Any], rate: float) -> float | None:

@@ -1,4 +1,4 @@
-"""How many tokens a compressor keeps: its budget, and the grid or count that the budget allows."""
+"""How many tokens a compressor keeps, whichever it is: its budget, and what that allows, by `vit_efficient.grid`."""
 
 from dataclasses import dataclass
 

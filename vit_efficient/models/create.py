@@ -9,13 +9,14 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models import VisionTransformer, model_entrypoint
 from torch import nn
 
 from vit_efficient.attention import get_attention
-from vit_efficient.compress import COMPRESSORS
+from vit_efficient.compress import get_compressor
 from vit_efficient.models.vit import EfficientVisionTransformer
-from vit_efficient.utils.checks import check_options, nearest
+from vit_efficient.utils.checks import argument_names, check_options, nearest
 from vit_efficient.utils.errors import UserError, one_line
 
 # Arguments of timm.create_model that stand in no signature.
@@ -46,9 +47,8 @@ def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = 
             arguments['img_size'] = img_size
     model = _create(name, arguments | factory)
     embedding = getattr(model, 'patch_embed', None)
-    patch = getattr(embedding, 'patch_size', None)
-    if img_size is not None and isinstance(patch, (tuple, list)) and not getattr(embedding, 'dynamic_img_pad', False):
-        for side in patch:
+    if img_size is not None and isinstance(embedding, PatchEmbed) and not embedding.dynamic_img_pad:
+        for side in embedding.patch_size:
             if img_size % side:
                 raise UserError(f'{img_size=} is not a multiple of the patch size {side} of {name}')
     return model
@@ -76,10 +76,11 @@ def create_arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
     if attention is None:  # which arguments it takes, only a call can tell
         return dict(options)
     functions = (model_entrypoint(name), EfficientVisionTransformer, VisionTransformer, timm.create_model)
-    of_model = {*_OF_BUILDER, *(parameter for function in functions for parameter in _parameters(function)[0])}
-    of_attention = _attention_options(attention, given | options) if isinstance(attention, str) else []
-    check_options(name, options, [*of_attention, *sorted(of_model.difference(of_attention))])
-    own = {key: value for key, value in options.items() if key in of_attention and key not in of_model}
+    of_model = {*_OF_BUILDER, *(argument for function in functions for argument in argument_names(function)[0])}
+    of_attention, takes_others = _attention_options(attention, given | options)
+    if not takes_others:
+        check_options(name, options, [*of_attention, *sorted(of_model.difference(of_attention))])
+    own = {key: value for key, value in options.items() if key not in of_model}
     for key in own:
         if key in given:
             raise UserError(f'{name} is given {key}={own[key]!r} beside attention_kwargs={given}: give it once')
@@ -87,19 +88,18 @@ def create_arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return arguments | {'attention_kwargs': given | own} if own else arguments
 
 
-def _attention_options(attention: str, options: dict[str, Any]) -> list[str]:
-    """The names of a mechanism's options, and of those of its compressor."""
+def _attention_options(attention: Any, options: dict[str, Any]) -> tuple[list[str], bool]:
+    """The names of a mechanism's options and of those of its compressor, and whether it takes any others by name."""
+    if not isinstance(attention, str):  # it is spelled out, with its options
+        return [], False
     cls, preset = get_attention(attention)
-    names, more = _parameters(cls.configure)
-    compressor = COMPRESSORS.get((preset | options).get('compressor'))
-    return names + (_parameters(compressor)[0] if more and compressor else [])
-
-
-def _parameters(function: Any) -> tuple[list[str], bool]:
-    """The names of a function's parameters, and whether it takes any others, by **."""
-    parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != 'self']
-    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names, takes_others = argument_names(cls.configure)
+    names = names[1:]  # without self
+    compressor = (preset | options).get('compressor')
+    if not takes_others or compressor is None:
+        return names, takes_others
+    more, takes_others = get_compressor(compressor).option_names()
+    return names + more, takes_others
 
 
 def _takes_img_size(name: str, arguments: dict[str, Any]) -> bool:

@@ -191,16 +191,7 @@ class DctPatchEmbed(PatchEmbed):
         """
         check_convolution(embedding)
         conv = embedding.proj
-        new = cls(
-            **_layout(embedding),
-            in_chans=conv.in_channels,
-            embed_dim=conv.out_channels,
-            keep=keep,
-            bias=conv.bias is not None,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-            **options,
-        )
+        new = cls(**_layout(embedding, conv), in_chans=conv.in_channels, keep=keep, **options)
         new.norm = embedding.norm
         return _filled(new, new.linear, new.coefficients_of(conv.weight), conv).train(embedding.training)
 
@@ -212,15 +203,7 @@ class DctPatchEmbed(PatchEmbed):
 
     def empty_conv(self, device: torch.device | str) -> PatchEmbed:
         """A convolutional patch embedding of the same shape."""
-        weight, bias = self.linear.weight, self.linear.bias is not None
-        return PatchEmbed(
-            **_layout(self),
-            in_chans=self.in_chans,
-            embed_dim=weight.shape[0],
-            bias=bias,
-            device=device,
-            dtype=weight.dtype,
-        )
+        return PatchEmbed(**_layout(self, self.linear) | {'device': device}, in_chans=self.in_chans)
 
     def check_weight(self, weight: Tensor | None) -> None:
         """Raises UserError if what a checkpoint has as `linear.weight` is not of these coefficients."""
@@ -309,20 +292,11 @@ class DctPatchEmbed(PatchEmbed):
         )
         if not fits:
             raise UserError(f'keep must be a pair for each channel, at most {self.truncation}, got {keep=}')
-        weight = self._weight().detach()
         new = type(self)(
-            **_layout(self),
-            in_chans=self.in_chans,
-            embed_dim=weight.shape[0],
-            keep=keep,
-            color=self.color,
-            input=self.input,
-            bias=self.linear.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
+            **_layout(self, self.linear), in_chans=self.in_chans, keep=keep, color=self.color, input=self.input
         )
         new.norm = self.norm
-        cut = truncated(split_channels(weight, self.truncation), new.truncation)
+        cut = truncated(split_channels(self._weight().detach(), self.truncation), new.truncation)
         return _filled(new, new.linear, cut, self.linear).train(self.training)
 
     # --- forward ---
@@ -416,12 +390,14 @@ def _filled(embedding: PatchEmbed, layer: nn.Module, weight: Tensor, source: nn.
     return embedding
 
 
-def _layout(embedding: PatchEmbed) -> dict[str, Any]:
-    """The arguments that place the patches of an embedding and its tokens."""
+def _layout(embedding: PatchEmbed, layer: nn.Module) -> dict[str, Any]:
+    """The arguments that place the patches of an embedding and its tokens, and those of its layer's weights."""
     layout = {name: getattr(embedding, name) for name in _LAYOUT}
     if not embedding.flatten and embedding.output_fmt != Format.NCHW:
         layout['output_fmt'] = embedding.output_fmt.value
-    return layout
+    weight = layer.weight
+    own = dict(embed_dim=len(weight), bias=layer.bias is not None, device=weight.device, dtype=weight.dtype)
+    return layout | own
 
 
 def patch_embed_layer(

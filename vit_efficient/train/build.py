@@ -12,9 +12,11 @@ from timm.models import load_state_dict
 from torch import nn
 
 from vit_efficient.models import DctPatchEmbed, model_arguments
+from vit_efficient.models.create import create_from_spec
 from vit_efficient.models.saving import load_model, model_folder, read_model_config
 from vit_efficient.train.checkpoint import damaged_part, load_checkpoint
 from vit_efficient.train.config import Config, ModelConfig
+from vit_efficient.utils.checks import is_integer, nearest
 from vit_efficient.utils.errors import UserError, first_line, one_line
 
 # What a saved model tells of its attention.
@@ -36,16 +38,17 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
     num_classes = args.pop('num_classes', len(classes) if classes else None)
     if num_classes is None:
         raise UserError('the data set does not tell its classes; set model.args.num_classes')
-    if type(num_classes) is not int or num_classes < 1:
+    if not is_integer(num_classes, 1):
         raise UserError(f'model.args.num_classes must be at least 1, got {num_classes!r}')
     if classes and num_classes < len(classes):
         raise UserError(f'model.args.num_classes={num_classes} is below the {len(classes)} classes of the data')
     if not timm.is_model(config.model.name):
-        raise UserError(f'model.name: timm knows no model {config.model.name!r}; see timm.list_models()')
+        near = nearest(config.model.name, timm.list_models()) or '; see timm.list_models()'
+        raise UserError(f'model.name: timm knows no model {config.model.name!r}{near}')
     torch.manual_seed(config.seed)
     _check_rates(args)
     if not config.model.init_from:
-        model = _create(config.model.name, {**args, 'num_classes': num_classes})
+        model = create_from_spec(config.model.name, {**args, 'num_classes': num_classes})
     else:
         model = _create_from(config.model, args)
     _check_usable(model, config.model)
@@ -70,13 +73,6 @@ def _check_usable(model: nn.Module, config: ModelConfig) -> None:
         model_arguments(model)
     except Exception as error:
         raise UserError(f'{what} could not be saved: {type(error).__name__}: {first_line(error)}') from error
-
-
-def _create(name: str, args: dict[str, Any]) -> nn.Module:
-    try:
-        return timm.create_model(name, **args)
-    except Exception as error:  # models check their arguments in all ways, or not at all
-        raise UserError(f'model {name}: {first_line(error)}') from error
 
 
 def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
@@ -112,7 +108,7 @@ def _create_from(config: ModelConfig, args: dict[str, Any]) -> nn.Module:
 def _load_weights(source: Path, name: str, args: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint of ours or of timm; their moving average, if it holds one."""
     state = None
-    with suppress(ValueError):
+    with suppress(UserError):
         state = load_checkpoint(source)
     if state:
         saved = state['identity']
@@ -163,7 +159,7 @@ def _attention(name: str, args: dict[str, Any]) -> dict[str, Any]:
     It is read off the model, since defaults count as well; on the meta device, it takes neither memory nor time.
     """
     with torch.device('meta'):
-        model = _create(name, args)
+        model = create_from_spec(name, args)
     heads = [module.num_heads for module in model.modules() if isinstance(getattr(module, 'num_heads', None), int)]
     found = {'num_heads': heads[0] if len(set(heads)) == 1 else heads}
     if hasattr(model, 'attention_spec'):

@@ -4,21 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vit_efficient.data.config import DataConfig
-from vit_efficient.utils.keys import (
-    BELOW_1,
-    POSITIVE,
-    SET,
-    Range,
-    at_least,
-    between,
-    describe,
-    flatten,
-    key,
-    one_of,
-    section,
-    walk,
-)
+from vit_efficient.utils import keys
+from vit_efficient.utils.keys import BELOW_1, POSITIVE, SET, Range, at_least, between, key, one_of, section
 
+ABOVE_0_TO_1 = Range('above 0 and at most 1', lambda v: 0 < v <= 1)
 TASKS = ('classification', 'segmentation', 'both')
 MAX_THREADS = 1024  # of PyTorch; from some number on, that of the system, they end the process
 MAX_NUMBER = 1e300  # of a key that has a type of its own; beyond it integers have no float
@@ -34,13 +23,9 @@ class ModelConfig:
 @dataclass
 class OptimConfig:
     opt: str = key('adamw', 'a name that timm.optim knows', SET)
-    lr: float = key(1e-3, 'learning rate at its highest, for the batch size as it is: there is no scaling', POSITIVE)
+    lr: float = key(1e-3, 'learning rate at its highest; it is not scaled by the batch size', POSITIVE)
     weight_decay: float = key(0.05, 'of all weights but biases and norms', at_least(0))
-    layer_decay: float | None = key(
-        None,
-        'factor of the learning rate from one layer to the one before',
-        Range('above 0 and at most 1', lambda v: 0 < v <= 1),
-    )
+    layer_decay: float | None = key(None, 'factor of the learning rate from one layer to the one before', ABOVE_0_TO_1)
     args: dict[str, Any] = key(help='further arguments, such as betas', default_factory=dict)
 
 
@@ -63,9 +48,7 @@ class StageConfig:
     """A part of a run. Weights go on from one to the next; optimiser, schedule and average of weights start anew."""
 
     epochs: int = key(1, 'of sched.epochs, which is their sum', at_least(1))
-    attention: str = key(
-        '', 'that its layers change to where the stage begins, as by `convert`; none: all of them stay'
-    )
+    attention: str = key('', 'that its layers change to where it begins, as by `convert`; none: all of them stay')
     attention_kwargs: dict[str, Any] = key(help='options of that attention', default_factory=dict)
     layers: list[int] | None = key(None, 'blocks that change, negative ones counted from the end; null: all')
     lr: float | None = key(None, 'null: optim.lr', POSITIVE)
@@ -86,15 +69,9 @@ class LossConfig:
 class DistillConfig:
     """A teacher that is heard beside the labels. It sees what the student sees, mixed images too."""
 
-    teacher: str = key(
-        '', 'a model of timm, with its pretrained weights, or the folder of a run or model; none: no teacher'
-    )
+    teacher: str = key('', 'a model of timm, pretrained, or the folder of a run or model; none: no teacher')
     weights: str = key('', 'the checkpoint file of that model, instead of its pretrained weights')
-    kind: str = key(
-        'soft',
-        'soft: the divergence from its probabilities; hard: the cross-entropy of its first class',
-        one_of('soft', 'hard'),
-    )
+    kind: str = key('soft', 'its probabilities (soft), or its first class (hard)', one_of('soft', 'hard'))
     weight: float = key(0.5, 'of what the teacher says in the loss; the labels have the rest', between(0, 1))
     temperature: float = key(1.0, "of soft probabilities, the student's and the teacher's", POSITIVE)
 
@@ -106,19 +83,13 @@ class TruncationConfig:
     Where a stage has `freeze`, or else at the end of a run, they become hard ones.
     """
 
-    penalty: float = key(
-        0.0, 'times what they cost above the budget, as a share of the uncut cost, is added to the loss', at_least(0)
-    )
-    budget: float = key(
-        0.0, 'the share of the multiply-accumulates of the parts that have one which costs nothing', BELOW_1
-    )
+    penalty: float = key(0.0, 'times what they cost above the budget is added to the loss', at_least(0))
+    budget: float = key(0.0, 'the share of the multiply-accumulates of these parts that is free', BELOW_1)
 
 
 @dataclass
 class EmaConfig:
-    decay: float = key(
-        0.0, 'of an exponential moving average of the weights, which is then what is evaluated; 0: off', BELOW_1
-    )
+    decay: float = key(0.0, 'of a moving average of the weights, which is then what is evaluated; 0: off', BELOW_1)
     warmup: bool = key(False, 'raise the decay from 0 at the start')
 
 
@@ -126,11 +97,7 @@ class EmaConfig:
 class Config:
     """A run. See `DataConfig` and the other sections for their keys."""
 
-    task: str = key(
-        'classification',
-        'classification: of images; segmentation: of patches; both: one model for the two',
-        one_of(*TASKS),
-    )
+    task: str = key('classification', 'classification of images, segmentation of patches, or both', one_of(*TASKS))
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
     optim: OptimConfig = section(OptimConfig)
@@ -140,24 +107,14 @@ class Config:
     distill: DistillConfig = section(DistillConfig)
     truncation: TruncationConfig = section(TruncationConfig)
     ema: EmaConfig = section(EmaConfig)
-    hooks: dict[str, Any] = key(
-        help='training hooks that plug-ins have registered: the options of each, by its name', default_factory=dict
-    )
-    plugins: list[str] = key(
-        help='Python modules that are imported first: they register attentions, compressors, hooks or models',
-        resume=True,
-        default_factory=list,
-    )
+    hooks: dict[str, Any] = key(help='training hooks of plug-ins, by name, with their options', default_factory=dict)
+    plugins: list[str] = key(help='Python modules that are imported first', resume=True, default_factory=list)
     seed: int = key(
         0,
         'weights, order, augmentation, mixing and dropout follow from it',
         Range('at least 0 and below 2**32', lambda v: 0 <= v < 2**32),
     )
-    output: str = key(
-        '',
-        "the run's folder; by default runs/FOLDER/NAME for recipes/FOLDER/NAME.yaml (FOLDER may be deep)",
-        resume=True,
-    )
+    output: str = key('', "the run's folder; by default runs/FOLDER/NAME for recipes/FOLDER/NAME.yaml", resume=True)
     resume: str = key(
         'never',
         'never: refuse a folder that holds a run; auto: go on with it; restart: replace it',
@@ -167,15 +124,8 @@ class Config:
     device: str = key('auto', 'auto: the GPU where there is one', resume=True)
     amp: str = key('none', 'none or bf16: the type of matrix products', one_of('none', 'bf16'))
     compile: bool = key(False, 'whether the model is compiled', resume=True)
-    channels_last: bool = key(
-        False, 'layout of images and convolutions in memory, for those that a GPU computes faster so', resume=True
-    )
-    parallel: str = key(
-        'ddp',
-        'of several processes, ddp: each holds the weights; fsdp: they split them among each other',
-        one_of('ddp', 'fsdp'),
-        resume=True,
-    )
+    channels_last: bool = key(False, 'layout of images and convolutions in memory', resume=True)
+    parallel: str = key('ddp', 'each process holds the weights, or a part of them', one_of('ddp', 'fsdp'), resume=True)
     grad_accum: int = key(1, 'micro-batches of each process per update', at_least(1))
     clip_grad: float | None = key(None, 'largest norm of the gradient', POSITIVE)
     on_nonfinite: str = key(
@@ -205,10 +155,10 @@ class Config:
 
 def describe_keys() -> list[dict[str, Any]]:
     """A row for each key of a recipe: key, type, default, range, resume and help."""
-    return describe(Config())
+    return keys.describe(Config())
 
 
 def identity(config: Config) -> dict[str, Any]:
     """The keys on which the weights of a run depend, with their values."""
-    free = {name for name, item, _ in walk(config) if item.metadata.get('resume')}
-    return {name: value for name, value in flatten(config).items() if name not in free}
+    free = {name for name, item, _ in keys.walk(config) if item.metadata.get('resume')}
+    return {name: value for name, value in keys.flatten(config).items() if name not in free}

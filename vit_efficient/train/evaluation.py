@@ -100,7 +100,7 @@ def evaluate(
         model: Images (B, C, H, W) -> logits, as the task reads them. It is put in eval mode, and back as it was. If it
             is sharded, all processes of the run must call.
         loader: From `create_loader`; or any that gives batches (images, labels, indices), of patch tasks (images,
-            labels, targets, indices). Every process reads its own share.
+            labels, targets, indices). Every process reads its own part.
         processes: Where the work is shared; by default, the model's device alone.
         amp: none or bf16.
         task: By default, the classification of images.
@@ -147,9 +147,9 @@ def evaluate(
         rows += zip(*(column.tolist() for column in columns), strict=True)
     seconds = time.perf_counter() - start
     model.train(was_training)
-    shares = processes.gather((rows, top5, total_loss, confusion, seconds, skipped))
-    rows = sorted(row for share in shares for row in share[0])
-    skipped = dict(sorted(item for share in shares for item in share[5].items()))
+    parts = processes.gather((rows, top5, total_loss, confusion, seconds, skipped))
+    rows = sorted(row for part in parts for row in part[0])
+    skipped = dict(sorted(item for part in parts for item in part[5].items()))
     if not rows:
         reason = f': none of {len(skipped)} can be read; {next(iter(skipped.values()))}' if skipped else ''
         raise UserError(f'there are no images to evaluate{reason}')
@@ -158,14 +158,14 @@ def evaluate(
     if task.of_images:
         columns += ['label', 'predicted']
         accuracies['top1'] = 100 * sum(label == predicted for _, label, predicted, *_ in rows) / count
-        accuracies['top5'] = 100 * sum(share[1] for share in shares) / count
+        accuracies['top5'] = 100 * sum(part[1] for part in parts) / count
     if task.of_patches:
         columns.append('patch_accuracy')
-        accuracies.update(_patch_accuracies(sum(share[3] for share in shares), task.none))
+        accuracies.update(_patch_accuracies(sum(part[3] for part in parts), task.none))
     return Evaluation(
-        loss=sum(share[2] for share in shares) / count,
+        loss=sum(part[2] for part in parts) / count,
         images=count,
-        images_per_second=count / max(share[4] for share in shares),
+        images_per_second=count / max(part[4] for part in parts),
         columns=tuple(columns),
         predictions=rows,
         skipped=skipped,

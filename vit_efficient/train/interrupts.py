@@ -29,7 +29,7 @@ class Interrupts:
     queue of TensorBoard's writer is not left in between. In threads other than the main one signals are left as they
     are, as Python requires.
 
-    Of several processes, once they `share` it, all stop at the same point, the next `check()` or `obey()`, whichever
+    Of several processes, once they `join` it, all stop at the same point, the next `check()` or `obey()`, whichever
     was told to. They ignore further signals: a scheduler may send each process one, and torchrun one more (and kills
     those that are not gone in time).
     """
@@ -55,7 +55,7 @@ class Interrupts:
             signal.signal(number, handler)
         self._previous = {}
 
-    def share(self, processes: Processes) -> None:
+    def join(self, processes: Processes) -> None:
         """From here on, the processes of a run have something to lose, and stop together."""
         self._processes = processes if processes.world_size > 1 else None
 

@@ -65,7 +65,7 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
         preflight(experiment, state)
         try:
             state.wrap()
-            stop.share(team)
+            stop.join(team)
             with _naming_rank(team), folder.open(experiment, state, stop) as log:
                 return Trainer(experiment, state, folder, log, stop).fit()
         finally:

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map_only
 
 from vit_efficient.train.distributed import Processes
+from vit_efficient.utils.compat import map_instances
 
 
 def shard(model: nn.Module, processes: Processes, amp: str = 'none') -> None:
@@ -82,7 +82,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         whole = shards.full_tensor()
         return whole.cpu() if dist.get_rank() == 0 else None
 
-    return tree_map_only(DTensor, gather, optimizer.state_dict())
+    return map_instances(DTensor, gather, optimizer.state_dict())
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

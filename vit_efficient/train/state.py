@@ -84,7 +84,7 @@ class TrainState:
             seed_everything('stage', experiment.config.seed, between)  # what a conversion adds is drawn
             stage = experiment.stages[between]
             for hook in experiment.hooks:
-                hook.begin_stage(stage, self.model)
+                hook.before_stage(stage, self.model)
             stage.convert(self.model)
         self.stage = number
         self._begin_learning()

@@ -1,5 +1,6 @@
 """What is told of a run: on one line on its way, and in result.json at its end."""
 
+import math
 from typing import Any
 
 from torch import nn
@@ -7,7 +8,7 @@ from tqdm import tqdm
 
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.experiment import Experiment
-from vit_efficient.train.state import Progress
+from vit_efficient.train.state import Progress, TrainState
 
 
 def describe_scale(experiment: Experiment) -> str:
@@ -33,6 +34,25 @@ def describe_epoch(experiment: Experiment, progress: Progress, train_loss: float
         + (f', about {left} to go' if to_go else '')
         + ('; skipped {} training and {} validation images'.format(*counts) if any(counts) else '')
     )
+
+
+def values_of_epoch(experiment: Experiment, state: TrainState, evaluation: Evaluation) -> dict[str, float]:
+    """What is logged of an evaluation at the end of an epoch."""
+    config, progress = experiment.config, state.progress
+    taken = experiment.updates_per_epoch - progress.epoch_nonfinite
+    values = {
+        'train_loss': progress.loss_sum / taken if taken else math.nan,
+        'loss': evaluation.loss,
+        **evaluation.accuracies,
+        'lr': state.lr,
+        'train_seconds': progress.train_seconds,
+        **({'stage': state.stage} if config.stages else {}),
+        **({'skipped': len(evaluation.skipped)} if config.data.on_error == 'skip' else {}),
+        **({'nonfinite': progress.epoch_nonfinite} if config.on_nonfinite == 'skip' else {}),
+    }
+    for hook in experiment.hooks:
+        values |= hook.values(state)
+    return values
 
 
 def describe_result(

@@ -28,7 +28,7 @@ from vit_efficient.train.interrupts import Interrupted, Interrupts
 from vit_efficient.train.log import SilentLog, used_memory
 from vit_efficient.train.run_folder import BEST, RunFolder
 from vit_efficient.train.state import TrainState, seed_everything
-from vit_efficient.train.summary import describe_epoch, describe_result, describe_scale
+from vit_efficient.train.summary import describe_epoch, describe_result, describe_scale, values_of_epoch
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import writing
 from vit_efficient.utils.precision import autocast
@@ -132,8 +132,6 @@ class Trainer:
                 chunk = list(islice(batches, config.grad_accum))
                 with self.stop.held():
                     loss = self.update(chunk)
-                    progress.updates += 1
-                    progress.loss_sum += loss or 0.0
                     now = time.perf_counter()
                     seconds, clock = now - clock, now
                     progress.train_seconds += seconds
@@ -152,7 +150,9 @@ class Trainer:
     def update(self, chunk: Sequence[tuple[Tensor, ...]]) -> float | None:
         """One step of the optimiser on `grad_accum` micro-batches of every process.
 
-        All processes exchange what they must know of each other once: losses, norm, signals, images left out.
+        Forward and backward pass of each micro-batch, in the last of which gradients are averaged over the processes;
+        one exchange of what all must know (losses, norm, signals, images left out); then, if that is finite, the step
+        of `TrainState.step`.
 
         Returns:
             The mean loss of all; None if it or its gradient is not finite, and all have left out the step.
@@ -193,6 +193,8 @@ class Trainer:
                 progress.skip(reasons)
                 self.log.name_skipped('training', reasons)
             self.unreadable.clear()
+        progress.updates += 1
+        progress.loss_sum += mean if finite else 0.0
         return mean if finite else None
 
     def loss(self, images: Tensor, *truth: Tensor) -> Tensor:
@@ -211,11 +213,9 @@ class Trainer:
         return loss
 
     def _leave_out(self, what: str, suspects: list[Tensor]) -> None:
-        """Counts an update without a step, which all processes leave out; ends the run if that is the recipe's policy.
+        """Counts an update without a step, or ends the run, as the recipe's policy is.
 
-        Args:
-            what: Is not finite.
-            suspects: Indices of samples of this process, by micro-batch, among which the cause is.
+        `what` is not finite, for one of the `suspects`: indices of samples of this process, by micro-batch.
         """
         experiment, progress = self.experiment, self.state.progress
         filename = experiment.feed.train_samples.filename
@@ -249,22 +249,9 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Evaluates the model at the end of an epoch, and tells."""
         experiment, state, progress = self.experiment, self.state, self.state.progress
-        config, hooks = experiment.config, experiment.hooks
         evaluation = self.measure(state.evaluated)
-        measured = {hook.name: hook.measure(self) for hook in hooks}
-        taken = experiment.updates_per_epoch - progress.epoch_nonfinite
-        values = {
-            'train_loss': progress.loss_sum / taken if taken else math.nan,
-            'loss': evaluation.loss,
-            **evaluation.accuracies,
-            'lr': state.lr,
-            'train_seconds': progress.train_seconds,
-            **({'stage': state.stage} if config.stages else {}),
-            **({'skipped': len(evaluation.skipped)} if config.data.on_error == 'skip' else {}),
-            **({'nonfinite': progress.epoch_nonfinite} if config.on_nonfinite == 'skip' else {}),
-        }
-        for hook in hooks:
-            values |= hook.values(state)
+        measured = {hook.name: hook.measure(self) for hook in experiment.hooks}
+        values = values_of_epoch(experiment, state, evaluation)
         self.log.name_skipped('validation', evaluation.skipped)
         with self.stop.held():
             for kind, line in {'val': values, **measured}.items():
@@ -278,15 +265,13 @@ class Trainer:
         if self.experiment.config.stages:
             self.log.say(f'stage {number + 1}/{len(stages)}: {stages[number]}')
         for hook in self.experiment.hooks:
-            hook.stage_begun(self)
+            hook.begin_stage(self)
 
     def _keep_best(self, evaluation: Evaluation) -> None:
         """Saves the model if its top-1, or the mIoU where there is none, is above that of all evaluations before."""
         experiment, progress, accuracies = self.experiment, self.state.progress, evaluation.accuracies
-        if not experiment.config.checkpoint_best:
-            return
         name = 'top1' if experiment.task.of_images else 'miou'
-        if not progress.best or accuracies[name] > progress.best[name]:
+        if experiment.config.checkpoint_best and accuracies[name] > progress.best.get(name, -math.inf):
             model = self.state.whole(self.state.evaluated)
             if experiment.team.is_first:
                 with writing(self.folder.path / BEST, '; the checkpoint is as it was, resume=auto goes on from it'):

@@ -2,7 +2,7 @@
 
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 #: The mode under which every operator passes one method, `__torch_dispatch__`.
 OperatorMode = TorchDispatchMode
@@ -101,3 +102,8 @@ def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
             raise tarfile.ReadError(f'damaged or cut off at byte {archive.offset}')
+
+
+def map_instances(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
+    """A tree of containers with `function` of each leaf that is an instance of `kind`."""
+    return tree_map_only(kind, function, tree)

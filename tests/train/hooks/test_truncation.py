@@ -14,8 +14,8 @@ from tests.train.test_trainer import assert_same_run
 from vit_efficient.models.truncation import has_windows
 from vit_efficient.train import Interrupted, load_model, train, trainer
 from vit_efficient.train.config import ModelConfig, StageConfig
+from vit_efficient.train.hooks.truncation import LearnedTruncation
 from vit_efficient.train.trainer import Trainer
-from vit_efficient.train.truncation import LearnedTruncation
 
 
 @pytest.fixture(scope='module')
@@ -167,7 +167,7 @@ def test_going_on_around_a_freeze_gives_the_same_weights(data, tmp_path, monkeyp
     train(freezing_recipe(data, tmp_path / 'whole'))
     owner, method, call = {
         'learning': (Trainer, 'update', 9),
-        'freezing': (LearnedTruncation, 'stage_begun', 2),
+        'freezing': (LearnedTruncation, 'begin_stage', 2),
         'measured': (Trainer, 'epoch', 3),
         'trained on': (Trainer, 'update', 15),
     }[moment]

@@ -11,7 +11,7 @@ from vit_efficient import save_model
 from vit_efficient.data import Preprocessing
 from vit_efficient.train import train
 from vit_efficient.train.config import DistillConfig, LossConfig, ModelConfig
-from vit_efficient.train.distillation import Distillation
+from vit_efficient.train.hooks.distillation import Distillation
 
 SIZE = dict(embed_dim=12, depth=1, num_heads=2, num_classes=4)
 

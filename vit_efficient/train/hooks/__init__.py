@@ -1,4 +1,7 @@
-"""What takes part in training and belongs to one mechanism, one task or a plug-in: behind one small interface."""
+"""What takes part in training and belongs to one mechanism, one task or a plug-in: behind one small interface.
+
+Ours are modules of this package; others are registered by `register_hook`.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -45,10 +48,10 @@ class TrainingHook:
         """
         return None if options is None else cls(**options)
 
-    def begin_stage(self, stage: 'Stage', model: nn.Module) -> None:
+    def before_stage(self, stage: 'Stage', model: nn.Module) -> None:
         """A stage begins, before its layers are converted; `model` is as the one before has left it."""
 
-    def stage_begun(self, trainer: 'Trainer') -> None:
+    def begin_stage(self, trainer: 'Trainer') -> None:
         """A stage has begun: the model is what it trains, and can be measured."""
 
     def penalty(self, state: 'TrainState', images: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ def create_hooks(experiment: 'Experiment') -> list[TrainingHook]:
     Raises:
         UserError: If the recipe names one that is not registered, or the run cannot have one of them.
     """
-    from vit_efficient.train import distillation, leaves, truncation  # noqa: F401 (they register themselves)
+    from vit_efficient.train.hooks import distillation, leaves, truncation  # noqa: F401 (they register themselves)
 
     asked = experiment.config.hooks
     check_options('hooks', asked, HOOKS)

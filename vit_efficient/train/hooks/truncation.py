@@ -47,7 +47,7 @@ class LearnedTruncation(TrainingHook):
             )
         return cls(config.truncation, experiment.feed)
 
-    def begin_stage(self, stage, model):
+    def before_stage(self, stage, model):
         if stage.config.freeze:
             if 'kept' not in self.memory:
                 self.memory['cost'] = soft_cost(model, hard=True).item()
@@ -72,7 +72,7 @@ class LearnedTruncation(TrainingHook):
             learned = trainer.measure(trainer.state.model) if trainer.state.average else evaluation
             self.memory['learned'] = learned.accuracies
 
-    def stage_begun(self, trainer):
+    def begin_stage(self, trainer):
         """Measures what it costs that sizes have been frozen, before the stage trains on."""
         if 'kept' in self.memory and 'frozen' not in self.memory:
             progress = trainer.state.progress
