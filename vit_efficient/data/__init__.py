@@ -5,24 +5,22 @@ from typing import Any
 
 # Albumentations and OpenCV load with the modules that use them, so each name is imported when it is asked for.
 _NAMES = {
-    'config': ('AffineConfig', 'AugmentConfig', 'DataConfig', 'SizeConfig'),
-    'decoding': ('CoefficientTransform', 'eval_input', 'input_shape', 'train_input'),
-    'files.coefficients': ('PatchCoefficients', 'read_coefficients', 'takes_coefficients'),
-    'files.images': ('read_image', 'to_array'),
-    'files.jpeg': ('QuantizedJpeg', 'ReducedReader', 'read_quantized'),
-    'loader': ('create_loader', 'iterate'),
-    'megapixel_mnist': ('MegapixelMnist',),
-    'preprocessing': ('EvalTransform', 'Preprocessing'),
-    'sampler': ('EpochSampler', 'shard_order', 'stable_seed'),
-    'samples': ('Samples', 'check_same_classes', 'class_names'),
-    'sources': ('ReaderImages', 'create_dataset'),
-    'sources.folders': ('ImageTree',),
-    'sources.hugging_face': ('HuggingFaceReader',),
-    'sources.shards': ('ShardReader',),
-    'transforms': ('DctTruncate', 'TrainTransform'),
-    'truncation': ('TorchvisionDctTruncate',),
+    'config': 'AffineConfig AugmentConfig DataConfig SizeConfig',
+    'files.coefficients': 'PatchCoefficients read_coefficients takes_coefficients',
+    'files.images': 'read_image to_array',
+    'files.jpeg': 'QuantizedJpeg ReducedReader read_quantized',
+    'megapixel_mnist': 'MegapixelMnist',
+    'preprocessing': 'CoefficientTransform EvalTransform Preprocessing eval_input input_shape train_input',
+    'sampler': 'EpochSampler shard_order stable_seed',
+    'samples': 'Samples check_same_classes class_names create_loader iterate',
+    'sources': 'ReaderImages create_dataset',
+    'sources.folders': 'ImageTree',
+    'sources.hugging_face': 'HuggingFaceReader',
+    'sources.shards': 'ShardReader',
+    'transforms': 'DctTruncate TrainTransform',
+    'truncation': 'TorchvisionDctTruncate',
 }
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)
 
 

@@ -7,11 +7,14 @@ from vit_efficient.utils.keys import BELOW_1, Range, at_least, between, key, one
 
 ON_ERROR = ('error', 'skip')
 DECODE = ('pixels', 'scaled', 'coefficients')
-_PAIR_OF_RATIOS = Range('two ratios, 0 < least ≤ most', lambda v: len(v) == 2 and 0 < v[0] <= v[1])
+_RATIOS = Range('two ratios, 0 < least ≤ most', lambda v: len(v) == 2 and 0 < v[0] <= v[1])
+_MEANS = Range('numbers from -1e6 to 1e6', lambda v: all(-1e6 <= number <= 1e6 for number in v))
+_STDS = Range('numbers from 1e-6 to 1e6', lambda v: all(1e-6 <= number <= 1e6 for number in v))
+_CROP_PCT = Range('at least 0.1 and at most 1', lambda v: 0.1 <= v <= 1)
 
 
-def _shares(of: str) -> Range:
-    return Range(f'two shares of {of}, 0 < least ≤ most ≤ 1', lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
+def _shares(whole: str) -> Range:
+    return Range(f'two shares of {whole}, 0 < least ≤ most ≤ 1', lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
 
 
 @dataclass
@@ -28,33 +31,21 @@ class AffineConfig:
 class AugmentConfig:
     """Training augmentation. The defaults are those of a light ImageNet recipe; 0 switches an operation off."""
 
-    crop_scale: list[float] | None = key(
-        help='share of the area of a random crop; null: no crop',
-        within=_shares('the area'),
-        default_factory=lambda: [0.08, 1.0],
-    )
-    crop_ratio: list[float] = key(
-        help='width to height of the crop', within=_PAIR_OF_RATIOS, default_factory=lambda: [3 / 4, 4 / 3]
-    )
+    crop_scale: list[float] | None = key([0.08, 1.0], 'share of the area of a crop; null: no crop', _shares('the area'))
+    crop_ratio: list[float] = key([3 / 4, 4 / 3], 'width to height of the crop', _RATIOS)
     hflip: float = key(0.5, 'probability of a horizontal flip', between(0, 1))
     vflip: float = key(0.0, 'probability of a vertical flip', between(0, 1))
     three: bool = key(
         False,
-        'one of grey, solarised and blurred, at even odds (the "3-Augment" of DeiT III); all but 8-bit grey and RGB '
-        'stay as they are where what is drawn is not defined for them: solarised, and grey of other than 3 channels',
+        'one of grey, solarised and blurred, at even odds ("3-Augment" of DeiT III); other images than 8-bit grey and '
+        'RGB stay as they are where what is drawn is not defined for them',
     )
-    color_jitter: float = key(
-        0.3, 'brightness, contrast and saturation factors are drawn from 1 ± color_jitter', between(0, 1)
-    )
+    color_jitter: float = key(0.3, 'brightness, contrast and saturation: factors are drawn from 1 ± it', between(0, 1))
     hue: float = key(0.0, 'share of the colour circle, drawn from ± hue', between(0, 0.5))
     rand_ops: int = key(2, 'operations of the RandAugment-like policy per image', at_least(0))
     rand_magnitude: float = key(9.0, 'their strength, 0 to 10', between(0, 10))
     dct_truncate: float = key(0.0, 'probability that DCT coefficients of high frequency are dropped', between(0, 1))
-    dct_truncate_ratio: list[float] = key(
-        help='share of the coefficients that are left then: the range',
-        within=_shares('the coefficients'),
-        default_factory=lambda: [1 / 16, 1 / 2],
-    )
+    dct_truncate_ratio: list[float] = key([1 / 16, 1 / 2], 'share of them that stays', _shares('the coefficients'))
     erasing: float = key(0.25, 'probability that a random rectangle is replaced by noise', between(0, 1))
     affine: AffineConfig = section(AffineConfig)
 
@@ -64,7 +55,7 @@ class SizeConfig:
     """The size of training images from an epoch on."""
 
     epoch: int = key(0, 'the first one with it, counted from 0')
-    img_size: list[int] = key(help='height, width', default_factory=list)
+    img_size: list[int] = key([], 'height, width')
 
 
 @dataclass
@@ -72,10 +63,7 @@ class DataConfig:
     """Where the images come from, and how they reach the model."""
 
     train: str = key(
-        '',
-        "a folder of class folders, or WebDataset's shards, such as train-{000..009}.tar; with `dataset`, the name of "
-        'the split',
-        resume=True,
+        '', 'class folders, or shards such as train-{000..009}.tar; with `dataset`, its split', resume=True
     )
     val: str = key('', 'likewise, of the validation images', resume=True)
     dataset: str = key(
@@ -84,28 +72,22 @@ class DataConfig:
         'by name and can read by index, such as `torch/cifar10`',
     )
     root: str = key('', "with `dataset`: the folder that holds it; of hfds/…, that of the library's cache", resume=True)
-    args: dict[str, Any] = key(help='further arguments, of shards or with `dataset`', default_factory=dict)
-    val_args: dict[str, Any] = key(
-        help='arguments that replace some of them for validation', resume=True, default_factory=dict
-    )
+    args: dict[str, Any] = key({}, 'further arguments, of shards or with `dataset`')
+    val_args: dict[str, Any] = key({}, 'arguments that replace some of them for validation', resume=True)
     decode: str = key(
         'pixels',
-        'pixels: all files that can be read, at full size; scaled: JPEGs at 1/2, 1/4 or 1/8 where crop and resize '
-        'leave no more; coefficients: of JPEGs, undecoded, for a patch embedding that takes them, where patches '
-        'are cropped at random',
+        'pixels: all files, at full size; scaled: JPEGs at 1/2, 1/4 or 1/8 where crop and resize leave no more; '
+        'coefficients: of JPEGs, undecoded, for a patch embedding that takes them; their patches are cropped at random',
         one_of(*DECODE),
     )
     batch_size: int = key(128, 'images per process and micro-batch', at_least(1))
-    eval_batch_size: int | None = key(
-        None, 'images per batch of evaluation; null: batch_size', at_least(1), resume=True
-    )
+    eval_batch_size: int | None = key(None, 'images per evaluation batch; null: batch_size', at_least(1), resume=True)
     workers: int = key(4, 'loader processes; 0 loads in the training process', at_least(0), resume=True)
     cache: bool = key(False, 'keep decoded images in memory (each worker its own)', resume=True)
     on_error: str = key(
         'error',
-        'for a file that cannot be read, error: it ends the run; skip: it is named, counted and done without, and in '
-        'training another image of its batch takes its place. An image that can be read and does not fit ends the run '
-        'either way',
+        'a file that cannot be read: error ends the run; skip names, counts and leaves it out, and in training another '
+        'image of its batch takes its place. An image that can be read and does not fit always ends the run',
         one_of(*ON_ERROR),
         resume=True,  # where both values lead to weights, these are the same
     )
@@ -113,32 +95,17 @@ class DataConfig:
         1, 'how often an image comes in a row, each time augmented anew; an epoch is as long as without', at_least(1)
     )
     mixed_shards: int | None = key(
-        None,
-        'with shards: only so many of them are shuffled together, where random access to all of them is slow; null: '
-        'all',
-        at_least(1),
+        None, 'shards that are shuffled together, where random access to all of them is slow; null: all', at_least(1)
     )
     img_size: list[int] | None = key(None, "height, width; null: the model's own")
     schedule: list[SizeConfig] = key(
-        help='training images of other sizes than img_size, from epochs on; evaluation is at img_size throughout. The '
-        'model has to take them all, a vision transformer by model.args.dynamic_img_size',
-        default_factory=list,
+        [],
+        'training images of other sizes than img_size, from epochs on; evaluation is at img_size throughout. The model '
+        'has to take them all, a vision transformer by model.args.dynamic_img_size',
     )
-    mean: list[float] | None = key(
-        None,
-        "per channel, of pixels in [0, 1]; null: the model's own",
-        Range('numbers from -1e6 to 1e6', lambda v: all(-1e6 <= number <= 1e6 for number in v)),
-    )
-    std: list[float] | None = key(
-        None,
-        'likewise, the standard deviation',
-        Range('numbers from 1e-6 to 1e6', lambda v: all(1e-6 <= number <= 1e6 for number in v)),
-    )
+    mean: list[float] | None = key(None, "per channel, of pixels in [0, 1]; null: the model's own", _MEANS)
+    std: list[float] | None = key(None, 'likewise, the standard deviation', _STDS)
     interpolation: str | None = key(None, "bilinear, bicubic, …; null: the model's own")
-    crop_pct: float | None = key(
-        None,
-        "in evaluation, the side of the centre crop over the resized side; null: the model's own",
-        Range('at least 0.1 and at most 1', lambda v: 0.1 <= v <= 1),
-    )
+    crop_pct: float | None = key(None, "in evaluation, crop over resized side; null: the model's own", _CROP_PCT)
     crop_mode: str | None = key(None, "in evaluation: center, squash or border; null: the model's own")
     augment: AugmentConfig = section(AugmentConfig)

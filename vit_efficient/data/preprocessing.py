@@ -1,6 +1,8 @@
-"""What a model takes, and how images become that in evaluation: by timm's own transform."""
+"""What a model takes, and how the files of a data set become that: reader and transform, by `data.decode`."""
 
-from collections.abc import Sequence
+import copy
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,12 +11,18 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import nn
+from torch.utils.data import Dataset
 from torchvision.transforms import Normalize
 
 from vit_efficient.data.config import DataConfig, SizeConfig
-from vit_efficient.models.inputs import image_size
+from vit_efficient.data.files.coefficients import TO_CHANNELS, PatchCoefficients, Window, regroup
+from vit_efficient.data.files.jpeg import QuantizedJpeg, QuantizedReader, ReducedReader
+from vit_efficient.data.sampler import sample_seed
+from vit_efficient.data.sources import reads_files
+from vit_efficient.models.inputs import image_size, input_size, takes_coefficients
 from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.packages import MissingPackage
 
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'lanczos')
 _CROP_MODES = ('center', 'squash', 'border')
@@ -35,9 +43,8 @@ class Preprocessing:
     def of(cls, model: nn.Module, config: DataConfig | None = None) -> 'Preprocessing':
         """Reads it off a timm model; what `config` sets goes first.
 
-        The size is the one that the model is built for, or, of a model that takes any (`dynamic_img_size`) and is as it
-        was saved, the one that it was saved with. A model of another number of channels than its statistics takes their
-        mean for every channel.
+        The size is that of `models.inputs.image_size`. A model of another number of channels than its statistics takes
+        their mean for every channel.
 
         Raises:
             UserError: If the statistics in `config` do not have one value per channel, or a name is unknown.
@@ -51,24 +58,17 @@ class Preprocessing:
         statistics = {}
         for name in ('mean', 'std'):
             values, given = getattr(config, name), base[name]
-            if values is not None and len(values) != in_chans:
-                raise UserError(f'data.{name} must have one value per channel of the model ({in_chans}), got {values}')
             if values is None:
                 values = given if len(given) == in_chans else [sum(given) / len(given)] * in_chans
+            if len(values) != in_chans:
+                raise UserError(f'data.{name} must have one value per channel of the model ({in_chans}), got {values}')
             statistics[name] = tuple(float(value) for value in values)
         if min(statistics['std']) <= 0:
             raise UserError(f'data.std must be above 0, got {list(statistics["std"])}')
-        interpolation = config.interpolation or base['interpolation']
-        check_choice('data.interpolation', interpolation, _INTERPOLATIONS)
-        crop_mode = config.crop_mode or base['crop_mode']
-        check_choice('data.crop_mode', crop_mode, _CROP_MODES)
-        return cls(
-            input_size=(in_chans, *size),
-            interpolation=interpolation,
-            crop_pct=config.crop_pct or base['crop_pct'],
-            crop_mode=crop_mode,
-            **statistics,
-        )
+        crop = {name: getattr(config, name) or base[name] for name in ('interpolation', 'crop_pct', 'crop_mode')}
+        check_choice('data.interpolation', crop['interpolation'], _INTERPOLATIONS)
+        check_choice('data.crop_mode', crop['crop_mode'], _CROP_MODES)
+        return cls((in_chans, *size), **statistics, **crop)
 
     def scheduled(self, schedule: Sequence[SizeConfig]) -> dict[int, 'Preprocessing']:
         """The same at the sizes of a schedule, by the first epoch that has each."""
@@ -85,10 +85,8 @@ class EvalTransform:
 
     8-bit images of 1 or 3 channels go through it as PIL images, exactly as in timm. Others (16-bit, floating point,
     many-channel) go through its resize and crop as float32 tensors, with the same target sizes, the same interpolation
-    and antialiasing; then they are clipped to [0, 1], as 8-bit images are by their type, and normalised.
-
-    Args:
-        preprocessing: Input size, statistics and crop.
+    and antialiasing; then they are clipped to [0, 1], as 8-bit images are by their type, and normalised. With
+    `crop_mode` border they are a UserError: its padding is a colour.
     """
 
     def __init__(self, preprocessing: Preprocessing):
@@ -99,11 +97,7 @@ class EvalTransform:
         self.normalize = Normalize(preprocessing.mean, preprocessing.std)
 
     def __call__(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
-        """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised; the same for every epoch.
-
-        Raises:
-            UserError: For `crop_mode` border and an image that is not 8-bit grey or RGB: its padding is a colour.
-        """
+        """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised; the same for every epoch."""
         if image.dtype == np.uint8 and image.shape[2] in (1, 3):
             return self.photograph(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image))
         if self.crop_mode == 'border':
@@ -112,3 +106,112 @@ class EvalTransform:
             image = image.astype(np.float32) / 255
         tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()
         return self.normalize(self.geometry(tensor).clamp_(0, 1))
+
+
+class CoefficientTransform:
+    """Quantised JPEG to coefficient image: a window of the size of the model's input, and flips. Nothing is resized.
+
+    The draws for a sample are a function of (seed, epoch, index, repeat). Without a seed nothing is drawn: the window
+    is the one nearest to the centre.
+
+    Args:
+        layout: Patches and frequencies.
+        preprocessing: Statistics, and the pixels (1 or 3, height, width) that the window covers; patches divide them.
+        seed: The run's seed; None for evaluation.
+        hflip, vflip: Probabilities, for training.
+    """
+
+    def __init__(
+        self,
+        layout: PatchCoefficients,
+        preprocessing: Preprocessing,
+        seed: int | None = None,
+        hflip: float = 0.0,
+        vflip: float = 0.0,
+    ):
+        channels, *size = preprocessing.input_size
+        if channels not in TO_CHANNELS:
+            raise UserError(f'data.decode=coefficients reads images of 1 or 3 channels, the model takes {channels}')
+        if any(side % patch for side, patch in zip(size, layout.patch_size, strict=True)):
+            raise UserError(f'data.img_size={size} must be multiples of the patches, {list(layout.patch_size)}')
+        self.layout, self.mean, self.std = layout, preprocessing.mean, preprocessing.std
+        self.rows, self.columns = layout.grid(*size)
+        self.seed, self.flips = seed, (hflip, vflip)
+
+    def __call__(self, image: QuantizedJpeg, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
+        """-> (C, rows · f, columns · g), float32"""
+        rows, columns = self.layout.grid(image.height, image.width)
+        spare = rows - self.rows, columns - self.columns
+        top, left, flips = spare[0] // 2, spare[1] // 2, [False, False]
+        if self.seed is not None:
+            rng = np.random.default_rng(sample_seed(self.seed, epoch, index, repeat))
+            top, left = (int(rng.integers(free, endpoint=True)) for free in spare)
+            flips = [bool(rng.random() < probability) for probability in self.flips]
+        window = Window(top, left, self.rows, self.columns)
+        return regroup(image, self.layout, self.mean, self.std, window, *flips)
+
+
+def train_input(
+    dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, config: DataConfig, seed: int
+) -> tuple[Dataset, Callable[..., Any]]:
+    """The data set as it is read for training (a copy where it reads otherwise), and the transform of what it reads.
+
+    Raises:
+        UserError: If `data.decode` does not fit the model or the data set, or its library is not installed.
+    """
+    augment = config.augment
+    if config.decode == 'coefficients':
+        return _coefficient_input(dataset, model, preprocessing, seed=seed, hflip=augment.hflip, vflip=augment.vflip)
+    sizes = [scheduled.input_size[1:] for scheduled in preprocessing.scheduled(config.schedule).values()]
+    largest = (max(sides) for sides in zip(*sizes, strict=True))
+    crop = augment.crop_scale and augment.crop_scale[0], augment.crop_ratio
+    dataset = _pixel_input(dataset, model, config.decode, *largest, *crop)
+    from vit_efficient.data.transforms import TrainTransform  # imports albumentations
+
+    return dataset, TrainTransform(preprocessing, augment, seed, config.schedule)
+
+
+def eval_input(
+    dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, decode: str
+) -> tuple[Dataset, Callable[..., Any]]:
+    """`train_input` for evaluation: nothing is drawn. `decode` is what `data.decode` may be."""
+    if decode == 'coefficients':
+        return _coefficient_input(dataset, model, preprocessing)
+    resized = (math.ceil(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:])
+    return _pixel_input(dataset, model, decode, *resized), EvalTransform(preprocessing)
+
+
+def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, int, int]:
+    """The shape (C, H, W) of the tensor that the model takes: pixels or coefficients."""
+    channels, *sides = preprocessing.input_size
+    return channels, *input_size(model, tuple(sides))[1:]
+
+
+def _pixel_input(dataset: Dataset, model: nn.Module, decode: str, *needed: Any) -> Dataset:
+    if takes_coefficients(model):
+        raise UserError(
+            f'data.decode={decode} gives pixels, the patch embedding of the model takes DCT coefficients; set '
+            'data.decode=coefficients, or the input of the embedding to pixels'
+        )
+    return _read_by(dataset, ReducedReader, *needed) if decode == 'scaled' else dataset
+
+
+def _coefficient_input(
+    dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, **draws: Any
+) -> tuple[Dataset, CoefficientTransform]:
+    transform = CoefficientTransform(PatchCoefficients.of(model), preprocessing, **draws)
+    return _read_by(dataset, QuantizedReader, *preprocessing.input_size[1:]), transform
+
+
+def _read_by(dataset: Dataset, reader: Callable[..., Any], *args: Any) -> Dataset:
+    if not reads_files(dataset):
+        raise UserError(
+            f'data.decode is for image files, {type(dataset).__name__} gives images that are decoded already; '
+            'use data.decode=pixels'
+        )
+    dataset = copy.copy(dataset)
+    try:
+        dataset.loader = reader(*args)
+    except MissingPackage as error:
+        raise UserError(f'data.decode: {error}') from error
+    return dataset

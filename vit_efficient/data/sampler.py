@@ -13,13 +13,11 @@ _STREAMS = ('order', 'sample', 'step', 'canvas', 'stage', 'repeat')
 
 
 def stable_seed(stream: str, *key: int) -> np.random.SeedSequence:
-    """Hashes a key to a seed that is the same on every machine and in every process.
+    """Hashes a key (integers ≥ 0, always as many for one stream) to a seed that is the same on every machine.
 
-    Args:
-        stream: What the draws are for: order (of an epoch), sample (its augmentation), step (of the training loop),
-            canvas (of an image that is made up), stage (of what is new in the model) or repeat (the augmentation of
-            a sample that an epoch has had before).
-        *key: Integers ≥ 0, always as many for one stream.
+    A stream is what the draws are for: order (of an epoch), sample (its augmentation), step (of the training loop),
+    canvas (of an image that is made up), stage (of what is new in the model) or repeat (the augmentation of a sample
+    that an epoch has had before).
     """
     return np.random.SeedSequence((_STREAMS.index(stream), *key))
 
@@ -37,26 +35,21 @@ class EpochSampler(Sampler[tuple[int, ...]]):
     the batches that a single process has one after the other.
 
     With `repeats`, keys are (epoch, index, repeat): each sample of the permutation comes that many times in a row, with
-    another augmentation, until there are as many as the data set holds; the rest of the permutation is left out.
-    That is repeated augmentation (Hoffer et al., "Augment Your Batch", 2019, arXiv 1901.09335) as in DeiT and in
-    timm's `RepeatAugSampler`, whose blocks are of one sample: several processes then have the copies in a batch each;
-    with blocks of the batch size, copies share a batch.
+    another augmentation, until there are as many as the data set holds; the rest of it is left out. That is repeated
+    augmentation (Hoffer et al., "Augment Your Batch", 2019, arXiv 1901.09335) as in DeiT and timm's `RepeatAugSampler`,
+    whose blocks are of one sample, so that processes have a copy each; with blocks of the batch size, they share it.
 
-    With `groups`, such as the shards of a data set, an epoch has the groups in random order, and the samples of only
-    `mixed` of them at a time: so few files are read at once, where disks are slow at random access.
+    With `groups` of consecutive samples, such as shards, an epoch has the groups in random order, and the samples of
+    only `mixed` of them at a time: so few files are read at once, where disks are slow at random access.
 
     Args:
         size: Samples in the data set.
-        seed: Seed of the permutations, ≥ 0.
+        seed: Of the permutations, ≥ 0.
         shuffle: False keeps the data set's order.
-        rank: This process.
-        world_size: Number of processes.
+        rank, world_size: This process, of so many.
         even: Leave out what does not fill a block of every process, so that all have as many samples (training);
             otherwise none is left out (evaluation).
-        block: Samples that a process takes at once.
-        repeats: How often a sample comes in an epoch that has it.
-        groups: The number of samples of each group of consecutive ones; none: all are a single one.
-        mixed: Groups that are shuffled together.
+        groups, mixed: Numbers of samples of each group (none: all are a single one), and groups shuffled together.
 
     Raises:
         UserError: If `block`, `repeats` or `mixed` is no positive integer, or groups do not add up to `size`.
@@ -80,15 +73,11 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         self.block = as_integer('block', block)
         self.repeats = as_integer('repeats', repeats)
         self.mixed = as_integer('mixed', mixed)
-        self.size = size - size % (world_size * self.block) if even else size
         self.total = size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
-        self.groups = groups
-        self.epoch = 0
-        self.start = 0
+        self.size = size - size % (world_size * self.block) if even else size
+        self.seed, self.shuffle, self.groups = seed, shuffle, groups
+        self.rank, self.world_size = rank, world_size
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Chooses the epoch, and how many samples of it (of all processes together) are skipped."""
@@ -121,14 +110,9 @@ class EpochSampler(Sampler[tuple[int, ...]]):
 
 
 def shard_order(dataset: Dataset, mixed: int | None) -> dict[str, Any]:
-    """The arguments of `EpochSampler` by which only `mixed` shards at a time are shuffled; none, if it is None.
-
-    Raises:
-        UserError: If the data set has no shards.
-    """
+    """The arguments of `EpochSampler` by which only `mixed` shards (None: all) at a time are shuffled together."""
     if mixed is None:
         return {}
-    groups = getattr(dataset, 'groups', None)
-    if groups is None:
+    if (groups := getattr(dataset, 'groups', None)) is None:
         raise UserError(f'data.mixed_shards={mixed} is for shards, {type(dataset).__name__} has none; leave it out')
     return {'groups': groups, 'mixed': mixed}

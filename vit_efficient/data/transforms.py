@@ -13,14 +13,11 @@ import torch
 from vit_efficient.data.config import AugmentConfig, SizeConfig
 from vit_efficient.data.preprocessing import Preprocessing
 from vit_efficient.data.sampler import sample_seed
-from vit_efficient.data.truncation import check_arguments, truncate_array
+from vit_efficient.data.truncation import Block, Ratio, check_arguments, truncate_array
 
-_CV2_INTERPOLATION = {
-    'nearest': cv2.INTER_NEAREST,
-    'bilinear': cv2.INTER_LINEAR,
-    'bicubic': cv2.INTER_CUBIC,
-    'lanczos': cv2.INTER_LANCZOS4,
-}
+_CV2_INTERPOLATION = dict(
+    nearest=cv2.INTER_NEAREST, bilinear=cv2.INTER_LINEAR, bicubic=cv2.INTER_CUBIC, lanczos=cv2.INTER_LANCZOS4
+)
 
 
 class TrainTransform:
@@ -30,44 +27,32 @@ class TrainTransform:
     RandAugment-like policy (`rand_ops` operations, drawn with replacement, each with a strength drawn uniformly up to
     `rand_magnitude` / 10 of its range), truncation of the DCT, random erasing with pixel noise, normalisation. Where an
     image shrinks it is resized by area averaging: OpenCV's other interpolations do not antialias. Without a crop
-    (`crop_scale` null), geometry is that of evaluation at `crop_pct` 1.
+    (`crop_scale` null), geometry is that of evaluation at `crop_pct` 1. With a schedule, sizes are other ones than that
+    of `preprocessing` from epochs on, which ascend.
 
     Images of more than 8 bits, or of other than 1 or 3 channels, are measurements, which need not fill their range.
     What they go through scales with them: brightness is a factor, contrast is about the mean of each channel, and the
     noise of erasing goes up to its maximum. They skip what is defined for photographs only: saturation and hue, the
     policy's tonal operations other than brightness and contrast, and of `three`, solarising, which would need to know
     their white, and grey of other than 3 channels. An image that draws one of `three` that it skips stays as it is.
-
-    Args:
-        preprocessing: Input size and statistics.
-        config: The augmentation.
-        seed: The run's seed, ≥ 0.
-        schedule: Other sizes than that of the input, from epochs on, which ascend.
     """
 
     def __init__(
         self, preprocessing: Preprocessing, config: AugmentConfig, seed: int, schedule: Sequence[SizeConfig] = ()
     ):
-        self.preprocessing = preprocessing
+        self.preprocessing, self.config, self.seed = preprocessing, config, seed
         self._scheduled = preprocessing.scheduled(schedule)
-        self.config = config
-        self.seed = seed
         self._pipelines: dict[tuple[int, bool], A.Compose] = {}
-
-    def _pipeline(self, epoch: int, photograph: bool) -> A.Compose:
-        """The pipeline of the size that an epoch has."""
-        since = max(start for start in self._scheduled if start <= epoch)
-        key = since, photograph
-        if key not in self._pipelines:
-            self._pipelines[key] = _compose(self._scheduled[since], self.config, photograph)
-        return self._pipelines[key]
 
     def __call__(self, image: np.ndarray, epoch: int, index: int, repeat: int = 0) -> torch.Tensor:
         """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised."""
         photograph = image.dtype == np.uint8 and image.shape[2] in (1, 3)
         if not photograph and image.dtype == np.uint8:
             image = image.astype(np.float32) / 255
-        compose = self._pipeline(epoch, photograph)
+        since = max(start for start in self._scheduled if start <= epoch)
+        if (since, photograph) not in self._pipelines:
+            self._pipelines[since, photograph] = _compose(self._scheduled[since], self.config, photograph)
+        compose = self._pipelines[since, photograph]
         # One pair of generators for the whole pipeline: set_random_seed would give every operation the same draws, so
         # that, for one, each image that is flipped would be brightened too.
         draws = sample_seed(self.seed, epoch, index, repeat)
@@ -87,21 +72,22 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
         steps.append(A.Resize(height, width, **resize))
     else:
         steps += [A.SmallestMaxSize(max_size_hw=(height, width), **resize), A.CenterCrop(height, width)]
-    if config.hflip:
-        steps.append(A.HorizontalFlip(p=config.hflip) if photograph else _Flip(1, p=config.hflip))
-    if config.vflip:
-        steps.append(A.VerticalFlip(p=config.vflip) if photograph else _Flip(0, p=config.vflip))
+    for axis, flip, p in ((1, A.HorizontalFlip, config.hflip), (0, A.VerticalFlip, config.vflip)):
+        if p:
+            steps.append(flip(p=p) if photograph else _Flip(axis, p=p))
     affine = config.affine
     if affine.rotate or affine.translate or affine.scale or affine.shear:
         rotate, translate, shear = (_around(0, spread) for spread in (affine.rotate, affine.translate, affine.shear))
         scale = _around(1, affine.scale)
         steps.append(A.Affine(rotate=rotate, translate_percent=translate, scale=scale, shear=shear, p=1))
-    if config.three:
-        steps.append(A.OneOf(_three(photograph, channels), p=1))
+    if config.three:  # Touvron, Cord, Jégou, "DeiT III: revenge of the ViT", ECCV 2022, arXiv 2204.07118
+        grey = A.ToGray(p=1) if photograph or channels == 3 else A.NoOp(p=1)
+        solarize = A.Solarize(threshold_range=(0.5, 0.5), p=1) if photograph else A.NoOp(p=1)
+        steps.append(A.OneOf([grey, solarize, A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=1)], p=1))
     if config.color_jitter or config.hue:
-        factors = [_around(1, config.color_jitter)] * 2  # of brightness and contrast
-        jitter = A.ColorJitter(*factors, factors[0], _around(0, config.hue), p=1)
-        steps.append(jitter if photograph else _BrightnessContrast(*factors))
+        factor = _around(1, config.color_jitter)
+        jitter = A.ColorJitter(factor, factor, factor, _around(0, config.hue), p=1)
+        steps.append(jitter if photograph else _BrightnessContrast(factor, factor))
     if config.rand_ops:
         policy = _policy(config.rand_magnitude / 10, photograph)
         steps.append(A.RandomOrder(policy, n=config.rand_ops, replace=True, p=1))
@@ -111,14 +97,10 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
         aspect = width / height
         # Where the image is longer than 8:1, so are the rectangles: of the usual ones, the smallest would not fit.
         stretch = aspect / min(max(aspect, 1 / 8), 8)
-        ratio = (0.3 * stretch, stretch / 0.3)
-        erasing = A.Erasing if photograph else _Erasing
-        steps.append(erasing(scale=(0.02, 1 / 3), ratio=ratio, fill='random', p=config.erasing))
-    steps += [
-        A.Normalize(preprocessing.mean, preprocessing.std, max_pixel_value=255.0 if photograph else 1.0),
-        A.ToTensorV2(),
-    ]
-    return A.Compose(steps)
+        options = dict(scale=(0.02, 1 / 3), ratio=(0.3 * stretch, stretch / 0.3), fill='random', p=config.erasing)
+        steps.append(A.Erasing(**options) if photograph else _Erasing(**options))
+    normalize = A.Normalize(preprocessing.mean, preprocessing.std, max_pixel_value=255.0 if photograph else 1.0)
+    return A.Compose([*steps, normalize, A.ToTensorV2()])
 
 
 class _Flip(A.ImageOnlyTransform):
@@ -164,20 +146,11 @@ def _around(middle: float, spread: float) -> tuple[float, float]:
     return middle - spread, middle + spread
 
 
-def _three(photograph: bool, channels: int) -> list[A.BasicTransform]:
-    """Touvron, Cord, Jégou, "DeiT III: revenge of the ViT", ECCV 2022, arXiv 2204.07118."""
-    return [
-        A.ToGray(p=1) if photograph or channels == 3 else A.NoOp(p=1),
-        A.Solarize(threshold_range=(0.5, 0.5), p=1) if photograph else A.NoOp(p=1),
-        A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=1),
-    ]
-
-
 def _policy(strength: float, photograph: bool) -> list[A.BasicTransform]:
     """The operations of RandAugment (Cubuk et al., 2020), with the ranges of timm, at a strength of 0 to 1."""
     shear, shift = _around(0, math.degrees(math.atan(0.3 * strength))), _around(0, 0.45 * strength)
     factor, one, none = _around(1, 0.9 * strength), (1, 1), (0, 0)
-    operations = [
+    geometric = [
         A.NoOp(p=1),
         A.Affine(rotate=_around(0, 30 * strength), p=1),
         A.Affine(shear={'x': shear, 'y': none}, p=1),
@@ -186,9 +159,9 @@ def _policy(strength: float, photograph: bool) -> list[A.BasicTransform]:
         A.Affine(translate_percent={'x': none, 'y': shift}, p=1),
     ]
     if not photograph:
-        return [*operations, _BrightnessContrast(factor, one), _BrightnessContrast(one, factor)]
+        return [*geometric, _BrightnessContrast(factor, one), _BrightnessContrast(one, factor)]
     return [
-        *operations,
+        *geometric,
         A.ColorJitter(factor, one, one, hue=none, p=1),
         A.ColorJitter(one, factor, one, hue=none, p=1),
         A.ColorJitter(one, one, factor, hue=none, p=1),
@@ -204,7 +177,9 @@ class DctTruncate(A.ImageOnlyTransform):
     """Drops high frequencies of an image, of the whole or in blocks, as a transform of albumentations.
 
     It leaves edges softened and with ripples beside them (whole image), or blocks and their steps, as strong JPEG
-    compression does. Masks, boxes and keypoints stay as they are.
+    compression does. Images are (H, W) or (H, W, C), with any number of channels, or volumes of them: uint8, uint16 or
+    floating point in [0, 1]. Integers are rounded; values are clipped to the range of their type. Masks, boxes and
+    keypoints stay as they are.
 
     Args:
         ratio: The share of the coefficients that stays, 0 < ratio ≤ 1, or the range (least, most) from which it is
@@ -214,24 +189,11 @@ class DctTruncate(A.ImageOnlyTransform):
         order: `square` or `zigzag`, as of `dct.truncate`.
         p: Probability of applying it.
 
-    Targets:
-        image, volume
-
-    Image types:
-        uint8, uint16 and floating point in [0, 1], with any number of channels. Integers are rounded; values are
-        clipped to the range of their type.
-
     Raises:
         UserError: If an argument is out of range.
     """
 
-    def __init__(
-        self,
-        ratio: float | tuple[float, float] = (1 / 16, 1 / 2),
-        block: int | tuple[int, int] | None = None,
-        order: str = 'square',
-        p: float = 0.5,
-    ):
+    def __init__(self, ratio: Ratio = (1 / 16, 1 / 2), block: Block = None, order: str = 'square', p: float = 0.5):
         self.ratio, self.block, self.order, p = check_arguments(ratio, block, order, p)
         super().__init__(p=p)
 
@@ -239,5 +201,4 @@ class DctTruncate(A.ImageOnlyTransform):
         return {'ratio': self.py_random.uniform(*self.ratio)}
 
     def apply(self, img: np.ndarray, ratio: float, **params: Any) -> np.ndarray:
-        """(H, W) or (H, W, C) -> the same."""
         return truncate_array(img, ratio, self.block, self.order)

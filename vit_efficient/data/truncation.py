@@ -1,9 +1,5 @@
-"""Truncation of the DCT of pixels of any type, also as a transform of torchvision's v2.
+"""Truncation of the DCT of pixels of any type, and as a transform of torchvision's v2."""
 
-That of albumentations is in transforms.py.
-"""
-
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +13,12 @@ from vit_efficient.dct.truncation import ORDERS, as_block, truncate
 from vit_efficient.utils.checks import check_choice, is_pair, is_real
 from vit_efficient.utils.errors import UserError
 
+Ratio = float | tuple[float, float]
+Block = int | tuple[int, int] | None
 _PIL_MODES = ('L', 'RGB', 'I;16')
 
 
-def repeat_edges(x: Tensor, block: int | tuple[int, int] | None) -> Tensor:
+def repeat_edges(x: Tensor, block: Block) -> Tensor:
     """x (…, H, W) with its last row and column repeated until blocks divide it."""
     if block is None:
         return x
@@ -31,22 +29,11 @@ def repeat_edges(x: Tensor, block: int | tuple[int, int] | None) -> Tensor:
     return x
 
 
-def truncate_pixels(
-    x: Tensor, ratio: float, block: int | tuple[int, int] | None = None, order: str = 'square'
-) -> Tensor:
-    """`dct.truncate` of pixels of any size and type, which stay in their range.
+def truncate_pixels(x: Tensor, ratio: float, block: Block = None, order: str = 'square') -> Tensor:
+    """`dct.truncate` of pixels x (…, H, W): uint8, uint16, or floating point in [0, 1].
 
-    Args:
-        x: (…, H, W): uint8, uint16, or floating point in [0, 1].
-        ratio, block, order: As of `dct.truncate`. Where blocks do not divide the image its edge is repeated, and what
-            was added is cropped.
-
-    Returns:
-        Pixels of the shape and type of x: computed in float32 (in float64 for float64), clipped, and rounded to
-        integers.
-
-    Raises:
-        UserError: If x is of another type.
+    What it gives is of the same type: computed in float32 (float64 for float64), clipped, and rounded to integers.
+    Where blocks do not divide the image its edge is repeated, and what was added is cropped.
     """
     if x.dtype not in (torch.uint8, torch.uint16) and not x.is_floating_point():
         raise UserError(f'truncation needs pixels of uint8, uint16 or floating point in [0, 1], got {x.dtype}')
@@ -58,9 +45,7 @@ def truncate_pixels(
     return y.clamp(0, torch.iinfo(x.dtype).max).round().to(x.dtype)
 
 
-def truncate_array(
-    image: np.ndarray, ratio: float, block: int | tuple[int, int] | None = None, order: str = 'square'
-) -> np.ndarray:
+def truncate_array(image: np.ndarray, ratio: float, block: Block = None, order: str = 'square') -> np.ndarray:
     """`truncate_pixels` of an image (H, W) or (H, W, C)."""
     planes_CHW = torch.from_numpy(np.atleast_3d(image).transpose(2, 0, 1).copy())
     y_CHW = truncate_pixels(planes_CHW, ratio, block, order)
@@ -72,22 +57,10 @@ class TorchvisionDctTruncate(v2.Transform):
 
     Images are tensors (…, C, H, W), plain or of `tv_tensors`: uint8, uint16 or floating point in [0, 1], so that it
     comes before normalisation; or PIL images of 8 or 16 bits, grey or RGB. Masks, boxes and keypoints pass through.
-
-    Args:
-        ratio, block, order: As of `DctTruncate`.
-        p: Probability of applying it to a sample.
-
-    Raises:
-        UserError: If an argument is out of range.
+    Arguments and errors are those of `DctTruncate`; `p` is the probability of applying it to a sample.
     """
 
-    def __init__(
-        self,
-        ratio: float | Sequence[float] = (1 / 16, 1 / 2),
-        block: int | Sequence[int] | None = None,
-        order: str = 'square',
-        p: float = 0.5,
-    ):
+    def __init__(self, ratio: Ratio = (1 / 16, 1 / 2), block: Block = None, order: str = 'square', p: float = 0.5):
         super().__init__()
         self.ratio, self.block, self.order, self.p = check_arguments(ratio, block, order, p)
 
@@ -109,16 +82,10 @@ class TorchvisionDctTruncate(v2.Transform):
 
 
 def check_arguments(ratio, block, order, p) -> tuple[tuple[float, float], tuple[int, int] | None, str, float]:
-    """The arguments of both transforms in one form, which JSON's lists take too.
-
-    Raises:
-        UserError: If one is out of range.
-    """
+    """The arguments of both transforms in one form, lists (of JSON) as tuples; a UserError if one is out of range."""
     least, most = (ratio, ratio) if is_real(ratio) else ratio if is_pair(ratio) else (None, None)
     if not (is_real(least) and is_real(most) and 0 < least <= most <= 1):
-        raise UserError(
-            f'ratio must be a share above 0 and at most 1, or a range (least, most) of them, got {ratio=!r}'
-        )
+        raise UserError(f'ratio must be a share above 0 and at most 1, or a range (least, most), got {ratio=!r}')
     check_choice('order', order, ORDERS)
     if not (is_real(p) and 0 <= p <= 1):
         raise UserError(f'p must be a probability, from 0 to 1, got {p=!r}')

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, get_args
 
 from vit_efficient.utils.errors import UserError
@@ -42,12 +44,14 @@ def key(default: Any = MISSING, help: str = '', within: Range | None = None, res
     """A field of a configuration.
 
     Args:
-        default: Its default value; that of a list, a mapping or a section is made by `default_factory`.
+        default: Its default value, of which each configuration has a copy if it is a list or a mapping.
         help: What it means.
         within: The values that it may have.
         resume: Whether it may change when a run goes on, because the weights depend on it by no more than rounding.
         **options: Of `dataclasses.field`.
     """
+    if isinstance(default, list | dict):
+        options['default_factory'], default = partial(copy, default), MISSING
     return field(default=default, metadata={'help': help, 'within': within, 'resume': resume}, **options)
 
 

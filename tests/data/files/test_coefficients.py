@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tests.data.jpegs import MODES, decode, jpeg, patch_dct, photograph, pil_jpeg
-from vit_efficient.data import CoefficientTransform, PatchCoefficients, read_coefficients, read_quantized
+from vit_efficient.data import CoefficientTransform, PatchCoefficients, Preprocessing, read_coefficients, read_quantized
 from vit_efficient.data.files.coefficients import Window, regroup
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -139,7 +139,8 @@ def test_what_does_not_fit_is_named(tmp_path, patch, keep, channels, message):
 
 
 def transform(size=(64, 96), **options):
-    return CoefficientTransform(layout(16, 8), (3, *size), MEAN, STD, **options)
+    preprocessing = Preprocessing((3, *size), MEAN, STD, 'bicubic', 1.0, 'center')
+    return CoefficientTransform(layout(16, 8), preprocessing, **options)
 
 
 def test_draws_are_a_function_of_seed_epoch_and_index(tmp_path):
@@ -185,4 +186,4 @@ def test_evaluation_takes_the_centre(tmp_path):
 )
 def test_inputs_that_coefficients_cannot_fill_are_refused(size, message):
     with pytest.raises(ValueError, match=message):
-        CoefficientTransform(layout(16, 8), size, MEAN, STD)
+        CoefficientTransform(layout(16, 8), Preprocessing(size, MEAN, STD, 'bicubic', 1.0, 'center'))

@@ -18,11 +18,11 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vit_efficient.data.files.images import name_of
@@ -32,34 +32,26 @@ from vit_efficient.models.inputs import takes_coefficients
 from vit_efficient.utils.checks import as_sides
 from vit_efficient.utils.errors import UserError
 
-_LUMA = torch.tensor([[0.299, 0.587, 0.114]])  # ITU-R 601
-# (JFIF, ITU-T T.871, section 7: the inverse of its definition of Cb and Cr.)
-_TO_RGB = {
-    'grey': torch.ones(3, 1),
-    'RGB': torch.eye(3),
-    'YCbCr': torch.tensor(
-        [
-            [1, 0, 2 * (1 - 0.299)],
-            [1, -2 * (1 - 0.114) * 0.114 / 0.587, -2 * (1 - 0.299) * 0.299 / 0.587],
-            [1, 2 * (1 - 0.114), 0],
-        ]
-    ),
+_RED, _GREEN, _BLUE = _LUMA = 0.299, 0.587, 0.114  # ITU-R 601
+# To RGB (JFIF, ITU-T T.871, section 7: the inverse of its definition of Cb and Cr).
+_YCBCR = (
+    (1, 0, 2 * (1 - _RED)),
+    (1, -2 * (1 - _BLUE) * _BLUE / _GREEN, -2 * (1 - _RED) * _RED / _GREEN),
+    (1, 2 * (1 - _BLUE), 0),
+)
+TO_CHANNELS = {
+    1: {'grey': torch.ones(1, 1), 'RGB': torch.tensor([_LUMA]), 'YCbCr': torch.tensor([[1.0, 0.0, 0.0]])},
+    3: {'grey': torch.ones(3, 1), 'RGB': torch.eye(3), 'YCbCr': torch.tensor(_YCBCR)},
 }
-_TO_GREY = {'grey': torch.ones(1, 1), 'RGB': _LUMA, 'YCbCr': torch.tensor([[1.0, 0.0, 0.0]])}
-TO_CHANNELS = {1: _TO_GREY, 3: _TO_RGB}
 _STRIP = 2**18  # pixels at once, of each component: what is made of them stays within a core's cache
 
 
 @dataclass(frozen=True)
 class PatchCoefficients:
-    """Which coefficients of which patches: p × q pixels, the lowest f × g frequencies.
-
-    Args:
-        patch_size: (p, q), multiples of 8; one number for both.
-        keep: (f, g), at most p and q; likewise.
+    """Which coefficients of which patches: p × q pixels, the lowest f × g frequencies. One number stands for both.
 
     Raises:
-        UserError: If they are not that.
+        UserError: If p and q are no multiples of 8, or f and g not from 1 to p and q.
     """
 
     patch_size: int | tuple[int, int]
@@ -67,23 +59,16 @@ class PatchCoefficients:
 
     def __post_init__(self):
         for name in ('patch_size', 'keep'):
-            sides = as_sides(name, getattr(self, name))
-            object.__setattr__(self, name, sides if isinstance(sides, tuple) else (sides, sides))
+            object.__setattr__(self, name, to_2tuple(as_sides(name, getattr(self, name))))
         if any(size < BLOCK or size % BLOCK for size in self.patch_size):
-            raise UserError(
-                f'patch_size={self.patch_size} must be multiples of {BLOCK}, the side of the blocks of a JPEG; '
-                'data.decode=pixels takes any'
-            )
+            what = f'multiples of {BLOCK}, the side of the blocks of a JPEG; data.decode=pixels takes any'
+            raise UserError(f'patch_size={self.patch_size} must be {what}')
         if any(keep > size for keep, size in zip(self.keep, self.patch_size, strict=True)):
             raise UserError(f'keep={self.keep} must be from 1 to patch_size={self.patch_size}')
 
     @classmethod
     def of(cls, model: nn.Module) -> 'PatchCoefficients':
-        """What the model's patch embedding takes.
-
-        Raises:
-            UserError: If it takes pixels, or patches that are not made of JPEG's blocks.
-        """
+        """What the model's patch embedding takes; a UserError if these are pixels."""
         if not takes_coefficients(model):
             raise UserError(
                 'data.decode=coefficients needs a model whose patch embedding takes DCT coefficients, this one takes '
@@ -96,8 +81,7 @@ class PatchCoefficients:
         return height // self.patch_size[0], width // self.patch_size[1]
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """A rectangle of patches: the row and column of its first, and how many rows and columns there are."""
 
     top: int
@@ -118,8 +102,7 @@ def read_coefficients(
 
     Args:
         source: A file or an open stream.
-        patch_size: Side of the patches in pixels, or height and width; multiples of 8.
-        keep: Coefficients kept per direction, or vertically and horizontally.
+        patch_size, keep: (p, q), in pixels, and (f, g), as of `PatchCoefficients`.
         channels: 3 (RGB) or 1 (grey).
         mean, std: Per channel, of pixels in [0, 1]; 0 and 1 by default.
 
@@ -127,8 +110,7 @@ def read_coefficients(
         (C, R · f, S · g), float32.
 
     Raises:
-        UserError: If the arguments do not fit each other, the file has no coefficients (see `read_quantized`), or the
-            image is smaller than a patch.
+        UserError: If the arguments do not fit each other, the file has no coefficients, or the image no whole patch.
         MissingPackage: If `pyjpegio` is not installed.
     """
     layout = PatchCoefficients(patch_size, keep)
@@ -156,18 +138,10 @@ def regroup(
     hflip: bool = False,
     vflip: bool = False,
 ) -> Tensor:
-    """Coefficients of JPEG's blocks to those of patches.
+    """Coefficients of JPEG's blocks to those of the patches in a window: (C, R · f, S · g), float32.
 
-    Args:
-        image: From `read_quantized`.
-        layout: Patches and frequencies.
-        mean, std: Per channel of the model (1 or 3), of pixels in [0, 1].
-        window: The patches; by default, all that lie in the image as a whole.
-        hflip, vflip: Mirror the window from left to right, or from top to bottom: patches in reverse order, and odd
-            frequencies with the opposite sign.
-
-    Returns:
-        (C, R · f, S · g), float32.
+    By default these are all that lie in the image as a whole. Mean and std are per channel of the model (1 or 3), of
+    pixels in [0, 1]. A flipped window has its patches in reverse order, and odd frequencies with the opposite sign.
     """
     (p, q), (f, g) = layout.patch_size, layout.keep
     window = window or Window(0, 0, *layout.grid(image.height, image.width))
@@ -183,9 +157,13 @@ def regroup(
     components = []
     for number in used:
         sy, sx = image.subsampling[number]
-        plane = image.planes[number][top * p // sy :, left * q // sx :]
-        bases = _basis(p, f, sy, vflip), _basis(q, g, sx, hflip)
-        components.append(_Component(plane, image.tables[number], *bases, rows * f, columns * g))
+        height, width = rows * p // sy, columns * q // sx
+        quantized = torch.from_numpy(image.planes[number][top * p // sy :, left * q // sx :][:height, :width])
+        missing = width - quantized.shape[1], height - quantized.shape[0]
+        if any(missing):  # blocks beyond the image, which the last group reaches to and no patch in it needs
+            quantized = F.pad(quantized, (0, missing[0], 0, missing[1]))
+        steps = torch.from_numpy(image.tables[number]).float().repeat(1, width // BLOCK)
+        components.append((quantized, steps, _basis(p, f, sy, vflip), _basis(q, g, sx, hflip).T))
     channels_CHW = torch.empty(len(mean), rows * f, columns * g)
     strip = max(row_step, _STRIP // (p * q * columns) // row_step * row_step)
     strips = torch.empty(len(used), strip * f, columns * g)
@@ -193,15 +171,14 @@ def regroup(
         lines = slice(first, min(first + strip * f, rows * f))
         planes = strips[:, : lines.stop - first]
         for component, plane in zip(components, planes, strict=True):
-            component.transform(lines, plane)
+            _transform(*component, lines, plane)
         torch.mm(colour, planes.flatten(1), out=channels_CHW[:, lines].flatten(1))
     patches_CRfSg = channels_CHW.view(-1, rows, f, columns, g)
     shift = (128 / 255 - torch.tensor(mean)) / torch.tensor(std)
     patches_CRfSg[:, :, 0, :, 0] += math.sqrt(p * q) * shift[:, None, None]
     patches_CRfSg = patches_CRfSg[:, window.top - top :][:, : window.rows]
     patches_CRfSg = patches_CRfSg[:, :, :, window.left - left :][:, :, :, : window.columns]
-    flipped = [1] * vflip + [3] * hflip
-    if flipped:
+    if flipped := [1] * vflip + [3] * hflip:
         patches_CRfSg = patches_CRfSg.flip(flipped)
     return patches_CRfSg.reshape(len(mean), window.rows * f, window.columns * g)
 
@@ -224,34 +201,13 @@ def _basis(size: int, keep: int, subsampling: int, flip: bool) -> Tensor:
     return (torch.block_diag(*[rows] * patches) @ pixels).float()
 
 
-class _Component:
-    """Dequantises and transforms a component, some lines at a time.
-
-    Args:
-        plane: Quantised coefficients (8 · block rows, 8 · block columns), from the first patch on.
-        table: (8, 8).
-        vertical, horizontal: Of a group of patches, (coefficients out, coefficients in).
-        height, width: Coefficients out, of whole groups.
-    """
-
-    def __init__(
-        self, plane: np.ndarray, table: np.ndarray, vertical: Tensor, horizontal: Tensor, height: int, width: int
-    ):
-        self.vertical, self.horizontal = vertical, horizontal.T
-        height, width = (
-            size // len(basis) * basis.shape[1] for size, basis in ((height, vertical), (width, horizontal))
-        )
-        self.quantized = torch.from_numpy(plane[:height, :width])
-        missing = width - self.quantized.shape[1], height - self.quantized.shape[0]
-        if any(missing):  # blocks beyond the image, which the last group reaches to and no patch in it needs
-            self.quantized = F.pad(self.quantized, (0, missing[0], 0, missing[1]))
-        self.steps = torch.from_numpy(table).float().repeat(1, width // BLOCK)
-
-    def transform(self, lines: slice, out: Tensor) -> None:
-        """Fills `out`, (lines, width), with these lines of the result: those of whole groups."""
-        height, samples = self.vertical.shape
-        x = self.quantized[lines.start // height * samples : lines.stop // height * samples].float()
-        x.view(-1, *self.steps.shape).mul_(self.steps)
-        groups = len(x) // samples
-        x = torch.bmm(self.vertical.expand(groups, -1, -1), x.view(groups, samples, -1))
-        torch.mm(x.view(-1, len(self.horizontal)), self.horizontal, out=out.view(-1, self.horizontal.shape[1]))
+def _transform(
+    quantized: Tensor, steps: Tensor, vertical: Tensor, horizontal: Tensor, lines: slice, out: Tensor
+) -> None:
+    """Dequantises and transforms a component: fills `out`, (lines, width), with these lines, of whole groups."""
+    height, samples = vertical.shape
+    x = quantized[lines.start // height * samples : lines.stop // height * samples].float()
+    x.view(-1, *steps.shape).mul_(steps)
+    groups = len(x) // samples
+    x = torch.bmm(vertical.expand(groups, -1, -1), x.view(groups, samples, -1))
+    torch.mm(x.view(-1, len(horizontal)), horizontal, out=out.view(-1, horizontal.shape[1]))

@@ -36,6 +36,15 @@ def name_of(source: str | Path | BinaryIO) -> str:
     return f'{source}: ' if isinstance(source, str | Path) else ''
 
 
+def read_bytes(source: str | Path | BinaryIO) -> bytes:
+    """What is in a file or a stream; a UserError if it cannot be read."""
+    try:
+        return Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
+    except Exception as error:  # of a stream, whatever its library raises
+        reason = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
+        raise UserError(f'{name_of(source)}not a readable image ({reason})') from error
+
+
 def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
     """Decodes one image.
 
@@ -45,22 +54,17 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
             NumPy array (`.npy`) of shape (H, W), (H, W, C) or (C, H, W).
 
     Returns:
-        A PIL image if the file is a photograph of 8 bits, else an array: as stored (`.npy`), or of shape (H, W) or
-        (H, W, C).
+        A PIL image if the file is a photograph of 8 bits, else an array: as stored (`.npy`), or (H, W) or (H, W, C).
 
     Raises:
-        UserError: If it cannot be decoded. The message names the file, if the source is one. `ImageTooLarge` if that
-            is for PIL's limit alone.
+        UserError: If it cannot be decoded, naming the file; `ImageTooLarge` if that is for PIL's limit alone.
     """
-    prefix = name_of(source)
+    data, prefix = read_bytes(source), name_of(source)
     try:
-        data = Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
         if data.startswith(_NPY_MAGIC):
             return np.load(io.BytesIO(data), allow_pickle=False)
-        if data.startswith(_TIFF_MAGIC):
-            pixels = _read_tiff(data)
-            if pixels is not None:
-                return pixels
+        if data.startswith(_TIFF_MAGIC) and (pixels := _read_tiff(data)) is not None:
+            return pixels
         image = Image.open(io.BytesIO(data))
         if _is_deep(image, data):
             return _decode_deep(image, data)
@@ -69,16 +73,14 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
     except UnidentifiedImageError as error:
         raise UserError(f'{prefix}not a readable image (unknown format)') from error
     except Image.DecompressionBombError as error:
-        reason = str(error).rstrip('.')
+        most, reason = f'{2 * Image.MAX_IMAGE_PIXELS:,}', str(error).rstrip('.')
         raise ImageTooLarge(
-            f'{prefix}PIL decodes at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels, twice PIL.Image.MAX_IMAGE_PIXELS '
-            f'({reason}); raise that in a script of your own, store the image smaller, or as .npy; data.decode=scaled '
-            'reads large JPEGs'
+            f'{prefix}PIL decodes at most {most} pixels, twice PIL.Image.MAX_IMAGE_PIXELS ({reason}); raise that in a '
+            'script of your own, store the image smaller, or as .npy; data.decode=scaled reads large JPEGs'
         ) from error
     # PIL, OpenCV and NumPy raise all kinds of errors on damaged files: SyntaxError, struct.error, EOFError, …
     except Exception as error:
-        reason = str(error).replace(str(source), '').strip() if isinstance(error, OSError) else error
-        raise UserError(f'{prefix}not a readable image ({type(error).__name__}: {reason})') from error
+        raise UserError(f'{prefix}not a readable image ({type(error).__name__}: {error})') from error
 
 
 def _is_deep(image: Image.Image, data: bytes) -> bool:
@@ -123,9 +125,8 @@ def _read_tiff(data: bytes) -> np.ndarray | None:
     from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFile
 
     with TiffFile(io.BytesIO(data)) as file:
-        page, series = file.pages.first, file.series[0]
+        page, series, pages = file.pages.first, file.series[0], len(file.pages)
         single = len(series.pages) == 1
-        pages = len(file.pages)
         # Each page says where the next one is, and the last one 0; tifffile goes without pages that are not there.
         if data[file.pages.next_page_offset :][:4] != bytes(4):
             raise UserError(f'it is cut off after {pages} pages')
@@ -157,10 +158,9 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
     `Image.convert` makes 1 or 3 channels, as in timm.
 
     Args:
-        image: What `read_image` gives: a PIL image, or an array of shape (H, W) or (H, W, C), or (C, H, W) where only
-            that fits the model: uint8, uint16, or floating point in [0, 1]. What bicubic resampling overshoots there is
-            clipped.
-        in_chans: The channels that the model takes.
+        image: What `read_image` gives: a PIL image, or an array (H, W) or (H, W, C), or (C, H, W) where only that fits
+            the model: uint8, uint16, or floating point in [0, 1], clipped where bicubic resampling overshoots.
+        in_chans: Of the model.
 
     Returns:
         (H, W, in_chans): uint8 if the image has 8 bits, else float32, with uint16 scaled to [0, 1].
@@ -169,21 +169,10 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
         UserError: If the channels do not fit, or the array has another shape, type or range, or is not finite.
     """
     if isinstance(image, Image.Image):
-        if image.mode.startswith(('I', 'F')):
-            image = np.asarray(image)
-        else:
-            if in_chans in _PIL_MODES:
-                try:
-                    image = image.convert(_PIL_MODES[in_chans])
-                except ValueError as error:
-                    raise UserError(f'PIL does not convert it ({error}); store it as grey or RGB') from error
-            elif image.mode == 'CMYK':
-                raise UserError(
-                    f'it is CMYK, the model takes {in_chans} channels; set model.args.in_chans=3, to which it is '
-                    'converted, or store its inks as .npy (H, W, 4)'
-                )
-            image = np.asarray(image.convert('RGB') if image.mode == 'P' else image)
-            image = image.astype(np.uint8) * 255 if image.dtype == bool else image
+        if not image.mode.startswith(('I', 'F')):
+            image = _convert(image, in_chans)
+        image = np.asarray(image)
+        image = image.astype(np.uint8) * 255 if image.dtype == bool else image
     if isinstance(image, WithAlpha):
         image = np.asarray(image[..., :-1] if in_chans in _PIL_MODES else image)
     if not isinstance(image, np.ndarray) or image.ndim not in (2, 3) or 0 in image.shape:
@@ -207,6 +196,20 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
     elif pixels.dtype != np.uint8:
         raise UserError(f'samples must be uint8, uint16 or floating point in [0, 1], got {pixels.dtype}')
     return np.ascontiguousarray(_fit_channels(pixels, in_chans))
+
+
+def _convert(image: Image.Image, in_chans: int) -> Image.Image:
+    if in_chans in _PIL_MODES:
+        try:
+            return image.convert(_PIL_MODES[in_chans])
+        except ValueError as error:
+            raise UserError(f'PIL does not convert it ({error}); store it as grey or RGB') from error
+    if image.mode == 'CMYK':
+        raise UserError(
+            f'it is CMYK, the model takes {in_chans} channels; set model.args.in_chans=3, to which it is converted, or '
+            'store its inks as .npy (H, W, 4)'
+        )
+    return image.convert('RGB') if image.mode == 'P' else image
 
 
 def _fit_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:

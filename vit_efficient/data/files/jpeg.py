@@ -7,25 +7,26 @@ or an open stream, and leave EXIF orientation alone as it does.
 import contextlib
 import io
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from vit_efficient.data.files.images import name_of, read_image
+from vit_efficient.data.files.images import name_of, read_bytes, read_image
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.packages import import_optional
 
 BLOCK = 8  # side of JPEG's blocks, in samples
-REDUCTIONS = (8, 4, 2)  # at which libjpeg decodes by a smaller inverse transform
 WAY_OUT = 'data.decode=pixels or scaled reads it, or write it anew as a baseline JPEG'
-_START, _END = b'\xff\xd8', b'\xff\xd9'
-_SCAN, _TABLES = 0xDA, 0xDB
+_START, _END, _SCAN, _TABLES = b'\xff\xd8', b'\xff\xd9', b'\xda', b'\xdb'
 _SPACES = {1: 'grey', 2: 'RGB', 3: 'YCbCr'}  # libjpeg's J_COLOR_SPACE
-_CHANNELS_OF = {'Gray': 1, 'RGB': 3, 'YCbCr': 3}  # in simplejpeg's names
+_COLOURS = {'Gray': 'GRAY', 'RGB': 'RGB', 'YCbCr': 'RGB'}  # what simplejpeg decodes them to, in its names
+_import_simplejpeg = partial(import_optional, 'simplejpeg', 'JPEGs are decoded at a reduced size by', 'jpeg')
+_import_jpegio = partial(import_optional, 'jpegio', 'coefficients of JPEGs are read by', 'jpeg', 'pyjpegio')
 
 
 class ReducedReader:
@@ -46,19 +47,15 @@ class ReducedReader:
     """
 
     def __init__(
-        self,
-        height: int,
-        width: int,
-        crop_scale: float | None = None,
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        self, height: int, width: int, crop_scale: float | None = None, crop_ratio: Sequence[float] = (3 / 4, 4 / 3)
     ):
-        import_optional('simplejpeg', 'JPEGs are decoded at a reduced size by', 'jpeg')
+        _import_simplejpeg()
         self.height, self.width = height, width
         self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
 
     def reduction(self, height: int, width: int) -> int:
         """1, 2, 4 or 8, for an image of that size."""
-        for reduction in REDUCTIONS:
+        for reduction in (8, 4, 2):  # at which libjpeg decodes by a smaller inverse transform
             crop = self._smallest_crop(-(-height // reduction), -(-width // reduction))
             if crop[0] >= self.height and crop[1] >= self.width:
                 return reduction
@@ -72,50 +69,33 @@ class ReducedReader:
         return min((area / wide) ** 0.5, height, width / narrow), min((area * narrow) ** 0.5, width, height * wide)
 
     def __call__(self, source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
-        """The image, as `read_image` gives it; of a JPEG, an array (H, W, 1 or 3), uint8.
-
-        Raises:
-            UserError: If it cannot be decoded. The message names the file, if the source is one.
-        """
-        simplejpeg = import_optional('simplejpeg', 'JPEGs are decoded at a reduced size by', 'jpeg')
-        data = _read(source)
+        """The image, as `read_image` gives it; of a JPEG, an array (H, W, 1 or 3), uint8. Errors are those of it."""
+        simplejpeg = _import_simplejpeg()
+        data = read_bytes(source)
         if data.startswith(_START):
             with contextlib.suppress(ValueError):
                 height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-                if space in _CHANNELS_OF:
+                if space in _COLOURS:
                     reduction = self.reduction(height, width)
-                    return simplejpeg.decode_jpeg(
-                        data,
-                        'GRAY' if space == 'Gray' else 'RGB',
-                        # It takes the smallest size that is not below these.
-                        min_height=-(-height // reduction),
-                        min_width=-(-width // reduction),
-                    )
+                    # It takes the smallest size that is not below these.
+                    least = {'min_height': -(-height // reduction), 'min_width': -(-width // reduction)}
+                    return simplejpeg.decode_jpeg(data, _COLOURS[space], **least)
         return read_image(source if isinstance(source, str | Path) else io.BytesIO(data))
 
 
 class QuantizedReader:
-    """`read_quantized`, of images that are large enough not to be resized.
-
-    Args:
-        height, width: The least size in pixels.
-
-    Raises:
-        MissingPackage: If `pyjpegio` is not installed.
-    """
+    """`read_quantized`, of images that are large enough, in pixels, not to be resized."""
 
     def __init__(self, height: int, width: int):
         _import_jpegio()
         self.height, self.width = height, width
 
     def __call__(self, source: str | Path | BinaryIO) -> 'QuantizedJpeg':
-        """Raises UserError as `read_quantized` does, and for an image that is too small."""
         image = read_quantized(source)
         if image.height < self.height or image.width < self.width:
             raise UserError(
                 f'{name_of(source)}its {image.height}×{image.width} pixels are fewer than the {self.height}×'
-                f"{self.width} of the model's input, and coefficients are not resized; set data.img_size, or store the "
-                'image larger'
+                f'{self.width} of the input, and coefficients are not resized; set data.img_size, or store it larger'
             )
         return image
 
@@ -124,21 +104,16 @@ class QuantizedReader:
 class QuantizedJpeg:
     """A JPEG after entropy decoding, before anything else.
 
-    Attributes:
-        height, width: Of the image, in pixels.
-        space: grey, RGB or YCbCr.
-        planes: Per component, int32 (8 · block rows, 8 · block columns): each 8 × 8 block of quantised coefficients
-            where its samples would lie, vertical frequencies downwards. The last blocks may reach beyond the image.
-        tables: Per component, (8, 8): what a coefficient is multiplied by.
-        subsampling: Per component, the height and width in pixels of one of its samples.
+    Each component has a plane, int32 (8 · block rows, 8 · block columns): its 8 × 8 blocks of quantised coefficients
+    where their samples would lie, vertical frequencies downwards. The last blocks may reach beyond the image.
     """
 
-    height: int
+    height: int  # of the image, in pixels
     width: int
-    space: str
+    space: str  # grey, RGB or YCbCr
     planes: tuple[np.ndarray, ...]
-    tables: tuple[np.ndarray, ...]
-    subsampling: tuple[tuple[int, int], ...]
+    tables: tuple[np.ndarray, ...]  # (8, 8): what a coefficient is multiplied by
+    subsampling: tuple[tuple[int, int], ...]  # height and width in pixels of a sample
 
 
 def read_quantized(source: str | Path | BinaryIO) -> QuantizedJpeg:
@@ -148,16 +123,13 @@ def read_quantized(source: str | Path | BinaryIO) -> QuantizedJpeg:
     asks for fresh, zeroed pages the next time, that takes more than half of the time. Only the process itself can have
     it do otherwise: MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=268435456 in its environment.
 
-    Args:
-        source: A file or an open stream.
-
     Raises:
         UserError: If it is not such a JPEG, or is truncated. The message names the file, if the source is one. Damage
             within a scan is not noticed, as it is not by decoders.
         MissingPackage: If `pyjpegio` is not installed.
     """
     jpegio = _import_jpegio()
-    data, prefix = _read(source), name_of(source)
+    data, prefix = read_bytes(source), name_of(source)
     try:
         slots = _quantisation_tables(data)
         if isinstance(source, str | Path):
@@ -172,34 +144,23 @@ def read_quantized(source: str | Path | BinaryIO) -> QuantizedJpeg:
         raise UserError(f'{prefix}no coefficients can be read from it ({error}); {WAY_OUT}') from error
 
 
-def _read(source: str | Path | BinaryIO) -> bytes:
-    if not isinstance(source, str | Path):
-        return source.read()
-    try:
-        return Path(source).read_bytes()
-    except OSError as error:
-        raise UserError(f'{source}: not a readable image ({error.strerror})') from error
-
-
 def _quantisation_tables(data: bytes) -> list[int]:
     """The numbers of the tables that a file defines before its first scan, ascending.
 
-    Raises:
-        UserError: If it is no JPEG, or is truncated: libjpeg fills in what is not there, with grey, and says nothing
-            that could be caught.
+    A file that is truncated is an error: libjpeg fills in what is not there, with grey, and says nothing that could be
+    caught.
     """
     if not data:
         raise UserError('the file is empty')
     if not data.startswith(_START):
         raise UserError(f'not a JPEG, so it has no coefficients to read; {WAY_OUT}')
     at, numbers = len(_START), set()
-    while data[at : at + 1] == b'\xff' and data[at + 1 : at + 2] != bytes([_SCAN]):
-        # A marker may be padded by any number of 0xFF.
-        if data[at + 1 : at + 2] == b'\xff':
+    while data[at : at + 1] == b'\xff' and (marker := data[at + 1 : at + 2]) != _SCAN:
+        if marker == b'\xff':  # of which any number may come before a marker
             at += 1
             continue
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
-        if data[at + 1 : at + 2] == bytes([_TABLES]):
+        if marker == _TABLES:
             at += 4
             while at < end and at < len(data):
                 precision, number = divmod(data[at], 16)
@@ -229,15 +190,5 @@ def _quantized(jpeg, slots: list[int]) -> QuantizedJpeg:
         if any(most % own for most, own in zip(highest, factors, strict=True)):
             raise UserError(f'a JPEG with sampling factors {factors} of {highest}, not their divisors; {WAY_OUT}')
         subsampling.append((highest[0] // factors[0], highest[1] // factors[1]))
-    return QuantizedJpeg(
-        height=jpeg.image_height,
-        width=jpeg.image_width,
-        space=space,
-        planes=tuple(jpeg.coef_arrays),
-        tables=tuple(jpeg.quant_tables[slots.index(info.quant_tbl_no)] for info in infos),
-        subsampling=tuple(subsampling),
-    )
-
-
-def _import_jpegio() -> ModuleType:
-    return import_optional('jpegio', 'coefficients of JPEGs are read by', 'jpeg', 'pyjpegio')
+    planes, tables = tuple(jpeg.coef_arrays), tuple(jpeg.quant_tables[slots.index(info.quant_tbl_no)] for info in infos)
+    return QuantizedJpeg(jpeg.image_height, jpeg.image_width, space, planes, tables, tuple(subsampling))

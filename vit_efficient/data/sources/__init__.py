@@ -1,7 +1,6 @@
 """Where samples come from, one file per kind of source; and which source a path or a name stands for."""
 
 from collections.abc import Callable, Mapping
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,19 @@ from vit_efficient.data.files.images import read_image
 from vit_efficient.data.sources.folders import ImageTree
 from vit_efficient.data.sources.hugging_face import HuggingFaceReader
 from vit_efficient.data.sources.shards import ShardReader
-from vit_efficient.utils.checks import check_options
+from vit_efficient.utils.checks import argument_names, check_options
 from vit_efficient.utils.errors import UserError
 
 
 class ReaderImages(Dataset):
     """The images of a reader. (timm's ImageDataset hands out the next image in the place of a corrupt one.)
 
-    Items are (image, label), the image as `read_image` gives it.
-
-    Args:
-        reader: By index, an open file and a label. It may know the names of its classes, and its groups of samples
-            that lie together.
+    Items are (image, label), the image as `read_image` gives it. The reader gives an open file and a label, and may
+    know the names of its classes, and its groups of samples that lie together.
     """
 
     def __init__(self, reader: Reader):
-        self.reader = reader
-        self.loader = read_image
+        self.reader, self.loader = reader, read_image
         labels = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
         self.classes = getattr(reader, 'classes', None) or sorted(labels, key=labels.get)
         self.groups = getattr(reader, 'groups', None)
@@ -60,24 +55,16 @@ class ReaderImages(Dataset):
 
 
 def create_dataset(
-    path: str,
-    dataset: str = '',
-    root: str = '',
-    key: str = 'data.train',
-    args: Mapping[str, Any] | None = None,
+    path: str, dataset: str = '', root: str = '', key: str = 'data.train', args: Mapping[str, Any] | None = None
 ) -> Dataset:
     """Opens a data set of (image, label), or of (image, label, target) where it has targets for patches.
 
     Args:
         path: A folder of class folders, or WebDataset's shards, such as `train-{000..009}.tar`; with `dataset`, the
             name of the split.
-        dataset: One of
-
-            - megapixel_mnist;
-            - `hfds/NAME` or `hfds/FOLDER`, see `HuggingFaceReader`;
-            - tar: `path` is a tar file in `root` that holds class folders or a tar file for each class, or a folder of
-              such files (timm's ReaderImageInTar);
-            - a name that timm.data.create_dataset knows, such as `torch/cifar10`.
+        dataset: megapixel_mnist; `hfds/NAME` or `hfds/FOLDER`, see `HuggingFaceReader`; tar, where `path` is a tar file
+            in `root` that holds class folders or a tar file for each class, or a folder of such files (timm's
+            ReaderImageInTar); or a name that timm.data.create_dataset knows, such as `torch/cifar10`.
         root: With `dataset`, the folder that holds it; with `hfds/`, where the library keeps what it has prepared.
         key: The recipe's key for `path`, for messages.
         args: Further arguments, of `MegapixelMnist`, `ShardReader`, `HuggingFaceReader` or timm's reader.
@@ -89,15 +76,14 @@ def create_dataset(
     args_key = 'data.val_args' if key == 'data.val' else 'data.args'
     if not path:
         raise UserError(f'{key} is not set: it names a folder of class folders')
-    if not dataset and path.endswith('.tar'):
-        return ReaderImages(_open(ShardReader, path, args, args_key, key))
     if not dataset:
+        if path.endswith('.tar'):
+            return ReaderImages(_open(ShardReader, path, args, args_key, key))
         if args:
             raise UserError(f'{args_key}={args} are for a data set with a name, or shards; set data.dataset')
         return ImageTree(path)
     if dataset == 'megapixel_mnist':
-        # It draws with OpenCV, which nothing else here needs.
-        from vit_efficient.data.megapixel_mnist import SPLITS, MegapixelMnist
+        from vit_efficient.data.megapixel_mnist import SPLITS, MegapixelMnist  # imports OpenCV
 
         if path not in SPLITS:
             raise UserError(f'{key} must be a split of megapixel_mnist ({" or ".join(SPLITS)}), got {path!r}')
@@ -112,9 +98,9 @@ def create_dataset(
 
 def _open(source: Callable[..., Any], name: str, args: dict[str, Any], args_key: str, where: str) -> Any:
     """A source of ours, with arguments (of the key `args_key`) that are its own. Other errors begin with `where`."""
-    _, *parameters = signature(source).parameters.values()
-    if all(parameter.kind is not Parameter.VAR_KEYWORD for parameter in parameters):
-        check_options(f'{args_key}: {source.__name__}', args, [parameter.name for parameter in parameters])
+    (_, *names), any_other = argument_names(source)
+    if not any_other:
+        check_options(f'{args_key}: {source.__name__}', args, names)
     try:
         return source(name, **args)
     except UserError as error:

@@ -28,9 +28,6 @@ class ImageTree(DatasetFolder):
     Items are (image, label), the image as `read_image` gives it. Hidden files and folders are skipped, and so are
     files of other types, of which a warning tells unless they are text or tables.
 
-    Args:
-        root: The folder.
-
     Raises:
         UserError: If the folder is missing or empty, holds no class folders, or a class folder holds no images.
     """
@@ -74,6 +71,5 @@ class ImageTree(DatasetFolder):
 
     def digest(self) -> str:
         """A hash of the names and the order of the files, as they are below `root`."""
-        below = len(str(self.root))
-        names = '\n'.join(path[below:] for path, _ in self.samples)
+        names = '\n'.join(path[len(str(self.root)) :] for path, _ in self.samples)
         return hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()

@@ -18,14 +18,10 @@ class HuggingFaceReader(Reader):
         name: A data set on the hub, or a builder, such as `parquet`; or a folder: of images or Parquet files, as
             `datasets.load_dataset` reads it, or of splits that `save_to_disk` has written.
         split: Such as train; of saved ones, the folder in the folder.
-        cache_dir: Where the library keeps what it has downloaded and prepared; by default its own place.
+        cache_dir: Where the library keeps what it has downloaded and prepared; by default its own folder.
         input_key: Column of the images: of the type `Image`, or of the bytes of image files.
-        target_key: Column of the labels: of the type `ClassLabel`, integers, or names, which are numbered in natural
-            order.
+        target_key: Column of labels: of the type `ClassLabel`, integers, or names, which are numbered in natural order.
         **options: Further arguments of `datasets.load_dataset`.
-
-    Attributes:
-        classes: Names of the classes, or None.
 
     Raises:
         UserError: If the library cannot open it, there are no such columns, they are of other types, or it is a stream.
@@ -57,11 +53,11 @@ class HuggingFaceReader(Reader):
             raise UserError(' '.join(str(error).split()) or type(error).__name__) from error
         if not isinstance(dataset, datasets.Dataset):
             raise UserError('it is a stream, its samples have no index; leave streaming out')
+        features = dataset.features
         for key in (input_key, target_key):
-            if key not in dataset.features:
-                known = ', '.join(dataset.features)
-                raise UserError(f'there is no column {key!r} (input_key, target_key), only {known}')
-        image, label = dataset.features[input_key], dataset.features[target_key]
+            if key not in features:
+                raise UserError(f'there is no column {key!r} (input_key, target_key), only {", ".join(features)}')
+        image, label = features[input_key], features[target_key]
         if isinstance(image, datasets.Image):
             dataset = dataset.cast_column(input_key, datasets.Image(decode=False))
         elif getattr(image, 'dtype', None) not in ('binary', 'large_binary'):

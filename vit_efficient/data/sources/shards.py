@@ -48,11 +48,6 @@ class ShardReader(Reader):
         target_key: Extension of the labels: integers, as text.
         classes: Names of the classes, or a text file with one in each line; by default they are not known.
 
-    Attributes:
-        classes: Names of the classes, or None.
-        groups: The number of samples of each shard.
-        root: The folder that holds the shards.
-
     Raises:
         UserError: If the shards are not plain tar files on this machine, one of them is missing or damaged, or there
             is no image or no label in them.
@@ -60,11 +55,7 @@ class ShardReader(Reader):
     """
 
     def __init__(
-        self,
-        pattern: str,
-        input_key: str = IMAGE_KEYS,
-        target_key: str = 'cls',
-        classes: str | Sequence[str] | None = None,
+        self, pattern: str, input_key: str = IMAGE_KEYS, target_key: str = 'cls', classes: Sequence[str] | None = None
     ):
         super().__init__()
         self.input_key, self.target_key = input_key, target_key
@@ -73,7 +64,7 @@ class ShardReader(Reader):
         self.root = os.path.commonpath([Path(shard).parent for shard in self.shards])
         with ThreadPoolExecutor(_THREADS) as pool:
             found = list(pool.map(partial(_index, input_key=input_key, target_key=target_key), self.shards))
-        self.groups = [len(names) for names, _ in found]
+        self.groups = [len(names) for names, _ in found]  # samples of each shard
         self._ends = np.cumsum(self.groups)
         # Arrays, not lists: those would be copied, page by page, into each loader process.
         self._names = np.concatenate([names for names, _ in found])
@@ -90,13 +81,15 @@ class ShardReader(Reader):
         return len(self._names)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        extent = self._extents[index]
-        for part, keys in (('image', self.input_key), ('label', self.target_key)):
-            if extent[part] < 0:
-                raise UserError(f'it has no {part} ({keys})')
+        extent, contents = self._extents[index], []
         # Opened anew: a position in a file that is open is shared with the processes that are forked.
         with open(self._shard(index), 'rb') as file:
-            image, label = (_read(file, extent[part], extent[f'{part}_size']) for part in ('image', 'label'))
+            for part, keys in (('image', self.input_key), ('label', self.target_key)):
+                if extent[part] < 0:
+                    raise UserError(f'it has no {part} ({keys})')
+                file.seek(extent[part])
+                contents.append(file.read(extent[f'{part}_size']))
+        image, label = contents
         try:
             return io.BytesIO(image), int(label)
         except ValueError:
@@ -170,8 +163,3 @@ def _scan(path: str, input_keys: list[str], target_key: str) -> tuple[np.ndarray
         image = next((parts[key] for key in input_keys if key in parts), _NOWHERE)
         extents.append((*image, *parts.get(target_key, _NOWHERE)))
     return np.array([name.encode() for name in members], dtype=bytes), np.array(extents, dtype=_EXTENT)
-
-
-def _read(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
