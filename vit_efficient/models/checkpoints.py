@@ -15,11 +15,7 @@ from vit_efficient.utils.errors import UserError
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's filter for ViT checkpoints. What a mechanism adds to them follows the image size; what a checkpoint does
-    not have starts as it is in the model.
-
-    Raises:
-        UserError: If what a mechanism adds was made with other options.
-    """
+    not have starts as it is in the model."""
     state_dict = _filter_like_timm(state_dict, model)
     for name, module in model.named_modules():
         if isinstance(module, Compressor):
@@ -56,7 +52,14 @@ def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
         return timm_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
     own = {key: value for key, value in state_dict.items() if key.startswith('patch_embed.linear.')}
     if own:
-        embedding.check_weight(own.get('patch_embed.linear.weight'))
+        weight, expected = own.get('patch_embed.linear.weight'), embedding.linear.weight.shape
+        if weight is None or weight.shape != expected:
+            shape = None if weight is None else tuple(weight.shape)
+            raise UserError(
+                f'the checkpoint has a patch embedding of {shape} (output channels, coefficients), the model, with '
+                f'patch_keep={embedding.options["keep"]} of {embedding.in_chans} channels, one of {tuple(expected)}; '
+                'set patch_keep and in_chans to what they were'
+            )
         # From its shape timm knows the patch grid that position embeddings are for.
         state_dict = {**state_dict, 'patch_embed.proj.weight': embedding.empty_conv(device='meta').proj.weight}
     seen = _SeenByTimm(model)
