@@ -53,11 +53,9 @@ def _truncation(keep: Keep, patch_size: tuple[int, int], in_chans: int) -> list[
 # A leaf for FX, where sizes are not yet numbers.
 @torch.fx.wrap
 @register_notrace_function
-def _check_input(height, width, unit: tuple, expected: tuple | None, padded: bool, kind: str) -> None:
-    """Raises UserError if images of pixels or coefficients do not have whole patches, of `unit`."""
-    for side, size, step, wanted in zip(
-        ('height', 'width'), (height, width), unit, expected or (None,) * 2, strict=True
-    ):
+def _check_input(height, width, unit: tuple, built_for: tuple, padded: bool, kind: str) -> None:
+    """Raises UserError if images of pixels or coefficients are not of the size built for, or not of whole patches."""
+    for side, size, step, wanted in zip(('height', 'width'), (height, width), unit, built_for, strict=True):
         if type(size) is not int:
             continue
         if wanted is not None and size != wanted:
@@ -159,33 +157,21 @@ class DctPatchEmbed(PatchEmbed):
     def init_weights(self) -> None:
         """Draws what timm's convolution has by default; its linear layers have another distribution."""
         bound = (self.in_chans * self.patch_size[0] * self.patch_size[1]) ** -0.5
-        nn.init.uniform_(self.linear.weight, -bound, bound)
-        if self.linear.bias is not None:
-            nn.init.uniform_(self.linear.bias, -bound, bound)
-
-    # --- from a convolution, and back ---
+        for parameter in self.linear.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
     def from_conv(cls, embedding: PatchEmbed, keep: Keep = None, **options) -> 'DctPatchEmbed':
-        """The patch embedding that a convolutional one is in DCT coefficients.
+        """The patch embedding that a convolutional one is in DCT coefficients; the two share the norm, if there is one.
 
         With nothing truncated the outputs are equal. Truncated, they are those of the convolution on an image whose
         patches have no other coefficients (`dct.truncate`): of all maps of the coefficients kept, the one whose kernel
-        is nearest.
-
-        Args:
-            embedding: Its `proj` a convolution of stride and kernel equal to the patch size. It is not changed, and
-                shares its norm, if it has one.
-            keep, **options: As the constructor's.
-
-        Raises:
-            UserError: If it is another kind of embedding, or an option is out of range.
+        is nearest. `keep` and the options are those of the constructor. Raises a UserError if `embedding.proj` is no
+        convolution of stride and kernel equal to the patch size, or an option is out of range.
         """
         conv = getattr(embedding, 'proj', None)
         if not isinstance(embedding, PatchEmbed) or not isinstance(conv, nn.Conv2d):
-            raise UserError(
-                f'patch_embed: {type(embedding).__name__} is not a PatchEmbed of timm, with one convolution'
-            )
+            raise UserError(f'patch_embed: {type(embedding).__name__} is not a PatchEmbed of timm, of one convolution')
         plain = conv.kernel_size == conv.stride == tuple(embedding.patch_size) and conv.groups == 1
         if not plain or conv.padding not in ((0, 0), 'valid') or conv.dilation != (1, 1):
             raise UserError(f'patch_embed.proj: {conv} is not one convolution over each {embedding.patch_size} patch')
@@ -243,8 +229,6 @@ class DctPatchEmbed(PatchEmbed):
             self.img_size = None  # the grid is made anew, even if the image stays
         super().set_input_size(img_size)
 
-    # --- learned truncation ---
-
     def macs(self, sizes: Sequence[tuple]) -> Any:
         """Multiply-accumulates per patch with these coefficients of each channel, rows and columns; numbers or tensors.
 
@@ -278,8 +262,6 @@ class DctPatchEmbed(PatchEmbed):
         cut = truncated(split_channels(self._weight().detach(), self.truncation), new.truncation)
         return _filled(new, new.linear, cut, self.linear).train(self.training)
 
-    # --- forward ---
-
     def pixel_size(self, height, width) -> tuple:
         """Height and width in pixels of an image that the module is given, which may be one of coefficients."""
         if self.input == 'pixels':
@@ -308,8 +290,9 @@ class DctPatchEmbed(PatchEmbed):
         """Images (B, C, H, W), or coefficient images (B, C, h · f, w · g) → tokens, in the layout of timm's module."""
         height, width = plain_sizes((x.shape[-2], x.shape[-1]))
         unit = self.patch_size if self.input == 'pixels' else self.keep
-        built = self.input_size(*self.img_size) if self.strict_img_size and self.img_size is not None else None
-        _check_input(height, width, unit, built, self.dynamic_img_pad, self.input)
+        strict = self.strict_img_size and self.img_size is not None
+        built_for = self.input_size(*self.img_size) if strict else (None, None)
+        _check_input(height, width, unit, built_for, self.dynamic_img_pad, self.input)
         if self.dynamic_img_pad:
             x = F.pad(x, (0, -width % unit[1], 0, -height % unit[0]))
         y = self.dct(x, self.patch_size, self.keep) if self.input == 'pixels' else _in_patches(x, self.keep)
@@ -329,11 +312,10 @@ class DctPatchEmbed(PatchEmbed):
         channels = [y_BChfwg[:, c] for c in range(self.in_chans)]
         parts = []
         for c, (f, g) in enumerate(self.truncation):
+            part = channels[c][:, :, :f, :, :g]
             if self.color == 'ycbcr':
                 low = [channel[:, :, :f, :, :g] * factor for channel, factor in zip(channels, YCBCR[c], strict=True)]
                 part = low[0] + low[1] + low[2]
-            else:
-                part = channels[c][:, :, :f, :, :g]
             parts.append(part.permute(0, 1, 3, 2, 4).flatten(3))
         return torch.cat(parts, dim=3)
 
@@ -355,10 +337,10 @@ def _filled(embedding: PatchEmbed, layer: nn.Module, weight: Tensor, source: nn.
     """The embedding, its layer with this weight, and the bias of `source`; frozen where that is."""
     with torch.no_grad():
         layer.weight.copy_(weight)
-        layer.weight.requires_grad_(source.weight.requires_grad)
         if source.bias is not None:
             layer.bias.copy_(source.bias)
-            layer.bias.requires_grad_(source.bias.requires_grad)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(getattr(source, name).requires_grad)
     return embedding
 
 

@@ -18,13 +18,11 @@ SIZES = {
     'base': dict(embed_dim=768, depth=12, num_heads=12),
     'large': dict(embed_dim=1024, depth=24, num_heads=16),
 }
+# The rest is as timm has it by default, such as 224 × 224 pixels.
 DEFAULT_CFG = dict(
     url='',
     num_classes=1000,
-    input_size=(3, 224, 224),
-    pool_size=None,
     crop_pct=0.9,
-    interpolation='bicubic',
     fixed_input_size=True,
     mean=IMAGENET_INCEPTION_MEAN,
     std=IMAGENET_INCEPTION_STD,

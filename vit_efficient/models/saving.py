@@ -51,23 +51,19 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
         arguments.pop(f'patch_{name}', None)
         if in_coefficients:
             arguments[f'patch_{name}'] = embedding.options[name]
+    for name in ('embed_dim', 'in_chans', 'num_classes', 'global_pool', 'dynamic_img_size', 'no_embed_class'):
+        arguments[name] = getattr(model, name)
     first = model.blocks[0].attn
     arguments.update(
-        embed_dim=model.embed_dim,
         depth=len(model.blocks),
         num_heads=first.num_heads,
         qk_norm=not isinstance(first.q_norm, nn.Identity),
         img_size=tuple(embedding.img_size),
         patch_size=tuple(embedding.patch_size),
-        in_chans=model.in_chans,
-        num_classes=model.num_classes,
-        global_pool=model.global_pool,
-        dynamic_img_size=model.dynamic_img_size,
         dynamic_img_pad=embedding.dynamic_img_pad,
         patch_embed='dct' if in_coefficients else 'conv',
         class_token=model.has_class_token,
         reg_tokens=model.num_reg_tokens,
-        no_embed_class=model.no_embed_class,
         fc_norm=not isinstance(model.fc_norm, nn.Identity),
         final_norm=not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
     )
