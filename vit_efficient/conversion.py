@@ -22,8 +22,6 @@ from vit_efficient.utils.errors import UserError
 MODELS = {
     VisionTransformer: EfficientVisionTransformer,
     VisionTransformerDistilled: EfficientVisionTransformerDistilled,
-    EfficientVisionTransformer: EfficientVisionTransformer,
-    EfficientVisionTransformerDistilled: EfficientVisionTransformerDistilled,
 }
 
 
@@ -73,8 +71,8 @@ def convert(
     blocks.common_part(attentions)
 
     # Nothing can fail from here on.
-    was_ours = isinstance(model, tuple(MODELS.values()))
-    model.__class__ = MODELS[type(model)]
+    was_ours = type(model) not in MODELS
+    model.__class__ = MODELS.get(type(model), type(model))
     for block, new in zip(model.blocks, attentions, strict=True):
         block.__class__ = blocks.GridBlock
         block.attn = new
@@ -121,7 +119,7 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
 
 def _check_convertible(model: nn.Module) -> None:
     """Raises UserError, naming the module, if `convert` cannot serve the model."""
-    if type(model) not in MODELS:
+    if type(model) not in {*MODELS, *MODELS.values()}:
         raise UserError(
             f'cannot convert a {type(model).__name__}: the models served are timm VisionTransformers (plain, DeiT, '
             'DINOv2, CLIP, SigLIP). Rotary positions, windows and hierarchies are not served yet; a features_only '

@@ -60,9 +60,7 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
             raise UserError(f'export: {reason}')
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
-        raise UserError(
-            "export: the model is on the device 'meta', which holds no weights; create it on another one, and load them"
-        )
+        raise UserError("export: the device 'meta' holds no weights; create the model on another one, and load them")
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0, dtype=torch.float32))
     if path.suffix == '.onnx' and like.dtype != torch.float32:
         raise UserError(f'export: ONNX takes a model of float32, got {like.dtype}; export model.float(), or to .pt2')

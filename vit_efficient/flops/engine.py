@@ -89,7 +89,15 @@ def count_flops(
     model = getattr(model, '_orig_mod', model)  # a compiled model runs the same operators as the module it wraps
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if images is not None:
-        return _count_of_images(model, images)
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise UserError(f'count_flops: images must be a tensor (B, C, H, W), got {shape}')
+        replica = _replicate(model, meta=False).eval()
+        for module in replica.modules():
+            if prepare := getattr(module, 'prepare_counting', None):
+                prepare()
+        with _quiet(images.device):
+            return _summarise(replica, *_count_operators(replica, images))
     input_size = tuple(input_size) if isinstance(input_size, Sequence) else (input_size,)
     if len(input_size) != 3 or not all(is_integer(n, 1) for n in input_size):
         raise UserError(f'count_flops: input_size must be three positive integers (C, H, W), got {input_size=}')
@@ -112,18 +120,6 @@ def count_flops(
     return _summarise(replica, counts, uncounted)
 
 
-def _count_of_images(model: nn.Module, images: Tensor) -> FlopCount:
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise UserError(f'count_flops: images must be a tensor (B, C, H, W), got {shape}')
-    replica = _replicate(model, meta=False).eval()
-    for module in replica.modules():
-        if prepare := getattr(module, 'prepare_counting', None):
-            prepare()
-    with _quiet(images.device):
-        return _summarise(replica, *_count_operators(replica, images))
-
-
 class _Counter(OperatorMode):
     """Counts every operator that runs under it, under the path of the module on top of `scopes`.
 
@@ -140,15 +136,14 @@ class _Counter(OperatorMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         operator = func.name().partition('.')[0]
-        formula = FORMULAS.get(operator)
-        if formula is None:
+        if operator not in FORMULAS:
             with self:
                 output = func.decompose(*args, **kwargs)
             if output is not NotImplemented:
                 return output
         output = func(*args, **kwargs)
-        if formula is not None:
-            self.counts[self.scopes[-1], short_name(operator)] += formula(_shapes(args), _shapes(output))
+        if operator in FORMULAS:
+            self.counts[self.scopes[-1], short_name(operator)] += FORMULAS[operator](_shapes(args), _shapes(output))
         elif is_listed(operator):
             self.uncounted[short_name(operator)] += 1
         return output

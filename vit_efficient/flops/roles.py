@@ -34,9 +34,8 @@ def _module_role(name: str, module: nn.Module) -> str | None:
     """The role of what is computed in a module: its own, or that of timm's; None leaves it to its parent."""
     role = getattr(module, 'flop_role', None)
     if role is not None and role not in (*ROLES, ATTENTION):
-        raise UserError(
-            f'flop_role of {type(module).__name__} must be {ATTENTION!r} or one of {", ".join(ROLES)}, got {role!r}'
-        )
+        known = ', '.join((ATTENTION, *ROLES))
+        raise UserError(f'flop_role of {type(module).__name__} must be one of {known}, got {role!r}')
     return role or next((r for cls, r in _BY_CLASS.items() if isinstance(module, cls)), _BY_NAME.get(name))
 
 

@@ -33,10 +33,8 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     in_coefficients = isinstance(embedding, DctPatchEmbed)
     if not isinstance(model, GridForward):
         if in_coefficients:
-            raise UserError(
-                f'{type(model).__name__} has a DctPatchEmbed, of which timm knows nothing; convert_patch_embed() makes '
-                'it a model that can be saved'
-            )
+            kind = type(model).__name__
+            raise UserError(f'{kind} has a DctPatchEmbed, unknown to timm; convert_patch_embed() makes it one to save')
         return arguments
     spec = model.attention_spec()
     for i, (name, _) in enumerate(spec):

@@ -86,11 +86,10 @@ def _attention_macs(attention: CompressedAttention, grid: PatchGrid, h, w, mlp: 
     An axis that keeps all its tokens is not transformed in the domain 'space'; if its size is soft, it may be.
     """
     N, C, m = grid.num_tokens, attention.attn_dim, grid.prefix + h * w
-    stay = [
-        attention.compress.domain == 'space' and type(kept) is int and kept == whole
-        for kept, whole in ((h, grid.height), (w, grid.width))
-    ]
-    down = (0 if stay[0] else C * grid.num_patches * h) + (0 if stay[1] else C * h * grid.width * w)
+    in_space = attention.compress.domain == 'space'
+    rows = 0 if in_space and type(h) is int and h == grid.height else C * grid.num_patches * h
+    columns = 0 if in_space and type(w) is int and w == grid.width else C * h * grid.width * w
+    down = rows + columns
     local = 0 if attention.local is None else attention.local.weight.numel() * grid.num_patches
     if attention.place == 'kv':
         return 2 * N * C**2 + 2 * m * C**2 + 2 * N * m * C + down + local
