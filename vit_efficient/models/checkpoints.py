@@ -18,19 +18,20 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     not have starts as it is in the model."""
     state_dict = _filter_like_timm(state_dict, model)
     for name, module in model.named_modules():
-        if isinstance(module, Compressor):
-            _check_whole(name, module, state_dict)
+        own = module.state_dict(prefix=f'{name}.') if isinstance(module, Compressor) else {}
+        missing, present = sorted(own.keys() - state_dict.keys()), sorted(own.keys() & state_dict.keys())
+        if missing and present:
+            raise UserError(
+                f'the checkpoint lacks {", ".join(missing)} beside {", ".join(present)}: it '
+                "was made with other options of the attention; set them as they were, such as sharing='key-value'"
+            )
     for name, module in model.named_modules():
         if isinstance(module, Maps) and f'{name}.weight' in state_dict:
             state_dict[f'{name}.weight'] = module.adapt(state_dict[f'{name}.weight'])
         if isinstance(module, GridAttention):
-            added = module.added_state(prefix=f'{name}.')
+            state_dict = module.added_state(prefix=f'{name}.') | state_dict
         elif name == 'shared':
-            added = module.state_dict(prefix='shared.')
-        else:
-            continue
-        for key, value in added.items():
-            state_dict.setdefault(key, value)
+            state_dict = module.state_dict(prefix='shared.') | state_dict
     return state_dict
 
 
@@ -78,14 +79,3 @@ def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
             state_dict['patch_embed.linear.weight'] = embedding.before_gains(own['patch_embed.linear.weight'])
         state_dict['patch_embed.window.share'] = embedding.window.share.detach()
     return state_dict
-
-
-def _check_whole(name: str, compressor: Compressor, state_dict: dict[str, Tensor]) -> None:
-    """Raises UserError if a checkpoint has some of a compressor's weights and not the others."""
-    own = compressor.state_dict(prefix=f'{name}.')
-    missing = sorted(own.keys() - state_dict.keys())
-    if missing and len(missing) < len(own):
-        raise UserError(
-            f'the checkpoint lacks {", ".join(missing)} beside {", ".join(sorted(own.keys() & state_dict.keys()))}: it '
-            "was made with other options of the attention; set them as they were, such as sharing='key-value'"
-        )

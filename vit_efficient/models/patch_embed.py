@@ -176,14 +176,12 @@ class DctPatchEmbed(PatchEmbed):
         if not plain or conv.padding not in ((0, 0), 'valid') or conv.dilation != (1, 1):
             raise UserError(f'patch_embed.proj: {conv} is not one convolution over each {embedding.patch_size} patch')
         new = cls(**_layout(embedding, conv), in_chans=conv.in_channels, keep=keep, **options)
-        new.norm = embedding.norm
-        return _filled(new, new.linear, new.coefficients_of(conv.weight), conv).train(embedding.training)
+        return _filled(new, new.linear, new.coefficients_of(conv.weight), embedding, conv)
 
     def to_conv(self) -> PatchEmbed:
         """The convolutional patch embedding that computes the same from pixels; it shares the norm, if there is one."""
         new = self.empty_conv(self.linear.weight.device)
-        new.norm = self.norm
-        return _filled(new, new.proj, self.kernel(), self.linear).train(self.training)
+        return _filled(new, new.proj, self.kernel(), self, self.linear)
 
     def empty_conv(self, device: torch.device | str) -> PatchEmbed:
         """A convolutional patch embedding of the same shape."""
@@ -258,9 +256,8 @@ class DctPatchEmbed(PatchEmbed):
             raise UserError(f'keep must be a pair for each channel, at most {self.truncation}, got {keep=}')
         options = dict(in_chans=self.in_chans, keep=keep, color=self.color, input=self.input)
         new = type(self)(**_layout(self, self.linear), **options)
-        new.norm = self.norm
         cut = truncated(split_channels(self._weight().detach(), self.truncation), new.truncation)
-        return _filled(new, new.linear, cut, self.linear).train(self.training)
+        return _filled(new, new.linear, cut, self, self.linear)
 
     def pixel_size(self, height, width) -> tuple:
         """Height and width in pixels of an image that the module is given, which may be one of coefficients."""
@@ -333,15 +330,16 @@ class DctPatchEmbed(PatchEmbed):
         return f'keep={options["keep"]}, ' + ', '.join(f"{name}='{options[name]}'" for name in ('color', 'input'))
 
 
-def _filled(embedding: PatchEmbed, layer: nn.Module, weight: Tensor, source: nn.Module) -> PatchEmbed:
-    """The embedding, its layer with this weight, and the bias of `source`; frozen where that is."""
+def _filled(new: PatchEmbed, layer: nn.Module, weight: Tensor, old: PatchEmbed, source: nn.Module) -> PatchEmbed:
+    """A new embedding whose layer has this weight, and all else of an old one and its layer, `source`."""
+    new.norm = old.norm
     with torch.no_grad():
         layer.weight.copy_(weight)
         if source.bias is not None:
             layer.bias.copy_(source.bias)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(getattr(source, name).requires_grad)
-    return embedding
+    return new.train(old.training)
 
 
 def _layout(embedding: PatchEmbed, layer: nn.Module) -> dict[str, Any]:

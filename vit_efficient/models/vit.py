@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
+from timm.layers import register_notrace_function, to_2tuple
 from timm.models import VisionTransformer, checkpoint
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
@@ -204,8 +204,7 @@ def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     """
     if not isinstance(model, GridForward):
         raise UserError(f'{type(model).__name__} is not a model of vit_efficient; convert() makes it one')
-    size = model.patch_embed.img_size if img_size is None else img_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = to_2tuple(model.patch_embed.img_size if img_size is None else img_size)
     if not model.patch_embed.dynamic_img_pad:
         check_image_size(*size, model.patch_embed.patch_size)
     grid = PatchGrid(*model.patch_embed.dynamic_feat_size(size), prefix=model.num_prefix_tokens)
