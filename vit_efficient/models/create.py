@@ -71,8 +71,7 @@ def _arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
     of_model = {*_OF_BUILDER, *(argument for function in functions for argument in argument_names(function)[0])}
     of_attention, takes_others = _attention_options(attention, given | options)
     if not takes_others:
-        own = f'for attention {attention!r} {", ".join(of_attention)}; ' if of_attention else ''
-        has = f'{own}the arguments of EfficientVisionTransformer and of timm.create_model'
+        has = ', '.join([*of_attention, 'the arguments of EfficientVisionTransformer and of timm.create_model'])
         check_options(name, options, [*of_attention, *sorted(of_model.difference(of_attention))], has)
     own = {key: value for key, value in options.items() if key not in of_model}
     for key in own:
