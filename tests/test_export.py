@@ -125,7 +125,7 @@ def untraced(monkeypatch):
         (lambda model: model, 'vit.pt2', (3, 72), r'three positive integers, got input_size=\(3, 72\)'),
         (lambda model: model, 'vit.pt2', 72, 'three positive integers, got input_size=72'),
         (lambda model: model, 'vit.pt2', (3, 0, 104), r'three positive integers, got input_size=\(3, 0, 104\)'),
-        (lambda model: model.to('meta'), 'vit.pt2', (3, 56, 104), "'meta', which holds no weights"),
+        (lambda model: model.to('meta'), 'vit.pt2', (3, 56, 104), "'meta' holds no weights"),
         (lambda model: model.double(), 'vit.onnx', (3, 56, 104), r'torch.float64; export model.float\(\)'),
         (lambda model: nn.Sequential(model, Listed()), 'vit.pt2', (3, 56, 104), 'Sequential returns a list; '),
     ],

@@ -9,11 +9,10 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
-from vit_efficient.models.block import GridBlock, check_blocks, check_patch_dropout, common_part, own_common_part
-from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
+from vit_efficient.models import blocks
+from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
-from vit_efficient.models.spec import AttentionSpec, attention_per_layer
 from vit_efficient.models.vit import EfficientVisionTransformer, EfficientVisionTransformerDistilled
 from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.compat import model_args, set_model_args
@@ -23,13 +22,11 @@ from vit_efficient.utils.errors import UserError
 MODELS = {
     VisionTransformer: EfficientVisionTransformer,
     VisionTransformerDistilled: EfficientVisionTransformerDistilled,
-    EfficientVisionTransformer: EfficientVisionTransformer,
-    EfficientVisionTransformerDistilled: EfficientVisionTransformerDistilled,
 }
 
 
 def convert(
-    model: nn.Module, attention: AttentionSpec, layers: int | Iterable[int] | None = None, **options
+    model: nn.Module, attention: blocks.AttentionSpec, layers: int | Iterable[int] | None = None, **options
 ) -> nn.Module:
     """Swaps the attention of a model in place; every weight stays the same tensor.
 
@@ -52,35 +49,41 @@ def convert(
         UserError: If the model, or a layer of it, has parts that cannot be served (rotary positions, windows), a name,
             option or index is wrong. The model is then as it was.
     """
-    check_convertible(model)
+    _check_convertible(model)
     depth = len(model.blocks)
     indices = list(range(depth)) if layers is None else [layers] if is_integer(layers) else list(layers)
     for i in indices:
         if not is_integer(i, -depth) or i >= depth:
             raise UserError(f'layers: the model has blocks 0 … {depth - 1}, got {i!r}')
-    spec = attention_per_layer(attention, options, len(indices))
+    spec = blocks.attention_per_layer(attention, options, len(indices))
     wanted = dict(zip([i % depth for i in indices], spec, strict=True))
     if len(wanted) < len(indices):
         raise UserError(f'layers names a block twice: {indices}')
-    check_patch_dropout(model, spec)
+    blocks.check_patch_dropout(model, spec)
 
     attentions, grid_size = [], model.patch_embed.grid_size
     for i, block in enumerate(model.blocks):
-        keep = block.attn if isinstance(block.attn, GridAttention) else None
-        if i in wanted or keep is None:
+        new = block.attn
+        if i in wanted or not isinstance(new, GridAttention):
             name, given = wanted.get(i, ('full', {}))
-            keep = swap_attention(block.attn, name, **layer_options(name, given, i, depth, grid_size))
-        attentions.append(keep)
-    common_part(attentions)
+            new = swap_attention(new, name, **layer_options(name, given, i, depth, grid_size))
+        attentions.append(new)
+    blocks.common_part(attentions)
 
     # Nothing can fail from here on.
-    was_ours = isinstance(model, tuple(set(MODELS.values())))
-    model.__class__ = MODELS[type(model)]
+    was_ours = type(model) not in MODELS
+    model.__class__ = MODELS.get(type(model), type(model))
     for block, new in zip(model.blocks, attentions, strict=True):
-        block.__class__ = GridBlock
+        block.__class__ = blocks.GridBlock
         block.attn = new
-    own_common_part(model)
-    _describe(model, was_ours)
+    blocks.own_common_part(model)
+    # What timm saves beside the weights stays true: the architecture, and the arguments that rebuild it.
+    config = dict(getattr(model, 'pretrained_cfg', {}))
+    if not was_ours and config.get('architecture'):
+        set_model_args(model, {**model_args(model), 'base': config['architecture']})
+        config['architecture'] = 'vit_converted'
+        model.pretrained_cfg = model.default_cfg = config
+    set_model_args(model, model_arguments(model))
     return model
 
 
@@ -101,7 +104,7 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
     Raises:
         UserError: If the model cannot be served, or an option is out of range. The model is then as it was.
     """
-    check_convertible(model)
+    _check_convertible(model)
     patch_embed_layer(patch_embed, keep, **options)
     embedding = model.patch_embed
     if isinstance(embedding, DctPatchEmbed):
@@ -114,28 +117,18 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
     return model
 
 
-def check_convertible(model: nn.Module) -> None:
+def _check_convertible(model: nn.Module) -> None:
     """Raises UserError, naming the module, if `convert` cannot serve the model."""
-    if type(model) not in MODELS:
+    if type(model) not in {*MODELS, *MODELS.values()}:
         raise UserError(
             f'cannot convert a {type(model).__name__}: the models served are timm VisionTransformers (plain, DeiT, '
             'DINOv2, CLIP, SigLIP). Rotary positions, windows and hierarchies are not served yet; a features_only '
             'wrapper is converted through its .model'
         )
     try:
-        check_blocks(model)
+        blocks.check_blocks(model)
     except UserError as error:
         raise UserError(f'cannot convert {error}') from None
-
-
-def _describe(model: nn.Module, was_ours: bool) -> None:
-    """Keeps what timm saves beside the weights true: the architecture, and the arguments that rebuild it."""
-    config = dict(getattr(model, 'pretrained_cfg', {}))
-    if not was_ours and config.get('architecture'):
-        set_model_args(model, {**model_args(model), 'base': config['architecture']})
-        config['architecture'] = 'vit_converted'
-        model.pretrained_cfg = model.default_cfg = config
-    set_model_args(model, model_arguments(model))
 
 
 default_cfgs = generate_default_cfgs({'vit_converted': DEFAULT_CFG})
@@ -145,28 +138,21 @@ default_cfgs = generate_default_cfgs({'vit_converted': DEFAULT_CFG})
 def vit_converted(
     pretrained: bool = False,
     base: str | None = None,
-    attention: AttentionSpec = 'full',
+    attention: blocks.AttentionSpec = 'full',
     attention_kwargs: dict[str, Any] | None = None,
     patch_embed: str = 'conv',
-    patch_keep: Keep = None,
-    patch_color: str = 'rgb',
-    patch_input: str = 'pixels',
-    patch_window: bool = False,
     **kwargs,
 ) -> nn.Module:
-    """The timm model `base`, converted: what a saved converted model is rebuilt by.
-
-    Raises:
-        UserError: If `base` is missing, or cannot be converted, or an option is out of range.
-    """
-    patch_embed_layer(patch_embed, patch_keep, patch_color, patch_input, patch_window)
+    """The timm model `base`, converted: what a saved converted model is rebuilt by."""
+    options = {name: kwargs.pop(f'patch_{name}') for name in PATCH_OPTIONS if f'patch_{name}' in kwargs}
+    patch_embed_layer(patch_embed, **options)
     if not base or not timm.is_model(base):
         raise UserError(f"vit_converted: base must name a timm ViT, such as 'vit_base_patch16_224', got {base=}")
 
     def build(**arguments) -> nn.Module:
         model = model_entrypoint(base)(pretrained=False, **arguments)
         if patch_embed == 'dct':
-            convert_patch_embed(model, keep=patch_keep, color=patch_color, input=patch_input, window=patch_window)
+            convert_patch_embed(model, **options)
         return convert(model, attention, **(attention_kwargs or {}))
 
     return build_model(build, 'vit_converted', pretrained, **kwargs)

@@ -18,11 +18,10 @@ from vit_efficient.models.truncation import has_windows
 from vit_efficient.utils.checks import as_integer, is_integer
 from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.files import replacing
+from vit_efficient.utils.packages import import_optional
 
 SUFFIXES = ('.onnx', '.pt2')
 TOLERANCE = 1e-4  # of the largest output
-ONNX_BYTES = 2**31  # the most that one ONNX file can have
-_BATCHES = (2, 3)  # exported with the first, compared with both
 
 
 def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int, int], fixed_batch: int = 0) -> float:
@@ -42,7 +41,7 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
     Raises:
         UserError: If the path has another suffix, the model cannot take such images or cannot be exported, or the
             graph computes something else.
-        ImportError: If ONNX's packages are not installed.
+        MissingPackage: If ONNX's packages are not installed.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -50,9 +49,7 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
     fixed_batch = as_integer('fixed_batch', fixed_batch, 0, '0 or a number of images')
     sides = input_size if isinstance(input_size, (tuple, list)) else ()
     if len(sides) != 3 or not all(is_integer(side, 1) for side in sides):
-        raise UserError(
-            f'export: input_size must be channels, height and width, three positive integers, got {input_size=}'
-        )
+        raise UserError(f'export: input_size must be channels, height and width, positive integers, got {input_size=}')
     if has_windows(model):
         raise UserError(
             'export: the model learns a truncation; make it hard first, by vit_efficient.freeze_truncation, or export '
@@ -63,26 +60,31 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
             raise UserError(f'export: {reason}')
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
-        raise UserError(
-            "export: the model is on the device 'meta', which holds no weights; create it on another one, and load them"
-        )
+        raise UserError("export: the device 'meta' holds no weights; create the model on another one, and load them")
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0, dtype=torch.float32))
     if path.suffix == '.onnx' and like.dtype != torch.float32:
         raise UserError(f'export: ONNX takes a model of float32, got {like.dtype}; export model.float(), or to .pt2')
-    batches = (fixed_batch,) if fixed_batch else _BATCHES
-    examples = [torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(batch)) for batch in batches]
-    examples = [x.to(like.device, like.dtype) for x in examples]
+    examples = []
+    for batch in (fixed_batch,) if fixed_batch else (2, 3):  # exported with the first, compared with all
+        x = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(batch))
+        examples.append(x.to(like.device, like.dtype))
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
         expected = [_output(model, x) for x in examples]
-        program = _trace(model, examples[0], not fixed_batch)
+        shapes = None if fixed_batch else ({0: torch.export.Dim('batch')},)
+        try:
+            with _quiet():
+                program = torch.export.export(model, (examples[0],), dynamic_shapes=shapes)
+        # What cannot be traced fails in many ways, each with a page of text.
+        except Exception as error:
+            raise UserError(f'export: {type(model).__name__} cannot be exported: {_reason(error)}') from error
         with replacing(path) as temporary:
             run = (_write_onnx if path.suffix == '.onnx' else _write_program)(program, temporary)
             found = [run(x) for x in examples]
             scale = max(y.abs().max().item() for y in expected)
-            pairs = zip(found, expected, strict=True)
-            difference = max((a - b).abs().max().item() for a, b in pairs) / max(scale, 1e-12)
+            differences = [(a - b).abs().max().item() for a, b in zip(found, expected, strict=True)]
+            difference = max(differences) / max(scale, 1e-12)
             if not difference <= TOLERANCE:  # NaN too
                 raise UserError(
                     f'export: the graph computes something else than the model, by {difference:.2g} of its largest '
@@ -113,16 +115,6 @@ def _output(model: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def _trace(model: nn.Module, example: Tensor, open_batch: bool) -> torch.export.ExportedProgram:
-    shapes = ({0: torch.export.Dim('batch')},) if open_batch else None
-    try:
-        with _quiet():
-            return torch.export.export(model, (example,), dynamic_shapes=shapes)
-    # What cannot be traced fails in many ways, each with a page of text.
-    except Exception as error:
-        raise UserError(f'export: {type(model).__name__} cannot be exported: {_reason(error)}') from error
-
-
 def _write_program(program: torch.export.ExportedProgram, path: Path):
     program.example_inputs = None  # they would be in the file
     stream = io.BytesIO()
@@ -133,16 +125,11 @@ def _write_program(program: torch.export.ExportedProgram, path: Path):
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path):
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 (PyTorch's exporter needs it)
-    except ImportError as error:
-        raise ImportError(f"export to ONNX needs {error.name}: pip install 'vit-efficient[onnx]'") from error
-    weights = sum(tensor.nbytes for tensor in program.state_dict.values())
-    if weights >= ONNX_BYTES:
-        raise UserError(
-            f'export: the weights are {weights / 2**30:.1f} GiB, one ONNX file holds less than 2; export to .pt2'
-        )
+    import_optional('onnxscript', 'export to ONNX needs', 'onnx')  # PyTorch's exporter does
+    onnxruntime = import_optional('onnxruntime', 'export to ONNX needs', 'onnx')
+    gib = sum(tensor.nbytes for tensor in program.state_dict.values()) / 2**30
+    if gib >= 2:
+        raise UserError(f'export: the weights are {gib:.1f} GiB, one ONNX file holds less than 2; export to .pt2')
     try:
         with _quiet():
             torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)

@@ -236,7 +236,7 @@ def test_starts_like_a_convolution():
     [
         (dict(patch_keep=4), "patch_keep=4 is an option of patch_embed='dct'"),
         (dict(patch_window=True), 'patch_window=True is an option'),
-        (dict(patch_embed='fft'), "patch_embed must be 'conv' or 'dct', got patch_embed='fft'"),
+        (dict(patch_embed='fft'), "patch_embed must be one of conv, dct, got patch_embed='fft'"),
         (dict(patch_embed='dct', patch_keep=17), 'patch_keep=17.* 1 to the 16×16 pixels'),
         (dict(patch_embed='dct', patch_keep=0), 'patch_keep=0'),
         (dict(patch_embed='dct', patch_keep=2.5), 'patch_keep=2.5'),

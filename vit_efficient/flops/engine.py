@@ -1,4 +1,4 @@
-"""Counting what a model computes, in multiply-accumulates: `count_flops(model, (3, 1024, 1024))`.
+"""The engines behind `count_flops`.
 
 Two engines see the same operators and agree wherever both run:
 
@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_efficient.flops.formulas import FORMULAS, PRODUCTS, is_listed, register_flops, short_name
-from vit_efficient.flops.fvcore_engine import count_with_fvcore
+from vit_efficient.flops.formulas import FORMULAS, FVCORE_IS_RIGHT, PRODUCTS, is_listed, register_flops, short_name
 from vit_efficient.flops.roles import ROLES, role_of
 from vit_efficient.utils.checks import as_integer, check_choice, is_integer
 from vit_efficient.utils.compat import OperatorMode
@@ -87,14 +86,23 @@ def count_flops(
         UserError: If an argument is out of range, the model refuses the input, or an operator that multiplies
             matrices has no formula (`register_flops` gives it one).
     """
+    model = getattr(model, '_orig_mod', model)  # a compiled model runs the same operators as the module it wraps
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if images is not None:
-        return _count_of_images(_plain_model(model), images)
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise UserError(f'count_flops: images must be a tensor (B, C, H, W), got {shape}')
+        replica = _replicate(model, meta=False).eval()
+        for module in replica.modules():
+            if prepare := getattr(module, 'prepare_counting', None):
+                prepare()
+        with _quiet(images.device):
+            return _summarise(replica, *_count_operators(replica, images))
     input_size = tuple(input_size) if isinstance(input_size, Sequence) else (input_size,)
     if len(input_size) != 3 or not all(is_integer(n, 1) for n in input_size):
         raise UserError(f'count_flops: input_size must be three positive integers (C, H, W), got {input_size=}')
     batch_size = as_integer('batch_size', batch_size)
     check_choice('engine', engine, ('meta', 'fvcore'))
-    model = _plain_model(model)
     example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     device = torch.device('meta') if engine == 'meta' else example.device
     if engine == 'fvcore' and device.type == 'meta':
@@ -103,33 +111,13 @@ def count_flops(
     x = torch.zeros(batch_size, *input_size, dtype=example.dtype, device=device)
     with _quiet(device):
         try:
-            counts, uncounted = (_count_operators if engine == 'meta' else count_with_fvcore)(replica, x)
+            counts, uncounted = (_count_operators if engine == 'meta' else _count_with_fvcore)(replica, x)
         except (AssertionError, RuntimeError) as error:
             # Such as `.item()`, or a tensor in the model's code that stayed on another device.
             needs_values = engine == 'meta' and 'meta' in str(error)
             hint = "; engine='fvcore' runs models that need values and not only shapes" if needs_values else ''
             raise UserError(f'count_flops: the model fails on {input_size=}: {error}{hint}') from error
     return _summarise(replica, counts, uncounted)
-
-
-def _count_of_images(model: nn.Module, images: Tensor) -> FlopCount:
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise UserError(f'count_flops: images must be a tensor (B, C, H, W), got {shape}')
-    replica = _replicate(model, meta=False).eval()
-    for module in replica.modules():
-        if prepare := getattr(module, 'prepare_counting', None):
-            prepare()
-    with _quiet(images.device):
-        return _summarise(replica, *_count_operators(replica, images))
-
-
-def _plain_model(model: nn.Module) -> nn.Module:
-    model = getattr(model, '_orig_mod', model)  # a compiled model runs the same operators as the module it wraps
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-# --- the engines: (module path, operator) -> MACs, and uncounted operator -> calls ---------------------------------
 
 
 class _Counter(OperatorMode):
@@ -148,15 +136,14 @@ class _Counter(OperatorMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         operator = func.name().partition('.')[0]
-        formula = FORMULAS.get(operator)
-        if formula is None:
+        if operator not in FORMULAS:
             with self:
                 output = func.decompose(*args, **kwargs)
             if output is not NotImplemented:
                 return output
         output = func(*args, **kwargs)
-        if formula is not None:
-            self.counts[self.scopes[-1], short_name(operator)] += formula(_shapes(args), _shapes(output))
+        if operator in FORMULAS:
+            self.counts[self.scopes[-1], short_name(operator)] += FORMULAS[operator](_shapes(args), _shapes(output))
         elif is_listed(operator):
             self.uncounted[short_name(operator)] += 1
         return output
@@ -179,6 +166,7 @@ def _shapes(value: Any) -> Any:
 
 
 def _count_operators(model: nn.Module, x: Tensor) -> tuple[dict, dict]:
+    """MACs by (module path, operator), and the calls of operators that count nothing."""
     counter = _Counter()
 
     def leave(*_) -> None:
@@ -193,7 +181,30 @@ def _count_operators(model: nn.Module, x: Tensor) -> tuple[dict, dict]:
     return counter.counts, counter.uncounted
 
 
-# --- before and after ----------------------------------------------------------------------------------------------
+def _count_with_fvcore(model: nn.Module, x: Tensor) -> tuple[dict, dict]:
+    from fvcore.nn import FlopCountAnalysis
+
+    def unwrap(value):
+        if value.isCompleteTensor():
+            return tuple(value.type().sizes())
+        if value.node().kind() in ('prim::ListConstruct', 'prim::TupleConstruct'):
+            return [unwrap(v) for v in value.node().inputs()]
+        return value.toIValue()
+
+    def handle(operator, formula):
+        name = short_name(operator)
+        return lambda inputs, outputs: Counter({name: formula([unwrap(v) for v in inputs], unwrap(outputs[0]))})
+
+    analysis = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis.set_op_handle(**{name: handle(name, f) for name, f in FORMULAS.items() if name not in FVCORE_IS_RIGHT})
+    with torch.no_grad():
+        inclusive = analysis.by_module_and_operator()
+    counts = Counter({(path, operator): n for path, each in inclusive.items() for operator, n in each.items()})
+    for path, each in inclusive.items():
+        if path:  # what a module's children compute is not its own
+            for operator, n in each.items():
+                counts[path.rpartition('.')[0], operator] -= n
+    return counts, {short_name(name): n for name, n in analysis.unsupported_ops().items() if is_listed(name)}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -209,11 +220,11 @@ def _replicate(model: nn.Module, meta: bool) -> nn.Module:
     memo = {}
     for module in model.modules():
         for tensor in _tensors(vars(module)):  # parameters, buffers, and tensors that are plain attributes
-            replica = tensor
+            memo[id(tensor)] = tensor
             if meta and not tensor.is_meta:
                 replica = torch.empty_like(tensor, device='meta', requires_grad=tensor.requires_grad)
-                replica = nn.Parameter(replica, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else replica
-            memo[id(tensor)] = replica
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(replica, tensor.requires_grad) if is_parameter else replica
     return copy.deepcopy(model, memo)
 
 
@@ -233,10 +244,8 @@ def _quiet(device: torch.device) -> Iterator[None]:
 def _summarise(model: nn.Module, counts: dict[tuple[str, str], int], uncounted: dict[str, int]) -> FlopCount:
     modules = dict(model.named_modules())
     by_module, by_operator, by_role = Counter({'': 0}), Counter(), dict.fromkeys(ROLES, 0)
-    for (path, operator), macs in counts.items():
-        if not macs:
-            continue
-        macs = int(macs)  # some of fvcore's handlers count in floats
+    # Some of fvcore's handlers count in floats.
+    for (path, operator), macs in ((key, int(macs)) for key, macs in counts.items() if macs):
         by_operator[operator] += macs
         by_role[role_of(path, operator, modules)] += macs
         names = path.split('.') if path else []

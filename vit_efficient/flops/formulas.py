@@ -1,9 +1,8 @@
 """What an operator costs, in multiply-accumulates: the table behind `vit_efficient.flops`.
 
-A formula sees an operator's positional arguments as a list, and its result, with a tuple, the shape, in place of every
-tensor. The conventions are fvcore's: a bias is free, a layer norm costs 5 per element, bilinear interpolation 4 per
-output element. Pooling costs 1 per input element, and so does a mean, which is what global pooling often is, and a sum
-of rows that are picked or scattered by an index.
+The conventions are fvcore's: a bias is free, a layer norm costs 5 per element, bilinear interpolation 4 per output
+element. Pooling costs 1 per input element, and so does a mean, which is what global pooling often is, and a sum of rows
+that are picked or scattered by an index.
 """
 
 import math
@@ -97,13 +96,8 @@ def _pinv(inputs: list, output: Shape) -> int:
     return math.prod(output) * output[-1] * 23 // 2
 
 
-def _norm(weight: int) -> Formula:
-    """The formula of a norm whose weight is argument number `weight`."""
-    return lambda inputs, output: math.prod(inputs[0]) * (5 if len(inputs) > weight and inputs[weight] else 4)
-
-
-register_flops('aten::layer_norm', 'aten::rms_norm', 'aten::group_norm', product=False)(_norm(2))
-register_flops('aten::instance_norm', product=False)(_norm(1))
+def _norm(inputs: list, weight: Shape | None = None) -> int:
+    return math.prod(inputs[0]) * (5 if weight else 4)
 
 
 @register_flops('aten::batch_norm', product=False)
@@ -113,32 +107,18 @@ def _batch_norm(inputs: list, output: Shape) -> int:
     return math.prod(inputs[0]) * (4 + affine if training else 1 + affine)
 
 
-@register_flops(
-    'aten::mean', *(f'aten::{kind}_pool{n}d' for kind in ('avg', 'adaptive_avg') for n in (1, 2, 3)), product=False
-)
-def _pool(inputs: list, output: Shape) -> int:
-    return math.prod(inputs[0])
-
-
-@register_flops('aten::scatter_add', 'aten::scatter_add_', product=False)
-def _scatter_add(inputs: list, output: Shape) -> int:
-    return math.prod(inputs[2])  # indices; a sum by leaf
-
-
-@register_flops('aten::embedding_bag', product=False)
-def _embedding_bag(inputs: list, output: Any) -> int:
-    weight, indices = inputs[:2]
-    return math.prod(indices) * weight[-1]  # sums of rows
-
-
-@register_flops('aten::upsample_nearest2d', product=False)
-def _nearest(inputs: list, output: Shape) -> int:
-    return math.prod(output)
-
-
-@register_flops('aten::upsample_bilinear2d', 'aten::grid_sampler', product=False)
-def _bilinear(inputs: list, output: Shape) -> int:
-    return 4 * math.prod(output)
+for _operators, _formula in {
+    ('mean', *(f'{kind}_pool{n}d' for kind in ('avg', 'adaptive_avg') for n in (1, 2, 3))): (
+        lambda inputs, output: math.prod(inputs[0])
+    ),
+    ('scatter_add', 'scatter_add_'): lambda inputs, output: math.prod(inputs[2]),  # indices; a sum by leaf
+    ('embedding_bag',): lambda inputs, output: math.prod(inputs[1]) * inputs[0][-1],  # sums of rows
+    ('upsample_nearest2d',): lambda inputs, output: math.prod(output),
+    ('upsample_bilinear2d', 'grid_sampler'): lambda inputs, output: 4 * math.prod(output),
+    ('layer_norm', 'rms_norm', 'group_norm'): lambda inputs, output: _norm(inputs, *inputs[2:3]),
+    ('instance_norm',): lambda inputs, output: _norm(inputs, *inputs[1:2]),
+}.items():
+    register_flops(*(f'aten::{name}' for name in _operators), product=False)(_formula)
 
 
 def _fft(name: str) -> Formula:
@@ -189,8 +169,7 @@ _MOVES = re.compile(
 def is_listed(operator: str) -> bool:
     """Whether an operator without a formula belongs into `FlopCount.uncounted`.
 
-    Raises:
-        UserError: If it multiplies matrices, or may: what is not PyTorch's own may do anything.
+    One that multiplies matrices raises a UserError, and so does what is not PyTorch's own: it may do anything.
     """
     namespace, name = operator.split('::', 1)
     if namespace in ('prim', 'prims', 'profiler') and not name.startswith(('PythonOp', 'CallFunction')):

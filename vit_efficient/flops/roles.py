@@ -25,39 +25,26 @@ ROLES = (
     'rest',
 )
 ATTENTION = 'attention'
-TRANSFORMS = ('transform', 'patch transform')
 
 _BY_CLASS = {Attention: ATTENTION, **dict.fromkeys((Mlp, GluMlp, SwiGLU, GlobalResponseNormMlp, ConvMlp), 'mlp')}
 _BY_NAME = {'attn': ATTENTION, 'mlp': 'mlp', 'patch_embed': 'patch embedding'}
 
 
-def module_role(name: str, module: nn.Module) -> str | None:
-    """The role of what is computed in a module: its own `flop_role`, or that of timm's; None leaves it to its parent.
-
-    Raises:
-        UserError: If its `flop_role` is none.
-    """
+def _module_role(name: str, module: nn.Module) -> str | None:
+    """The role of what is computed in a module: its own, or that of timm's; None leaves it to its parent."""
     role = getattr(module, 'flop_role', None)
     if role is not None and role not in (*ROLES, ATTENTION):
-        raise UserError(
-            f'flop_role of {type(module).__name__} must be {ATTENTION!r} or one of {", ".join(ROLES)}, got {role!r}'
-        )
+        known = ', '.join((ATTENTION, *ROLES))
+        raise UserError(f'flop_role of {type(module).__name__} must be one of {known}, got {role!r}')
     return role or next((r for cls, r in _BY_CLASS.items() if isinstance(module, cls)), _BY_NAME.get(name))
 
 
 def role_of(path: str, operator: str, modules: dict[str, nn.Module]) -> str:
-    """The role, of `ROLES`, of an operator.
-
-    Args:
-        path: The path of the module that calls it.
-        operator: Its short name.
-        modules: All modules of the model, by path.
-    """
-    names = path.split('.') if path else []
-    chain = [(name, modules['.'.join(names[: i + 1])]) for i, name in enumerate(names)]
-    roles = ((depth, module_role(*chain[depth])) for depth in reversed(range(len(chain))))
-    depth, role = next(((depth, role) for depth, role in roles if role), (-1, 'rest'))
-    if role in TRANSFORMS:
+    """The role, of `ROLES`, of an operator, by its short name and the path of the module that calls it."""
+    role, owner = None, path
+    while owner and not (role := _module_role(owner.rpartition('.')[2], modules[owner])):
+        owner = owner.rpartition('.')[0]
+    if role in ('transform', 'patch transform'):
         return role
     if role == ATTENTION and operator.startswith('fft_'):
         return 'transform'
@@ -66,6 +53,6 @@ def role_of(path: str, operator: str, modules: dict[str, nn.Module]) -> str:
     if operator == 'scaled_dot_product_attention':
         return 'attention products'
     if role != ATTENTION:
-        return role
-    by_weight = depth < len(chain) - 1 and any(True for _ in chain[-1][1].parameters(recurse=False))
+        return role or 'rest'
+    by_weight = owner != path and any(True for _ in modules[path].parameters(recurse=False))
     return 'attention products' if operator in BATCHED and not by_weight else 'attention projections'

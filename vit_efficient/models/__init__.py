@@ -1,28 +1,19 @@
 """The timm model, its registered variants, and how they are made, saved and loaded."""
 
-from vit_efficient.models.block import GridBlock
+from vit_efficient.models.blocks import GridBlock
 from vit_efficient.models.create import create_from_spec
 from vit_efficient.models.inputs import input_size
 from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.models.registered import SIZES
 from vit_efficient.models.saving import load_model, model_arguments, save_model
-from vit_efficient.models.spec import attention_per_layer
 from vit_efficient.models.truncation import freeze_truncation
-from vit_efficient.models.vit import (
-    EfficientVisionTransformer,
-    EfficientVisionTransformerDistilled,
-    GridForward,
-    kept_tokens,
-)
+from vit_efficient.models.vit import EfficientVisionTransformer, kept_tokens
 
 __all__ = [
     'SIZES',
     'DctPatchEmbed',
     'EfficientVisionTransformer',
-    'EfficientVisionTransformerDistilled',
     'GridBlock',
-    'GridForward',
-    'attention_per_layer',
     'create_from_spec',
     'freeze_truncation',
     'input_size',

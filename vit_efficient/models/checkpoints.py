@@ -15,26 +15,23 @@ from vit_efficient.utils.errors import UserError
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's filter for ViT checkpoints. What a mechanism adds to them follows the image size; what a checkpoint does
-    not have starts as it is in the model.
-
-    Raises:
-        UserError: If what a mechanism adds was made with other options.
-    """
+    not have starts as it is in the model."""
     state_dict = _filter_like_timm(state_dict, model)
     for name, module in model.named_modules():
-        if isinstance(module, Compressor):
-            _check_whole(name, module, state_dict)
+        own = module.state_dict(prefix=f'{name}.') if isinstance(module, Compressor) else {}
+        missing, present = sorted(own.keys() - state_dict.keys()), sorted(own.keys() & state_dict.keys())
+        if missing and present:
+            raise UserError(
+                f'the checkpoint lacks {", ".join(missing)} beside {", ".join(present)}: it '
+                "was made with other options of the attention; set them as they were, such as sharing='key-value'"
+            )
     for name, module in model.named_modules():
         if isinstance(module, Maps) and f'{name}.weight' in state_dict:
             state_dict[f'{name}.weight'] = module.adapt(state_dict[f'{name}.weight'])
         if isinstance(module, GridAttention):
-            added = module.added_state(prefix=f'{name}.')
+            state_dict = module.added_state(prefix=f'{name}.') | state_dict
         elif name == 'shared':
-            added = module.state_dict(prefix='shared.')
-        else:
-            continue
-        for key, value in added.items():
-            state_dict.setdefault(key, value)
+            state_dict = module.state_dict(prefix='shared.') | state_dict
     return state_dict
 
 
@@ -56,7 +53,14 @@ def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
         return timm_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
     own = {key: value for key, value in state_dict.items() if key.startswith('patch_embed.linear.')}
     if own:
-        embedding.check_weight(own.get('patch_embed.linear.weight'))
+        weight, expected = own.get('patch_embed.linear.weight'), embedding.linear.weight.shape
+        if weight is None or weight.shape != expected:
+            shape = None if weight is None else tuple(weight.shape)
+            raise UserError(
+                f'the checkpoint has a patch embedding of {shape} (output channels, coefficients), the model, with '
+                f'patch_keep={embedding.options["keep"]} of {embedding.in_chans} channels, one of {tuple(expected)}; '
+                'set patch_keep and in_chans to what they were'
+            )
         # From its shape timm knows the patch grid that position embeddings are for.
         state_dict = {**state_dict, 'patch_embed.proj.weight': embedding.empty_conv(device='meta').proj.weight}
     seen = _SeenByTimm(model)
@@ -75,14 +79,3 @@ def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
             state_dict['patch_embed.linear.weight'] = embedding.before_gains(own['patch_embed.linear.weight'])
         state_dict['patch_embed.window.share'] = embedding.window.share.detach()
     return state_dict
-
-
-def _check_whole(name: str, compressor: Compressor, state_dict: dict[str, Tensor]) -> None:
-    """Raises UserError if a checkpoint has some of a compressor's weights and not the others."""
-    own = compressor.state_dict(prefix=f'{name}.')
-    missing = sorted(own.keys() - state_dict.keys())
-    if missing and len(missing) < len(own):
-        raise UserError(
-            f'the checkpoint lacks {", ".join(missing)} beside {", ".join(sorted(own.keys() & state_dict.keys()))}: it '
-            "was made with other options of the attention; set them as they were, such as sharing='key-value'"
-        )

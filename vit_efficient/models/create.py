@@ -33,10 +33,10 @@ def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = 
         **factory: device and dtype.
 
     Raises:
-        UserError: If there is no such model or option, the image size is among the options, the patches do not divide
-            the image, or timm refuses an argument.
+        UserError: If there is no such model or option, an option is given twice, the image size is among the options,
+            the patches do not divide the image, or timm refuses an argument.
     """
-    arguments = create_arguments(name, options)
+    arguments = _arguments(name, options)
     if img_size is not None:
         if 'img_size' in options:
             raise UserError(
@@ -55,23 +55,15 @@ def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = 
 
 
 def attention_of(name: str, options: dict[str, Any]) -> Any:
-    """The `attention` that a model is built with, given these options; None where timm alone builds it.
-
-    Raises:
-        UserError: If there is no such model.
-    """
+    """The `attention` that a model is built with, given these options; None where timm alone builds it."""
     if not timm.is_model(name):
         raise UserError(f'timm knows no model {name!r}{nearest(name, timm.list_models())}')
     parameter = inspect.signature(model_entrypoint(name)).parameters.get('attention')
     return None if parameter is None else options.get('attention', parameter.default)
 
 
-def create_arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of timm.create_model that the options of `create_from_spec` stand for.
-
-    Raises:
-        UserError: If there is no such model, an option is unknown, or one is given twice.
-    """
+def _arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of timm.create_model that the options of `create_from_spec` stand for."""
     attention, given = attention_of(name, options), dict(options.get('attention_kwargs') or {})
     if attention is None:  # which arguments it takes, only a call can tell
         return dict(options)
@@ -79,7 +71,8 @@ def create_arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
     of_model = {*_OF_BUILDER, *(argument for function in functions for argument in argument_names(function)[0])}
     of_attention, takes_others = _attention_options(attention, given | options)
     if not takes_others:
-        check_options(name, options, [*of_attention, *sorted(of_model.difference(of_attention))])
+        has = ', '.join([*of_attention, 'the arguments of EfficientVisionTransformer and of timm.create_model'])
+        check_options(name, options, [*of_attention, *sorted(of_model.difference(of_attention))], has)
     own = {key: value for key, value in options.items() if key not in of_model}
     for key in own:
         if key in given:
@@ -93,8 +86,7 @@ def _attention_options(attention: Any, options: dict[str, Any]) -> tuple[list[st
     if not isinstance(attention, str):  # it is spelled out, with its options
         return [], False
     cls, preset = get_attention(attention)
-    names, takes_others = argument_names(cls.configure)
-    names = names[1:]  # without self
+    (_, *names), takes_others = argument_names(cls.configure)  # without self
     compressor = (preset | options).get('compressor')
     if not takes_others or compressor is None:
         return names, takes_others
@@ -107,9 +99,8 @@ def _takes_img_size(name: str, arguments: dict[str, Any]) -> bool:
     if config is not None and config.fixed_input_size:
         return True
     # Of other models timm does not say it, the class does.
-    loading = ('pretrained', 'checkpoint_path')
     with torch.device('meta'):
-        model = _create(name, {key: value for key, value in arguments.items() if key not in loading})
+        model = _create(name, {**arguments, 'pretrained': False, 'checkpoint_path': ''})
     return 'img_size' in inspect.signature(type(model)).parameters
 
 

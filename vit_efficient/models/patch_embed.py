@@ -26,20 +26,16 @@ from vit_efficient.models.patch_kernels import YCBCR, kernel_to_weight, split_ch
 from vit_efficient.utils.checks import check_choice, check_flag, is_integer, is_pair
 from vit_efficient.utils.errors import UserError
 
-__all__ = ['DctPatchEmbed', 'patch_embed_layer']
-
 Keep = int | Sequence[int | Sequence[int]] | None
 
-# Arguments of timm's PatchEmbed that it keeps under the same name.
+# Arguments that timm's PatchEmbed does not have.
+PATCH_OPTIONS = ('keep', 'color', 'input', 'window')
+# Those of timm's that it keeps under the same name.
 _LAYOUT = ('img_size', 'patch_size', 'strict_img_size', 'dynamic_img_pad', 'flatten')
 
 
 def _truncation(keep: Keep, patch_size: tuple[int, int], in_chans: int) -> list[tuple[int, int]]:
-    """Rows and columns of the coefficients that are left of each channel.
-
-    Raises:
-        UserError: If they are not numbers from 1 to the patch size, for all channels or for each.
-    """
+    """Rows and columns of the coefficients that are left of each channel."""
     several = isinstance(keep, Sequence) and not isinstance(keep, str)
     values = list(keep) if several else [patch_size if keep is None else keep] * in_chans
     if len(values) != in_chans:
@@ -57,11 +53,9 @@ def _truncation(keep: Keep, patch_size: tuple[int, int], in_chans: int) -> list[
 # A leaf for FX, where sizes are not yet numbers.
 @torch.fx.wrap
 @register_notrace_function
-def _check_input(height, width, unit: tuple, expected: tuple | None, padded: bool, kind: str) -> None:
-    """Raises UserError if images of pixels or coefficients do not have whole patches, of `unit`."""
-    for side, size, step, wanted in zip(
-        ('height', 'width'), (height, width), unit, expected or (None, None), strict=True
-    ):
+def _check_input(height, width, unit: tuple, built_for: tuple, padded: bool, kind: str) -> None:
+    """Raises UserError if images of pixels or coefficients are not of the size built for, or not of whole patches."""
+    for side, size, step, wanted in zip(('height', 'width'), (height, width), unit, built_for, strict=True):
         if type(size) is not int:
             continue
         if wanted is not None and size != wanted:
@@ -71,10 +65,6 @@ def _check_input(height, width, unit: tuple, expected: tuple | None, padded: boo
             )
         if size < 1 or (size % step and not padded):
             raise UserError(f'the {side} of the input is {size} {kind}, which is not a multiple of {step} for a patch')
-
-
-# Gains below it are taken for this one where weights are divided by them.
-_FAINT = 1 / 16
 
 
 class PatchDct(nn.Module):
@@ -159,7 +149,7 @@ class DctPatchEmbed(PatchEmbed):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments that timm's `PatchEmbed` does not have, in types that JSON has."""
+        """`PATCH_OPTIONS` in types that JSON has."""
         keep = [f if f == g else [f, g] for f, g in self.truncation]
         same = all(sides == keep[0] for sides in keep) and isinstance(keep[0], int)
         return dict(keep=keep[0] if same else keep, color=self.color, input=self.input, window=self.window is not None)
@@ -167,53 +157,35 @@ class DctPatchEmbed(PatchEmbed):
     def init_weights(self) -> None:
         """Draws what timm's convolution has by default; its linear layers have another distribution."""
         bound = (self.in_chans * self.patch_size[0] * self.patch_size[1]) ** -0.5
-        nn.init.uniform_(self.linear.weight, -bound, bound)
-        if self.linear.bias is not None:
-            nn.init.uniform_(self.linear.bias, -bound, bound)
-
-    # --- from a convolution, and back ---
+        for parameter in self.linear.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
     def from_conv(cls, embedding: PatchEmbed, keep: Keep = None, **options) -> 'DctPatchEmbed':
-        """The patch embedding that a convolutional one is in DCT coefficients.
+        """The patch embedding that a convolutional one is in DCT coefficients; the two share the norm, if there is one.
 
         With nothing truncated the outputs are equal. Truncated, they are those of the convolution on an image whose
         patches have no other coefficients (`dct.truncate`): of all maps of the coefficients kept, the one whose kernel
-        is nearest.
-
-        Args:
-            embedding: Its `proj` a convolution of stride and kernel equal to the patch size. It is not changed, and
-                shares its norm, if it has one.
-            keep, **options: As the constructor's.
-
-        Raises:
-            UserError: If it is another kind of embedding, or an option is out of range.
+        is nearest. `keep` and the options are those of the constructor. Raises a UserError if `embedding.proj` is no
+        convolution of stride and kernel equal to the patch size, or an option is out of range.
         """
-        check_convolution(embedding)
-        conv = embedding.proj
+        conv = getattr(embedding, 'proj', None)
+        if not isinstance(embedding, PatchEmbed) or not isinstance(conv, nn.Conv2d):
+            raise UserError(f'patch_embed: {type(embedding).__name__} is not a PatchEmbed of timm, of one convolution')
+        plain = conv.kernel_size == conv.stride == tuple(embedding.patch_size) and conv.groups == 1
+        if not plain or conv.padding not in ((0, 0), 'valid') or conv.dilation != (1, 1):
+            raise UserError(f'patch_embed.proj: {conv} is not one convolution over each {embedding.patch_size} patch')
         new = cls(**_layout(embedding, conv), in_chans=conv.in_channels, keep=keep, **options)
-        new.norm = embedding.norm
-        return _filled(new, new.linear, new.coefficients_of(conv.weight), conv).train(embedding.training)
+        return _filled(new, new.linear, new.coefficients_of(conv.weight), embedding, conv)
 
     def to_conv(self) -> PatchEmbed:
         """The convolutional patch embedding that computes the same from pixels; it shares the norm, if there is one."""
         new = self.empty_conv(self.linear.weight.device)
-        new.norm = self.norm
-        return _filled(new, new.proj, self.kernel(), self.linear).train(self.training)
+        return _filled(new, new.proj, self.kernel(), self, self.linear)
 
     def empty_conv(self, device: torch.device | str) -> PatchEmbed:
         """A convolutional patch embedding of the same shape."""
         return PatchEmbed(**_layout(self, self.linear) | {'device': device}, in_chans=self.in_chans)
-
-    def check_weight(self, weight: Tensor | None) -> None:
-        """Raises UserError if what a checkpoint has as `linear.weight` is not of these coefficients."""
-        if weight is None or weight.shape != self.linear.weight.shape:
-            shape = None if weight is None else tuple(weight.shape)
-            raise UserError(
-                f'the checkpoint has a patch embedding of {shape} (output channels, coefficients), the model, with '
-                f'patch_keep={self.options["keep"]} of {self.in_chans} channels, one of '
-                f'{tuple(self.linear.weight.shape)}; set patch_keep and in_chans to what they were'
-            )
 
     def coefficients_of(self, kernel: Tensor) -> Tensor:
         """What `linear.weight` (E, K) is for the kernel (E, C, p, q) of a convolution; computed in float64."""
@@ -228,7 +200,7 @@ class DctPatchEmbed(PatchEmbed):
         if self.window is None:
             return weight
         gains = self._gains().detach().to(torch.promote_types(weight.dtype, torch.float32))
-        return torch.where(gains > 0, weight / gains.clamp(min=_FAINT), 0.0).to(weight.dtype)
+        return torch.where(gains > 0, weight / gains.clamp(min=1 / 16), 0.0).to(weight.dtype)
 
     def kernel(self) -> Tensor:
         """The kernel (E, C, p, q) of the convolution that computes the same; computed in float64."""
@@ -236,14 +208,11 @@ class DctPatchEmbed(PatchEmbed):
         return weight_to_kernel(weight, self.truncation, self.patch_size, self.color).to(weight.dtype)
 
     def set_input_size(
-        self,
-        img_size: int | tuple[int, int] | None = None,
-        patch_size: int | tuple[int, int] | None = None,
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
         """As timm's. With another patch size the kernel is resampled as timm does, and as many coefficients are kept.
 
-        Raises:
-            UserError: If a patch would have fewer pixels than coefficients kept. Nothing is changed then.
+        Raises a UserError, and changes nothing, if a patch would have fewer pixels than coefficients kept.
         """
         patch_size = self.patch_size if patch_size is None else to_2tuple(patch_size)
         if patch_size != self.patch_size:
@@ -257,8 +226,6 @@ class DctPatchEmbed(PatchEmbed):
             img_size = img_size or self.img_size
             self.img_size = None  # the grid is made anew, even if the image stays
         super().set_input_size(img_size)
-
-    # --- learned truncation ---
 
     def macs(self, sizes: Sequence[tuple]) -> Any:
         """Multiply-accumulates per patch with these coefficients of each channel, rows and columns; numbers or tensors.
@@ -276,12 +243,7 @@ class DctPatchEmbed(PatchEmbed):
     def freeze(self, keep: Sequence[tuple[int, int]] | None = None) -> 'DctPatchEmbed':
         """The same without a window: coefficients outside are cut, the others keep their gains, in the weights.
 
-        Args:
-            keep: Of each channel, rows and columns, instead of those that are inside.
-
-        Raises:
-            UserError: If there is no window, its size is not a number, or `keep` is not for each channel a pair of
-                no more coefficients than it has.
+        `keep` has rows and columns of each channel, instead of those that are inside.
         """
         if self.window is None:
             raise UserError('this patch embedding has no window to freeze; build it with window=True')
@@ -292,14 +254,10 @@ class DctPatchEmbed(PatchEmbed):
         )
         if not fits:
             raise UserError(f'keep must be a pair for each channel, at most {self.truncation}, got {keep=}')
-        new = type(self)(
-            **_layout(self, self.linear), in_chans=self.in_chans, keep=keep, color=self.color, input=self.input
-        )
-        new.norm = self.norm
+        options = dict(in_chans=self.in_chans, keep=keep, color=self.color, input=self.input)
+        new = type(self)(**_layout(self, self.linear), **options)
         cut = truncated(split_channels(self._weight().detach(), self.truncation), new.truncation)
-        return _filled(new, new.linear, cut, self.linear).train(self.training)
-
-    # --- forward ---
+        return _filled(new, new.linear, cut, self, self.linear)
 
     def pixel_size(self, height, width) -> tuple:
         """Height and width in pixels of an image that the module is given, which may be one of coefficients."""
@@ -329,7 +287,9 @@ class DctPatchEmbed(PatchEmbed):
         """Images (B, C, H, W), or coefficient images (B, C, h · f, w · g) → tokens, in the layout of timm's module."""
         height, width = plain_sizes((x.shape[-2], x.shape[-1]))
         unit = self.patch_size if self.input == 'pixels' else self.keep
-        _check_input(height, width, unit, self._expected(unit), self.dynamic_img_pad, self.input)
+        strict = self.strict_img_size and self.img_size is not None
+        built_for = self.input_size(*self.img_size) if strict else (None, None)
+        _check_input(height, width, unit, built_for, self.dynamic_img_pad, self.input)
         if self.dynamic_img_pad:
             x = F.pad(x, (0, -width % unit[1], 0, -height % unit[0]))
         y = self.dct(x, self.patch_size, self.keep) if self.input == 'pixels' else _in_patches(x, self.keep)
@@ -342,13 +302,6 @@ class DctPatchEmbed(PatchEmbed):
             x_BhwE = nchw_to(x_BhwE.permute(0, 3, 1, 2), self.output_fmt)
         return self.norm(x_BhwE)
 
-    def _expected(self, unit: tuple[int, int]) -> tuple[int, int] | None:
-        if not self.strict_img_size or self.grid_size is None:
-            return None
-        if self.input == 'pixels':
-            return self.img_size
-        return self.grid_size[0] * unit[0], self.grid_size[1] * unit[1]
-
     def _together(self, y_BChfwg: Tensor) -> Tensor:
         """The coefficients of a patch side by side: (B, h, w, K)"""
         if self.color == 'rgb' and len(set(self.truncation)) == 1:
@@ -356,19 +309,17 @@ class DctPatchEmbed(PatchEmbed):
         channels = [y_BChfwg[:, c] for c in range(self.in_chans)]
         parts = []
         for c, (f, g) in enumerate(self.truncation):
+            part = channels[c][:, :, :f, :, :g]
             if self.color == 'ycbcr':
                 low = [channel[:, :, :f, :, :g] * factor for channel, factor in zip(channels, YCBCR[c], strict=True)]
                 part = low[0] + low[1] + low[2]
-            else:
-                part = channels[c][:, :, :f, :, :g]
             parts.append(part.permute(0, 1, 3, 2, 4).flatten(3))
         return torch.cat(parts, dim=3)
 
     def _weight(self) -> Tensor:
         """(E, K), each coefficient weighed by its gain."""
-        if self.window is None:
-            return self.linear.weight
-        return self.linear.weight * self._gains().to(self.linear.weight.dtype)
+        weight = self.linear.weight
+        return weight if self.window is None else weight * self._gains().to(weight.dtype)
 
     def _gains(self) -> Tensor:
         """(K,), of the window."""
@@ -379,15 +330,16 @@ class DctPatchEmbed(PatchEmbed):
         return f'keep={options["keep"]}, ' + ', '.join(f"{name}='{options[name]}'" for name in ('color', 'input'))
 
 
-def _filled(embedding: PatchEmbed, layer: nn.Module, weight: Tensor, source: nn.Module) -> PatchEmbed:
-    """The embedding, its layer with this weight, and the bias of `source`; frozen where that is."""
+def _filled(new: PatchEmbed, layer: nn.Module, weight: Tensor, old: PatchEmbed, source: nn.Module) -> PatchEmbed:
+    """A new embedding whose layer has this weight, and all else of an old one and its layer, `source`."""
+    new.norm = old.norm
     with torch.no_grad():
         layer.weight.copy_(weight)
-        layer.weight.requires_grad_(source.weight.requires_grad)
         if source.bias is not None:
             layer.bias.copy_(source.bias)
-            layer.bias.requires_grad_(source.bias.requires_grad)
-    return embedding
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(getattr(source, name).requires_grad)
+    return new.train(old.training)
 
 
 def _layout(embedding: PatchEmbed, layer: nn.Module) -> dict[str, Any]:
@@ -403,34 +355,12 @@ def _layout(embedding: PatchEmbed, layer: nn.Module) -> dict[str, Any]:
 def patch_embed_layer(
     kind: str, keep: Keep = None, color: str = 'rgb', input: str = 'pixels', window: bool = False
 ) -> Callable[..., PatchEmbed]:
-    """What builds the patch embedding of a model: timm's for 'conv', ours for 'dct'.
-
-    Raises:
-        UserError: If there is no such kind, or 'conv' is given options of 'dct'.
-    """
-    options = dict(keep=keep, color=color, input=input, window=window)
+    """What builds the patch embedding of a model: timm's for 'conv', ours for 'dct'."""
+    check_choice('patch_embed', kind, ('conv', 'dct'))
     if kind == 'dct':
-        return partial(DctPatchEmbed, **options)
-    if kind != 'conv':
-        raise UserError(f"patch_embed must be 'conv' or 'dct', got patch_embed={kind!r}")
-    for name, default in dict(keep=None, color='rgb', input='pixels', window=False).items():
-        if options[name] != default:
-            raise UserError(f"patch_{name}={options[name]!r} is an option of patch_embed='dct', got patch_embed='conv'")
+        return partial(DctPatchEmbed, keep=keep, color=color, input=input, window=window)
+    values, defaults = (keep, color, input, window), (None, 'rgb', 'pixels', False)
+    for name, value, default in zip(PATCH_OPTIONS, values, defaults, strict=True):
+        if value != default:
+            raise UserError(f"patch_{name}={value!r} is an option of patch_embed='dct', got patch_embed='conv'")
     return PatchEmbed
-
-
-def describe_patch_embed(embedding: nn.Module) -> dict[str, Any]:
-    """The arguments by which a model is built with such a patch embedding."""
-    if not isinstance(embedding, DctPatchEmbed):
-        return dict(patch_embed='conv')
-    return dict(patch_embed='dct', **{f'patch_{name}': value for name, value in embedding.options.items()})
-
-
-def check_convolution(embedding: nn.Module) -> None:
-    """Raises UserError if it is not a patch embedding by one convolution."""
-    conv = getattr(embedding, 'proj', None)
-    if not isinstance(embedding, PatchEmbed) or not isinstance(conv, nn.Conv2d):
-        raise UserError(f'patch_embed: {type(embedding).__name__} is not a PatchEmbed of timm, with one convolution')
-    plain = conv.kernel_size == conv.stride == tuple(embedding.patch_size) and conv.groups == 1
-    if not plain or conv.padding not in ((0, 0), 'valid') or conv.dilation != (1, 1):
-        raise UserError(f'patch_embed.proj: {conv} is not one convolution over each {embedding.patch_size} patch')

@@ -7,8 +7,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from vit_efficient.attention import on_register
+from vit_efficient.models.blocks import AttentionSpec
 from vit_efficient.models.checkpoints import checkpoint_filter_fn
-from vit_efficient.models.spec import AttentionSpec
 from vit_efficient.models.vit import EfficientVisionTransformer
 from vit_efficient.utils.compat import model_args, set_model_args
 
@@ -18,13 +18,11 @@ SIZES = {
     'base': dict(embed_dim=768, depth=12, num_heads=12),
     'large': dict(embed_dim=1024, depth=24, num_heads=16),
 }
+# The rest is as timm has it by default, such as 224 × 224 pixels.
 DEFAULT_CFG = dict(
     url='',
     num_classes=1000,
-    input_size=(3, 224, 224),
-    pool_size=None,
     crop_pct=0.9,
-    interpolation='bicubic',
     fixed_input_size=True,
     mean=IMAGENET_INCEPTION_MEAN,
     std=IMAGENET_INCEPTION_STD,
@@ -45,11 +43,7 @@ default_cfgs = {}  # where timm looks for them
 
 
 def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
-    """timm's builder, for registered and converted models alike.
-
-    Raises:
-        RuntimeError: If weights are asked for that do not exist.
-    """
+    """timm's builder, for registered and converted models alike."""
     if pretrained:
         config = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         if not (config.has_weights or config.state_dict):
@@ -78,12 +72,7 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
 
 
 def register_variants(attention: str, suffix: str = '') -> None:
-    """Makes the models of an attention, one of each size, known to timm.
-
-    Args:
-        attention: Its registered name.
-        suffix: One of `VARIANTS`.
-    """
+    """Makes the models of an attention, one of each size, known to timm; the suffix is one of `VARIANTS`."""
     for size in SIZES:
         _register(attention, size, suffix)
 
@@ -93,9 +82,7 @@ def _register(mechanism: str, size: str, suffix: str) -> None:
     description, own = VARIANTS[suffix]
 
     # The default of `attention` tells whose options a model takes (models/create.py).
-    def entry_point(
-        pretrained: bool = False, attention: AttentionSpec = mechanism, **kwargs
-    ) -> EfficientVisionTransformer:
+    def entry_point(pretrained: bool = False, attention: AttentionSpec = mechanism, **kwargs) -> nn.Module:
         arguments = {'patch_size': 16, **SIZES[size], 'attention': attention, **own, **kwargs}
         # A model whose embedding was swapped for a convolution, and saved.
         if arguments.get('patch_embed') == 'conv' and 'patch_keep' not in kwargs:

@@ -13,7 +13,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from vit_efficient.models.patch_embed import DctPatchEmbed, describe_patch_embed
+from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed
 from vit_efficient.models.vit import GridForward
 from vit_efficient.utils.compat import model_args, save_model_config
 from vit_efficient.utils.errors import UserError, one_line
@@ -29,13 +29,12 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     Raises:
         UserError: If an attention in it is not a registered one, or it is timm's with a patch embedding of ours.
     """
-    arguments = model_args(model)
+    arguments, embedding = model_args(model), getattr(model, 'patch_embed', None)
+    in_coefficients = isinstance(embedding, DctPatchEmbed)
     if not isinstance(model, GridForward):
-        if isinstance(getattr(model, 'patch_embed', None), DctPatchEmbed):
-            raise UserError(
-                f'{type(model).__name__} has a DctPatchEmbed, of which timm knows nothing; convert_patch_embed() makes '
-                'it a model that can be saved'
-            )
+        if in_coefficients:
+            kind = type(model).__name__
+            raise UserError(f'{kind} has a DctPatchEmbed, unknown to timm; convert_patch_embed() makes it one to save')
         return arguments
     spec = model.attention_spec()
     for i, (name, _) in enumerate(spec):
@@ -46,24 +45,23 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     arguments['attention'] = layers[0] if all(layer == layers[0] for layer in layers) else layers
     arguments['attention_kwargs'] = {}
     # What can be changed after construction is read off the model.
-    for name in ('patch_keep', 'patch_color', 'patch_input', 'patch_window'):
-        arguments.pop(name, None)
+    for name in PATCH_OPTIONS:
+        arguments.pop(f'patch_{name}', None)
+        if in_coefficients:
+            arguments[f'patch_{name}'] = embedding.options[name]
+    for name in ('embed_dim', 'in_chans', 'num_classes', 'global_pool', 'dynamic_img_size', 'no_embed_class'):
+        arguments[name] = getattr(model, name)
+    first = model.blocks[0].attn
     arguments.update(
-        embed_dim=model.embed_dim,
         depth=len(model.blocks),
-        num_heads=model.blocks[0].attn.num_heads,
-        qk_norm=not isinstance(model.blocks[0].attn.q_norm, nn.Identity),
-        img_size=tuple(model.patch_embed.img_size),
-        patch_size=tuple(model.patch_embed.patch_size),
-        in_chans=model.in_chans,
-        num_classes=model.num_classes,
-        global_pool=model.global_pool,
-        dynamic_img_size=model.dynamic_img_size,
-        dynamic_img_pad=model.patch_embed.dynamic_img_pad,
-        **describe_patch_embed(model.patch_embed),
+        num_heads=first.num_heads,
+        qk_norm=not isinstance(first.q_norm, nn.Identity),
+        img_size=tuple(embedding.img_size),
+        patch_size=tuple(embedding.patch_size),
+        dynamic_img_pad=embedding.dynamic_img_pad,
+        patch_embed='dct' if in_coefficients else 'conv',
         class_token=model.has_class_token,
         reg_tokens=model.num_reg_tokens,
-        no_embed_class=model.no_embed_class,
         fc_norm=not isinstance(model.fc_norm, nn.Identity),
         final_norm=not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
     )
@@ -98,11 +96,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequenc
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder itself or, of a run's folder, the model folder in it.
-
-    Raises:
-        UserError: If there is no such folder.
-    """
+    """The folder itself or, of a run's folder, the model folder in it."""
     if not folder.is_dir():
         raise UserError(f'{folder}: no such model folder')
     in_run = folder / 'model'
@@ -110,11 +104,7 @@ def model_folder(folder: Path) -> Path:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder.
-
-    Raises:
-        UserError: If the folder is not one.
-    """
+    """The config.json of a model folder."""
     path = folder / 'config.json'
     try:
         saved = json.loads(path.read_text())
@@ -140,10 +130,9 @@ def load_model(folder: str | Path, **args: Any) -> nn.Module:
         UserError: If it is not a model folder, or its weights are not those of its config.json.
     """
     folder = model_folder(Path(folder))
-    saved = read_model_config(folder)
+    architecture = read_model_config(folder)['architecture']
     try:
         return timm.create_model(f'local-dir:{folder}', pretrained=True, **args)
     # Weights of another model surface as anything from a KeyError in a checkpoint filter to a RuntimeError of PyTorch.
     except Exception as error:
-        reason = one_line(error)
-        raise UserError(f'{folder}: cannot load its weights into {saved["architecture"]}: {reason}') from error
+        raise UserError(f'{folder}: cannot load its weights into {architecture}: {one_line(error)}') from error

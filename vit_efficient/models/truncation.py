@@ -6,7 +6,6 @@ See `vit_efficient.dct.window`. Two parts of a model can have one: its patch emb
 Letters: N tokens, m kept, C channels, H × W patches.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,21 +22,20 @@ from vit_efficient.utils.errors import UserError
 Sizes = dict[str, tuple[int, int] | list[tuple[int, int]]]
 
 
-def has_windows(model: nn.Module) -> bool:
-    """Whether a part of the model has a truncation whose size is learned."""
-    return count_windows(model) > 0
-
-
 def count_windows(model: nn.Module) -> int:
-    """How many parts of the model have one."""
-    return _learns(getattr(model, 'patch_embed', None)) + sum(1 for _ in _layers(model))
+    """How many parts of the model have a truncation whose size is learned."""
+    return _learns(getattr(model, 'patch_embed', None)) + len(_layers(model))
+
+
+def has_windows(model: nn.Module) -> bool:
+    """Whether a part of the model has one."""
+    return count_windows(model) > 0
 
 
 def copy_sizes(source: nn.Module, target: nn.Module) -> None:
     """Copies what a model has learned of sizes to a copy of it, such as an average of its weights."""
-    pairs = zip(source.modules(), target.modules(), strict=True)
     with torch.no_grad():
-        for ours, theirs in pairs:
+        for ours, theirs in zip(source.modules(), target.modules(), strict=True):
             if isinstance(ours, FrequencyWindow):
                 theirs.share.copy_(ours.share)
 
@@ -46,11 +44,14 @@ def _learns(embedding: nn.Module | None) -> bool:
     return isinstance(embedding, DctPatchEmbed) and embedding.window is not None
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[int, CompressedAttention]]:
-    for i, block in enumerate(getattr(model, 'blocks', ())):
-        attention = getattr(block, 'attn', None)
-        if isinstance(attention, CompressedAttention) and getattr(attention.compress, 'window', None) is not None:
-            yield i, attention
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks whose attention learns one, by its name."""
+    return {
+        f'blocks.{i}.attn': block
+        for i, block in enumerate(getattr(model, 'blocks', ()))
+        if isinstance(attention := getattr(block, 'attn', None), CompressedAttention)
+        and getattr(attention.compress, 'window', None) is not None
+    }
 
 
 def soft_cost(model: nn.Module, hard: bool = False) -> Tensor:
@@ -58,17 +59,8 @@ def soft_cost(model: nn.Module, hard: bool = False) -> Tensor:
 
     Parts are patch embedding and attentions (at place 'block', with the MLP), their transforms included; where both
     learn, it is the share of their sum, at the image size of the model. Differentiable in the sizes that are learned,
-    which are not rounded.
-
-    Args:
-        model: A registered or converted model.
-        hard: Count what would be left if the truncations were frozen.
-
-    Returns:
-        A scalar. With windows wide open it is a little above 1 where the whole needs no transform (domain 'space').
-
-    Raises:
-        UserError: If no part of the model has a learned truncation.
+    which are not rounded; with `hard`, what would be left if the truncations were frozen. With windows wide open the
+    scalar is a little above 1 where the whole needs no transform (domain 'space').
     """
     if not has_windows(model):
         raise UserError('the model learns no truncation; set patch_window=True, or learned=True of the attention dct')
@@ -79,12 +71,12 @@ def soft_cost(model: nn.Module, hard: bool = False) -> Tensor:
         size_of = embedding.window.hard_size if hard else embedding.window.soft_size
         cut = embedding.macs([size_of(f, g) for f, g in embedding.truncation])
         parts.append((grid.num_patches * cut, grid.num_patches * embedding.macs(embedding.truncation)))
-    for i, attention in _layers(model):
-        size = kept_grid(grid.height, grid.width, attention.compress.budget)
-        window = attention.compress.window
+    for block in _layers(model).values():
+        size = kept_grid(grid.height, grid.width, block.attn.compress.budget)
+        window = block.attn.compress.window
         cut = (window.hard_size if hard else window.soft_size)(*size)
-        mlp = sum(module.weight.numel() for module in model.blocks[i].mlp.modules() if isinstance(module, nn.Linear))
-        parts.append(tuple(_attention_macs(attention, grid, *sides, mlp) for sides in (cut, size)))
+        mlp = sum(module.weight.numel() for module in block.mlp.modules() if isinstance(module, nn.Linear))
+        parts.append(tuple(_attention_macs(block.attn, grid, *sides, mlp) for sides in (cut, size)))
     return torch.as_tensor(sum(cut for cut, _ in parts) / sum(whole for _, whole in parts))
 
 
@@ -94,11 +86,10 @@ def _attention_macs(attention: CompressedAttention, grid: PatchGrid, h, w, mlp: 
     An axis that keeps all its tokens is not transformed in the domain 'space'; if its size is soft, it may be.
     """
     N, C, m = grid.num_tokens, attention.attn_dim, grid.prefix + h * w
-    stay = [
-        attention.compress.domain == 'space' and type(kept) is int and kept == whole
-        for kept, whole in ((h, grid.height), (w, grid.width))
-    ]
-    down = (0 if stay[0] else C * grid.num_patches * h) + (0 if stay[1] else C * h * grid.width * w)
+    in_space = attention.compress.domain == 'space'
+    rows = 0 if in_space and type(h) is int and h == grid.height else C * grid.num_patches * h
+    columns = 0 if in_space and type(w) is int and w == grid.width else C * h * grid.width * w
+    down = rows + columns
     local = 0 if attention.local is None else attention.local.weight.numel() * grid.num_patches
     if attention.place == 'kv':
         return 2 * N * C**2 + 2 * m * C**2 + 2 * N * m * C + down + local
@@ -128,32 +119,30 @@ def freeze_truncation(model: nn.Module, sizes: Sizes | None = None) -> Sizes:
     """
     if not has_windows(model):
         raise UserError('the model learns no truncation that could be frozen')
-    layers = {f'blocks.{i}.attn': (i, attention) for i, attention in _layers(model)}
-    parts = [*(['patch_embed'] if _learns(model.patch_embed) else []), *layers]
+    parts = [*['patch_embed'] * _learns(model.patch_embed), *_layers(model)]
     unknown = sorted(set(sizes or {}) - set(parts))
     if unknown:
         raise UserError(f'sizes names {", ".join(unknown)}; the truncations that are learned are {", ".join(parts)}')
-    given, kept, made = sizes or {}, {}, {}
+    left, made = {}, {}
     for name in parts:
+        part, size = model.get_submodule(name), (sizes or {}).get(name)
         try:
             with torch.no_grad():
-                made[name], kept[name] = _frozen(model, layers.get(name, (0, None))[1], given.get(name))
-        except ValueError as error:
+                if name == 'patch_embed':
+                    made[name] = part.freeze(size)
+                    left[name] = made[name].truncation
+                else:
+                    made[name], left[name] = _freeze_attention(part, model.patch_embed.grid_size, size)
+        except UserError as error:
             raise UserError(f'{name}: {error}') from error
     for name, module in made.items():
-        if name == 'patch_embed':
-            model.patch_embed = module
-        else:
-            model.blocks[layers[name][0]].attn = module
-    return kept
+        model.set_submodule(name, module)
+    return left
 
 
-def _frozen(model: nn.Module, attention: CompressedAttention | None, size: Any) -> tuple[nn.Module, Any]:
-    """What takes the place of an attention, or of the patch embedding if there is none, and its size."""
-    if attention is None:
-        embedding = model.patch_embed.freeze(size)
-        return embedding, embedding.truncation
-    whole = kept_grid(*model.patch_embed.grid_size, attention.compress.budget)
+def _freeze_attention(attention: CompressedAttention, grid_size: tuple[int, int], size: Any) -> tuple[nn.Module, Any]:
+    """What takes the place of an attention, and its size."""
+    whole = kept_grid(*grid_size, attention.compress.budget)
     size = attention.compress.window.hard_size(*whole) if size is None else tuple(size)
     if len(size) != 2 or not all(1 <= side <= most for side, most in zip(size, whole, strict=True)):
         raise UserError(f'its size must be rows and columns of at most {whole}, got {size}')

@@ -11,16 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
+from timm.layers import register_notrace_function, to_2tuple
 from timm.models import VisionTransformer, checkpoint
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from vit_efficient.attention import layer_options, swap_attention
 from vit_efficient.grid import PatchGrid, plain_sizes
-from vit_efficient.models.block import GridBlock, check_blocks, check_patch_dropout, own_common_part
+from vit_efficient.models import blocks
 from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
-from vit_efficient.models.spec import AttentionSpec, attention_per_layer
 from vit_efficient.utils.compat import feature_indices
 from vit_efficient.utils.errors import UserError
 
@@ -52,7 +51,7 @@ class GridForward:
         x = self._pos_embed(self.patch_embed(x))
         return self.norm_pre(self.patch_drop(x)), grid
 
-    def _run_block(self, block: GridBlock, x: Tensor, grid: PatchGrid, attn_mask, is_causal) -> Tensor:
+    def _run_block(self, block: blocks.GridBlock, x: Tensor, grid: PatchGrid, attn_mask, is_causal) -> Tensor:
         if self.grad_checkpointing and torch.is_tensor(x):  # FX traces with proxies, which cannot be checkpointed
             return checkpoint(block, x, grid, attn_mask, is_causal)
         return block(x, grid, attn_mask=attn_mask, is_causal=is_causal)
@@ -108,12 +107,7 @@ class GridForward:
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
     ) -> None:
-        """As timm's; weights that are maps over the patch grid follow it.
-
-        Raises:
-            UserError: If the patches do not divide the image, or are too few for an attention's options. Nothing is
-                changed then.
-        """
+        """As timm's; weights that are maps over the patch grid follow it. What raises a UserError changes nothing."""
         pair = [(v, v) if isinstance(v, int) else v for v in (img_size, patch_size)]
         size, patch = pair[0] or self.patch_embed.img_size, pair[1] or self.patch_embed.patch_size
         if not self.patch_embed.dynamic_img_pad:
@@ -140,7 +134,7 @@ class GridForward:
     def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
         """As timm's; what only the removed layers had in common goes with them."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
-        own_common_part(self)
+        blocks.own_common_part(self)
         return taken
 
     def attention_spec(self) -> list[tuple[str, dict[str, Any]]]:
@@ -166,7 +160,7 @@ class EfficientVisionTransformer(GridForward, VisionTransformer):
     def __init__(
         self,
         *args,
-        attention: AttentionSpec = 'full',
+        attention: blocks.AttentionSpec = 'full',
         attention_kwargs: dict[str, Any] | None = None,
         patch_embed: str = 'conv',
         patch_keep: Keep = None,
@@ -182,16 +176,16 @@ class EfficientVisionTransformer(GridForward, VisionTransformer):
         if patch_embed != 'conv' and 'embed_layer' in kwargs:
             raise UserError(f'embed_layer cannot be had with {patch_embed=}: leave out one of them')
         kwargs.setdefault('embed_layer', layer)
-        super().__init__(*args, block_fn=kwargs.pop('block_fn', GridBlock), **kwargs)
+        super().__init__(*args, block_fn=kwargs.pop('block_fn', blocks.GridBlock), **kwargs)
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*self.patch_embed.img_size, self.patch_embed.patch_size)
-        check_blocks(self)
-        layers = attention_per_layer(attention, attention_kwargs, len(self.blocks))
-        check_patch_dropout(self, layers)
+        blocks.check_blocks(self)
+        layers = blocks.attention_per_layer(attention, attention_kwargs, len(self.blocks))
+        blocks.check_patch_dropout(self, layers)
         for i, (block, (name, options)) in enumerate(zip(self.blocks, layers, strict=True)):
-            options = layer_options(name, options, i, len(self.blocks), self.patch_embed.grid_size)
+            options = layer_options(name, options, i, len(layers), self.patch_embed.grid_size)
             block.attn = swap_attention(block.attn, name, **options)
-        own_common_part(self)
+        blocks.own_common_part(self)
 
 
 class EfficientVisionTransformerDistilled(GridForward, VisionTransformerDistilled):
@@ -210,8 +204,7 @@ def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     """
     if not isinstance(model, GridForward):
         raise UserError(f'{type(model).__name__} is not a model of vit_efficient; convert() makes it one')
-    size = model.patch_embed.img_size if img_size is None else img_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = to_2tuple(model.patch_embed.img_size if img_size is None else img_size)
     if not model.patch_embed.dynamic_img_pad:
         check_image_size(*size, model.patch_embed.patch_size)
     grid = PatchGrid(*model.patch_embed.dynamic_feat_size(size), prefix=model.num_prefix_tokens)

@@ -1,4 +1,7 @@
-"""Checks of arguments: each names the argument, its value and what it must be. NumPy's integers are integers."""
+"""Checks of arguments, by UserErrors that name the argument, its value and what it must be.
+
+NumPy's integers are integers.
+"""
 
 import difflib
 import inspect
@@ -25,17 +28,7 @@ def is_pair(value: Any) -> bool:
 
 
 def as_integer(name: str, value: Any, least: int = 1, what: str = '') -> int:
-    """A value as a plain int.
-
-    Args:
-        name: Of the argument.
-        value: Given for it.
-        least: That it may be.
-        what: It must be, in words; by default, that follows from `least`.
-
-    Raises:
-        UserError: If it is no integer of at least `least`.
-    """
+    """A value as a plain int of at least `least`; `what` says in words what it must be, where `least` does not."""
     if not is_integer(value, least):
         what = what or ('a positive integer' if least == 1 else f'an integer of at least {least}')
         raise UserError(f'{name} must be {what}, got {name}={value!r}')
@@ -43,11 +36,7 @@ def as_integer(name: str, value: Any, least: int = 1, what: str = '') -> int:
 
 
 def as_sides(name: str, value: Any, pair: str = '(h, w)') -> int | tuple[int, int]:
-    """A positive integer, or a pair of them, as plain ints.
-
-    Raises:
-        UserError: If it is neither.
-    """
+    """A positive integer, or a pair of them, as plain ints."""
     if is_integer(value, 1):
         return int(value)
     if is_pair(value) and all(is_integer(side, 1) for side in value):
@@ -56,11 +45,7 @@ def as_sides(name: str, value: Any, pair: str = '(h, w)') -> int | tuple[int, in
 
 
 def as_share(name: str, value: Any) -> float:
-    """A share, above 0 and at most 1, as a plain float.
-
-    Raises:
-        UserError: If it is none.
-    """
+    """A share, above 0 and at most 1, as a plain float."""
     if not (is_real(value) and 0 < value <= 1):
         raise UserError(f'{name} must be a number with 0 < {name} ≤ 1, got {name}={value!r}')
     return float(value)
@@ -84,11 +69,14 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     return f'; did you mean {close[0]}?' if close else ''
 
 
-def check_options(owner: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raises a UserError for the first option that its owner does not have, with the nearest one that it has."""
+def check_options(owner: str, given: Iterable[str], known: Collection[str], has: str = '') -> None:
+    """Raises a UserError for the first option that its owner does not have, with the nearest one that it has.
+
+    `has` says in words which there are, where they are too many to list.
+    """
     for name in given:
         if name not in known:
-            has = ', '.join(known) or 'none'
+            has = has or ', '.join(known) or 'none'
             raise UserError(f'{owner} has no option {name!r}{nearest(name, known)} (it has {has})')
 
 

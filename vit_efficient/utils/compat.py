@@ -17,8 +17,6 @@ from torch.utils._pytree import tree_map_only
 #: The mode under which every operator passes one method, `__torch_dispatch__`.
 OperatorMode = TorchDispatchMode
 
-_TAR_BLOCK = 512  # bytes
-
 
 def model_args(model: nn.Module) -> dict[str, Any]:
     """A copy of the arguments that timm recorded when it built a model, none being left out."""
@@ -31,14 +29,7 @@ def set_model_args(model: nn.Module, arguments: dict[str, Any]) -> None:
 
 
 def save_model_config(model: nn.Module, path: str | PathLike, arguments: dict[str, Any], **more: Any) -> None:
-    """Writes the config.json of timm's `local-dir:` layout.
-
-    Args:
-        model: Its `pretrained_cfg` is written.
-        path: Of the file.
-        arguments: With which its entry point builds the model.
-        **more: Further entries.
-    """
+    """Writes the config.json of timm's `local-dir:` layout, with the arguments of the entry point and with `more`."""
     from timm.models._hub import save_config_for_hf  # timm's public save_for_hf writes the weights too, into a folder
 
     save_config_for_hf(model, path, model_config=more, model_args=arguments)
@@ -90,17 +81,14 @@ def pil_decoder_arguments(image: Image.Image) -> tuple[Any, ...]:
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
     """The members of an uncompressed tar file, of which none is held in memory.
 
-    Raises:
-        OSError, tarfile.TarError: If the file cannot be read, or is damaged or cut off between its members too, which
-            tarfile takes for its end.
+    Damage between members, which tarfile takes for the end of the file, raises a tarfile.TarError too.
     """
     with tarfile.open(path, 'r:') as archive:
         for member in archive:
             yield member
             archive.members = []
-        # tarfile takes a damaged header for the end, which is an empty block.
-        archive.fileobj.seek(archive.offset)
-        if archive.fileobj.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
+        archive.fileobj.seek(archive.offset)  # the end is an empty block
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f'damaged or cut off at byte {archive.offset}')
 
 

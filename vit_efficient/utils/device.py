@@ -6,15 +6,9 @@ from vit_efficient.utils.errors import UserError, first_line
 
 
 def choose_device(name: str = 'auto', key: str = 'device', local_rank: int = 0) -> torch.device:
-    """A device by name, once it has been tried.
+    """A device by name, tried; auto is a GPU where there is one, and `local_rank` its number where the name has none.
 
-    Args:
-        name: auto (a GPU where there is one), or a name that torch.device knows.
-        key: Of the recipe or command, for messages.
-        local_rank: The number of the GPU where the name has none.
-
-    Raises:
-        UserError: If there is no such device here.
+    A UserError names it as the `key` of a recipe or command.
     """
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'

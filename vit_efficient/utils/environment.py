@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,13 @@ _VARIABLES = re.compile(
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, threads, GPU, and what it takes to repeat the run.
 
-    `variables` are those of the process's environment that change times and memory.
     `git` is the state of this package's source tree, `working_git` that of the folder that the command was given in;
     either is None where there is no such repository. `command` is a line for a shell.
     """
     return {
         'vit_efficient': __version__,
         'python': platform.python_version(),
-        'packages': {name: found for name in _PACKAGES if (found := _version(name))},
+        'packages': _versions(),
         'platform': platform.platform(),
         'cpu': _cpu_model(),
         'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
@@ -48,20 +48,20 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _cpu_model() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _command() -> str:
@@ -89,11 +89,7 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def one_line(environment: dict[str, Any]) -> str:
-    """Machine, versions, commit of the package and variables that change times and memory, for below a table.
-
-    Args:
-        environment: Of `describe_environment`.
-    """
+    """What `describe_environment` says of machine, versions, commit and variables, for below a table."""
     packages = environment['packages']
     machine = environment['gpu'] or f'{environment["cpu"]}, {environment["cores"]} cores'
     parts = [machine, f'torch {packages["torch"]}', f'timm {packages["timm"]}']

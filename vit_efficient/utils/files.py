@@ -38,7 +38,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    if os.name != 'nt':  # Windows has no descriptors of folders, and needs none to make a rename durable
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_unfinished(folder: str | Path) -> None:
@@ -51,8 +56,7 @@ def remove_unfinished(folder: str | Path) -> None:
 def lock(path: str | Path) -> IO[str] | None:
     """Takes a file for this process alone, until what is returned is closed or the process has ended, however it does.
 
-    Returns:
-        The open file; None if another process has taken it. File systems without locks always give it.
+    None if another process has taken it. File systems without locks always give it.
     """
     file = open(path, 'a')  # noqa: SIM115  open as long as it is taken
     try:
@@ -66,17 +70,6 @@ def lock(path: str | Path) -> IO[str] | None:
     return file
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable. Windows has no descriptors of folders, and needs none."""
-    if os.name == 'nt':
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file, atomically."""
     with replacing(path) as temporary:
@@ -84,11 +77,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def save_figure(figure: 'Figure', path: str | Path) -> None:
-    """Writes a figure of matplotlib, in the format of the path's suffix (PNG without one), atomically.
-
-    Raises:
-        UserError: If matplotlib has no such format.
-    """
+    """Writes a figure of matplotlib, in the format of the path's suffix (PNG without one), atomically."""
     name, known = Path(path).suffix.lstrip('.').lower() or 'png', figure.canvas.get_supported_filetypes()
     if name not in known:
         raise UserError(f'{path}: Format {name!r} is not supported; matplotlib has {", ".join(known)}')
@@ -109,24 +98,14 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def writing(path: Path, state: str = '') -> Iterator[None]:
-    """Makes a ValueError that names a file or folder of what the system says when it cannot be written.
-
-    Args:
-        path: The file or folder.
-        state: What the message ends with.
-    """
+    """Turns what the system says when a file or folder cannot be written into a UserError, which ends with `state`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        cause = _system_error(error)
+        cause = error  # PyTorch's writer, stopped in the middle, raises an error of its own over that of the system
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
         if isinstance(error, RuntimeError) and not cause:
             raise
         reason = (cause and cause.strerror) or first_line(error)
         raise UserError(f'{path}: cannot be written: {reason}{state}') from error
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """What the system has said: PyTorch's writer, stopped in the middle, raises an error of its own over it."""
-    while error and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error

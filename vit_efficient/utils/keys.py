@@ -12,14 +12,9 @@ from vit_efficient.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a key may have.
+    """The values that a key may have; None and sections are not asked for."""
 
-    Args:
-        text: What a value must be, in words that follow 'must be'.
-        holds: Whether a value is one of them. None and sections are not asked for.
-    """
-
-    text: str
+    text: str  # what a value must be, in words that follow 'must be'
     holds: Callable[[Any], bool]
 
 
@@ -41,14 +36,9 @@ def one_of(*values: str) -> Range:
 
 
 def key(default: Any = MISSING, help: str = '', within: Range | None = None, resume: bool = False, **options) -> Any:
-    """A field of a configuration.
+    """A field of a configuration, as `dataclasses.field`.
 
-    Args:
-        default: Its default value, of which each configuration has a copy if it is a list or a mapping.
-        help: What it means.
-        within: The values that it may have.
-        resume: Whether it may change when a run goes on, because the weights depend on it by no more than rounding.
-        **options: Of `dataclasses.field`.
+    One with `resume` may change when a run goes on, because the weights depend on it by no more than rounding.
     """
     if isinstance(default, list | dict):
         options['default_factory'], default = partial(copy, default), MISSING
@@ -94,25 +84,15 @@ def check_ranges(config: Any, prefix: str = '') -> None:
             raise UserError(f'{name} must be {within.text}, got {value!r}')
 
 
-def _type_name(kind: Any) -> str:
-    return str(kind).replace('typing.', '') if get_args(kind) else kind.__name__
-
-
 def describe(config: Any, prefix: str = '') -> list[dict[str, Any]]:
     """A row for each key: key, type, default, range, resume (whether it may change when a run goes on) and help."""
     rows = []
     for name, item, value in walk(config, prefix):
         element, within = element_of(item), item.metadata.get('within')
-        rows.append(
-            {
-                'key': name,
-                'type': 'list of sections' if element else _type_name(item.type),
-                'default': value,
-                'range': within.text if within else '',
-                'resume': item.metadata.get('resume', False),
-                'help': item.metadata.get('help', ''),
-            }
-        )
+        kind = str(item.type).replace('typing.', '') if get_args(item.type) else item.type.__name__
+        row = dict(key=name, type='list of sections' if element else kind, default=value)
+        row.update(range=within.text if within else '', resume=item.metadata.get('resume', False))
+        rows.append(row | {'help': item.metadata.get('help', '')})
         if element:
             rows += describe(element(), f'{name}[].')
     return rows

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
@@ -24,10 +25,8 @@ def parse_fractions(value: Any) -> Any:
 def parse_value(text: str) -> Any:
     """The value that a text stands for, as in a recipe: a number, a fraction such as 1/16, true, null, a list or a
     mapping, in the words of YAML or Python; or the text itself."""
-    try:
+    with suppress(ValueError, SyntaxError):
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        pass
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -37,11 +36,7 @@ def parse_value(text: str) -> Any:
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """'key=value' as a pair, the value by `parse_value`.
-
-    Raises:
-        UserError: If there is no `=`.
-    """
+    """'key=value' as a pair, the value by `parse_value`."""
     key, equals, value = text.partition('=')
     if not key or not equals:
         raise UserError(f'expected key=value, got {text!r}')
@@ -49,11 +44,7 @@ def parse_option(text: str) -> tuple[str, Any]:
 
 
 def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
-    """'name:key=value,…' as a name and its options; commas within brackets belong to a value.
-
-    Raises:
-        UserError: If an option has no `=`, or a key stands there twice.
-    """
+    """'name:key=value,…' as a name and its options; commas within brackets belong to a value."""
     name, _, options = text.partition(':')
     parts, depth = [''] if options else [], 0
     for character in options:
@@ -62,12 +53,12 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
             parts.append('')
         else:
             parts[-1] += character
-    pairs = [parse_option(part) for part in parts]
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
+    given: dict[str, Any] = {}
+    for key, value in map(parse_option, parts):
+        if key in given:
             raise UserError(f'{key} is given twice in {text!r}')
-    return name, dict(pairs)
+        given[key] = value
+    return name, given
 
 
 def write_options(options: dict[str, Any]) -> str:

@@ -11,16 +11,10 @@ class MissingPackage(UserError, ImportError):
 
 
 def import_optional(module: str, purpose: str, extra: str, package: str = '') -> ModuleType:
-    """A module of an optional package.
+    """A module of an optional package, or a MissingPackage that says which `extra` installs it.
 
-    Args:
-        module: Its name.
-        purpose: What it is for, with a verb whose object it is, such as 'shards are read with'.
-        extra: The extra that installs it.
-        package: By default, the first part of the module's name.
-
-    Raises:
-        MissingPackage: If it is not installed. The message says how to install it.
+    `purpose` has a verb whose object the package is, such as 'shards are read with'; `package` is its name where that
+    is not the first part of the module's.
     """
     try:
         return import_module(module)

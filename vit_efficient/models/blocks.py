@@ -1,6 +1,8 @@
-"""The transformer block that works with attentions on a patch grid, and what the blocks of a model have in common."""
+"""The transformer block that works with attentions on a patch grid, which attention each layer of a model has, and what
+the layers have in common."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from timm.layers import Attention, PatchDropout
 from timm.models import VisionTransformer
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 from vit_efficient.attention import GridAttention
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.errors import UserError
+
+LayerSpec = str | tuple[str, dict[str, Any]]  # a name, or a name and its options
+AttentionSpec = LayerSpec | Sequence[LayerSpec]  # of all layers, or of each
 
 
 class GridBlock(Block):
@@ -22,6 +27,29 @@ class GridBlock(Block):
             return x + self.attn.up(added + self.drop_path2(self.ls2(self.mlp(self.norm2(y + added)))), grid)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, attn_mask=attn_mask, is_causal=is_causal)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def attention_per_layer(attention: AttentionSpec, options: dict[str, Any] | None, depth: int) -> list[tuple[str, dict]]:
+    """Spells a specification out: a name and its options for each of `depth` layers."""
+    if isinstance(attention, str):
+        return [(attention, dict(options or {}))] * depth
+    if options:
+        raise UserError(f'attention_kwargs={options} beside {attention=}: put the options there, as (name, options)')
+    if _is_named(attention):
+        return [tuple(attention)] * depth
+    layers = attention if isinstance(attention, (list, tuple)) else [attention]
+    for layer in layers:
+        if not isinstance(layer, str) and not _is_named(layer):
+            raise UserError(f"attention: a layer is 'name' or ('name', {{options}}), got {layer!r}")
+    if len(layers) != depth:
+        raise UserError(f'attention lists {len(layers)} layers, there are {depth}')
+    return [(layer, {}) if isinstance(layer, str) else tuple(layer) for layer in layers]
+
+
+def _is_named(spec: Any) -> bool:
+    """Whether it is a name with its options."""
+    pair = isinstance(spec, (list, tuple)) and len(spec) == 2
+    return pair and isinstance(spec[0], str) and isinstance(spec[1], dict)
 
 
 def check_blocks(model: VisionTransformer) -> None:
@@ -44,14 +72,9 @@ def check_patch_dropout(model: VisionTransformer, layers: Sequence[tuple[str, di
 
 
 def common_part(attentions: Sequence[nn.Module], owned: nn.Module | None = None) -> nn.Module | None:
-    """The part that the layers of a model have in common; one model can have one.
+    """The part that the layers of a model have in common: the one that it has, if that is of use, or the first layer's.
 
-    Args:
-        attentions: Those of the layers.
-        owned: The part that the model has. It stays, if it is of use; otherwise it is that of the first layer.
-
-    Raises:
-        UserError: If the layers want parts of different shapes.
+    Raises a UserError if layers want parts of different shapes.
     """
     parts = {i: attn.common_part() for i, attn in enumerate(attentions) if isinstance(attn, GridAttention)}
     parts = {i: part for i, part in parts.items() if part is not None}
