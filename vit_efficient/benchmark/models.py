@@ -1,8 +1,4 @@
-"""Whole models timed against each other in one run: inference, the passes of training, and a step of it.
-
-Every row also says how far its model is from the limit of the machine: multiply-accumulates per second, and their share
-of what a large matrix product reaches in the same run.
-"""
+"""Whole models timed against each other in one run: inference, the passes of training, and a step of it."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.benchmark.timing import check_plans, check_request, compiled_by_now, measure_block
+from vit_efficient.benchmark.timing import CPU, check_plans, check_request, compiled_by_now, measure_block
 from vit_efficient.flops import count_flops
 from vit_efficient.models import create_from_spec, input_size
 from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
 
 WORKS = ('inference', 'forward+backward', 'training step')
-_CPU = torch.device('cpu')
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class ModelCandidate:
         """The model for square images of that size.
 
         Raises:
-            UserError: As `models.create_from_spec`.
+            UserError: As of `models.create_from_spec`.
         """
         try:
             return create_from_spec(self.name, self.args, img_size, **factory)
@@ -69,7 +64,7 @@ class ModelSetting:
     batch_size: int = 1
     dtype: torch.dtype = torch.float32
     amp: bool = False
-    device: torch.device = _CPU
+    device: torch.device = CPU
     compiled: bool = False
     optimizer: str = 'adamw'
 
@@ -116,7 +111,18 @@ def benchmark_models(
         check_choice('work', work, WORKS)
     plans = [[_plan(candidate, size, setting) for size in img_sizes] for candidate in candidates]
     check_plans(plans)
-    return _blocks(candidates, plans, works, setting, rounds, max_seconds, memory)
+
+    def blocks() -> Iterator[list[dict[str, Any]]]:
+        for size, of_size in zip(img_sizes, zip(*plans, strict=True), strict=True):
+            for work in works:
+                makes = [partial(model_call, candidate, size, setting, work) for candidate in candidates]
+                rows = measure_block(of_size, work, makes, setting, (rounds, max_seconds, memory))
+                for row in rows:
+                    time = row['milliseconds']
+                    row['images_per_second'] = 1e3 * setting.batch_size / time if time else None
+                yield rows
+
+    return blocks()
 
 
 def _plan(candidate: ModelCandidate, img_size: int, setting: ModelSetting) -> dict[str, Any]:
@@ -130,27 +136,8 @@ def _plan(candidate: ModelCandidate, img_size: int, setting: ModelSetting) -> di
     return plan | dict(parameters_m=sum(p.numel() for p in model.parameters()) / 1e6, gmacs=macs / 1e9)
 
 
-def _blocks(
-    candidates: Sequence[ModelCandidate],
-    plans: Sequence[Sequence[dict[str, Any]]],
-    works: Sequence[str],
-    setting: ModelSetting,
-    *options,
-) -> Iterator[list[dict[str, Any]]]:
-    for of_size in zip(*plans, strict=True):
-        size = of_size[0]['img_size']
-        for work in works:
-            makes = [partial(model_call, candidate, size, setting, work) for candidate in candidates]
-            rows = measure_block(of_size, work, makes, setting, options)
-            for row in rows:
-                time = row['milliseconds']
-                row['images_per_second'] = 1e3 * setting.batch_size / time if time else None
-            yield rows
-
-
 def model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, work: str) -> Callable[[], object]:
-    factory = dict(device=setting.device, dtype=setting.weights)
-    model = candidate.build(img_size, **factory).train(work != 'inference')
+    model = candidate.build(img_size, device=setting.device, dtype=setting.weights).train(work != 'inference')
     x = setting.images(input_size(model, img_size))
     run = torch.compile(model, dynamic=False) if setting.compiled else model
     autocast = partial(torch.autocast, setting.device.type, setting.dtype, enabled=setting.amp)
@@ -160,7 +147,7 @@ def model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, 
             with torch.inference_mode(), autocast():
                 run(x)
 
-        return compiled_by_now(call, setting.device) if setting.compiled else call
+        return compiled_by_now(call, setting)
 
     labels = torch.zeros(setting.batch_size, dtype=torch.int64, device=setting.device)
     optimizer = None
@@ -182,4 +169,4 @@ def model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, 
             optimizer.step()
         model.zero_grad()
 
-    return compiled_by_now(step, setting.device) if setting.compiled else step
+    return compiled_by_now(step, setting)

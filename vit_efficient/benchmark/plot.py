@@ -24,9 +24,8 @@ def plot_times(rows: Sequence[dict[str, Any]], path: str | Path, size: str = 'to
     rows = [row for row in rows if row['milliseconds'] is not None]
     works = list(dict.fromkeys(row['work'] for row in rows))
     labels = list(dict.fromkeys(row[name] for row in rows if row[name] != first))
-    styles: dict[str, dict[str, Any]] = {first: dict(color='black', marker='*', markersize=9, linewidth=2)}
-    for i, label in enumerate(labels):
-        styles[label] = line_style(i)
+    styles = {first: dict(color='black', marker='*', markersize=9, linewidth=2)}
+    styles |= {label: line_style(i) for i, label in enumerate(labels)}
     figure = Figure(figsize=(11, 5), dpi=150, layout='constrained')
     panels = figure.subplots(1, max(1, len(works)), sharey=True, squeeze=False)[0]
     handles = {}
@@ -35,15 +34,12 @@ def plot_times(rows: Sequence[dict[str, Any]], path: str | Path, size: str = 'to
             points = sorted((r[size], r['milliseconds']) for r in rows if (r['work'], r[name]) == (work, label))
             if points:
                 handles[label] = axes.plot(*zip(*points, strict=True), label=label, **style)[0]
-        axes.set_xscale('log')
-        axes.set_yscale('log')
+        axes.set(xscale='log', yscale='log', title=work, xlabel={'tokens': 'N', 'img_size': 'px'}[size])
         axes.set_xticks(sorted({row[size] for row in rows}))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
         axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # none over more than a decade
-        axes.set_title(work)
-        axes.set_xlabel({'tokens': 'N', 'img_size': 'px'}[size])
         axes.grid(which='both', alpha=0.25)
         axes.spines[['top', 'right']].set_visible(False)
     panels[0].set_ylabel('ms')

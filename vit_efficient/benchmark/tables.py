@@ -13,8 +13,6 @@ from vit_efficient.benchmark.layers import PASSES
 from vit_efficient.benchmark.plot import plot_times
 from vit_efficient.benchmark.timing import check_request, slope
 from vit_efficient.report.table import Column, Table
-from vit_efficient.utils.environment import describe_environment, one_line
-from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -28,8 +26,10 @@ _TIMES = [
     Column('spread_percent', 'spread %', 1),
     Column('rounds'),
 ]
+_GMACS = Column('gmacs', 'GMACs', 2)
 _PEAK = Column('peak_mib', 'peak MiB', 1)
 _RATE = Column('peak_share', 'of matmul rate', 2)
+_ERROR = Column('error')
 _ABOUT_RATE = (
     'Of matmul rate: multiply-accumulates per second, a backward pass counted as two forward passes, as a fraction of '
     'those of a large matrix product. '
@@ -54,15 +54,11 @@ class Report:
     head: str
 
     def follow(self, blocks: Iterable[Rows], format: str, setup: str, out: Path | None = None) -> str:
-        """The table of all blocks; what is measured is logged, and written, as it comes: the rest may fail.
+        """The table of all blocks that a benchmark yields; each is logged, and written, as it comes: the rest may fail.
 
-        Args:
-            blocks: As a benchmark yields them.
-            format, setup: As `render` takes them.
-            out: A file for the table; the rows as CSV and a plot go beside it.
+        Beside `out`, the file of the table, go the rows as CSV and a plot.
         """
-        rows: list[dict[str, Any]] = []
-        text = ''
+        rows, text = [], ''
         for block in blocks:
             rows += block
             logger.info('%s, %s%s: done', self.head.format(block[0][self.size]), block[0]['work'], series(block[0]))
@@ -80,15 +76,9 @@ def sweep(
     max_seconds: float,
     blocks_of: Callable[[int, torch.dtype], Iterable[Rows]],
 ) -> Iterator[list[dict[str, Any]]]:
-    """The blocks of rows for each batch size and dtype. Of what has several values, rows say theirs.
+    """The blocks of rows for each batch size and dtype; rows say theirs where there are several.
 
-    Args:
-        batch_sizes, dtypes: What is swept.
-        max_seconds: As benchmarks take it.
-        blocks_of: Makes the blocks of one batch size and dtype; it finds mistakes before the first block is asked for.
-
-    Raises:
-        UserError: If a value is given twice, or `blocks_of` raises it; before anything is timed.
+    Mistakes are found before anything is timed: `blocks_of`, which makes those of one, does so too.
     """
     check_request((), max_seconds, [batch_sizes, dtypes])
     parts = []
@@ -97,18 +87,6 @@ def sweep(
         said |= dict(dtype=dtype) if len(dtypes) > 1 else {}
         parts.append((said, blocks_of(batch_size, getattr(torch, dtype))))
     return ([said | row for row in block] for said, blocks in parts for block in blocks)
-
-
-def measured_on(device: torch.device) -> str:
-    """The device, threads and versions, as a line below a table."""
-    threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
-    return f'{device}{threads}. {one_line(describe_environment(device))}.\n'
-
-
-def check_out(out: Path | None, format: str) -> None:
-    """Raises a UserError if a file would lie where what goes beside it does."""
-    if out and (out.suffix == '.png' or (out.suffix == '.csv' and format != 'csv')):
-        raise UserError(f'--out {out}: the {out.suffix} goes beside the table; name that, for example .md')
 
 
 def series(row: dict[str, Any]) -> str:
@@ -124,20 +102,9 @@ def by_series(rows: Rows, name: str) -> list[dict[str, Any]]:
 
 def render_models(rows: Rows, format: str, setup: str = '') -> str:
     """The table of models (see `Report.render`), from the rows of `benchmark_models`."""
-    columns = [
-        *_SWEPT,
-        Column('img_size', 'px'),
-        Column('work'),
-        Column('model'),
-        Column('parameters_m', 'parameters (M)', 1),
-        Column('gmacs', 'GMACs', 2),
-        *_TIMES,
-        Column('images_per_second', 'images/s', 2),
-        Column('ratio', '× first', 2),
-        _PEAK,
-        _RATE,
-        Column('error'),
-    ]
+    columns = [*_SWEPT, Column('img_size', 'px'), Column('work'), Column('model')]
+    columns += [Column('parameters_m', 'parameters (M)', 1), _GMACS, *_TIMES]
+    columns += [Column('images_per_second', 'images/s', 2), Column('ratio', '× first', 2), _PEAK, _RATE, _ERROR]
     table = _with_content(columns, rows, format)
     if format != 'markdown':
         return table
@@ -160,25 +127,13 @@ def render_layers(rows: Rows, format: str, setup: str = '') -> str:
         if row['milliseconds'] is not None:
             line[row['tokens']] = row['milliseconds']
     slopes = {key: slope(list(line.items())) for key, line in lines.items()}
-    columns = [
-        *_SWEPT,
-        Column('tokens', 'N'),
-        Column('work'),
-        Column('attention'),
-        Column('attended'),
-        Column('gmacs', 'GMACs', 2),
-        *_TIMES,
-        Column('ratio', '× exact', 2),
-        Column('to_part', 'to its products', 2),
-        _RATE,
-        _PEAK,
-        Column('error'),
-    ]
+    columns = [*_SWEPT, Column('tokens', 'N'), Column('work'), Column('attention'), Column('attended'), _GMACS, *_TIMES]
+    columns += [Column('ratio', '× exact', 2), Column('to_part', 'to its products', 2), _RATE, _PEAK]
     if format != 'markdown':
         columns = [c for c in columns if c not in _SWEPT or any(c.key in row for row in rows)]
         rows = [row | dict(slope=slopes[of['attention'], of['work']]) for row, of in zip(rows, named, strict=True)]
-        return Table([*columns[:-1], Column('slope'), columns[-1]], rows).render(format)
-    parts = [_with_content(columns, rows)]
+        return Table([*columns, Column('slope'), _ERROR], rows).render(format)
+    parts = [_with_content([*columns, _ERROR], rows)]
     notes = (
         'Least and median of rounds in which the layers take turns; spread: from least to most, of the median; '
         '× exact: ratio of the least times. '
