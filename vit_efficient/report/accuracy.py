@@ -14,14 +14,12 @@ from vit_efficient.benchmark import take_turns
 from vit_efficient.data import create_dataset
 from vit_efficient.flops import count_flops
 from vit_efficient.models import kept_tokens
-from vit_efficient.report.columns import ACCURACIES, COSTS, accuracy_columns, mean_and_spread
+from vit_efficient.report import parts
 from vit_efficient.report.comparison import compare_with_first
 from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.report.plot import Panel, Point, plot_accuracy
 from vit_efficient.report.runs import Entry, check_runs, open_runs, train_missing
-from vit_efficient.report.stages import stage_table, truncation_table
 from vit_efficient.report.table import Column, Table
-from vit_efficient.report.text import environments, explanation
 from vit_efficient.train import load_model
 from vit_efficient.train.recipe import default_output
 from vit_efficient.utils.device import choose_device
@@ -74,7 +72,7 @@ def accuracy_table(
     for entry, name in zip(entries, names, strict=True):
         entry.label = name if names.count(name) == 1 else f'{name} ({entry.recipe.stem})'
     results = [result for entry in entries for result in entry.results]
-    accuracies = [name for name in ACCURACIES if all(name in result for result in results)]
+    accuracies = [name for name in parts.ACCURACIES if all(name in result for result in results)]
     config = entries[0].configs[0]
     device = choose_device(config.device)
     if config.threads:
@@ -86,15 +84,15 @@ def accuracy_table(
     ]
 
     table = Table(_columns(rows, accuracies), rows)
-    parts = [
+    sections = [
         table.render(),
-        f'{explanation(entries)} {about_speed}\n{remarks}' + ''.join(map(costs_of_images, entries)),
-        stage_table(entries, accuracies),
-        truncation_table(entries, accuracies),
+        f'{parts.explanation(entries)} {about_speed}\n{remarks}' + ''.join(map(costs_of_images, entries)),
+        parts.stage_table(entries, accuracies),
+        parts.truncation_table(entries, accuracies),
         compare_with_first(entries) if len(entries) > 1 else '',
-        environments(entries, device),
+        parts.environments(entries, device),
     ]
-    text = '\n'.join(part for part in parts if part)
+    text = '\n'.join(part for part in sections if part)
     write_text(out / 'results.md', text)
     write_text(out / 'results.csv', table.render('csv'))
     plot_accuracy(_panels(entries, rows, accuracies), out / 'results.png')
@@ -113,7 +111,7 @@ def measure(entry: Entry, accuracies: Sequence[str]) -> dict[str, Any]:
         'gmacs': statistics.fmean(count.total for count in counts) / 1e9,
         'attention_gmacs': statistics.fmean(count.attention for count in counts) / 1e9,
         'kept_tokens': _attended(entry),
-        **mean_and_spread(entry.results, accuracies),
+        **parts.mean_and_spread(entry.results, accuracies),
         'seeds': ' '.join(str(config.seed) for config in entry.configs),
     }
 
@@ -168,23 +166,17 @@ def costs_of_images(entry: Entry) -> str:
 
 
 def _columns(rows: Sequence[dict[str, Any]], accuracies: Sequence[str]) -> list[Column]:
-    return [
-        Column('model'),
-        Column('parameters_m', 'parameters (M)', 2),
-        *COSTS,
-        Column('kept_tokens', 'kept tokens'),
-        Column('images_per_second', 'img/s', 0),
-        Column('speed_ratio', '× first', 2),
-        *accuracy_columns(accuracies),
-        Column('seeds', 'seed' if all(' ' not in row['seeds'] for row in rows) else 'seeds'),
-    ]
+    seeds = 'seeds' if any(' ' in row['seeds'] for row in rows) else 'seed'
+    costs = [Column('parameters_m', 'parameters (M)', 2), *parts.COSTS, Column('kept_tokens', 'kept tokens')]
+    speeds = [Column('images_per_second', 'img/s', 0), Column('speed_ratio', '× first', 2)]
+    return [Column('model'), *costs, *speeds, *parts.accuracy_columns(accuracies), Column('seeds', seeds)]
 
 
 def _panels(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], accuracies: Sequence[str]) -> list[list[Panel]]:
     """Accuracies against GMACs (for tasks of patches, those of attention) and against speed."""
-    costs = {'gmacs': 'GMACs per image', 'images_per_second': 'images per second'}
-    if 'miou' in accuracies:
-        costs = {'attention_gmacs': 'GMACs in attention per image', 'images_per_second': 'images per second'}
+    of_patches = 'miou' in accuracies
+    costs = {'attention_gmacs': 'GMACs in attention per image'} if of_patches else {'gmacs': 'GMACs per image'}
+    costs['images_per_second'] = 'images per second'
     series = [entry.recipe.stem.partition('-')[0] for entry in entries]
     labels = series if len(set(series)) < len(series) else [entry.label for entry in entries]
     shown = [name for name in accuracies if name != 'miou' or 'foreground_miou' not in accuracies]
@@ -192,4 +184,4 @@ def _panels(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], accuracies
     def points(cost: str, name: str) -> list[Point]:
         return [Point(label, row[cost], row[name], row[f'{name}_std']) for label, row in zip(labels, rows, strict=True)]
 
-    return [[Panel(points(cost, name), x, ACCURACIES[name][1]) for cost, x in costs.items()] for name in shown]
+    return [[Panel(points(cost, name), x, parts.ACCURACIES[name][1]) for cost, x in costs.items()] for name in shown]
