@@ -39,10 +39,6 @@ class Entry:
     label: str = ''
 
     @property
-    def task(self) -> str:
-        return self.configs[0].task
-
-    @property
     def runs(self) -> list[RunFolder]:
         return [RunFolder(config.output) for config in self.configs]
 
@@ -62,13 +58,9 @@ class Entry:
 
 
 def open_runs(
-    recipes: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int] | None, folder: Path
+    recipes: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int] | None, runs: Path
 ) -> list[Entry]:
-    """The runs of a table, none of which need be there yet; see `accuracy_table`.
-
-    Raises:
-        UserError: For a recipe or an override that is not valid, and for recipes that cannot be in one table.
-    """
+    """The runs of a table, none of which need be there yet, with a UserError where one table cannot have them."""
     for key in ('seed', 'output', 'resume'):
         if any(override.startswith(f'{key}=') for override in overrides):
             raise UserError(f'{key}= is set by the table; see --seeds and --runs')
@@ -76,17 +68,16 @@ def open_runs(
     for recipe in recipes:
         configs = []
         for seed in dict.fromkeys(seeds) if seeds else [load_recipe(recipe, overrides).seed]:
-            own = [f'seed={seed}', f'output={folder_of_run(recipe, seed, folder)}', 'resume=auto']
+            own = [f'seed={seed}', f'output={folder_of_run(recipe, seed, runs)}', 'resume=auto']
             configs.append(load_recipe(recipe, [*overrides, *own]))
         entries.append(Entry(recipe, configs))
     stems = [recipe.stem for recipe in recipes]
     for entry, stem in zip(entries, stems, strict=True):
         if stems.count(stem) > 1:
             raise UserError(f'two recipes are called {stem}.yaml and would write to the same folders; rename one')
-        if entry.task != entries[0].task:
-            raise UserError(
-                f'{entry.recipe} has task={entry.task}, {recipes[0]} has task={entries[0].task}: a table is of one task'
-            )
+        task, first = entry.configs[0].task, entries[0].configs[0].task
+        if task != first:
+            raise UserError(f'{entry.recipe} has task={task}, {recipes[0]} has task={first}: a table is of one task')
     return entries
 
 
@@ -97,10 +88,7 @@ def folder_of_run(recipe: Path, seed: int, folder: Path) -> Path:
 
 
 def check_runs(entries: Sequence[Entry]) -> str:
-    """Whether the runs that are finished are those that are asked for.
-
-    Returns:
-        What the reader of the table has to know of them: a line for each run whose images are elsewhere now.
+    """A line for each finished run whose images are elsewhere now.
 
     Raises:
         UserError: If a run's folder holds the finished run of another recipe, or the runs of a recipe, whose mean the
@@ -113,11 +101,7 @@ def check_runs(entries: Sequence[Entry]) -> str:
 
 
 def train_missing(entries: Sequence[Entry]) -> None:
-    """Trains the runs that are not finished, one after the other in this process.
-
-    Raises:
-        Interrupted: As `train` does.
-    """
+    """Trains the runs that are not finished, one after the other in this process."""
     for config in (config for entry in entries for config in entry.configs):
         if not RunFolder(config.output).is_finished:
             logger.info('training %s, seed %d: %s', config.recipe, config.seed, config.output)
@@ -162,16 +146,15 @@ def _other_run(config: Config, saved: dict[str, Any], keys: Sequence[str], why: 
 
 def _has_images_of(config: Config, key: str) -> bool:
     """Whether the folder that a recipe now names has the images of its finished run, by their names or number."""
-    run, of_training = RunFolder(config.output), key == 'data.train'
-    args = config.data.args if of_training else {**config.data.args, **config.data.val_args}
+    run, data, of_training = RunFolder(config.output), config.data, key == 'data.train'
+    folder, args = (data.train, data.args) if of_training else (data.val, {**data.args, **data.val_args})
     try:
-        dataset = create_dataset(config.data.train if of_training else config.data.val, key=key, args=args)
+        dataset = create_dataset(folder, key=key, args=args)
     except UserError:
         return False
-    result = run.result
     if of_training:
-        return len(dataset) == result['train_images']
-    if len(dataset) != result['val_images'] + result.get('val_skipped', 0) or not hasattr(dataset, 'filename'):
+        return len(dataset) == run.result['train_images']
+    if len(dataset) != run.result['val_images'] + run.result.get('val_skipped', 0) or not hasattr(dataset, 'filename'):
         return False
     return all(dataset.filename(int(row['index'])) == row['file'] for row in run.predictions())
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
 
 FORMATS = ('markdown', 'csv', 'json')
@@ -66,13 +67,8 @@ class Table:
         self.rows = [{key: None if _is_nothing(row.get(key)) else row[key] for key in keys} for row in rows]
 
     def render(self, format: str = 'markdown') -> str:
-        """The table as text that ends with a newline.
-
-        Raises:
-            UserError: If the format is not one of `FORMATS`.
-        """
-        if format not in FORMATS:
-            raise UserError(f'format must be one of {", ".join(FORMATS)}, got {format=}')
+        """The table as text that ends with a newline, in one of `FORMATS`."""
+        check_choice('format', format, FORMATS)
         return getattr(self, f'_{format}')()
 
     def _markdown(self) -> str:
