@@ -41,22 +41,15 @@ EXACT = Candidate('exact (timm)')
 
 @dataclass(frozen=True)
 class LayerSetting:
-    """What layers that are compared have in common.
-
-    Attributes:
-        dim, num_heads: The size of the layers.
-        batch_size, dtype, device: Those of their input and weights.
-        compiled: Time `torch.compile`d layers. Compiling is not timed.
-        prefix: Tokens before the patches (class token, registers).
-    """
+    """What layers that are compared have in common."""
 
     dim: int = 768
     num_heads: int = 12
     batch_size: int = 1
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
-    compiled: bool = False
-    prefix: int = 0
+    compiled: bool = False  # time `torch.compile`d layers; compiling is not timed
+    prefix: int = 0  # tokens before the patches (class token, registers)
 
     def layer(self, candidate: Candidate, tokens: int, device: torch.device | str | None = None) -> nn.Module:
         """A layer that is called with (B, prefix + tokens, dim).

@@ -21,27 +21,17 @@ WORKS = ('inference', 'forward+backward', 'training step')
 
 @dataclass(frozen=True)
 class ModelCandidate:
-    """A model that is timed.
+    """A model that is timed."""
 
-    Attributes:
-        name: As timm knows it.
-        args: Its options, as of `models.create_from_spec`.
-        label: What a table calls it.
-    """
-
-    name: str
-    args: dict[str, Any] = field(default_factory=dict)
-    label: str = ''
+    name: str  # as timm knows it
+    args: dict[str, Any] = field(default_factory=dict)  # as of `models.create_from_spec`
+    label: str = ''  # what a table calls it
 
     def __str__(self) -> str:
         return self.label or self.name + ''.join(f' {key}={value}' for key, value in self.args.items())
 
     def build(self, img_size: int, **factory: Any) -> nn.Module:
-        """The model for square images of that size.
-
-        Raises:
-            UserError: As of `models.create_from_spec`.
-        """
+        """The model for square images of that size, with the errors of `models.create_from_spec`."""
         try:
             return create_from_spec(self.name, self.args, img_size, **factory)
         except UserError as error:
@@ -50,23 +40,14 @@ class ModelCandidate:
 
 @dataclass(frozen=True)
 class ModelSetting:
-    """What models that are compared have in common.
-
-    Attributes:
-        batch_size: Number of images.
-        dtype: That of weights and images or, with `amp`, of matrix products.
-        amp: Autocast to `dtype`, the weights in float32.
-        device: That of the weights and images.
-        compiled: Time `torch.compile`d models. Compiling is not timed.
-        optimizer: The one of the training step: a name that timm knows.
-    """
+    """What models that are compared have in common."""
 
     batch_size: int = 1
-    dtype: torch.dtype = torch.float32
-    amp: bool = False
+    dtype: torch.dtype = torch.float32  # of weights and images or, with `amp`, of matrix products
+    amp: bool = False  # autocast to `dtype`, the weights in float32
     device: torch.device = CPU
-    compiled: bool = False
-    optimizer: str = 'adamw'
+    compiled: bool = False  # time `torch.compile`d models; compiling is not timed
+    optimizer: str = 'adamw'  # of the training step: a name that timm knows
 
     @property
     def weights(self) -> torch.dtype:

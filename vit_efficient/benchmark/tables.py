@@ -1,4 +1,4 @@
-"""What benchmarks have measured: as tables of text, and as files with a plot beside them."""
+"""What benchmarks have measured: as tables of text, as plots, and as files."""
 
 import itertools
 import logging
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from vit_efficient.benchmark.layers import PASSES
-from vit_efficient.benchmark.plot import plot_times
 from vit_efficient.benchmark.timing import check_request, slope
+from vit_efficient.report.plot import line_style
 from vit_efficient.report.table import Column, Table
-from vit_efficient.utils.files import write_text
+from vit_efficient.utils.files import save_figure, write_text
 
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[dict[str, Any]]
+Lines = dict[tuple[str, str], dict[int, float]]  # by attention and pass: times by number of tokens
 
 _SWEPT = [Column('batch_size', 'batch'), Column('dtype')]
 _TIMES = [
@@ -38,20 +39,14 @@ _ABOUT_RATE = (
 
 @dataclass(frozen=True)
 class Report:
-    """How the rows of a benchmark are shown.
+    """How the rows of a benchmark are shown."""
 
-    Attributes:
-        render: The table, from rows, one of `report.table.FORMATS`, and what Markdown says below it: what was measured,
-            and on what.
-        size: The key of rows that tells the size.
-        name: The key that tells what was timed.
-        head: A block's size in words, a format of it.
-    """
-
-    render: Callable[[Rows, str, str], str]
-    size: str
-    name: str
-    head: str
+    render: Callable[
+        [Rows, str, str], str
+    ]  # from rows, a format, and what Markdown says below: what was measured on what
+    size: str  # the key of rows that tells the size
+    name: str  # the key that tells what was timed
+    head: str  # a block's size in words, a format of it
 
     def follow(self, blocks: Iterable[Rows], format: str, setup: str, out: Path | None = None) -> str:
         """The table of all blocks that a benchmark yields; each is logged, and written, as it comes: the rest may fail.
@@ -71,10 +66,7 @@ class Report:
 
 
 def sweep(
-    batch_sizes: Sequence[int],
-    dtypes: Sequence[str],
-    max_seconds: float,
-    blocks_of: Callable[[int, torch.dtype], Iterable[Rows]],
+    batch_sizes: Sequence[int], dtypes: Sequence[str], max_seconds: float, blocks_of: Callable[..., Iterable[Rows]]
 ) -> Iterator[list[dict[str, Any]]]:
     """The blocks of rows for each batch size and dtype; rows say theirs where there are several.
 
@@ -120,7 +112,7 @@ def render_layers(rows: Rows, format: str, setup: str = '') -> str:
 
     The slopes stand in a second table in Markdown, otherwise in a column.
     """
-    lines: dict[tuple[str, str], dict[int, float]] = {}
+    lines: Lines = {}
     named = by_series(rows, 'attention')
     for row in named:
         line = lines.setdefault((row['attention'], row['work']), {})
@@ -151,9 +143,7 @@ def render_layers(rows: Rows, format: str, setup: str = '') -> str:
     return '\n'.join([*parts, f'{notes}GMACs of the forward pass. {setup}'])
 
 
-def _slopes(
-    lines: dict[tuple[str, str], dict[int, float]], slopes: dict[tuple[str, str], float | None], tokens: Sequence[int]
-) -> str:
+def _slopes(lines: Lines, slopes: dict[tuple[str, str], float | None], tokens: Sequence[int]) -> str:
     """The table of slopes by attention and pass, and of those of all numbers of tokens that their lines lack."""
     rows = []
     for attention in dict.fromkeys(attention for attention, _ in lines):
@@ -168,6 +158,48 @@ def _with_content(columns: Sequence[Column], rows: Rows, format: str = 'markdown
     """The table without columns in which nothing stands; that a spread is not known is something."""
     columns = [c for c in columns if c.key == 'spread_percent' or any(row.get(c.key) is not None for row in rows)]
     return Table(columns, [{column.key: row.get(column.key) for column in columns} for row in rows]).render(format)
+
+
+def plot_times(rows: Sequence[dict[str, Any]], path: str | Path, size: str = 'tokens', name: str = 'attention') -> None:
+    """Saves a plot of time against size, both logarithmic, as PNG: a panel for each work, a line for each name.
+
+    Args:
+        rows: Of `benchmark_layer` or, with size 'img_size' and name 'model', of `benchmark_models`; those without times
+            are left out. The name of the first row is drawn in black.
+        path: The file.
+        size, name: Keys of the rows.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
+
+    first = rows[0][name] if rows else ''
+    rows = [row for row in rows if row['milliseconds'] is not None]
+    works = list(dict.fromkeys(row['work'] for row in rows))
+    labels = list(dict.fromkeys(row[name] for row in rows if row[name] != first))
+    styles = {first: dict(color='black', marker='*', markersize=9, linewidth=2)}
+    styles |= {label: line_style(i) for i, label in enumerate(labels)}
+    figure = Figure(figsize=(11, 5), dpi=150, layout='constrained')
+    panels = figure.subplots(1, max(1, len(works)), sharey=True, squeeze=False)[0]
+    handles = {}
+    for axes, work in zip(panels, works, strict=False):
+        for label, style in styles.items():
+            points = sorted((r[size], r['milliseconds']) for r in rows if (r['work'], r[name]) == (work, label))
+            if points:
+                handles[label] = axes.plot(*zip(*points, strict=True), label=label, **style)[0]
+        axes.set(xscale='log', yscale='log', title=work, xlabel={'tokens': 'N', 'img_size': 'px'}[size])
+        axes.set_xticks(sorted({row[size] for row in rows}))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
+        axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # none over more than a decade
+        axes.grid(which='both', alpha=0.25)
+        axes.spines[['top', 'right']].set_visible(False)
+    panels[0].set_ylabel('ms')
+    # The legend from the slowest down, as the lines end on the right.
+    ends = {row[name]: (row[size], row['milliseconds']) for row in sorted(rows, key=lambda r: r[size])}
+    order = sorted(handles, key=ends.get, reverse=True)
+    figure.legend([handles[label] for label in order], order, loc='outside right center', frameon=False)
+    save_figure(figure, path)
 
 
 LAYERS = Report(render_layers, 'tokens', 'attention', 'N = {:,}')

@@ -19,6 +19,7 @@ from vit_efficient.utils.errors import UserError
 
 CPU = torch.device('cpu')
 Make = Callable[[], Callable[[], object]]
+Row = dict[str, Any]
 
 # What is known of a call that was timed.
 _TIMES = ('milliseconds', 'median_milliseconds', 'spread_percent', 'rounds', 'ratio', 'to_part')
@@ -37,20 +38,12 @@ def take_turns(
     seconds: float = 0.1,
     max_seconds: float = math.inf,
 ) -> list[list[float]]:
-    """Times functions in turn.
+    """Times functions in turn, on a device that is waited for: (calls, rounds), seconds per call.
 
     Every function is called before the rounds: twice, to warm up and to see how long it takes. A first call of a second
-    or more is the only one; one of ten seconds or more, in which warming up is lost, is the first turn.
-
-    Args:
-        calls: What is timed.
-        device: Waited for before the clock is read.
-        rounds: Turns of each.
-        seconds: Least length of a turn; a short call is repeated.
-        max_seconds: For all of it: there are fewer rounds, but one at least, if another one would take longer.
-
-    Returns:
-        (calls, rounds), seconds per call.
+    or more is the only one; one of ten seconds or more, in which warming up is lost, is the first turn. A turn takes at
+    least `seconds`: a short call is repeated. If another round would take longer than `max_seconds` for all of it,
+    there are fewer, but one at least.
     """
 
     def turn(call: Callable[[], object], repeats: int) -> float:
@@ -100,7 +93,7 @@ def compare(
     max_seconds: float = math.inf,
     memory: bool = True,
     parts: Sequence[Make] = (),
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Times calls against the first of them, and measures their peak memory. One that fails does not stop the others.
 
     Args:
@@ -113,8 +106,7 @@ def compare(
     Returns:
         For each: milliseconds (the least), median_milliseconds, spread_percent (from the least to the most, of the
         median; of several rounds), rounds, ratio (of the first's least time to its own), to_part (of its own least
-        time to that of its part), peak_mib (what a call adds to inputs and weights), error. None where there is
-        nothing to say.
+        time to that of its part), peak_mib (what a call adds to inputs and weights), error. None: nothing to say.
     """
     trials = [_Trial(make) for make in makes]
     if memory and device.type != 'cuda':
@@ -181,7 +173,7 @@ class _Trial:
         except RuntimeError as error:  # perhaps only the child's
             self.remark = f'memory: {error}'
 
-    def row(self, first: '_Trial', part: '_Trial | None') -> dict[str, Any]:
+    def row(self, first: '_Trial', part: '_Trial | None') -> Row:
         row = dict.fromkeys(_TIMES) | dict(peak_mib=self.peak and self.peak / 2**20, error=self.error or self.remark)
         if not self.times:
             return row
@@ -230,13 +222,8 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, side: int | None = Non
 
 
 def measure_block(
-    plans: Sequence[dict[str, Any]],
-    work: str,
-    makes: Sequence[Make],
-    setting: Any,
-    options: Sequence[Any],
-    parts: Sequence[Make] = (),
-) -> list[dict[str, Any]]:
+    plans: Sequence[Row], work: str, makes: Sequence[Make], setting: Any, options: Sequence, parts: Sequence[Make] = ()
+) -> list[Row]:
     """The rows of what is compared at one size and work: what is known of each, and what is measured.
 
     Of what has an error already, nothing is measured. `options` are rounds, max_seconds and memory of `compare`.
@@ -267,7 +254,7 @@ def check_request(numbers: Iterable[tuple[str, Any]], max_seconds: float, distin
                 raise UserError(f'{value} is given twice')
 
 
-def check_plans(plans: Iterable[Sequence[dict[str, Any]]]) -> None:
+def check_plans(plans: Iterable[Sequence[Row]]) -> None:
     """Raises a UserError for the first candidate that can be had at no size."""
     for of_candidate in plans:
         if all(plan['error'] for plan in of_candidate):

@@ -105,32 +105,27 @@ def measure(entry: Entry, accuracies: Sequence[str]) -> dict[str, Any]:
     # What is learned of a truncation is another one for each seed.
     others = [load_model(run.path) for run in entry.runs[1:]] if entry.learns_truncation else []
     counts = [count_flops(model, entry.saved.input_shape) for model in (entry.saved.model, *others)]
+    try:
+        tokens = kept_tokens(entry.saved.model, entry.saved.preprocessing.input_size[1:])
+        attended = tokens[0] if len(set(tokens)) == 1 else f'{min(tokens)}–{max(tokens)}'  # the range over the layers
+    except UserError:  # not a model of this package
+        attended = None
     return {
         'model': entry.label,
         'parameters_m': statistics.fmean(result['parameters'] for result in entry.results) / 1e6,
         'gmacs': statistics.fmean(count.total for count in counts) / 1e9,
         'attention_gmacs': statistics.fmean(count.attention for count in counts) / 1e9,
-        'kept_tokens': _attended(entry),
+        'kept_tokens': attended,
         **parts.mean_and_spread(entry.results, accuracies),
         'seeds': ' '.join(str(config.seed) for config in entry.configs),
     }
 
 
-def _attended(entry: Entry) -> int | str | None:
-    """The number of tokens that a query attends to, or its range over the layers; None where it is not known."""
-    try:
-        tokens = kept_tokens(entry.saved.model, entry.saved.preprocessing.input_size[1:])
-    except UserError:  # not a model of this package
-        return None
-    return tokens[0] if len(set(tokens)) == 1 else f'{min(tokens)}–{max(tokens)}'
-
-
 def measure_speeds(models: Sequence[SavedModel], device: torch.device) -> tuple[list[float], str]:
     """Speeds of the forward pass on random images, per second, and a sentence on how they were measured."""
     batch_size = max(1, min(BATCH_SIZE, BATCH_PATCHES // max(map(_patches, models))))
-    calls = [
-        partial(saved.model.to(device), torch.randn(batch_size, *saved.input_shape, device=device)) for saved in models
-    ]
+    images = [torch.randn(batch_size, *saved.input_shape, device=device) for saved in models]
+    calls = [partial(saved.model.to(device), batch) for saved, batch in zip(models, images, strict=True)]
     with torch.inference_mode():
         speeds = [batch_size / statistics.median(times) for times in take_turns(calls, device, ROUNDS)]
     for saved in models:

@@ -35,16 +35,12 @@ def compare_with_first(entries: Sequence[Entry]) -> str:
                 of_patches.append({'model': other.label, **_compare_patches(pairs)})
     parts = []
     if of_images:
-        parts.append(
-            _table(f'against {first.label}', of_images)
-            + '\nPaired by image and seed. p: exact McNemar test, pairs of all seeds pooled. Interval: bootstrap over '
-            'images, each with all its seeds.\n'
-        )
+        about = 'Paired by image and seed. p: exact McNemar test, pairs of all seeds pooled. Interval: bootstrap over '
+        about += 'images, each with all its seeds.'
+        parts.append(f'{_table(f"against {first.label}", of_images)}\n{about}\n')
     if of_patches:
-        parts.append(
-            _table(f'patches, against {first.label}', of_patches)
-            + '\nShare of patches that are right, paired by image and seed. Interval: bootstrap over images.\n'
-        )
+        about = 'Share of patches that are right, paired by image and seed. Interval: bootstrap over images.'
+        parts.append(f'{_table(f"patches, against {first.label}", of_patches)}\n{about}\n')
     return '\n'.join(parts) + ''.join(remarks)
 
 
