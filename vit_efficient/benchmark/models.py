@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from vit_efficient.benchmark.timing import CPU, check_plans, check_request, compiled_by_now, measure_block
@@ -48,13 +48,6 @@ class ModelSetting:
     device: torch.device = CPU
     compiled: bool = False  # time `torch.compile`d models; compiling is not timed
     optimizer: str = 'adamw'  # of the training step: a name that timm knows
-
-    @property
-    def weights(self) -> torch.dtype:
-        return torch.float32 if self.amp else self.dtype
-
-    def images(self, size: tuple[int, ...]) -> Tensor:
-        return torch.randn(self.batch_size, *size, dtype=self.weights, device=self.device)
 
 
 def benchmark_models(
@@ -118,8 +111,9 @@ def _plan(candidate: ModelCandidate, img_size: int, setting: ModelSetting) -> di
 
 
 def model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, work: str) -> Callable[[], object]:
-    model = candidate.build(img_size, device=setting.device, dtype=setting.weights).train(work != 'inference')
-    x = setting.images(input_size(model, img_size))
+    factory = dict(device=setting.device, dtype=torch.float32 if setting.amp else setting.dtype)
+    model = candidate.build(img_size, **factory).train(work != 'inference')
+    x = torch.randn(setting.batch_size, *input_size(model, img_size), **factory)
     run = torch.compile(model, dynamic=False) if setting.compiled else model
     autocast = partial(torch.autocast, setting.device.type, setting.dtype, enabled=setting.amp)
     if work == 'inference':

@@ -21,12 +21,8 @@ Rows = Sequence[dict[str, Any]]
 Lines = dict[tuple[str, str], dict[int, float]]  # by attention and pass: times by number of tokens
 
 _SWEPT = [Column('batch_size', 'batch'), Column('dtype')]
-_TIMES = [
-    Column('milliseconds', 'ms', 1),
-    Column('median_milliseconds', 'median ms', 1),
-    Column('spread_percent', 'spread %', 1),
-    Column('rounds'),
-]
+_TIMES = [Column('milliseconds', 'ms', 1), Column('median_milliseconds', 'median ms', 1)]
+_TIMES += [Column('spread_percent', 'spread %', 1), Column('rounds')]
 _GMACS = Column('gmacs', 'GMACs', 2)
 _PEAK = Column('peak_mib', 'peak MiB', 1)
 _RATE = Column('peak_share', 'of matmul rate', 2)
@@ -41,9 +37,7 @@ _ABOUT_RATE = (
 class Report:
     """How the rows of a benchmark are shown."""
 
-    render: Callable[
-        [Rows, str, str], str
-    ]  # from rows, a format, and what Markdown says below: what was measured on what
+    render: Callable[[Rows, str, str], str]  # from rows, a format, and what Markdown says below of the measurement
     size: str  # the key of rows that tells the size
     name: str  # the key that tells what was timed
     head: str  # a block's size in words, a format of it

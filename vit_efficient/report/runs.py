@@ -1,7 +1,6 @@
 """The runs of a table: recipes × seeds as folders, what of them may be used again, and training what is missing."""
 
 import json
-import logging
 import math
 import shlex
 from collections.abc import Sequence
@@ -12,13 +11,11 @@ from typing import Any
 
 from vit_efficient.data import create_dataset
 from vit_efficient.report.evaluation import SavedModel
-from vit_efficient.train import Config, load_recipe, train
+from vit_efficient.train import Config, load_recipe
 from vit_efficient.train.config import identity
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.keys import flatten
-
-logger = logging.getLogger(__name__)
 
 # Their product and the number of processes are the images of an update.
 UPDATE_KEYS = ('data.batch_size', 'grad_accum')
@@ -26,17 +23,11 @@ UPDATE_KEYS = ('data.batch_size', 'grad_accum')
 
 @dataclass
 class Entry:
-    """A recipe and its runs, one for each seed.
-
-    Args:
-        recipe: Its file.
-        configs: For each run: the recipe as it is asked for now, with the seed, and the run's folder as its output.
-        label: The model's name in the table.
-    """
+    """A recipe and its runs, one for each seed."""
 
     recipe: Path
-    configs: list[Config]
-    label: str = ''
+    configs: list[Config]  # for each run: the recipe as it is asked for now, with the seed, and its folder as output
+    label: str = ''  # the model's name in the table
 
     @property
     def runs(self) -> list[RunFolder]:
@@ -57,9 +48,7 @@ class Entry:
         return 'truncation' in self.results[0]
 
 
-def open_runs(
-    recipes: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int] | None, runs: Path
-) -> list[Entry]:
+def open_runs(recipes: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int], runs: Path) -> list[Entry]:
     """The runs of a table, none of which need be there yet, with a UserError where one table cannot have them."""
     for key in ('seed', 'output', 'resume'):
         if any(override.startswith(f'{key}=') for override in overrides):
@@ -98,14 +87,6 @@ def check_runs(entries: Sequence[Entry]) -> str:
     for entry in entries:
         _check_same_updates(entry)
     return remarks
-
-
-def train_missing(entries: Sequence[Entry]) -> None:
-    """Trains the runs that are not finished, one after the other in this process."""
-    for config in (config for entry in entries for config in entry.configs):
-        if not RunFolder(config.output).is_finished:
-            logger.info('training %s, seed %d: %s', config.recipe, config.seed, config.output)
-            train(config)
 
 
 def _check_reusable(config: Config) -> str:
@@ -174,7 +155,7 @@ def _check_same_updates(entry: Entry) -> None:
 
 
 def _images_per_process(values: dict[str, Any]) -> int:
-    """The images of an update that one process takes, by a recipe's keys; `train_missing` trains in one."""
+    """The images of an update that one process takes, by a recipe's keys; the table trains in one."""
     return math.prod(values[key] for key in UPDATE_KEYS)
 
 
