@@ -130,10 +130,10 @@ def test_layer_counts_what_count_flops_counts(capsys):
 
 
 def test_memory(capsys, monkeypatch):
-    monkeypatch.setattr(timing, 'peak_in_child', lambda make: 3 * 2**19)
+    monkeypatch.setattr(timing, 'peak_in_child', lambda make: 98_765 * 2**20)
     assert main(['benchmark', 'layer', *SMALL, '--tokens', '36', '--attentions', 'dct']) == 0
     text = capsys.readouterr().out
-    assert text.count(' 1.5 |') == 4 and 'peak MiB' in text and 'Peak: ' in text
+    assert text.count(' 98,765.0 |') == 4 and 'peak MiB' in text and 'Peak: ' in text
 
 
 def test_markdown_says_on_what_it_was_measured(capsys, monkeypatch):

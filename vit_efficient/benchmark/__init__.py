@@ -2,8 +2,8 @@
 
 from vit_efficient.benchmark.layers import EXACT, PASSES, Candidate, LayerSetting, benchmark_layer, squarest_grid
 from vit_efficient.benchmark.models import WORKS, ModelCandidate, ModelSetting, benchmark_models
-from vit_efficient.benchmark.plot import plot_times
 from vit_efficient.benchmark.products import products_of
+from vit_efficient.benchmark.tables import plot_times
 from vit_efficient.benchmark.timing import Shared, compare, matmul_rate, slope, take_turns
 
 __all__ = [

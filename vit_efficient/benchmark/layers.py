@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,13 +15,7 @@ from torch.nn import functional as F
 from vit_efficient.attention import GridAttention, create_attention, layer_options
 from vit_efficient.benchmark.peers import PEERS, create_peer
 from vit_efficient.benchmark.products import products_of
-from vit_efficient.benchmark.timing import (
-    Shared,
-    check_plans,
-    check_request,
-    compiled_by_now,
-    measure_block,
-)
+from vit_efficient.benchmark.timing import CPU, Shared, check_plans, check_request, compiled_by_now, measure_block
 from vit_efficient.flops import count_flops
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.errors import UserError
@@ -37,36 +31,25 @@ class Candidate:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        options = ', '.join(
-            f'{key}={value:.4g}' if isinstance(value, float) else f'{key}={value}'
-            for key, value in self.options.items()
-        )
-        return f'{self.name} ({options})' if options else self.name
+        shown = {key: f'{value:.4g}' if isinstance(value, float) else value for key, value in self.options.items()}
+        return f'{self.name} ({", ".join(f"{key}={value}" for key, value in shown.items())})' if shown else self.name
 
 
-_CPU = torch.device('cpu')
 #: timm's own layer, against which the others are timed.
 EXACT = Candidate('exact (timm)')
 
 
 @dataclass(frozen=True)
 class LayerSetting:
-    """What layers that are compared have in common.
-
-    Attributes:
-        dim, num_heads: The size of the layers.
-        batch_size, dtype, device: Those of their input and weights.
-        compiled: Time `torch.compile`d layers. Compiling is not timed.
-        prefix: Tokens before the patches (class token, registers).
-    """
+    """What layers that are compared have in common."""
 
     dim: int = 768
     num_heads: int = 12
     batch_size: int = 1
     dtype: torch.dtype = torch.float32
-    device: torch.device = _CPU
-    compiled: bool = False
-    prefix: int = 0
+    device: torch.device = CPU
+    compiled: bool = False  # time `torch.compile`d layers; compiling is not timed
+    prefix: int = 0  # tokens before the patches (class token, registers)
 
     def layer(self, candidate: Candidate, tokens: int, device: torch.device | str | None = None) -> nn.Module:
         """A layer that is called with (B, prefix + tokens, dim).
@@ -75,16 +58,16 @@ class LayerSetting:
             UserError: If the name or an option is unknown, an option does not fit the grid, or place='block' is asked
                 for, which is no layer's.
         """
-        kwargs = dict(qkv_bias=True, device=device or self.device, dtype=self.dtype)
+        factory = dict(device=device or self.device, dtype=self.dtype)
         grid = squarest_grid(tokens, self.prefix)
         if candidate == EXACT:
-            return LayerOnGrid(Attention(self.dim, self.num_heads, **kwargs), grid)
+            return LayerOnGrid(Attention(self.dim, self.num_heads, qkv_bias=True, **factory), grid)
         if candidate.name in PEERS:
             peer = create_peer(candidate.name, self.dim, self.num_heads, grid.num_tokens, candidate.options)
-            return LayerOnGrid(peer.to(device=device or self.device, dtype=self.dtype), grid)
+            return LayerOnGrid(peer.to(**factory), grid)
         size = (grid.height, grid.width)
         options = layer_options(candidate.name, candidate.options, layer=0, depth=1, grid_size=size)
-        attention = create_attention(candidate.name, self.dim, self.num_heads, **kwargs, **options)
+        attention = create_attention(candidate.name, self.dim, self.num_heads, qkv_bias=True, **factory, **options)
         if attention.of_block:
             raise UserError(
                 f"{candidate}: at place='block' it is the block that goes down and up, with its MLP, and no layer to "
@@ -154,43 +137,33 @@ def benchmark_layer(
         raise UserError(f'num_heads must divide dim, got dim={setting.dim}, num_heads={setting.num_heads}')
     plans = [[_plan(candidate, n, setting) for n in tokens] for candidate in candidates]
     check_plans(plans)
-    return _blocks(candidates, plans, setting, products, rounds, max_seconds, memory)
+
+    def blocks() -> Iterator[list[dict[str, Any]]]:
+        for n, of_tokens in zip(tokens, zip(*plans, strict=True), strict=True):
+            inputs = Shared(partial(setting.inputs, n))
+            for work in PASSES:
+                given = [(candidate, n, setting, work, inputs) for candidate in candidates]
+                makes = [partial(layer_call, *arguments) for arguments in given]
+                parts = [partial(_products, *arguments) for arguments in given if products]
+                yield measure_block(of_tokens, work, makes, setting, (rounds, max_seconds, memory), parts)
+
+    return blocks()
 
 
 def _plan(candidate: Candidate, tokens: int, setting: LayerSetting) -> dict[str, Any]:
     """What is known of a row before anything runs."""
     plan = dict(tokens=tokens, attention=str(candidate), attended=None, gmacs=None, error=None)
+    of_peer = candidate.name in PEERS
     try:
         layer = setting.layer(candidate, tokens, device='meta')
+        with suppress(Exception) if of_peer else nullcontext():  # not all of them run without data
+            size = setting.dim, layer.grid.height, layer.grid.width
+            plan['gmacs'] = count_flops(layer, size, setting.batch_size).total / 1e9
     except UserError as error:
         return plan | dict(error=str(error))
-    size = setting.dim, layer.grid.height, layer.grid.width
-    if candidate.name in PEERS:
-        with suppress(Exception):  # not all of them run without data
-            plan |= dict(gmacs=count_flops(layer, size, setting.batch_size).total / 1e9)
-        return plan
-    try:
-        macs = count_flops(layer, size, setting.batch_size).total
-    except UserError as error:
-        return plan | dict(error=str(error))
-    attended = layer.grid.num_tokens if candidate == EXACT else layer.attn.num_attended(layer.grid)
-    return plan | dict(attended=attended, gmacs=macs / 1e9)
-
-
-def _blocks(
-    candidates: Sequence[Candidate],
-    plans: Sequence[Sequence[dict[str, Any]]],
-    setting: LayerSetting,
-    products: bool,
-    *options,
-) -> Iterator[list[dict[str, Any]]]:
-    for of_tokens in zip(*plans, strict=True):
-        n = of_tokens[0]['tokens']
-        inputs = Shared(partial(setting.inputs, n))
-        for work in PASSES:
-            makes = [partial(layer_call, candidate, n, setting, work, inputs) for candidate in candidates]
-            parts = [partial(_products, candidate, n, setting, work, inputs) for candidate in candidates if products]
-            yield measure_block(of_tokens, work, makes, setting, options, parts)
+    if not of_peer:
+        plan['attended'] = layer.grid.num_tokens if candidate == EXACT else layer.attn.num_attended(layer.grid)
+    return plan
 
 
 def _products(candidate: Candidate, tokens: int, setting: LayerSetting, work: str, inputs: Shared):
@@ -222,4 +195,4 @@ def layer_call(
             module.zero_grad()
             x.grad = None
 
-    return compiled_by_now(call, setting.device) if setting.compiled else call
+    return compiled_by_now(call, setting)

@@ -1,8 +1,4 @@
-"""Whole models timed against each other in one run: inference, the passes of training, and a step of it.
-
-Every row also says how far its model is from the limit of the machine: multiply-accumulates per second, and their share
-of what a large matrix product reaches in the same run.
-"""
+"""Whole models timed against each other in one run: inference, the passes of training, and a step of it."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,42 +7,31 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from vit_efficient.benchmark.timing import check_plans, check_request, compiled_by_now, measure_block
+from vit_efficient.benchmark.timing import CPU, check_plans, check_request, compiled_by_now, measure_block
 from vit_efficient.flops import count_flops
 from vit_efficient.models import create_from_spec, input_size
 from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
 
 WORKS = ('inference', 'forward+backward', 'training step')
-_CPU = torch.device('cpu')
 
 
 @dataclass(frozen=True)
 class ModelCandidate:
-    """A model that is timed.
+    """A model that is timed."""
 
-    Attributes:
-        name: As timm knows it.
-        args: Its options, as of `models.create_from_spec`.
-        label: What a table calls it.
-    """
-
-    name: str
-    args: dict[str, Any] = field(default_factory=dict)
-    label: str = ''
+    name: str  # as timm knows it
+    args: dict[str, Any] = field(default_factory=dict)  # as of `models.create_from_spec`
+    label: str = ''  # what a table calls it
 
     def __str__(self) -> str:
         return self.label or self.name + ''.join(f' {key}={value}' for key, value in self.args.items())
 
     def build(self, img_size: int, **factory: Any) -> nn.Module:
-        """The model for square images of that size.
-
-        Raises:
-            UserError: As `models.create_from_spec`.
-        """
+        """The model for square images of that size, with the errors of `models.create_from_spec`."""
         try:
             return create_from_spec(self.name, self.args, img_size, **factory)
         except UserError as error:
@@ -55,30 +40,14 @@ class ModelCandidate:
 
 @dataclass(frozen=True)
 class ModelSetting:
-    """What models that are compared have in common.
-
-    Attributes:
-        batch_size: Number of images.
-        dtype: That of weights and images or, with `amp`, of matrix products.
-        amp: Autocast to `dtype`, the weights in float32.
-        device: That of the weights and images.
-        compiled: Time `torch.compile`d models. Compiling is not timed.
-        optimizer: The one of the training step: a name that timm knows.
-    """
+    """What models that are compared have in common."""
 
     batch_size: int = 1
-    dtype: torch.dtype = torch.float32
-    amp: bool = False
-    device: torch.device = _CPU
-    compiled: bool = False
-    optimizer: str = 'adamw'
-
-    @property
-    def weights(self) -> torch.dtype:
-        return torch.float32 if self.amp else self.dtype
-
-    def images(self, size: tuple[int, ...]) -> Tensor:
-        return torch.randn(self.batch_size, *size, dtype=self.weights, device=self.device)
+    dtype: torch.dtype = torch.float32  # of weights and images or, with `amp`, of matrix products
+    amp: bool = False  # autocast to `dtype`, the weights in float32
+    device: torch.device = CPU
+    compiled: bool = False  # time `torch.compile`d models; compiling is not timed
+    optimizer: str = 'adamw'  # of the training step: a name that timm knows
 
 
 def benchmark_models(
@@ -116,7 +85,18 @@ def benchmark_models(
         check_choice('work', work, WORKS)
     plans = [[_plan(candidate, size, setting) for size in img_sizes] for candidate in candidates]
     check_plans(plans)
-    return _blocks(candidates, plans, works, setting, rounds, max_seconds, memory)
+
+    def blocks() -> Iterator[list[dict[str, Any]]]:
+        for size, of_size in zip(img_sizes, zip(*plans, strict=True), strict=True):
+            for work in works:
+                makes = [partial(model_call, candidate, size, setting, work) for candidate in candidates]
+                rows = measure_block(of_size, work, makes, setting, (rounds, max_seconds, memory))
+                for row in rows:
+                    time = row['milliseconds']
+                    row['images_per_second'] = 1e3 * setting.batch_size / time if time else None
+                yield rows
+
+    return blocks()
 
 
 def _plan(candidate: ModelCandidate, img_size: int, setting: ModelSetting) -> dict[str, Any]:
@@ -130,28 +110,10 @@ def _plan(candidate: ModelCandidate, img_size: int, setting: ModelSetting) -> di
     return plan | dict(parameters_m=sum(p.numel() for p in model.parameters()) / 1e6, gmacs=macs / 1e9)
 
 
-def _blocks(
-    candidates: Sequence[ModelCandidate],
-    plans: Sequence[Sequence[dict[str, Any]]],
-    works: Sequence[str],
-    setting: ModelSetting,
-    *options,
-) -> Iterator[list[dict[str, Any]]]:
-    for of_size in zip(*plans, strict=True):
-        size = of_size[0]['img_size']
-        for work in works:
-            makes = [partial(model_call, candidate, size, setting, work) for candidate in candidates]
-            rows = measure_block(of_size, work, makes, setting, options)
-            for row in rows:
-                time = row['milliseconds']
-                row['images_per_second'] = 1e3 * setting.batch_size / time if time else None
-            yield rows
-
-
 def model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, work: str) -> Callable[[], object]:
-    factory = dict(device=setting.device, dtype=setting.weights)
+    factory = dict(device=setting.device, dtype=torch.float32 if setting.amp else setting.dtype)
     model = candidate.build(img_size, **factory).train(work != 'inference')
-    x = setting.images(input_size(model, img_size))
+    x = torch.randn(setting.batch_size, *input_size(model, img_size), **factory)
     run = torch.compile(model, dynamic=False) if setting.compiled else model
     autocast = partial(torch.autocast, setting.device.type, setting.dtype, enabled=setting.amp)
     if work == 'inference':
@@ -160,7 +122,7 @@ def model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, 
             with torch.inference_mode(), autocast():
                 run(x)
 
-        return compiled_by_now(call, setting.device) if setting.compiled else call
+        return compiled_by_now(call, setting)
 
     labels = torch.zeros(setting.batch_size, dtype=torch.int64, device=setting.device)
     optimizer = None
@@ -182,4 +144,4 @@ def model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, 
             optimizer.step()
         model.zero_grad()
 
-    return compiled_by_now(step, setting.device) if setting.compiled else step
+    return compiled_by_now(step, setting)

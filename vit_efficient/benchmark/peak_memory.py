@@ -44,19 +44,18 @@ def peak_in_child(make: Callable[[], Callable[[], object]]) -> int:
     the system cannot reset a peak (not Linux) there is one call, and the figure is what it adds to the peak before it.
 
     Args:
-        make: Makes the inputs, the weights and the call, in the child. It is pickled, so of a module that can be
-            imported.
+        make: Makes the inputs, weights and call, in the child. It is pickled, so of a module that can be imported.
 
     Raises:
         Killed: If the child was.
         RuntimeError: If the call fails, or there is no such measurement on this system. The message says why.
     """
-    environment = {**os.environ, **_MALLOC, 'PYTHONPATH': os.pathsep.join(sys.path)}
     try:
         job = pickle.dumps((torch.get_num_threads(), make))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise RuntimeError(f'cannot be made in another process: {error}') from error
     command = [sys.executable, '-m', 'vit_efficient.benchmark.peak_memory']
+    environment = {**os.environ, **_MALLOC, 'PYTHONPATH': os.pathsep.join(sys.path)}
     done = subprocess.run(command, input=job, capture_output=True, env=environment)
     if done.returncode < 0:
         cause = ', perhaps out of memory' if done.returncode == -9 else ''
@@ -91,15 +90,14 @@ def _reset_peak() -> bool:
 
 
 def peak_resident() -> int:
-    """Of the resident set of this process, in bytes."""
+    """The peak of this process's resident set, in bytes."""
     try:
         # Not `ru_maxrss`: on Linux a child's begins at that of its parent.
         return 1024 * int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])
     except (OSError, TypeError):
         import resource  # not on Windows
 
-        unit = 1 if sys.platform == 'darwin' else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return (1 if sys.platform == 'darwin' else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def one_line(error: Exception) -> str:
@@ -107,14 +105,10 @@ def one_line(error: Exception) -> str:
     return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
 
 
-def main() -> None:
+if __name__ == '__main__':
     try:
         threads, make = pickle.load(sys.stdin.buffer)
         torch.set_num_threads(threads)
         print(_measure(make))
     except Exception as error:
         sys.exit(one_line(error))
-
-
-if __name__ == '__main__':
-    main()

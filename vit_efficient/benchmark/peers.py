@@ -36,13 +36,7 @@ PEERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create_peer(name: str, dim: int, heads: int, tokens: int, options: dict[str, Any]) -> nn.Module:
-    """A layer of another package, in float32 on the CPU.
-
-    Raises:
-        UserError: If there is none of that name, its package is not installed, or it does not take an option.
-    """
-    if name not in PEERS:
-        raise UserError(f'attention must be a registered one or one of {", ".join(PEERS)}, got {name!r}')
+    """A layer of `PEERS`, in float32 on the CPU; a UserError if its package is missing, or takes no such option."""
     try:
         return PEERS[name](dim, heads, tokens, **options)
     except ImportError as error:

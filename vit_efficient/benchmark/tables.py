@@ -1,4 +1,4 @@
-"""What benchmarks have measured: as tables of text, and as files with a plot beside them."""
+"""What benchmarks have measured: as tables of text, as plots, and as files."""
 
 import itertools
 import logging
@@ -10,26 +10,23 @@ from typing import Any
 import torch
 
 from vit_efficient.benchmark.layers import PASSES
-from vit_efficient.benchmark.plot import plot_times
 from vit_efficient.benchmark.timing import check_request, slope
+from vit_efficient.report.plot import line_style
 from vit_efficient.report.table import Column, Table
-from vit_efficient.utils.environment import describe_environment, one_line
-from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.files import write_text
+from vit_efficient.utils.files import save_figure, write_text
 
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[dict[str, Any]]
+Lines = dict[tuple[str, str], dict[int, float]]  # by attention and pass: times by number of tokens
 
 _SWEPT = [Column('batch_size', 'batch'), Column('dtype')]
-_TIMES = [
-    Column('milliseconds', 'ms', 1),
-    Column('median_milliseconds', 'median ms', 1),
-    Column('spread_percent', 'spread %', 1),
-    Column('rounds'),
-]
+_TIMES = [Column('milliseconds', 'ms', 1), Column('median_milliseconds', 'median ms', 1)]
+_TIMES += [Column('spread_percent', 'spread %', 1), Column('rounds')]
+_GMACS = Column('gmacs', 'GMACs', 2)
 _PEAK = Column('peak_mib', 'peak MiB', 1)
 _RATE = Column('peak_share', 'of matmul rate', 2)
+_ERROR = Column('error')
 _ABOUT_RATE = (
     'Of matmul rate: multiply-accumulates per second, a backward pass counted as two forward passes, as a fraction of '
     'those of a large matrix product. '
@@ -38,31 +35,19 @@ _ABOUT_RATE = (
 
 @dataclass(frozen=True)
 class Report:
-    """How the rows of a benchmark are shown.
+    """How the rows of a benchmark are shown."""
 
-    Attributes:
-        render: The table, from rows, one of `report.table.FORMATS`, and what Markdown says below it: what was measured,
-            and on what.
-        size: The key of rows that tells the size.
-        name: The key that tells what was timed.
-        head: A block's size in words, a format of it.
-    """
-
-    render: Callable[[Rows, str, str], str]
-    size: str
-    name: str
-    head: str
+    render: Callable[[Rows, str, str], str]  # from rows, a format, and what Markdown says below of the measurement
+    size: str  # the key of rows that tells the size
+    name: str  # the key that tells what was timed
+    head: str  # a block's size in words, a format of it
 
     def follow(self, blocks: Iterable[Rows], format: str, setup: str, out: Path | None = None) -> str:
-        """The table of all blocks; what is measured is logged, and written, as it comes: the rest may fail.
+        """The table of all blocks that a benchmark yields; each is logged, and written, as it comes: the rest may fail.
 
-        Args:
-            blocks: As a benchmark yields them.
-            format, setup: As `render` takes them.
-            out: A file for the table; the rows as CSV and a plot go beside it.
+        Beside `out`, the file of the table, go the rows as CSV and a plot.
         """
-        rows: list[dict[str, Any]] = []
-        text = ''
+        rows, text = [], ''
         for block in blocks:
             rows += block
             logger.info('%s, %s%s: done', self.head.format(block[0][self.size]), block[0]['work'], series(block[0]))
@@ -75,20 +60,11 @@ class Report:
 
 
 def sweep(
-    batch_sizes: Sequence[int],
-    dtypes: Sequence[str],
-    max_seconds: float,
-    blocks_of: Callable[[int, torch.dtype], Iterable[Rows]],
+    batch_sizes: Sequence[int], dtypes: Sequence[str], max_seconds: float, blocks_of: Callable[..., Iterable[Rows]]
 ) -> Iterator[list[dict[str, Any]]]:
-    """The blocks of rows for each batch size and dtype. Of what has several values, rows say theirs.
+    """The blocks of rows for each batch size and dtype; rows say theirs where there are several.
 
-    Args:
-        batch_sizes, dtypes: What is swept.
-        max_seconds: As benchmarks take it.
-        blocks_of: Makes the blocks of one batch size and dtype; it finds mistakes before the first block is asked for.
-
-    Raises:
-        UserError: If a value is given twice, or `blocks_of` raises it; before anything is timed.
+    Mistakes are found before anything is timed: `blocks_of`, which makes those of one, does so too.
     """
     check_request((), max_seconds, [batch_sizes, dtypes])
     parts = []
@@ -97,18 +73,6 @@ def sweep(
         said |= dict(dtype=dtype) if len(dtypes) > 1 else {}
         parts.append((said, blocks_of(batch_size, getattr(torch, dtype))))
     return ([said | row for row in block] for said, blocks in parts for block in blocks)
-
-
-def measured_on(device: torch.device) -> str:
-    """The device, threads and versions, as a line below a table."""
-    threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
-    return f'{device}{threads}. {one_line(describe_environment(device))}.\n'
-
-
-def check_out(out: Path | None, format: str) -> None:
-    """Raises a UserError if a file would lie where what goes beside it does."""
-    if out and (out.suffix == '.png' or (out.suffix == '.csv' and format != 'csv')):
-        raise UserError(f'--out {out}: the {out.suffix} goes beside the table; name that, for example .md')
 
 
 def series(row: dict[str, Any]) -> str:
@@ -124,20 +88,9 @@ def by_series(rows: Rows, name: str) -> list[dict[str, Any]]:
 
 def render_models(rows: Rows, format: str, setup: str = '') -> str:
     """The table of models (see `Report.render`), from the rows of `benchmark_models`."""
-    columns = [
-        *_SWEPT,
-        Column('img_size', 'px'),
-        Column('work'),
-        Column('model'),
-        Column('parameters_m', 'parameters (M)', 1),
-        Column('gmacs', 'GMACs', 2),
-        *_TIMES,
-        Column('images_per_second', 'images/s', 2),
-        Column('ratio', '× first', 2),
-        _PEAK,
-        _RATE,
-        Column('error'),
-    ]
+    columns = [*_SWEPT, Column('img_size', 'px'), Column('work'), Column('model')]
+    columns += [Column('parameters_m', 'parameters (M)', 1), _GMACS, *_TIMES]
+    columns += [Column('images_per_second', 'images/s', 2), Column('ratio', '× first', 2), _PEAK, _RATE, _ERROR]
     table = _with_content(columns, rows, format)
     if format != 'markdown':
         return table
@@ -153,32 +106,20 @@ def render_layers(rows: Rows, format: str, setup: str = '') -> str:
 
     The slopes stand in a second table in Markdown, otherwise in a column.
     """
-    lines: dict[tuple[str, str], dict[int, float]] = {}
+    lines: Lines = {}
     named = by_series(rows, 'attention')
     for row in named:
         line = lines.setdefault((row['attention'], row['work']), {})
         if row['milliseconds'] is not None:
             line[row['tokens']] = row['milliseconds']
     slopes = {key: slope(list(line.items())) for key, line in lines.items()}
-    columns = [
-        *_SWEPT,
-        Column('tokens', 'N'),
-        Column('work'),
-        Column('attention'),
-        Column('attended'),
-        Column('gmacs', 'GMACs', 2),
-        *_TIMES,
-        Column('ratio', '× exact', 2),
-        Column('to_part', 'to its products', 2),
-        _RATE,
-        _PEAK,
-        Column('error'),
-    ]
+    columns = [*_SWEPT, Column('tokens', 'N'), Column('work'), Column('attention'), Column('attended'), _GMACS, *_TIMES]
+    columns += [Column('ratio', '× exact', 2), Column('to_part', 'to its products', 2), _RATE, _PEAK]
     if format != 'markdown':
         columns = [c for c in columns if c not in _SWEPT or any(c.key in row for row in rows)]
         rows = [row | dict(slope=slopes[of['attention'], of['work']]) for row, of in zip(rows, named, strict=True)]
-        return Table([*columns[:-1], Column('slope'), columns[-1]], rows).render(format)
-    parts = [_with_content(columns, rows)]
+        return Table([*columns, Column('slope'), _ERROR], rows).render(format)
+    parts = [_with_content([*columns, _ERROR], rows)]
     notes = (
         'Least and median of rounds in which the layers take turns; spread: from least to most, of the median; '
         '× exact: ratio of the least times. '
@@ -196,9 +137,7 @@ def render_layers(rows: Rows, format: str, setup: str = '') -> str:
     return '\n'.join([*parts, f'{notes}GMACs of the forward pass. {setup}'])
 
 
-def _slopes(
-    lines: dict[tuple[str, str], dict[int, float]], slopes: dict[tuple[str, str], float | None], tokens: Sequence[int]
-) -> str:
+def _slopes(lines: Lines, slopes: dict[tuple[str, str], float | None], tokens: Sequence[int]) -> str:
     """The table of slopes by attention and pass, and of those of all numbers of tokens that their lines lack."""
     rows = []
     for attention in dict.fromkeys(attention for attention, _ in lines):
@@ -213,6 +152,48 @@ def _with_content(columns: Sequence[Column], rows: Rows, format: str = 'markdown
     """The table without columns in which nothing stands; that a spread is not known is something."""
     columns = [c for c in columns if c.key == 'spread_percent' or any(row.get(c.key) is not None for row in rows)]
     return Table(columns, [{column.key: row.get(column.key) for column in columns} for row in rows]).render(format)
+
+
+def plot_times(rows: Sequence[dict[str, Any]], path: str | Path, size: str = 'tokens', name: str = 'attention') -> None:
+    """Saves a plot of time against size, both logarithmic, as PNG: a panel for each work, a line for each name.
+
+    Args:
+        rows: Of `benchmark_layer` or, with size 'img_size' and name 'model', of `benchmark_models`; those without times
+            are left out. The name of the first row is drawn in black.
+        path: The file.
+        size, name: Keys of the rows.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
+
+    first = rows[0][name] if rows else ''
+    rows = [row for row in rows if row['milliseconds'] is not None]
+    works = list(dict.fromkeys(row['work'] for row in rows))
+    labels = list(dict.fromkeys(row[name] for row in rows if row[name] != first))
+    styles = {first: dict(color='black', marker='*', markersize=9, linewidth=2)}
+    styles |= {label: line_style(i) for i, label in enumerate(labels)}
+    figure = Figure(figsize=(11, 5), dpi=150, layout='constrained')
+    panels = figure.subplots(1, max(1, len(works)), sharey=True, squeeze=False)[0]
+    handles = {}
+    for axes, work in zip(panels, works, strict=False):
+        for label, style in styles.items():
+            points = sorted((r[size], r['milliseconds']) for r in rows if (r['work'], r[name]) == (work, label))
+            if points:
+                handles[label] = axes.plot(*zip(*points, strict=True), label=label, **style)[0]
+        axes.set(xscale='log', yscale='log', title=work, xlabel={'tokens': 'N', 'img_size': 'px'}[size])
+        axes.set_xticks(sorted({row[size] for row in rows}))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
+        axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # none over more than a decade
+        axes.grid(which='both', alpha=0.25)
+        axes.spines[['top', 'right']].set_visible(False)
+    panels[0].set_ylabel('ms')
+    # The legend from the slowest down, as the lines end on the right.
+    ends = {row[name]: (row[size], row['milliseconds']) for row in sorted(rows, key=lambda r: r[size])}
+    order = sorted(handles, key=ends.get, reverse=True)
+    figure.legend([handles[label] for label in order], order, loc='outside right center', frameon=False)
+    save_figure(figure, path)
 
 
 LAYERS = Report(render_layers, 'tokens', 'attention', 'N = {:,}')

@@ -17,11 +17,12 @@ from vit_efficient.utils.checks import as_integer
 from vit_efficient.utils.compat import without_recompile_limit
 from vit_efficient.utils.errors import UserError
 
-#: What is measured of each call: by `compare`, and `peak_share`.
-MEASURED = (
-    *('milliseconds', 'median_milliseconds', 'spread_percent', 'rounds'),
-    *('ratio', 'to_part', 'peak_mib', 'peak_share', 'error'),
-)
+CPU = torch.device('cpu')
+Make = Callable[[], Callable[[], object]]
+Row = dict[str, Any]
+
+# What is known of a call that was timed.
+_TIMES = ('milliseconds', 'median_milliseconds', 'spread_percent', 'rounds', 'ratio', 'to_part')
 
 # Forward passes that a work costs: the gradients of activations and of weights take one each.
 _FORWARDS = {'forward': 1, 'inference': 1, 'forward+backward': 3, 'training step': 3}
@@ -37,20 +38,12 @@ def take_turns(
     seconds: float = 0.1,
     max_seconds: float = math.inf,
 ) -> list[list[float]]:
-    """Times functions in turn.
+    """Times functions in turn, on a device that is waited for: (calls, rounds), seconds per call.
 
     Every function is called before the rounds: twice, to warm up and to see how long it takes. A first call of a second
-    or more is the only one; one of ten seconds or more, in which warming up is lost, is the first turn.
-
-    Args:
-        calls: What is timed.
-        device: Waited for before the clock is read.
-        rounds: Turns of each.
-        seconds: Least length of a turn; a short call is repeated.
-        max_seconds: For all of it: there are fewer rounds, but one at least, if another one would take longer.
-
-    Returns:
-        (calls, rounds), seconds per call.
+    or more is the only one; one of ten seconds or more, in which warming up is lost, is the first turn. A turn takes at
+    least `seconds`: a short call is repeated. If another round would take longer than `max_seconds` for all of it,
+    there are fewer, but one at least.
     """
 
     def turn(call: Callable[[], object], repeats: int) -> float:
@@ -79,27 +72,28 @@ def take_turns(
     return timed
 
 
-def compiled_by_now(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """A call of something compiled, made once: both passes are compiled when they first run, however long that takes.
+def compiled_by_now(call: Callable[[], object], setting: Any) -> Callable[[], object]:
+    """A call, made once if what it calls is compiled: both passes are when they first run, however long that takes.
 
     What is timed, and whose memory is measured, is the calls after it.
     """
-    # All that is timed has the same code (one class, one forward), which past the limit would run as it is written.
-    with without_recompile_limit():
-        call()
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+    if setting.compiled:
+        # All that is timed has the same code (one class, one forward), which past the limit would run as it is written.
+        with without_recompile_limit():
+            call()
+        if setting.device.type == 'cuda':
+            torch.cuda.synchronize(setting.device)
     return call
 
 
 def compare(
-    makes: Sequence[Callable[[], Callable[[], object]]],
+    makes: Sequence[Make],
     device: torch.device,
     rounds: int = 5,
     max_seconds: float = math.inf,
     memory: bool = True,
-    parts: Sequence[Callable[[], Callable[[], object]]] = (),
-) -> list[dict[str, Any]]:
+    parts: Sequence[Make] = (),
+) -> list[Row]:
     """Times calls against the first of them, and measures their peak memory. One that fails does not stop the others.
 
     Args:
@@ -112,8 +106,7 @@ def compare(
     Returns:
         For each: milliseconds (the least), median_milliseconds, spread_percent (from the least to the most, of the
         median; of several rounds), rounds, ratio (of the first's least time to its own), to_part (of its own least
-        time to that of its part), peak_mib (what a call adds to inputs and weights), error. None where there is
-        nothing to say.
+        time to that of its part), peak_mib (what a call adds to inputs and weights), error. None: nothing to say.
     """
     trials = [_Trial(make) for make in makes]
     if memory and device.type != 'cuda':
@@ -129,31 +122,8 @@ def compare(
         trial.build()
     timed = take_turns([*trials, *others], device, rounds, max_seconds=max_seconds)
     for trial, times in zip([*trials, *others], timed, strict=True):
-        trial.times = times if trial.error is None else None
-    first = trials[0].least if trials else None
-    return [
-        dict(
-            milliseconds=trial.least and 1e3 * trial.least,
-            median_milliseconds=trial.times and 1e3 * statistics.median(trial.times),
-            spread_percent=_spread(trial.times),
-            rounds=trial.times and len(trial.times),
-            ratio=_ratio(first, trial.least),
-            to_part=_ratio(trial.least, part and part.least),
-            peak_mib=trial.peak and trial.peak / 2**20,
-            error=trial.error or trial.remark,
-        )
-        for trial, part in zip(trials, others or [None] * len(trials), strict=True)
-    ]
-
-
-def _spread(times: Sequence[float] | None) -> float | None:
-    if times is None or len(times) < 2:
-        return None
-    return 100 * (max(times) - min(times)) / statistics.median(times)
-
-
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return above / below if above and below else None
+        trial.times = times if trial.error is None else []
+    return [trial.row(trials[0], part) for trial, part in zip(trials, others or [None] * len(trials), strict=True)]
 
 
 class Shared:
@@ -175,17 +145,13 @@ class Shared:
 class _Trial:
     """A call that may fail: then it says why and does nothing any more, so that the others can go on."""
 
-    def __init__(self, make: Callable[[], Callable[[], object]]):
+    def __init__(self, make: Make):
         self.error: str | None = None  # why it cannot be timed
         self.remark: str | None = None  # why its memory is not known
         self.peak: int | None = None
-        self.times: list[float] | None = None
+        self.times: list[float] = []
         self._make = make
         self._call: Callable[[], object] | None = None
-
-    @property
-    def least(self) -> float | None:
-        return min(self.times) if self.times else None
 
     def build(self) -> None:
         self._call = self._attempt(self._make)
@@ -207,6 +173,20 @@ class _Trial:
         except RuntimeError as error:  # perhaps only the child's
             self.remark = f'memory: {error}'
 
+    def row(self, first: '_Trial', part: '_Trial | None') -> Row:
+        row = dict.fromkeys(_TIMES) | dict(peak_mib=self.peak and self.peak / 2**20, error=self.error or self.remark)
+        if not self.times:
+            return row
+        least, median = min(self.times), statistics.median(self.times)
+        row |= dict(milliseconds=1e3 * least, median_milliseconds=1e3 * median, rounds=len(self.times))
+        if len(self.times) > 1:
+            row['spread_percent'] = 100 * (max(self.times) - least) / median
+        if first.times:
+            row['ratio'] = min(first.times) / least
+        if part and part.times:
+            row['to_part'] = least / min(part.times)
+        return row
+
     def _attempt(self, function: Callable[..., Any], *args) -> Any:
         if self.error is None:
             try:
@@ -225,12 +205,9 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, side: int | None = None, seconds: float = 1.0) -> float:
-    """Multiply-accumulates per second of a square matrix product, the best of some.
+    """Multiply-accumulates per second of a square matrix product, the best of some within so many seconds.
 
-    Args:
-        dtype, device: Of the matrices.
-        side: Rows and columns; 2,048 on a CPU, 8,192 elsewhere.
-        seconds: For how long.
+    The side of the matrices is 2,048 on a CPU by default, 8,192 elsewhere.
     """
     side = side or (2048 if device.type == 'cpu' else 8192)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -245,42 +222,24 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, side: int | None = Non
 
 
 def measure_block(
-    plans: Sequence[dict[str, Any]],
-    work: str,
-    makes: Sequence[Callable[[], Callable[[], object]]],
-    setting: Any,
-    options: Sequence[Any],
-    parts: Sequence[Callable[[], Callable[[], object]]] = (),
-) -> list[dict[str, Any]]:
+    plans: Sequence[Row], work: str, makes: Sequence[Make], setting: Any, options: Sequence, parts: Sequence[Make] = ()
+) -> list[Row]:
     """The rows of what is compared at one size and work: what is known of each, and what is measured.
 
-    Args:
-        plans: What is known of each before anything runs; one with an error is not measured.
-        work: What the calls do.
-        makes, parts: As `compare` takes them, for each of the plans.
-        setting: Has the dtype and the device.
-        options: The rounds, max_seconds and memory of `compare`.
+    Of what has an error already, nothing is measured. `options` are rounds, max_seconds and memory of `compare`.
     """
-    rows = [{**plan, 'work': work, **dict.fromkeys(MEASURED), 'error': plan['error']} for plan in plans]
-    fit = [i for i, row in enumerate(rows) if row['error'] is None]
+    fit = [i for i, plan in enumerate(plans) if plan['error'] is None]
     # The machine may be slower before than after.
     rate = matmul_rate(setting.dtype, setting.device)
-    measurements = compare([makes[i] for i in fit], setting.device, *options, [parts[i] for i in fit if parts])
+    measured = compare([makes[i] for i in fit], setting.device, *options, [parts[i] for i in fit if parts])
     rate = max(rate, matmul_rate(setting.dtype, setting.device))
-    for i, measured in zip(fit, measurements, strict=True):
-        rows[i].update(measured)
-        rows[i]['peak_share'] = peak_share(rows[i], rate)
+    of_plan = dict(zip(fit, measured, strict=True))
+    blank = dict.fromkeys(_TIMES) | dict(work=work, peak_mib=None, peak_share=None)
+    rows = [plan | blank | of_plan.get(i, dict(error=plan['error'])) for i, plan in enumerate(plans)]
+    for row in rows:
+        if row['milliseconds'] and row['gmacs']:
+            row['peak_share'] = _FORWARDS[work] * row['gmacs'] * 1e9 / (row['milliseconds'] / 1e3) / rate
     return rows
-
-
-def peak_share(row: dict[str, Any], rate: float) -> float | None:
-    """Multiply-accumulates per second of a row that is measured, as a share of `rate`; None if one is not known."""
-    if not row['milliseconds'] or not row['gmacs']:
-        return None
-    return _FORWARDS[row['work']] * row['gmacs'] * 1e9 / (row['milliseconds'] / 1e3) / rate
-
-
-# --- what is asked for ---------------------------------------------------------------------------------------------
 
 
 def check_request(numbers: Iterable[tuple[str, Any]], max_seconds: float, distinct: Iterable[Iterable[Any]]) -> None:
@@ -295,7 +254,7 @@ def check_request(numbers: Iterable[tuple[str, Any]], max_seconds: float, distin
                 raise UserError(f'{value} is given twice')
 
 
-def check_plans(plans: Iterable[Sequence[dict[str, Any]]]) -> None:
+def check_plans(plans: Iterable[Sequence[Row]]) -> None:
     """Raises a UserError for the first candidate that can be had at no size."""
     for of_candidate in plans:
         if all(plan['error'] for plan in of_candidate):

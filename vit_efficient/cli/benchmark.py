@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from vit_efficient.cli.parsing import FORMAT, IMG_SIZES, MODELS
 from vit_efficient.utils.errors import UserError
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
@@ -29,19 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     about = 'time whole models against the first of them, in the same run'
     model = kinds.add_parser('model', help=about, description=about)
-    model.add_argument(
-        '--models',
-        nargs='+',
-        required=True,
-        metavar='NAME[:KEY=VALUE,…]',
-        help='names as in timm.create_model; options of the attention, such as keep_ratio=1/16, and arguments of '
-        'timm.create_model; the first is what the others are compared to',
-    )
-    model.add_argument('--img-sizes', nargs='+', type=int, default=[224], metavar='PX', help='of square images')
+    model.add_argument('--models', **MODELS)
+    model.add_argument('--img-sizes', **IMG_SIZES)
     model.add_argument('--labels', nargs='+', metavar='LABEL', help='what the table calls them (default: all of it)')
-    model.add_argument(
-        '--work', nargs='+', default=['inference'], help="'inference' (default), 'forward+backward', 'training step'"
-    )
+    works = "'inference' (default), 'forward+backward', 'training step'"
+    model.add_argument('--work', nargs='+', default=['inference'], help=works)
     model.add_argument('--amp', action='store_true', help='autocast to --dtype; the weights stay in float32')
     _add_common(model, 'models', 'size and work')
     model.set_defaults(make=_models)
@@ -49,43 +42,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser, what: str, block: str) -> None:
     parser.add_argument('--batch-size', nargs='+', type=int, default=[1], metavar='B', help='one or several')
-    parser.add_argument(
-        '--dtype', nargs='+', choices=DTYPES, default=['float32'], metavar='DTYPE', help=f'of {", ".join(DTYPES)}'
-    )
+    of = f'of {", ".join(DTYPES)}'
+    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['float32'], metavar='DTYPE', help=of)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, help='of PyTorch on the CPU (default: its own choice)')
     parser.add_argument('--rounds', type=int, default=5, help='turns of each; the least time counts')
-    parser.add_argument(
-        '--max-seconds',
-        type=float,
-        default=600,
-        metavar='SECONDS',
-        help=f'for the turns of all {what} at one {block}; there are fewer rounds, at least one, where they would '
-        'take longer (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--no-memory',
-        dest='memory',
-        action='store_false',
-        help=f'do not measure peak memory, which on the CPU takes a process for each of the {what}, {block}',
-    )
+    limit = f'for all {what} at one {block}; where it would take longer, fewer rounds, at least one (default: 600)'
+    parser.add_argument('--max-seconds', type=float, default=600, metavar='SECONDS', help=limit)
+    memory = f'do not measure peak memory, which on the CPU takes a process for each of the {what}, {block}'
+    parser.add_argument('--no-memory', dest='memory', action='store_false', help=memory)
     parser.add_argument('--compile', action='store_true', help=f'time compiled {what}')
-    parser.add_argument('--format', choices=('markdown', 'csv', 'json'), default='markdown')
-    parser.add_argument(
-        '--out', type=Path, metavar='FILE', help='write the table to this file, and a .csv and a plot beside it'
-    )
+    parser.add_argument('--format', **FORMAT)
+    parser.add_argument('--out', type=Path, metavar='FILE', help='of the table; a .csv and a plot go beside it')
 
 
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from vit_efficient.benchmark.tables import check_out
     from vit_efficient.utils.checks import as_integer
     from vit_efficient.utils.device import choose_device
 
     if args.threads is not None:
         torch.set_num_threads(as_integer('--threads', args.threads))
-    check_out(args.out, args.format)
+    if args.out and (args.out.suffix == '.png' or (args.out.suffix == '.csv' and args.format != 'csv')):
+        raise UserError(f'--out {args.out}: the {args.out.suffix} goes beside the table; name that, for example .md')
     args.make(args, choose_device(args.device, '--device'))
 
 
@@ -128,9 +108,14 @@ def _models(args: argparse.Namespace, device) -> None:
 
 
 def _report(args: argparse.Namespace, device, report, blocks_of, what: str, how: str) -> None:
-    from vit_efficient.benchmark.tables import measured_on, sweep
+    import torch
+
+    from vit_efficient.benchmark.tables import sweep
+    from vit_efficient.utils.environment import describe_environment, one_line
 
     blocks = sweep(args.batch_size, args.dtype, args.max_seconds, blocks_of)
     batch_sizes, dtypes = (' / '.join(map(str, values)) for values in (args.batch_size, args.dtype))
-    setup = f'{what} {batch_sizes}, {dtypes}{how}, {measured_on(device)}'
+    threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
+    measured_on = f'{device}{threads}. {one_line(describe_environment(device))}.'
+    setup = f'{what} {batch_sizes}, {dtypes}{how}, {measured_on}\n'
     print(report.follow(blocks, args.format, setup, args.out), end='')

@@ -4,26 +4,19 @@ import argparse
 import sys
 
 from vit_efficient.cli import is_first_process
+from vit_efficient.cli.parsing import DATA
 from vit_efficient.utils.checks import as_integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', help='a run folder, or a model folder (config.json and weights)')
-    parser.add_argument(
-        '--data',
-        required=True,
-        metavar='FOLDER',
-        help="a folder of class folders, or a split of the data set that the run's recipe names, such as val",
-    )
+    parser.add_argument('--data', required=True, **DATA)
     parser.add_argument('--batch-size', type=int, default=64, help='images per batch (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=0, help='loader processes (default: %(default)s)')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, … (default: %(default)s)')
     parser.add_argument('--amp', choices=('none', 'bf16'), default='none', help='(default: %(default)s)')
-    parser.add_argument(
-        '--on-error',
-        choices=('error', 'skip'),
-        help="end at a file that cannot be read, or leave it out (default: as the run's recipe says, else error)",
-    )
+    about = "end at a file that cannot be read, or leave it out (default: as the run's recipe says, else error)"
+    parser.add_argument('--on-error', choices=('error', 'skip'), help=about)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,17 +3,14 @@
 import argparse
 from pathlib import Path
 
+from vit_efficient.cli.parsing import DATA
 from vit_efficient.utils.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', help='a run folder, or a model folder, of a model with Treeformer attention')
     parser.add_argument('image', help='a file; with --data, the number of an image of it')
-    parser.add_argument(
-        '--data',
-        metavar='FOLDER',
-        help="a folder of class folders, or a split of the data set that the run's recipe names, such as val",
-    )
+    parser.add_argument('--data', **DATA)
     parser.add_argument('--queries', action='store_true', help='of the patches as queries (default: as keys)')
     parser.add_argument('--out', type=Path, default=Path('leaves.png'), help='(default: %(default)s)')
 

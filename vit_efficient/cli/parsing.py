@@ -1,10 +1,25 @@
-"""Arguments of commands: argparse, which names the nearest thing that it knows."""
+"""Arguments of commands: those that several have, and argparse, which names the nearest thing that it knows."""
 
 import argparse
 import re
 from typing import NoReturn
 
+from vit_efficient.report.table import FORMATS
 from vit_efficient.utils.checks import nearest
+
+FORMAT = dict(choices=FORMATS, default=FORMATS[0])
+DATA = dict(
+    metavar='FOLDER',
+    help="a folder of class folders, or a split of the data set that the run's recipe names, such as val",
+)
+MODELS = dict(
+    nargs='+',
+    required=True,
+    metavar='NAME[:KEY=VALUE,…]',
+    help='names as in timm.create_model; options of the attention, such as keep_ratio=1/16, and arguments of '
+    'timm.create_model, such as patch_embed=dct,patch_keep=8; the first is what the others are compared to',
+)
+IMG_SIZES = dict(nargs='+', type=int, default=[224], metavar='PX', help='sides of square images (default: 224)')
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,13 +9,8 @@ from vit_efficient.utils.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folders of runs, finished or not')
-    parser.add_argument(
-        '--values',
-        nargs='+',
-        default=[],
-        metavar='KIND/VALUE',
-        help='such as train/loss, val/top1, train/lr (default: losses and accuracies)',
-    )
+    about = 'such as train/loss, val/top1, train/lr (default: losses and accuracies)'
+    parser.add_argument('--values', nargs='+', default=[], metavar='KIND/VALUE', help=about)
     parser.add_argument('--against', default='epoch', help='epoch (default), step or hours, of training')
     parser.add_argument('--out', type=Path, default=Path('curves.png'), help='(default: %(default)s)')
 

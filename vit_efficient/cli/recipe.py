@@ -3,7 +3,8 @@
 import argparse
 import json
 
-from vit_efficient.report.table import FORMATS, Column, Table
+from vit_efficient.cli.parsing import FORMAT
+from vit_efficient.report.table import Column, Table
 from vit_efficient.utils.checks import nearest
 from vit_efficient.utils.errors import UserError
 
@@ -13,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = 'list the keys of recipes: their types, defaults and ranges, and whether a run may go on with another value'
     keys = commands.add_parser('keys', help=about, description=about)
     keys.add_argument('--like', default='', metavar='WORD', help='those with this in their name or meaning')
-    keys.add_argument('--format', choices=FORMATS, default=FORMATS[0])
+    keys.add_argument('--format', **FORMAT)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -22,17 +23,10 @@ def run(args: argparse.Namespace) -> None:
     word, known = args.like.lower(), describe_keys()
     rows = [row for row in known if word in row['key'].lower() or word in row['help'].lower()]
     if not rows:
-        raise UserError(
-            f'no key has {args.like!r} in its name or meaning{nearest(word, [row["key"] for row in known])}'
-        )
+        near = nearest(word, [row['key'] for row in known])
+        raise UserError(f'no key has {args.like!r} in its name or meaning{near}')
     if args.format != 'json':  # as a recipe has it
         rows = [row | {'default': json.dumps(row['default'], ensure_ascii=False)} for row in rows]
-    columns = [
-        Column('key'),
-        Column('type'),
-        Column('default'),
-        Column('range'),
-        Column('resume', 'may change on resumption'),
-        Column('help', 'meaning'),
-    ]
+    columns = ['key', 'type', 'default', 'range', Column('resume', 'may change on resumption')]
+    columns.append(Column('help', 'meaning'))
     print(Table(columns, rows).render(args.format), end='')

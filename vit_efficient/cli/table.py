@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vit_efficient.report.table import FORMATS
+from vit_efficient.cli.parsing import FORMAT, IMG_SIZES, MODELS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,44 +12,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     about = 'multiply-accumulates of models at several image sizes; nothing is executed'
     flops = tables.add_parser('flops', help=about, description=about)
-    flops.add_argument(
-        '--models',
-        nargs='+',
-        required=True,
-        metavar='NAME[:KEY=VALUE,…]',
-        help='names as in timm.create_model; options of the attention, such as keep_ratio=1/16, and arguments of '
-        'timm.create_model, such as patch_embed=dct,patch_keep=8',
-    )
-    flops.add_argument(
-        '--img-sizes', nargs='+', type=int, default=[224], metavar='PX', help='heights of square images (default: 224)'
-    )
-    flops.add_argument(
-        '--attention-kwargs',
-        nargs='+',
-        default=[],
-        metavar='KEY=VALUE',
-        help='options of the attention, such as keep_ratio=1/16, for all models of this package but vit_full_*',
-    )
-    flops.add_argument('--format', choices=FORMATS, default=FORMATS[0])
+    flops.add_argument('--models', **MODELS)
+    flops.add_argument('--img-sizes', **IMG_SIZES)
+    about = 'options of the attention, such as keep_ratio=1/16, for all models of this package but vit_full_*'
+    flops.add_argument('--attention-kwargs', nargs='+', default=[], metavar='KEY=VALUE', help=about)
+    flops.add_argument('--format', **FORMAT)
     flops.add_argument('--out', type=Path, metavar='FILE', help='write the table to this file')
     flops.set_defaults(make=_flops_table)
 
     about = 'train the models of recipes, once for each seed, and compare accuracy, FLOPs and speed'
-    accuracy = tables.add_parser(
-        'accuracy',
-        help=about,
-        description=about,
-        epilog='key=value, anywhere, overrides a key of all recipes',
-        takes_overrides=True,
-    )
+    overrides = dict(takes_overrides=True, epilog='key=value, anywhere, overrides a key of all recipes')
+    accuracy = tables.add_parser('accuracy', help=about, description=about, **overrides)
     accuracy.add_argument('recipes', nargs='+', type=Path, metavar='RECIPE', help='the first one is compared against')
     accuracy.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help="(default: each recipe's own)")
-    accuracy.add_argument(
-        '--runs',
-        type=Path,
-        metavar='DIR',
-        help="the runs' parent folder (default: runs/ and the first recipe's folder)",
-    )
+    about = "the runs' parent folder (default: runs/ and the first recipe's folder)"
+    accuracy.add_argument('--runs', type=Path, metavar='DIR', help=about)
     accuracy.add_argument('--out', type=Path, metavar='DIR', help='for results.md, .csv, .png (default: --runs)')
     accuracy.set_defaults(make=_accuracy_table)
 

@@ -23,12 +23,9 @@ def run(args: argparse.Namespace) -> int | None:
             print(f'vit-efficient train: {stop}; resume=auto goes on', file=sys.stderr)
         return stop.exit_status
     if result:  # under torchrun, the first process has it
-        counts = result.get('train_skipped', 0), result.get('val_skipped', 0)
-        skipped = ''
+        counts, skipped = (result.get('train_skipped', 0), result.get('val_skipped', 0)), ''
         if any(counts) or config.data.on_error == 'skip':
             skipped = '; skipped {} training and {} validation images that cannot be read'.format(*counts)
-        print(
-            f'{result["model"]}: {describe(result)} of {result["val_images"]} images after {result["epochs"]} epochs '
-            f'in {result["train_seconds"]:.0f} s; see {config.output}{skipped}'
-        )
+        found = f'{describe(result)} of {result["val_images"]} images after {result["epochs"]} epochs'
+        print(f'{result["model"]}: {found} in {result["train_seconds"]:.0f} s; see {config.output}{skipped}')
     return None

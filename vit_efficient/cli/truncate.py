@@ -15,20 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'its edge repeated where blocks do not divide it.'
     )
     parser.add_argument('image', help='a file: PNG, JPEG, TIFF, …, or an array (.npy); of any number of channels')
-    parser.add_argument(
-        '--keep',
-        nargs='+',
-        default=['1/4', '1/16', '1/64'],
-        metavar='RATIO',
-        help='of the coefficients, such as 1/16 or 0.1 (default: 1/4 1/16 1/64)',
-    )
+    about = 'of the coefficients, such as 1/16 or 0.1 (default: 1/4 1/16 1/64)'
+    parser.add_argument('--keep', nargs='+', default=['1/4', '1/16', '1/64'], metavar='RATIO', help=about)
     parser.add_argument('--block', type=int, metavar='P', help='truncate blocks of P × P (default: the whole image)')
-    parser.add_argument(
-        '--order',
-        choices=('square', 'zigzag'),
-        default='square',
-        help='the low square, or as in JPEG (default: square)',
-    )
+    about = 'the low square, or as in JPEG (default: square)'
+    parser.add_argument('--order', choices=('square', 'zigzag'), default='square', help=about)
     parser.add_argument('--out', type=Path, default=Path('truncated.png'), help='(default: %(default)s)')
 
 
@@ -36,8 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from vit_efficient.report.truncation import truncation_table
 
     ratios = {text: _ratio(text) for text in args.keep}
-    table = truncation_table(args.image, ratios, args.out, args.block, args.order)
-    print(table.render(), end='')
+    print(truncation_table(args.image, ratios, args.out, args.block, args.order).render(), end='')
     print(f'saved {args.out}')
 
 

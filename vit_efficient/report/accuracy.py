@@ -14,15 +14,13 @@ from vit_efficient.benchmark import take_turns
 from vit_efficient.data import create_dataset
 from vit_efficient.flops import count_flops
 from vit_efficient.models import kept_tokens
-from vit_efficient.report.columns import ACCURACIES, COSTS, accuracy_columns, mean_and_spread
+from vit_efficient.report import parts
 from vit_efficient.report.comparison import compare_with_first
 from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.report.plot import Panel, Point, plot_accuracy
-from vit_efficient.report.runs import Entry, check_runs, open_runs, train_missing
-from vit_efficient.report.stages import stage_table, truncation_table
+from vit_efficient.report.runs import Entry, check_runs, open_runs
 from vit_efficient.report.table import Column, Table
-from vit_efficient.report.text import environments, explanation
-from vit_efficient.train import load_model
+from vit_efficient.train import RunFolder, load_model, train
 from vit_efficient.train.recipe import default_output
 from vit_efficient.utils.device import choose_device
 from vit_efficient.utils.errors import UserError
@@ -66,15 +64,18 @@ def accuracy_table(
     """
     runs = runs or default_output(recipes[0]).parent
     out = out or runs
-    entries = open_runs(recipes, overrides, seeds, runs)
+    entries = open_runs(recipes, overrides, seeds or (), runs)
     remarks = check_runs(entries)
-    train_missing(entries)
+    for config in (config for entry in entries for config in entry.configs):
+        if not RunFolder(config.output).is_finished:
+            logger.info('training %s, seed %d: %s', config.recipe, config.seed, config.output)
+            train(config)
 
     names = [entry.results[0]['model'] for entry in entries]
     for entry, name in zip(entries, names, strict=True):
         entry.label = name if names.count(name) == 1 else f'{name} ({entry.recipe.stem})'
     results = [result for entry in entries for result in entry.results]
-    accuracies = [name for name in ACCURACIES if all(name in result for result in results)]
+    accuracies = [name for name in parts.ACCURACIES if all(name in result for result in results)]
     config = entries[0].configs[0]
     device = choose_device(config.device)
     if config.threads:
@@ -86,15 +87,15 @@ def accuracy_table(
     ]
 
     table = Table(_columns(rows, accuracies), rows)
-    parts = [
+    sections = [
         table.render(),
-        f'{explanation(entries)} {about_speed}\n{remarks}' + ''.join(map(costs_of_images, entries)),
-        stage_table(entries, accuracies),
-        truncation_table(entries, accuracies),
+        f'{parts.explanation(entries)} {about_speed}\n{remarks}' + ''.join(map(costs_of_images, entries)),
+        parts.stage_table(entries, accuracies),
+        parts.truncation_table(entries, accuracies),
         compare_with_first(entries) if len(entries) > 1 else '',
-        environments(entries, device),
+        parts.environments(entries, device),
     ]
-    text = '\n'.join(part for part in parts if part)
+    text = '\n'.join(part for part in sections if part)
     write_text(out / 'results.md', text)
     write_text(out / 'results.csv', table.render('csv'))
     plot_accuracy(_panels(entries, rows, accuracies), out / 'results.png')
@@ -107,32 +108,27 @@ def measure(entry: Entry, accuracies: Sequence[str]) -> dict[str, Any]:
     # What is learned of a truncation is another one for each seed.
     others = [load_model(run.path) for run in entry.runs[1:]] if entry.learns_truncation else []
     counts = [count_flops(model, entry.saved.input_shape) for model in (entry.saved.model, *others)]
+    try:
+        tokens = kept_tokens(entry.saved.model, entry.saved.preprocessing.input_size[1:])
+        attended = tokens[0] if len(set(tokens)) == 1 else f'{min(tokens)}–{max(tokens)}'  # the range over the layers
+    except UserError:  # not a model of this package
+        attended = None
     return {
         'model': entry.label,
         'parameters_m': statistics.fmean(result['parameters'] for result in entry.results) / 1e6,
         'gmacs': statistics.fmean(count.total for count in counts) / 1e9,
         'attention_gmacs': statistics.fmean(count.attention for count in counts) / 1e9,
-        'kept_tokens': _attended(entry),
-        **mean_and_spread(entry.results, accuracies),
+        'kept_tokens': attended,
+        **parts.mean_and_spread(entry.results, accuracies),
         'seeds': ' '.join(str(config.seed) for config in entry.configs),
     }
-
-
-def _attended(entry: Entry) -> int | str | None:
-    """The number of tokens that a query attends to, or its range over the layers; None where it is not known."""
-    try:
-        tokens = kept_tokens(entry.saved.model, entry.saved.preprocessing.input_size[1:])
-    except UserError:  # not a model of this package
-        return None
-    return tokens[0] if len(set(tokens)) == 1 else f'{min(tokens)}–{max(tokens)}'
 
 
 def measure_speeds(models: Sequence[SavedModel], device: torch.device) -> tuple[list[float], str]:
     """Speeds of the forward pass on random images, per second, and a sentence on how they were measured."""
     batch_size = max(1, min(BATCH_SIZE, BATCH_PATCHES // max(map(_patches, models))))
-    calls = [
-        partial(saved.model.to(device), torch.randn(batch_size, *saved.input_shape, device=device)) for saved in models
-    ]
+    images = [torch.randn(batch_size, *saved.input_shape, device=device) for saved in models]
+    calls = [partial(saved.model.to(device), batch) for saved, batch in zip(models, images, strict=True)]
     with torch.inference_mode():
         speeds = [batch_size / statistics.median(times) for times in take_turns(calls, device, ROUNDS)]
     for saved in models:
@@ -168,23 +164,17 @@ def costs_of_images(entry: Entry) -> str:
 
 
 def _columns(rows: Sequence[dict[str, Any]], accuracies: Sequence[str]) -> list[Column]:
-    return [
-        Column('model'),
-        Column('parameters_m', 'parameters (M)', 2),
-        *COSTS,
-        Column('kept_tokens', 'kept tokens'),
-        Column('images_per_second', 'img/s', 0),
-        Column('speed_ratio', '× first', 2),
-        *accuracy_columns(accuracies),
-        Column('seeds', 'seed' if all(' ' not in row['seeds'] for row in rows) else 'seeds'),
-    ]
+    seeds = 'seeds' if any(' ' in row['seeds'] for row in rows) else 'seed'
+    costs = [Column('parameters_m', 'parameters (M)', 2), *parts.COSTS, Column('kept_tokens', 'kept tokens')]
+    speeds = [Column('images_per_second', 'img/s', 0), Column('speed_ratio', '× first', 2)]
+    return [Column('model'), *costs, *speeds, *parts.accuracy_columns(accuracies), Column('seeds', seeds)]
 
 
 def _panels(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], accuracies: Sequence[str]) -> list[list[Panel]]:
     """Accuracies against GMACs (for tasks of patches, those of attention) and against speed."""
-    costs = {'gmacs': 'GMACs per image', 'images_per_second': 'images per second'}
-    if 'miou' in accuracies:
-        costs = {'attention_gmacs': 'GMACs in attention per image', 'images_per_second': 'images per second'}
+    of_patches = 'miou' in accuracies
+    costs = {'attention_gmacs': 'GMACs in attention per image'} if of_patches else {'gmacs': 'GMACs per image'}
+    costs['images_per_second'] = 'images per second'
     series = [entry.recipe.stem.partition('-')[0] for entry in entries]
     labels = series if len(set(series)) < len(series) else [entry.label for entry in entries]
     shown = [name for name in accuracies if name != 'miou' or 'foreground_miou' not in accuracies]
@@ -192,4 +182,4 @@ def _panels(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], accuracies
     def points(cost: str, name: str) -> list[Point]:
         return [Point(label, row[cost], row[name], row[f'{name}_std']) for label, row in zip(labels, rows, strict=True)]
 
-    return [[Panel(points(cost, name), x, ACCURACIES[name][1]) for cost, x in costs.items()] for name in shown]
+    return [[Panel(points(cost, name), x, parts.ACCURACIES[name][1]) for cost, x in costs.items()] for name in shown]

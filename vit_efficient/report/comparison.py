@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vit_efficient.report.runs import Entry
-from vit_efficient.report.statistics import compare, interval_of_mean
 from vit_efficient.report.table import Column, Table
+from vit_efficient.utils.errors import UserError
 
 Predictions = list[dict[str, str]]  # a run's predictions.csv
 Pairs = list[tuple[Predictions, Predictions]]  # of the first model and another one, for each seed
@@ -34,29 +35,19 @@ def compare_with_first(entries: Sequence[Entry]) -> str:
                 of_patches.append({'model': other.label, **_compare_patches(pairs)})
     parts = []
     if of_images:
-        parts.append(
-            _table(f'against {first.label}', of_images)
-            + '\nPaired by image and seed. p: exact McNemar test, pairs of all seeds pooled. Interval: bootstrap over '
-            'images, each with all its seeds.\n'
-        )
+        about = 'Paired by image and seed. p: exact McNemar test, pairs of all seeds pooled. Interval: bootstrap over '
+        about += 'images, each with all its seeds.'
+        parts.append(f'{_table(f"against {first.label}", of_images)}\n{about}\n')
     if of_patches:
-        parts.append(
-            _table(f'patches, against {first.label}', of_patches)
-            + '\nShare of patches that are right, paired by image and seed. Interval: bootstrap over images.\n'
-        )
+        about = 'Share of patches that are right, paired by image and seed. Interval: bootstrap over images.'
+        parts.append(f'{_table(f"patches, against {first.label}", of_patches)}\n{about}\n')
     return '\n'.join(parts) + ''.join(remarks)
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> str:
-    columns = [
-        Column('model', title),
-        Column('pairs', 'images × seeds'),
-        Column('only_first', 'only the first right'),
-        Column('only_this', 'only this one right'),
-        Column('difference', 'difference (points)', 2),
-        Column('interval', '95 % interval'),
-        Column('p'),
-    ]
+    columns = [Column('model', title), Column('pairs', 'images × seeds')]
+    columns += [Column('only_first', 'only the first right'), Column('only_other', 'only this one right')]
+    columns += [Column('difference', 'difference (points)', 2), Column('interval', '95 % interval'), Column('p')]
     return Table([column for column in columns if column.key in rows[0]], rows).render()
 
 
@@ -77,15 +68,9 @@ def _compare_answers(pairs: Pairs) -> dict[str, Any]:
     ours, theirs = (
         [[row['label'] == row['predicted'] for row in rows] for rows in runs] for runs in zip(*pairs, strict=True)
     )
-    found = compare(ours, theirs)
-    return {
-        'pairs': found.pairs,
-        'only_first': found.only_first,
-        'only_this': found.only_other,
-        'difference': found.difference,
-        'interval': f'{found.low:+.2f} … {found.high:+.2f}',
-        'p': f'{found.p:.2g}',
-    }
+    found = vars(compare(ours, theirs)).copy()
+    found['interval'] = f'{found.pop("low"):+.2f} … {found.pop("high"):+.2f}'
+    return found | {'p': f'{found["p"]:.2g}'}
 
 
 def _compare_patches(pairs: Pairs) -> dict[str, Any]:
@@ -95,3 +80,61 @@ def _compare_patches(pairs: Pairs) -> dict[str, Any]:
     gains = (theirs - ours).mean(axis=0)
     low, high = interval_of_mean(gains)
     return {'pairs': ours.size, 'difference': float(gains.mean()), 'interval': f'{low:+.2f} … {high:+.2f}'}
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A classifier against another on the same images."""
+
+    pairs: int  # answers compared: images × seeds
+    only_first: int  # pairs in which only the first classifier is right
+    only_other: int
+    p: float  # of McNemar's exact test
+    difference: float  # accuracy of the other classifier minus that of the first, in points
+    low: float  # of its 95 % interval
+    high: float
+
+
+def compare(first: Sequence[Sequence[bool]], other: Sequence[Sequence[bool]], resamples: int = 10_000) -> Paired:
+    """Compares two classifiers, each trained with the same seeds.
+
+    The p value is that of McNemar's exact test (the pairs in which just one is right, against a fair coin) on the pairs
+    of all seeds pooled. It takes the pairs to be independent, which those of one image with several seeds are not
+    quite. The interval does not: it is a percentile bootstrap over images, each with all of its seeds. Neither speaks
+    of seeds that were not run.
+
+    Args:
+        first: (seeds, images), whether the answer is right.
+        other: (seeds, images), in the same order.
+        resamples: Of the bootstrap, which is seeded.
+
+    Raises:
+        UserError: If the two differ in shape, or are empty.
+    """
+    a, b = np.asarray(first, dtype=bool), np.asarray(other, dtype=bool)
+    if a.shape != b.shape or a.ndim != 2 or not a.size:
+        raise UserError(f'answers must be two equal (seeds, images), got {a.shape} and {b.shape}')
+    only_first, only_other = int((a & ~b).sum()), int((b & ~a).sum())
+    gains = 100 * (b.astype(float) - a).mean(axis=0)
+    low, high = interval_of_mean(gains, resamples)
+    return Paired(a.size, only_first, only_other, mcnemar(only_first, only_other), float(gains.mean()), low, high)
+
+
+def interval_of_mean(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
+    """95 % interval of the mean of what was drawn independently: a percentile bootstrap, seeded."""
+    # Equal values are alike: resampling them is drawing how many of each there are.
+    distinct, counts = np.unique(values, return_counts=True)
+    n = len(values)
+    draws = np.random.default_rng(0).multinomial(n, counts / n, size=resamples)
+    low, high = np.quantile(draws @ distinct / n, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mcnemar(only_first: int, only_other: int) -> float:
+    """The two-sided p value of McNemar's exact test: of a split at least as uneven, by tosses of a fair coin."""
+    n, fewer = only_first + only_other, min(only_first, only_other)
+    ways = total = 1
+    for k in range(fewer):
+        ways = ways * (n - k) // (k + 1)
+        total += ways
+    return min(1.0, 2 * total / 2**n)  # of integers: right however small

@@ -17,6 +17,8 @@ AXES = ('epoch', 'step', 'hours')
 TRAIN_LOSS = 'train/loss'
 DEFAULT_VALUES = (TRAIN_LOSS, 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou')
 
+Points = list[tuple[float, float]]
+
 
 def known_values(lines: Sequence[dict[str, Any]]) -> list[str]:
     """What can be drawn of a run, such as 'train/loss' and 'val/top1'."""
@@ -34,16 +36,13 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)  # null stands for what is not
 
 
-def points_of(
-    lines: Sequence[dict[str, Any]], value: str, against: str, per_epoch: int | None = None
-) -> list[tuple[float, float]]:
+def points_of(lines: Sequence[dict[str, Any]], value: str, against: str, per_epoch: int | None = None) -> Points:
     """x and y of a curve; without those that have no x, or a y that is not finite.
 
     Args:
         lines: The metrics of a run.
-        value: One of `known_values`. Where no update has been logged, train/loss is the mean of the epochs evaluated.
-        against: 'epoch', from 0 to the number of epochs; 'step', updates; 'hours', of training, which only the lines of
-            evaluations have.
+        value: One of `known_values`.
+        against: 'epoch', from 0; 'step', updates; 'hours', of training, which only the lines of evaluations have.
         per_epoch: Updates of an epoch, for runs without an evaluation, which would tell.
     """
     per_epoch = max((line['step'] / (line['epoch'] + 1) for line in lines if line['kind'] == 'val'), default=per_epoch)
@@ -52,24 +51,17 @@ def points_of(
         kind, key = 'val', 'train_loss'  # the mean of each epoch, of runs that are shorter than `log_every`
     points = []
     for line in lines:
-        if line['kind'] != kind or not _is_finite(line.get(key)):
-            continue
         x = line['step']
         if against == 'epoch':
-            if not per_epoch:
-                continue
-            x /= per_epoch
+            x = x / per_epoch if per_epoch else None
         elif against == 'hours':
-            if 'train_seconds' not in line:
-                continue
-            x = line['train_seconds'] / 3600
-        points.append((x, line[key]))
+            x = line['train_seconds'] / 3600 if 'train_seconds' in line else None
+        if line['kind'] == kind and _is_finite(line.get(key)) and x is not None:
+            points.append((x, line[key]))
     return points
 
 
-def _curves(
-    folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str], against: str
-) -> dict[str, list[tuple[float, float]]]:
+def _curves(folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str], against: str) -> dict[str, Points]:
     """The points of a run for each value."""
     per_epoch = (RunFolder(folder).environment.get('scale') or {}).get('updates_per_epoch')
     return {value: points_of(lines, value, against, per_epoch) for value in values or DEFAULT_VALUES}
@@ -92,8 +84,7 @@ def plot_curves(
     Args:
         folders: The folders of runs, finished or not; those of which there is nothing to draw yet are left out.
         path: The file of the figure; its suffix says the format.
-        values: What is drawn, such as 'train/loss' or 'val/top1'. By default the losses and the accuracies that the
-            runs have.
+        values: What is drawn, such as 'val/top1'. By default the losses and the accuracies that the runs have.
         against: The x axis: 'epoch', 'step' or 'hours' (of training).
 
     Returns:
@@ -108,13 +99,11 @@ def plot_curves(
     for value in values:
         if known and value not in known:
             raise UserError(f'no run has {value!r}; they have {", ".join(known)}')
-    curves, left_out = {}, {}
-    for folder, lines in runs.items():
-        points = _curves(folder, lines, values, against)
-        if any(points.values()):
-            curves[folder] = points
-        else:
-            left_out[folder] = _why_without(folder, lines, values, against)
+    curves = {folder: _curves(folder, lines, values, against) for folder, lines in runs.items()}
+    curves = {folder: points for folder, points in curves.items() if any(points.values())}
+    left_out = {
+        folder: _why_without(folder, lines, values, against) for folder, lines in runs.items() if folder not in curves
+    }
     if not curves:
         raise UserError('; '.join(left_out.values()))
     values = values or [name for name in DEFAULT_VALUES if any(points[name] for points in curves.values())]
@@ -122,9 +111,7 @@ def plot_curves(
     return list(values), left_out
 
 
-def _draw(
-    curves: dict[str, dict[str, list[tuple[float, float]]]], values: Sequence[str], against: str, path: str | Path
-) -> None:
+def _draw(curves: dict[str, dict[str, Points]], values: Sequence[str], against: str, path: str | Path) -> None:
     """Saves the figure of curves, by label and value."""
     from matplotlib.figure import Figure
 

@@ -7,18 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from vit_efficient.data import (
-    EpochSampler,
-    Preprocessing,
-    Samples,
-    check_same_classes,
-    class_names,
-    create_dataset,
-    create_loader,
-    eval_input,
-    input_shape,
-    takes_coefficients,
-)
+from vit_efficient import data
 from vit_efficient.train import Config, Evaluation, evaluate, load_model
 from vit_efficient.train.distributed import processes
 from vit_efficient.train.run_folder import RunFolder
@@ -48,32 +37,32 @@ class SavedModel:
         if img_size is not None:
             self.config.data.img_size, sizes = list(img_size), {'img_size': tuple(img_size)}
         self.model = load_model(path, **sizes).eval()
-        self.preprocessing = Preprocessing.of(self.model, self.config.data)
+        self.preprocessing = data.Preprocessing.of(self.model, self.config.data)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """The shape of what the model takes, (C, H, W)."""
-        return input_shape(self.model, self.preprocessing)
+        return data.input_shape(self.model, self.preprocessing)
 
-    def open_data(self, data: str) -> Dataset:
+    def open_data(self, name: str) -> Dataset:
         """A folder of class folders, shards, or a split of the data set that the recipe names."""
         config = self.config.data
         options = {**config.args, **config.val_args}
-        if not config.dataset or Path(data).is_dir():
-            return create_dataset(data, key='--data', args=options if data.endswith('.tar') else None)
-        return create_dataset(data, config.dataset, config.root, '--data', options)
+        if not config.dataset or Path(name).is_dir():
+            return data.create_dataset(name, key='--data', args=options if name.endswith('.tar') else None)
+        return data.create_dataset(name, config.dataset, config.root, '--data', options)
 
-    def samples(self, dataset: Dataset, on_error: str, **options: Any) -> Samples:
+    def samples(self, dataset: Dataset, on_error: str, **options: Any) -> data.Samples:
         """The images of a data set as the model takes them."""
-        decode = 'coefficients' if takes_coefficients(self.model) else self.config.data.decode
-        inputs = eval_input(dataset, self.model, self.preprocessing, decode)
+        decode = 'coefficients' if data.takes_coefficients(self.model) else self.config.data.decode
+        inputs = data.eval_input(dataset, self.model, self.preprocessing, decode)
         channels = self.preprocessing.input_size[0]
-        return Samples(*inputs, channels, self.model.num_classes, on_error=on_error, **options)
+        return data.Samples(*inputs, channels, self.model.num_classes, on_error=on_error, **options)
 
 
 def evaluate_saved(
     saved: SavedModel,
-    data: str,
+    split: str,
     batch_size: int,
     workers: int = 0,
     device: str = 'auto',
@@ -84,21 +73,21 @@ def evaluate_saved(
 
     Args:
         saved: The model.
-        data: As `SavedModel.open_data` takes it.
+        split: As `SavedModel.open_data` takes it.
         batch_size, workers, device, amp, on_error: As the keys of a recipe.
 
     Raises:
         UserError: If the data, their classes or the device do not fit the model.
     """
     config, model = saved.config, saved.model
-    dataset = saved.open_data(data)
-    classes = class_names(dataset)
-    check_same_classes(model.pretrained_cfg.get('label_names'), classes, 'the model', data)
+    dataset = saved.open_data(split)
+    classes = data.class_names(dataset)
+    data.check_same_classes(model.pretrained_cfg.get('label_names'), classes, 'the model', split)
     task = Task.of(config.task, model, saved.preprocessing, classes, config.loss.patch_weight)
     with torch.no_grad():
         task.check_logits(model(torch.zeros(1, *saved.input_shape)))
     samples = saved.samples(dataset, on_error, check_target=task.check_target if task.of_patches else None)
     with processes(device) as team:
-        sampler = EpochSampler(len(samples), shuffle=False, rank=team.rank, world_size=team.world_size, even=False)
-        loader = create_loader(samples, sampler, batch_size, workers, pin=team.device.type == 'cuda')
+        sampler = data.EpochSampler(len(samples), shuffle=False, rank=team.rank, world_size=team.world_size, even=False)
+        loader = data.create_loader(samples, sampler, batch_size, workers, pin=team.device.type == 'cuda')
         return evaluate(model.to(team.device), loader, team, amp, task)

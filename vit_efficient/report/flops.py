@@ -15,16 +15,9 @@ from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.options import parse_spec
 
 _KEYS = {role: f'{role.replace(" ", "_")}_gmacs' for role in ROLES}
-COLUMNS = [
-    Column('model'),
-    Column('img_size', 'px'),
-    Column('parameters_m', 'parameters (M)', 2),
-    Column('tokens'),
-    Column('gmacs', 'GMACs', 3),
-    Column('ratio', '÷ first', 3),
-    Column('attention_gmacs', 'in attention', 3),
-    *(Column(key, role, 3) for role, key in _KEYS.items()),
-]
+COLUMNS = [Column('model'), Column('img_size', 'px'), Column('parameters_m', 'parameters (M)', 2), Column('tokens')]
+COLUMNS += [Column('gmacs', 'GMACs', 3), Column('ratio', '÷ first', 3), Column('attention_gmacs', 'in attention', 3)]
+COLUMNS += [Column(key, role, 3) for role, key in _KEYS.items()]
 
 
 def flops_table(
@@ -51,8 +44,7 @@ def flops_table(
         name, options = parse_spec(spec)
         exact = attention_of(name, options) in (None, 'full')
         models.append((spec, name, options if exact else {**(attention_kwargs or {}), **options}))
-    rows: list[dict[str, Any]] = []
-    expected: list[str] = []  # models whose cost depends on the data
+    rows, expected = [], {}  # the latter: models whose cost depends on the data
     for size in sizes:
         first = None
         for spec, name, options in models:
@@ -64,22 +56,14 @@ def flops_table(
                 raise UserError(f'{spec} at {size} px: {error}') from error
             first = first or count.total
             if any(getattr(module, 'cost_depends_on_data', False) for module in model.modules()):
-                expected.append(spec)
-            rows.append(
-                {
-                    'model': spec,
-                    'img_size': size,
-                    'parameters_m': sum(p.numel() for p in model.parameters()) / 1e6,
-                    'tokens': _tokens(model),
-                    'gmacs': count.total / 1e9,
-                    'ratio': count.total / first,
-                    'attention_gmacs': count.attention / 1e9,
-                    **{_KEYS[role]: macs / 1e9 for role, macs in count.by_role.items()},
-                }
-            )
+                expected[spec] = None
+            parameters = sum(p.numel() for p in model.parameters())
+            row = dict(model=spec, img_size=size, parameters_m=parameters / 1e6, tokens=_tokens(model))
+            row |= dict(gmacs=count.total / 1e9, ratio=count.total / first, attention_gmacs=count.attention / 1e9)
+            rows.append(row | {_KEYS[role]: macs / 1e9 for role, macs in count.by_role.items()})
     text = Table(COLUMNS, rows).render(format)
     if format == 'markdown' and expected:
-        text += f'\nIn expectation, as if all leaves held as many patches: {", ".join(dict.fromkeys(expected))}.\n'
+        text += f'\nIn expectation, as if all leaves held as many patches: {", ".join(expected)}.\n'
     return text
 
 

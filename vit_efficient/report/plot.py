@@ -1,9 +1,11 @@
-"""How lines are told apart in figures, and plots of accuracy against cost."""
+"""How lines and images look in figures, and plots of accuracy against cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
@@ -31,32 +33,26 @@ def tidy(axes: 'Axes', x: str) -> None:
     axes.spines[['top', 'right']].set_visible(False)
 
 
+def show_image(axes: 'Axes', image: Tensor) -> None:
+    """Draws an image, (C, H, W) in [0, 1]: grey, RGB, or of many channels, whose mean is shown."""
+    colours = image if image.shape[0] == 3 else image.mean(dim=0, keepdim=True).expand(3, -1, -1)
+    axes.imshow(colours.permute(1, 2, 0).clamp(0, 1).cpu().numpy())
+    axes.set(xticks=[], yticks=[])
+
+
 @dataclass(frozen=True)
 class Point:
-    """A model in a plot.
+    """A model in a plot."""
 
-    Args:
-        label: Its name in the legend. A line joins points of the same name.
-        cost: Such as billions of multiply-accumulates of an image; above 0.
-        accuracy: In percent.
-        error: Half the length of the error bar, in points; None for no bar.
-    """
-
-    label: str
-    cost: float
-    accuracy: float
-    error: float | None = None
+    label: str  # a line joins points of the same
+    cost: float  # above 0
+    accuracy: float  # in percent
+    error: float | None = None  # half the length of the error bar, in points
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Accuracy against cost, one of several plots in a figure.
-
-    Args:
-        points: The models.
-        x: What the cost is.
-        y: What the accuracy is.
-    """
+    """Accuracy against cost, one of several plots in a figure."""
 
     points: Sequence[Point]
     x: str = 'GMACs per image'
@@ -74,7 +70,12 @@ def plot_accuracy(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     panels = [panel for row in rows for panel in row]
-    _check(panels)
+    for panel in panels:
+        if not panel.points:
+            raise UserError('points must not be empty')
+        for point in panel.points:
+            if not point.cost > 0:
+                raise UserError(f'{panel.x} must be above 0 on a logarithmic axis, got {point}')
     labels = list(dict.fromkeys(point.label for point in panels[0].points))
     columns = 2 if max(map(len, labels)) > 24 else 3
     legend = 0.22 * -(-len(labels) // columns)  # inches
@@ -84,15 +85,6 @@ def plot_accuracy(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
         lines = _draw(axes, panel, labels)
     figure.legend(lines, labels, loc='outside lower center', ncols=columns, frameon=False, fontsize='small')
     save_figure(figure, path)
-
-
-def _check(panels: Sequence[Panel]) -> None:
-    for panel in panels:
-        if not panel.points:
-            raise UserError('points must not be empty')
-        for point in panel.points:
-            if not point.cost > 0:
-                raise UserError(f'{panel.x} must be above 0 on a logarithmic axis, got {point}')
 
 
 def _draw(axes: 'Axes', panel: Panel, labels: Sequence[str]) -> list[Any]:
@@ -106,10 +98,7 @@ def _draw(axes: 'Axes', panel: Panel, labels: Sequence[str]) -> list[Any]:
             [point.cost for point in points],
             [point.accuracy for point in points],
             [point.error or 0 for point in points] if any(point.error is not None for point in points) else None,
-            **line_style(i),
-            markersize=7,
-            linewidth=1,
-            capsize=3,
+            **dict(line_style(i), markersize=7, linewidth=1, capsize=3),
         )
         drawn.append(line)
     axes.set_xscale('log')
@@ -117,9 +106,8 @@ def _draw(axes: 'Axes', panel: Panel, labels: Sequence[str]) -> list[Any]:
     ratio = max(costs) / min(costs)
     axes.margins(x=0.08, y=0.15)
     # Within a decade or two the powers of ten are too few marks to read.
-    axes.xaxis.set_major_locator(
-        LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ratio < 5 else (1, 2, 5) if ratio < 50 else (1,))
-    )
+    subs = (1, 1.5, 2, 3, 5, 7) if ratio < 5 else (1, 2, 5) if ratio < 50 else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
     axes.set_ylabel(panel.y)

@@ -1,7 +1,6 @@
 """The runs of a table: recipes × seeds as folders, what of them may be used again, and training what is missing."""
 
 import json
-import logging
 import math
 import shlex
 from collections.abc import Sequence
@@ -12,13 +11,11 @@ from typing import Any
 
 from vit_efficient.data import create_dataset
 from vit_efficient.report.evaluation import SavedModel
-from vit_efficient.train import Config, load_recipe, train
+from vit_efficient.train import Config, load_recipe
 from vit_efficient.train.config import identity
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.keys import flatten
-
-logger = logging.getLogger(__name__)
 
 # Their product and the number of processes are the images of an update.
 UPDATE_KEYS = ('data.batch_size', 'grad_accum')
@@ -26,21 +23,11 @@ UPDATE_KEYS = ('data.batch_size', 'grad_accum')
 
 @dataclass
 class Entry:
-    """A recipe and its runs, one for each seed.
-
-    Args:
-        recipe: Its file.
-        configs: For each run: the recipe as it is asked for now, with the seed, and the run's folder as its output.
-        label: The model's name in the table.
-    """
+    """A recipe and its runs, one for each seed."""
 
     recipe: Path
-    configs: list[Config]
-    label: str = ''
-
-    @property
-    def task(self) -> str:
-        return self.configs[0].task
+    configs: list[Config]  # for each run: the recipe as it is asked for now, with the seed, and its folder as output
+    label: str = ''  # the model's name in the table
 
     @property
     def runs(self) -> list[RunFolder]:
@@ -61,14 +48,8 @@ class Entry:
         return 'truncation' in self.results[0]
 
 
-def open_runs(
-    recipes: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int] | None, folder: Path
-) -> list[Entry]:
-    """The runs of a table, none of which need be there yet; see `accuracy_table`.
-
-    Raises:
-        UserError: For a recipe or an override that is not valid, and for recipes that cannot be in one table.
-    """
+def open_runs(recipes: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int], runs: Path) -> list[Entry]:
+    """The runs of a table, none of which need be there yet, with a UserError where one table cannot have them."""
     for key in ('seed', 'output', 'resume'):
         if any(override.startswith(f'{key}=') for override in overrides):
             raise UserError(f'{key}= is set by the table; see --seeds and --runs')
@@ -76,17 +57,16 @@ def open_runs(
     for recipe in recipes:
         configs = []
         for seed in dict.fromkeys(seeds) if seeds else [load_recipe(recipe, overrides).seed]:
-            own = [f'seed={seed}', f'output={folder_of_run(recipe, seed, folder)}', 'resume=auto']
+            own = [f'seed={seed}', f'output={folder_of_run(recipe, seed, runs)}', 'resume=auto']
             configs.append(load_recipe(recipe, [*overrides, *own]))
         entries.append(Entry(recipe, configs))
     stems = [recipe.stem for recipe in recipes]
     for entry, stem in zip(entries, stems, strict=True):
         if stems.count(stem) > 1:
             raise UserError(f'two recipes are called {stem}.yaml and would write to the same folders; rename one')
-        if entry.task != entries[0].task:
-            raise UserError(
-                f'{entry.recipe} has task={entry.task}, {recipes[0]} has task={entries[0].task}: a table is of one task'
-            )
+        task, first = entry.configs[0].task, entries[0].configs[0].task
+        if task != first:
+            raise UserError(f'{entry.recipe} has task={task}, {recipes[0]} has task={first}: a table is of one task')
     return entries
 
 
@@ -97,10 +77,7 @@ def folder_of_run(recipe: Path, seed: int, folder: Path) -> Path:
 
 
 def check_runs(entries: Sequence[Entry]) -> str:
-    """Whether the runs that are finished are those that are asked for.
-
-    Returns:
-        What the reader of the table has to know of them: a line for each run whose images are elsewhere now.
+    """A line for each finished run whose images are elsewhere now.
 
     Raises:
         UserError: If a run's folder holds the finished run of another recipe, or the runs of a recipe, whose mean the
@@ -110,18 +87,6 @@ def check_runs(entries: Sequence[Entry]) -> str:
     for entry in entries:
         _check_same_updates(entry)
     return remarks
-
-
-def train_missing(entries: Sequence[Entry]) -> None:
-    """Trains the runs that are not finished, one after the other in this process.
-
-    Raises:
-        Interrupted: As `train` does.
-    """
-    for config in (config for entry in entries for config in entry.configs):
-        if not RunFolder(config.output).is_finished:
-            logger.info('training %s, seed %d: %s', config.recipe, config.seed, config.output)
-            train(config)
 
 
 def _check_reusable(config: Config) -> str:
@@ -162,16 +127,15 @@ def _other_run(config: Config, saved: dict[str, Any], keys: Sequence[str], why: 
 
 def _has_images_of(config: Config, key: str) -> bool:
     """Whether the folder that a recipe now names has the images of its finished run, by their names or number."""
-    run, of_training = RunFolder(config.output), key == 'data.train'
-    args = config.data.args if of_training else {**config.data.args, **config.data.val_args}
+    run, data, of_training = RunFolder(config.output), config.data, key == 'data.train'
+    folder, args = (data.train, data.args) if of_training else (data.val, {**data.args, **data.val_args})
     try:
-        dataset = create_dataset(config.data.train if of_training else config.data.val, key=key, args=args)
+        dataset = create_dataset(folder, key=key, args=args)
     except UserError:
         return False
-    result = run.result
     if of_training:
-        return len(dataset) == result['train_images']
-    if len(dataset) != result['val_images'] + result.get('val_skipped', 0) or not hasattr(dataset, 'filename'):
+        return len(dataset) == run.result['train_images']
+    if len(dataset) != run.result['val_images'] + run.result.get('val_skipped', 0) or not hasattr(dataset, 'filename'):
         return False
     return all(dataset.filename(int(row['index'])) == row['file'] for row in run.predictions())
 
@@ -191,7 +155,7 @@ def _check_same_updates(entry: Entry) -> None:
 
 
 def _images_per_process(values: dict[str, Any]) -> int:
-    """The images of an update that one process takes, by a recipe's keys; `train_missing` trains in one."""
+    """The images of an update that one process takes, by a recipe's keys; the table trains in one."""
     return math.prod(values[key] for key in UPDATE_KEYS)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vit_efficient.utils.checks import check_choice, is_real
 from vit_efficient.utils.errors import UserError
 
 FORMATS = ('markdown', 'csv', 'json')
@@ -16,19 +17,12 @@ NOTHING = '–'  # an empty cell, where a reader is to see that it is empty
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
+    """A column of a table."""
 
-    Args:
-        key: Its name in rows, CSV and JSON.
-        title: Its heading in Markdown; the key by default.
-        digits: Decimals of numbers in Markdown; None shows them as they are. CSV and JSON hold them unrounded.
-        spread: The key of another column, which Markdown shows in this one's cells after a ±.
-    """
-
-    key: str
-    title: str = ''
-    digits: int | None = None
-    spread: str = ''
+    key: str  # its name in rows, CSV and JSON
+    title: str = ''  # its heading in Markdown; the key by default
+    digits: int | None = None  # decimals in Markdown; None shows numbers as they are. CSV and JSON hold them unrounded
+    spread: str = ''  # the key of another column, which Markdown shows in this one's cells after a ±
 
     def show(self, row: Mapping[str, Any]) -> str:
         """The cell of a row, in Markdown."""
@@ -40,7 +34,7 @@ class Column:
             return NOTHING
         if isinstance(value, bool):
             return 'yes' if value else 'no'
-        if _is_number(value):
+        if is_real(value):
             return f'{value:,}' if self.digits is None else f'{value:,.{self.digits}f}'
         return str(value).replace('|', r'\|').replace('\n', ' ')
 
@@ -66,13 +60,8 @@ class Table:
         self.rows = [{key: None if _is_nothing(row.get(key)) else row[key] for key in keys} for row in rows]
 
     def render(self, format: str = 'markdown') -> str:
-        """The table as text that ends with a newline.
-
-        Raises:
-            UserError: If the format is not one of `FORMATS`.
-        """
-        if format not in FORMATS:
-            raise UserError(f'format must be one of {", ".join(FORMATS)}, got {format=}')
+        """The table as text that ends with a newline, in one of `FORMATS`."""
+        check_choice('format', format, FORMATS)
         return getattr(self, f'_{format}')()
 
     def _markdown(self) -> str:
@@ -81,7 +70,7 @@ class Table:
         columns = [column for column in self.columns if column.key not in spreads]
         heads = [column.title or column.key for column in columns]
         cells = [[column.show(row) for column in columns] for row in self.rows]
-        numeric = [all(row[c.key] is None or _is_number(row[c.key]) for row in self.rows) for c in columns]
+        numeric = [all(row[c.key] is None or is_real(row[c.key]) for row in self.rows) for c in columns]
         widths = [max(3, *(len(line[i]) for line in [heads, *cells])) for i in range(len(heads))]
 
         def line(texts: Sequence[str]) -> str:
@@ -100,10 +89,6 @@ class Table:
 
     def _json(self) -> str:
         return json.dumps(self.rows, indent=2, ensure_ascii=False) + '\n'
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_nothing(value: Any) -> bool:

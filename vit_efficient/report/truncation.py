@@ -12,6 +12,7 @@ from vit_efficient.data import read_image, to_array
 from vit_efficient.data.files.images import WithAlpha
 from vit_efficient.data.truncation import repeat_edges, truncate_pixels
 from vit_efficient.dct import kept_coefficients, kept_energy
+from vit_efficient.report.plot import show_image
 from vit_efficient.report.table import Column, Table
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
@@ -24,7 +25,7 @@ def truncation_table(
 
     Args:
         path: The image.
-        ratios: Of the coefficients, each by what the table calls it.
+        ratios: The fractions of the coefficients that are kept, by what the table calls them.
         out: The file of the figure.
         block: The side of the blocks that are truncated; None for the whole image.
         order: square or zigzag.
@@ -47,23 +48,14 @@ def truncation_table(
     for name, ratio in ratios.items():
         options = dict(block=block, ratio=ratio, order=order)
         h, w, count = kept_coefficients(*sides, ratio=ratio, order=order)
-        rows.append(
-            {
-                'keep': name,
-                'coefficients': f'{h} × {w}' if order == 'square' else f'{count:,}',
-                'energy': 100 * _energy_ratio(padded, options),
-                'without_mean': 100 * _energy_ratio(without_mean, options),
-            }
-        )
+        coefficients = f'{h} × {w}' if order == 'square' else f'{count:,}'
+        energies = [100 * _energy_ratio(x, options) for x in (padded, without_mean)]
+        rows.append(dict(keep=name, coefficients=coefficients, energy=energies[0], without_mean=energies[1]))
     images = [image, *(truncate_pixels(image, ratio, block, order) for ratio in ratios.values())]
     of = f'blocks of {whole}' if block else f'the image of {whole}'
     plot_truncations(images, rows, f'{order} truncation of {of}', out)
-    columns = [
-        Column('keep', 'kept'),
-        Column('coefficients', f'coefficients, of {whole}'),
-        Column('energy', 'energy (%)', digits=2),
-        Column('without_mean', 'without the mean (%)', digits=2),
-    ]
+    columns = [Column('keep', 'kept'), Column('coefficients', f'coefficients, of {whole}')]
+    columns += [Column('energy', 'energy (%)', 2), Column('without_mean', 'without the mean (%)', 2)]
     return Table(columns, rows)
 
 
@@ -90,14 +82,7 @@ def _energy_ratio(x: Tensor, options: Mapping[str, Any]) -> float:
 
 
 def plot_truncations(images: Sequence[Tensor], rows: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> None:
-    """Saves an image and its truncations side by side. Of many channels, the mean is shown.
-
-    Args:
-        images: (C, H, W), the image first.
-        rows: Of the table, one for each truncation.
-        title: Of the figure.
-        path: Of its file.
-    """
+    """Saves an image, the first of `images`, and its truncations, each a row of the table, side by side."""
     from matplotlib.figure import Figure
 
     dpi = 150
@@ -111,8 +96,6 @@ def plot_truncations(images: Sequence[Tensor], rows: Sequence[Mapping[str, Any]]
         for row in rows
     ]
     for axes, image, text in zip(figure.subplots(1, len(images), squeeze=False)[0], images, titles, strict=True):
-        colour = image if image.shape[0] == 3 else image.mean(dim=0, keepdim=True).expand(3, -1, -1)
-        axes.imshow(colour.permute(1, 2, 0).numpy())
+        show_image(axes, image)
         axes.set_title(text, fontsize='x-small')
-        axes.set(xticks=[], yticks=[])
     save_figure(figure, path)

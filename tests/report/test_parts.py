@@ -1,7 +1,7 @@
 from pathlib import Path
 
+from vit_efficient.report.parts import explanation
 from vit_efficient.report.runs import Entry
-from vit_efficient.report.text import explanation
 from vit_efficient.train import Config
 from vit_efficient.utils.files import write_json
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from vit_efficient.report.statistics import compare, mcnemar
+from vit_efficient.report.comparison import compare, mcnemar
 
 
 @pytest.mark.parametrize(('b', 'c'), [(0, 0), (1, 0), (5, 5), (3, 14), (30, 61), (900, 1100), (20, 3000)])
