@@ -25,10 +25,7 @@ _NUMBERED = re.compile(r'checkpoint-(\d+)\.pt')
 def save_checkpoint(path: Path, state: dict[str, Any], keep: int = 1) -> None:
     """Saves the state of a run, atomically: a failure leaves the previous checkpoint as it was.
 
-    Args:
-        path: Of the newest one.
-        state: With the updates done as `progress.updates`, if several are kept.
-        keep: The number of checkpoints that are left; of those before, the oldest go.
+    The last `keep` checkpoints are left.
 
     Raises:
         UserError: If the file cannot be written, as on a full disk.
@@ -37,13 +34,13 @@ def save_checkpoint(path: Path, state: dict[str, Any], keep: int = 1) -> None:
         # Not the path: PyTorch's own writer does not tell what the system says.
         with replacing(path) as temporary, open(temporary, 'wb') as file:
             torch.save(state, file)
-        updates = state['progress']['updates'] if keep > 1 else None
+        updates = state['progress']['updates'] if keep > 1 else -1
         if keep > 1:
             with replacing(path.with_name(f'checkpoint-{updates}.pt')) as temporary:
                 _link(path, temporary)
         numbered = _numbered(path.parent)
         # Those of more updates were there when the run went back to an earlier one.
-        last = sorted(number for number in numbered if keep > 1 and number <= updates)[-keep:]
+        last = sorted(number for number in numbered if number <= updates)[-keep:]
         for number in numbered.keys() - set(last):
             numbered[number].unlink()
 
@@ -101,10 +98,7 @@ def damaged_part(path: Path) -> str | None:
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The newest checkpoint of a run that can be read, which has at least one.
-
-    Returns:
-        Its file, what it holds, and why those that are newer cannot be read.
+    """The newest checkpoint that can be read: its file, its state, and why newer ones cannot be read.
 
     Raises:
         UserError: If none can be read.
@@ -121,14 +115,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
 def check_room(folder: Path, model: nn.Module, average: bool, keep: int, best: bool) -> None:
     """Checks that a disk has room for the checkpoints of a run, and for one more while it is being written.
 
-    What a quota leaves is not known.
-
-    Args:
-        folder: Of the run. What it has of checkpoints will make room for new ones.
-        model: That is trained.
-        average: With a moving average of its weights.
-        keep: Checkpoints that are kept.
-        best: Whether the best model is kept too.
+    What a quota leaves is not known; the checkpoints that are there will make room.
 
     Raises:
         UserError: If there is less.

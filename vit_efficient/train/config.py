@@ -16,7 +16,7 @@ MAX_NUMBER = 1e300  # of a key that has a type of its own; beyond it integers ha
 @dataclass
 class ModelConfig:
     name: str = key('', 'as in timm.create_model', SET)
-    args: dict[str, Any] = key(help='its keyword arguments', default_factory=dict)
+    args: dict[str, Any] = key({}, 'its keyword arguments')
     init_from: str = key('', 'weights to start from: a model or run folder, or a checkpoint file of timm')
 
 
@@ -26,7 +26,7 @@ class OptimConfig:
     lr: float = key(1e-3, 'learning rate at its highest; it is not scaled by the batch size', POSITIVE)
     weight_decay: float = key(0.05, 'of all weights but biases and norms', at_least(0))
     layer_decay: float | None = key(None, 'factor of the learning rate from one layer to the one before', ABOVE_0_TO_1)
-    args: dict[str, Any] = key(help='further arguments, such as betas', default_factory=dict)
+    args: dict[str, Any] = key({}, 'further arguments, such as betas')
 
 
 @dataclass
@@ -40,7 +40,7 @@ class SchedConfig:
     warmup_epochs: float = key(5.0, 'part of epochs', at_least(0))
     warmup_lr: float = key(1e-6, 'where the warm-up starts', at_least(0))
     min_lr: float = key(1e-5, 'where the schedule ends', at_least(0))
-    args: dict[str, Any] = key(help="further arguments of timm's create_scheduler_v2", default_factory=dict)
+    args: dict[str, Any] = key({}, "further arguments of timm's create_scheduler_v2")
 
 
 @dataclass
@@ -49,7 +49,7 @@ class StageConfig:
 
     epochs: int = key(1, 'of sched.epochs, which is their sum', at_least(1))
     attention: str = key('', 'that its layers change to where it begins, as by `convert`; none: all of them stay')
-    attention_kwargs: dict[str, Any] = key(help='options of that attention', default_factory=dict)
+    attention_kwargs: dict[str, Any] = key({}, 'options of that attention')
     layers: list[int] | None = key(None, 'blocks that change, negative ones counted from the end; null: all')
     lr: float | None = key(None, 'null: optim.lr', POSITIVE)
     warmup_epochs: float | None = key(None, 'null: sched.warmup_epochs')
@@ -102,13 +102,13 @@ class Config:
     data: DataConfig = section(DataConfig)
     optim: OptimConfig = section(OptimConfig)
     sched: SchedConfig = section(SchedConfig)
-    stages: list[StageConfig] = key(help='one after the other; none: a single one', default_factory=list)
+    stages: list[StageConfig] = key([], 'one after the other; none: a single one')
     loss: LossConfig = section(LossConfig)
     distill: DistillConfig = section(DistillConfig)
     truncation: TruncationConfig = section(TruncationConfig)
     ema: EmaConfig = section(EmaConfig)
-    hooks: dict[str, Any] = key(help='training hooks of plug-ins, by name, with their options', default_factory=dict)
-    plugins: list[str] = key(help='Python modules that are imported first', resume=True, default_factory=list)
+    hooks: dict[str, Any] = key({}, 'training hooks of plug-ins, by name, with their options')
+    plugins: list[str] = key([], 'Python modules that are imported first', resume=True)
     seed: int = key(
         0,
         'weights, order, augmentation, mixing and dropout follow from it',

@@ -86,28 +86,16 @@ class Feed:
 
 @dataclass
 class Experiment:
-    """A run in one process, before anything learns.
-
-    Attributes:
-        config: The recipe.
-        team: The processes of the run, and this one among them.
-        classes: Their names, if the data tell.
-        model: As it is built, on the device.
-        preprocessing: How its images are made.
-        task: How its logits are read.
-        feed: Its images.
-        stages: At least one.
-        hooks: What takes part in training.
-    """
+    """A run in one process, before anything learns."""
 
     config: Config
     team: Processes
-    classes: list[str] | None
-    model: nn.Module
+    classes: list[str] | None  # their names, if the data tell
+    model: nn.Module  # as it is built, on the device
     preprocessing: Preprocessing
     task: Task
     feed: Feed
-    stages: list[Stage]
+    stages: list[Stage]  # at least one
     hooks: list[TrainingHook] = field(default_factory=list)
 
     @classmethod

@@ -1,7 +1,6 @@
 """Optimiser, schedule and loss of a recipe, from timm."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -42,18 +41,16 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
 
 def _keep_rate_of_windows(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Learned sizes are no features of a low layer; at the rate of one, that of the patch embedding hardly moves."""
-    shares = [module.share for module in model.modules() if isinstance(module, FrequencyWindow)]
-    numbers = {id(share) for share in shares}
-    template = None
+    sizes = [module.share for module in model.modules() if isinstance(module, FrequencyWindow)]
+    numbers, like = set(map(id, sizes)), None
     for group in list(optimizer.param_groups):
-        if any(id(parameter) in numbers for parameter in group['params']):
-            template = group
-            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in numbers]
-            if not group['params']:
+        others = [parameter for parameter in group['params'] if id(parameter) not in numbers]
+        if len(others) < len(group['params']):
+            like, group['params'] = group, others
+            if not others:
                 optimizer.param_groups.remove(group)
-    if template is not None:
-        rest = {key: value for key, value in template.items() if key != 'params'}
-        optimizer.add_param_group({**rest, 'params': shares, 'lr_scale': 1.0, 'weight_decay': 0.0})
+    if like is not None:
+        optimizer.add_param_group({**like, 'params': sizes, 'lr_scale': 1.0, 'weight_decay': 0.0})
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, config: SchedConfig, updates_per_epoch: int) -> Scheduler | None:
@@ -83,19 +80,10 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: SchedConfig, upda
     return scheduler
 
 
-def try_learning(
-    optim: OptimConfig,
-    sched: SchedConfig,
-    updates_per_epoch: int,
-    device: torch.device | str = 'cpu',
-    shard: Callable[[nn.Module], None] | None = None,
-) -> None:
+def try_learning(optim: OptimConfig, sched: SchedConfig, updates_per_epoch: int, device='cpu', shard=None) -> None:
     """Takes a step of a tiny model, and the learning rates of some updates: most arguments are read only there.
 
-    Args:
-        optim, sched, updates_per_epoch: As `create_optimizer` and `create_scheduler` take them.
-        device: That of the run.
-        shard: Shares out the weights of a model, in place, as it does those of the run. Not all optimisers take that.
+    `shard` splits the weights of a model, in place, as it does those of the run: not all optimisers take that.
 
     Raises:
         UserError: Naming the section's arguments, if the step or a rate cannot be taken, or a rate is no rate.

@@ -36,13 +36,7 @@ def preflight(experiment: Experiment, state: TrainState) -> None:
 
 
 def try_size(experiment: Experiment, state: TrainState, preprocessing: Preprocessing, keys: str) -> Tensor:
-    """The logits of a blank image of one size.
-
-    Args:
-        experiment, state: Of the run.
-        preprocessing: Has the size.
-        keys: That the size is of, for the message.
-    """
+    """The logits of a blank image of the size that `keys` give it."""
     channels, height, width = preprocessing.input_size
     state.model.eval()
     try:

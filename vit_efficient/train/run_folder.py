@@ -188,16 +188,9 @@ class RunFolder:
     def write_result(
         self, result: dict[str, Any], evaluation: Evaluation, filename: Callable[[int], str], skipped: Sequence[str]
     ) -> dict[str, Any]:
-        """Writes predictions, what was skipped and, last, the result: it tells that the run is complete.
+        """Writes predictions, what was skipped and, last, the result with the environment, which is returned.
 
-        Args:
-            result: Of the run.
-            evaluation: Of its final model.
-            filename: Of an image of the validation set.
-            skipped: Why training images could not be read.
-
-        Returns:
-            The result, with the environment.
+        The result tells that the run is complete. `filename` names images of the validation set.
         """
         table = io.StringIO(newline='')
         writer = csv.writer(table, lineterminator='\n')

@@ -21,12 +21,9 @@ from vit_efficient.utils.compat import map_instances
 
 
 def shard(model: nn.Module, processes: Processes, amp: str = 'none') -> None:
-    """Shares out the weights, in place: block by block, so that whole ones are never held of more than a few.
+    """Splits the weights among processes, in place: by blocks, so that whole ones are never held of more than a few.
 
-    Args:
-        model: A timm model, the same in all processes. Where it has no `blocks`, its weights are gathered all at once.
-        processes: Those of the run, more than one.
-        amp: none, or bf16 for weights that are gathered in bf16; gradients are summed in float32 either way.
+    For `amp` bf16 weights are gathered in bf16; gradients are summed in float32 either way.
     """
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     # What blocks hand on stays as autocast leaves it: the sum of their outputs in float32.
@@ -54,9 +51,7 @@ def copy_empty(model: nn.Module, device: torch.device | str) -> nn.Module:
 def model_state(model: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
     """The weights, whole; of a sharded model on the CPU and in the first process only, the others have an empty dict.
 
-    Args:
-        model: Sharded or not. If it is, all processes must call.
-        everywhere: Give them to all processes, on the device.
+    With `everywhere` all processes get them, on the device. If the model is sharded, all must call.
     """
     if not is_sharded(model):
         return dict(model.state_dict())

@@ -132,12 +132,7 @@ class TrainState:
         return max(group['lr'] for group in self.optimizer.param_groups)
 
     def whole(self, model: nn.Module, everywhere: bool = False) -> nn.Module:
-        """The model; of a sharded one a copy that is not, which has its weights in the first process.
-
-        Args:
-            model: Of the current stage.
-            everywhere: Give the weights to all processes.
-        """
+        """The model; of a sharded one a copy that is not, which has its weights in the first process, or everywhere."""
         if self._unsharded is None:
             return model
         weights = model_state(model, everywhere)
@@ -164,12 +159,7 @@ class TrainState:
         return nn.utils.get_total_norm(gradients)
 
     def step(self, norm: Tensor, update: int) -> None:
-        """Takes the gradients to the weights, and these to their average.
-
-        Args:
-            norm: Of the gradients of all processes.
-            update: Its number in the stage, from 1.
-        """
+        """Takes gradients of this norm to the weights, and these to their average; `update` counts from the stage's."""
         if limit := self.experiment.config.clip_grad:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
         self.optimizer.step()

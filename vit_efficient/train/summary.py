@@ -58,13 +58,7 @@ def values_of_epoch(experiment: Experiment, state: TrainState, evaluation: Evalu
 def describe_result(
     experiment: Experiment, progress: Progress, model: nn.Module, evaluation: Evaluation
 ) -> dict[str, Any]:
-    """What result.json holds, but for the environment.
-
-    Args:
-        experiment, progress: Of the run, at its end.
-        model: That is saved.
-        evaluation: Of that model.
-    """
+    """What result.json holds of a run at its end, but for the environment."""
     config = experiment.config
     result = {
         'recipe': config.recipe,

@@ -24,14 +24,8 @@ from vit_efficient.utils.precision import autocast
 class Distillation(TrainingHook):
     """The loss of a student that also hears a teacher: the `distill` of a recipe.
 
-    Images are normalised anew for the teacher, and resized bilinearly to what it was trained at.
-
-    Args:
-        config: Says which teacher, and how much it counts.
-        student: Gives the number of classes and channels.
-        preprocessing: The student's.
-        device: The teacher's.
-        classes: Names of the student's, if known. A teacher that is a folder must have been trained on these.
+    Images are normalised anew for the teacher, and resized bilinearly to what it was trained at. A teacher that is a
+    folder must have been trained on the student's classes, where their names are known.
 
     Raises:
         UserError: If the teacher cannot be had, or has other classes or channels than the student.
@@ -83,13 +77,7 @@ class Distillation(TrainingHook):
             return self.loss(images, logits.float(), loss)
 
     def loss(self, images: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
-        """(1 - weight) · loss + weight · the loss against the teacher.
-
-        Args:
-            images: (B, C, H, W), as the student sees them.
-            logits: (B, K), the student's.
-            loss: Of the labels.
-        """
+        """(1 - weight) · loss + weight · the loss of the student's logits (B, K) against the teacher's."""
         config = self.config
         with torch.no_grad():
             images = self.teacher.normalize_input(images, self.mean, self.std)
