@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     while argv[:1] == ['--plugin'] and len(argv) > 1:
         plugins.append(argv[1])
         argv = argv[2:]
-    parser = Parser(prog='vit-efficient', description='Efficient attention for timm ViTs.')
+    about = 'Efficient attention for timm ViTs.'
+    parser = Parser(prog='vit-efficient', description=about, allow_abbrev=False)
     parser.add_argument('--debug', action='store_true', help='show the traceback of every error; anywhere in the line')
     parser.add_argument('--plugin', metavar='MODULE', help='a Python module that is imported first; before the command')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')

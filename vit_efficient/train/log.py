@@ -16,6 +16,7 @@ from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_text, writing
 
 METRICS = 'metrics.jsonl'
+KINDS = ('train', 'val', 'frozen', 'skipped', 'nonfinite')  # of lines; and the names of hooks that measure
 TENSORBOARD = 'tensorboard'
 
 logger = logging.getLogger(__name__)

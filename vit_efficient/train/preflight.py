@@ -10,7 +10,7 @@ from vit_efficient.train.experiment import Experiment
 from vit_efficient.train.optim import try_learning
 from vit_efficient.train.sharding import shard
 from vit_efficient.train.state import TrainState
-from vit_efficient.utils.errors import UserError, first_line
+from vit_efficient.utils.errors import UserError, first_line, is_bug_of_plugin
 from vit_efficient.utils.precision import autocast
 
 TRIED_IMAGES = 100  # at most, of each set, until one can be read
@@ -44,6 +44,8 @@ def try_size(experiment: Experiment, state: TrainState, preprocessing: Preproces
         with torch.no_grad(), autocast(experiment.team.device, experiment.config.amp):
             return state.model(experiment.blank_input(preprocessing))
     except Exception as error:  # models check what they are given in all ways, or not at all
+        if is_bug_of_plugin(error):
+            raise
         raise UserError(
             f'model {experiment.config.model.name} does not take images of {height}×{width} pixels and {channels} '
             f'channels ({keys}): {first_line(error)}'
@@ -60,6 +62,8 @@ def try_training(experiment: Experiment, state: TrainState) -> None:
         with torch.no_grad(), autocast(experiment.team.device, config.amp):
             model(images.to(memory_format=experiment.layout))
     except Exception as error:  # as in `try_size`
+        if is_bug_of_plugin(error):
+            raise
         raise UserError(
             f'model.name={config.model.name} with model.args={config.model.args} cannot be trained '
             f'(data.batch_size={config.data.batch_size}): {first_line(error)}'

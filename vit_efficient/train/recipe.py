@@ -5,7 +5,6 @@ line (`optim.lr=1e-3`). Numbers may be fractions (`1/16`). Whatever does not fit
 its source.
 """
 
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from vit_efficient.utils.checks import nearest
 from vit_efficient.utils.errors import UserError, first_line
 from vit_efficient.utils.keys import element_of, flatten
 from vit_efficient.utils.options import parse_fractions
+from vit_efficient.utils.packages import import_plugins
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -53,25 +53,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not recipe.output:
         recipe.output = default_output(path).as_posix()
     validate(recipe)
-    import_plugins(recipe)
+    import_plugins(recipe.plugins)
     return recipe
-
-
-def import_plugins(config: Config) -> None:
-    """Imports the modules that a recipe names; what they register is then known by name.
-
-    Raises:
-        UserError: If there is no such module.
-    """
-    for name in config.plugins:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name.partition('.')[0] and error.name != name:
-                raise  # one that the plug-in itself wants
-            raise UserError(
-                f'plugins: there is no module {name!r}; install it, or add its folder to PYTHONPATH'
-            ) from error
 
 
 def to_yaml(config: Config) -> str:

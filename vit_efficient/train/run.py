@@ -12,12 +12,12 @@ from vit_efficient.train.distributed import Processes, processes
 from vit_efficient.train.experiment import Experiment
 from vit_efficient.train.interrupts import Interrupts
 from vit_efficient.train.preflight import preflight
-from vit_efficient.train.recipe import import_plugins
 from vit_efficient.train.rules import validate
 from vit_efficient.train.run_folder import RunFolder, reading
 from vit_efficient.train.state import TrainState
 from vit_efficient.train.trainer import Trainer
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.packages import import_plugins
 
 
 def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | None = None) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
     validate(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    import_plugins(config)
+    import_plugins(config.plugins)
     with Interrupts() as stop, processes(config.device) as team:
         experiment = Experiment.build(config, team, train_set, val_set)
         folder = RunFolder(config.output, team)

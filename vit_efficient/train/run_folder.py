@@ -22,7 +22,7 @@ from vit_efficient.train.interrupts import Interrupts
 from vit_efficient.train.log import METRICS, TENSORBOARD, MetricsLog, SilentLog, has_metrics, read_metrics
 from vit_efficient.train.recipe import load_recipe, to_yaml
 from vit_efficient.train.state import TrainState
-from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.errors import UserError, is_bug_of_plugin
 from vit_efficient.utils.files import lock, remove_unfinished, write_json, write_text, writing
 
 RECIPE = 'recipe.yaml'
@@ -249,5 +249,7 @@ def reading(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_bug_of_plugin(error):
+            raise
         reason = ' '.join(str(error).split())[:300]
         raise UserError(f'{checkpoint}: not a state of this run ({type(error).__name__}: {reason})') from error

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vit_efficient.data import stable_seed
 from vit_efficient.train.distributed import has_unused_parameters
 from vit_efficient.train.experiment import Experiment
+from vit_efficient.train.hooks import remembered
 from vit_efficient.train.optim import create_loss, create_optimizer, create_scheduler
 from vit_efficient.train.sharding import (
     copy_empty,
@@ -173,7 +174,7 @@ class TrainState:
         return {
             'identity': json.loads(json.dumps(self.experiment.identity)),
             'progress': asdict(self.progress),
-            'hooks': {hook.name: dict(hook.memory) for hook in self.experiment.hooks},
+            'hooks': {hook.name: remembered(hook) for hook in self.experiment.hooks},
             'model': model_state(self.model),
             'optimizer': optimizer_state(self.optimizer),
             'ema': model_state(self.average.module) if self.average else None,

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.experiment import Experiment
+from vit_efficient.train.hooks import plain
 from vit_efficient.train.state import Progress, TrainState
 
 
@@ -80,5 +81,5 @@ def describe_result(
         **({'best': progress.best} if progress.best else {}),
     }
     for hook in experiment.hooks:
-        result |= hook.result()
+        result |= plain(hook.result(), f'the result of the training hook {hook.name!r}')
     return result | ({'stages': [*progress.stages, evaluation.accuracies]} if config.stages else {})

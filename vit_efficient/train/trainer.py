@@ -24,6 +24,7 @@ from vit_efficient.data import iterate
 from vit_efficient.train.checkpoint import CHECKPOINT
 from vit_efficient.train.evaluation import Evaluation, evaluate
 from vit_efficient.train.experiment import Experiment
+from vit_efficient.train.hooks import plain
 from vit_efficient.train.interrupts import Interrupted, Interrupts
 from vit_efficient.train.log import SilentLog, used_memory
 from vit_efficient.train.run_folder import BEST, RunFolder
@@ -250,7 +251,7 @@ class Trainer:
         """Evaluates the model at the end of an epoch, and tells."""
         experiment, state, progress = self.experiment, self.state, self.state.progress
         evaluation = self.measure(state.evaluated)
-        measured = {hook.name: hook.measure(self) for hook in experiment.hooks}
+        measured = {hook.name: plain(hook.measure(self), f'what {hook.name} measures') for hook in experiment.hooks}
         values = values_of_epoch(experiment, state, evaluation)
         self.log.name_skipped('validation', evaluation.skipped)
         with self.stop.held():

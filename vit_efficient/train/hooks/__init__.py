@@ -3,14 +3,16 @@
 Ours are modules of this package; others are registered by `register_hook`.
 """
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from vit_efficient.train.evaluation import Evaluation
-from vit_efficient.utils.checks import check_options
-from vit_efficient.utils.errors import UserError
+from vit_efficient.train.log import KINDS
+from vit_efficient.utils.checks import argument_names, check_options
+from vit_efficient.utils.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from vit_efficient.train.experiment import Experiment
@@ -26,8 +28,8 @@ class TrainingHook:
 
     Attributes:
         name: Its registered name.
-        memory: What it has to remember when the run goes on in another process, of types that JSON has; it is kept in
-            checkpoints.
+        memory: What it has to remember when the run goes on in another process, of types that JSON has (or numbers of
+            NumPy); it is kept in checkpoints.
     """
 
     name: str = ''
@@ -46,10 +48,18 @@ class TrainingHook:
         Raises:
             UserError: If the run cannot have it.
         """
-        return None if options is None else cls(**options)
+        if options is None:
+            return None
+        names, takes_others = argument_names(cls)
+        if not takes_others:
+            check_options(f'the training hook {cls.name!r}', options, names)
+        return cls(**options)
 
     def before_stage(self, stage: 'Stage', model: nn.Module) -> None:
-        """A stage begins, before its layers are converted; `model` is as the one before has left it."""
+        """A stage begins, before its layers are converted; `model` is as the one before has left it.
+
+        Called again, with the memory as it was saved, when the run goes on in that stage.
+        """
 
     def begin_stage(self, trainer: 'Trainer') -> None:
         """A stage has begun: the model is what it trains, and can be measured."""
@@ -95,13 +105,15 @@ class TrainingHook:
 
 
 def register_hook(name: str) -> Callable[[type[TrainingHook]], type[TrainingHook]]:
-    """Class decorator: makes a `TrainingHook` known by `name`. Hooks are called in the order of their registration.
+    """Class decorator: makes a `TrainingHook` known by `name`. Ours are called first, then others by name.
 
     Raises:
-        UserError: If the name is taken.
+        UserError: If the name is taken, or is that of a kind of metrics.
     """
 
     def register(cls: type[TrainingHook]) -> type[TrainingHook]:
+        if name in KINDS:
+            raise UserError(f'a training hook cannot be called {name!r}: lines of metrics are of that kind')
         if name in HOOKS:
             raise UserError(f'a training hook {name!r} is registered already: {HOOKS[name].__qualname__}')
         cls.name, HOOKS[name] = name, cls
@@ -116,9 +128,39 @@ def create_hooks(experiment: 'Experiment') -> list[TrainingHook]:
     Raises:
         UserError: If the recipe names one that is not registered, or the run cannot have one of them.
     """
-    from vit_efficient.train.hooks import distillation, leaves, truncation  # noqa: F401 (they register themselves)
+    asked, others = experiment.config.hooks, sorted(HOOKS.keys() - set(OURS))
+    check_options('hooks', asked, others)
+    for name, options in asked.items():
+        if not isinstance(options, dict | None):
+            raise UserError(f'hooks.{name} must be a mapping of options to values, got {options!r}')
+    given = {name: options or {} for name, options in asked.items()}
+    hooks = [HOOKS[name].of(experiment, given.get(name)) for name in (*OURS, *others)]
+    hooks = [hook for hook in hooks if hook is not None]
+    for hook in hooks:
+        remembered(hook)
+    return hooks
 
-    asked = experiment.config.hooks
-    check_options('hooks', asked, HOOKS)
-    hooks = (cls.of(experiment, asked.get(name)) for name, cls in HOOKS.items())
-    return [hook for hook in hooks if hook is not None]
+
+def remembered(hook: TrainingHook) -> dict[str, Any]:
+    """The memory of a hook, in types that JSON has.
+
+    Raises:
+        UserError: If it holds anything else.
+    """
+    return plain(getattr(hook, 'memory', None), f'the memory of the training hook {hook.name!r}')
+
+
+def plain(value: Any, what: str) -> Any:
+    """A mapping in types that JSON has, numbers of NumPy and PyTorch as Python's."""
+    try:
+        text = json.dumps(value, default=lambda number: number.item())
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f'{what} must be of types that JSON has: {first_line(error)}') from error
+    if not isinstance(value, dict):
+        raise UserError(f'{what} must be a mapping, got {value!r} (does its __init__ call super().__init__()?)')
+    return json.loads(text)
+
+
+from vit_efficient.train.hooks import distillation, leaves, truncation  # noqa: E402, F401 (they register themselves)
+
+OURS = tuple(HOOKS)
