@@ -25,10 +25,16 @@ from vit_efficient.train.checkpoint import CHECKPOINT
 from vit_efficient.train.evaluation import Evaluation, evaluate
 from vit_efficient.train.experiment import Experiment
 from vit_efficient.train.interrupts import Interrupted, Interrupts
-from vit_efficient.train.log import SilentLog, used_memory
+from vit_efficient.train.log import (
+    SilentLog,
+    describe_epoch,
+    describe_result,
+    describe_scale,
+    used_memory,
+    values_of_epoch,
+)
 from vit_efficient.train.run_folder import BEST, RunFolder
 from vit_efficient.train.state import TrainState, seed_everything
-from vit_efficient.train.summary import describe_epoch, describe_result, describe_scale, values_of_epoch
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import writing
 from vit_efficient.utils.precision import autocast
