@@ -63,7 +63,7 @@ class Interrupts:
 
     @contextmanager
     def held(self, and_after: bool = False) -> Iterator[None]:
-        """A block that a signal does not cut in two; with `and_after` it is raised at the next `obey`, not at its end."""
+        """A block that a signal does not cut in two; with `and_after` it waits for the next `obey`."""
         self._held = True
         try:
             yield

@@ -47,7 +47,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, team: Processes | None = None):
         self.path = Path(path)
-        self.team = team or Processes.alone()
+        self.team = team or Processes()
 
     @classmethod
     def of_model(cls, path: str | Path) -> 'RunFolder | None':
@@ -107,10 +107,8 @@ class RunFolder:
         """
         checkpoints, resume = list_checkpoints(self.path), experiment.config.resume
         if len(set(self.team.gather((bool(checkpoints), self.is_finished)))) > 1:
-            raise UserError(
-                f'output={self.path}: some processes find a run there and some do not; all nodes must have one file '
-                'system'
-            )
+            reason = 'some processes find a run there and some do not; all nodes must have one file system'
+            raise UserError(f'output={self.path}: {reason}')
         metrics = self.path / METRICS
         begun = checkpoints or self.is_finished or (metrics.exists() and metrics.stat().st_size)
         if resume == 'never' and begun:
@@ -156,9 +154,8 @@ class RunFolder:
                     taken = lock(self.path / LOCK)
                     if not taken:
                         made = False
-                        raise UserError(
-                            f'output={self.path}: another process trains there; wait for its end, or set another output'
-                        )
+                        reason = 'another process trains there; wait for its end, or set another output'
+                        raise UserError(f'output={self.path}: {reason}')
                     _begin(self.path, experiment, state)
                 except OSError as error:
                     raise UserError(f'output={self.path}: cannot write there: {error.strerror}') from error

@@ -43,15 +43,7 @@ MAX_NONFINITE = 25  # updates left out in a row (`on_nonfinite`), then the run e
 
 
 class Trainer:
-    """Takes a state through the epochs of its experiment.
-
-    Args:
-        experiment: The run as its recipe describes it.
-        state: What learns, from where it stands.
-        folder: Of the run, open.
-        log: Of the run.
-        stop: Told by signals.
-    """
+    """Takes a state, from where it stands, through the epochs of its experiment; the run's folder is open."""
 
     def __init__(self, experiment: Experiment, state: TrainState, folder: RunFolder, log: SilentLog, stop: Interrupts):
         self.experiment = experiment
@@ -62,10 +54,7 @@ class Trainer:
         self.unreadable: dict[int, str] = {}  # training images since the last update
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the end.
-
-        Returns:
-            What result.json holds; an empty dict in other processes than the first.
+        """Trains to the end, and returns what result.json holds; an empty dict in other processes than the first.
 
         Raises:
             Interrupted: After a signal, once a checkpoint is saved.
