@@ -49,7 +49,7 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
     fixed_batch = as_integer('fixed_batch', fixed_batch, 0, '0 or a number of images')
     sides = input_size if isinstance(input_size, (tuple, list)) else ()
     if len(sides) != 3 or not all(is_integer(side, 1) for side in sides):
-        raise UserError(f'export: input_size must be channels, height and width, positive integers, got {input_size=}')
+        raise UserError(f'export: input_size must be (C, H, W), three positive integers, got {input_size=}')
     if has_windows(model):
         raise UserError(
             'export: the model learns a truncation; make it hard first, by vit_efficient.freeze_truncation, or export '

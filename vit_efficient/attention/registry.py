@@ -26,6 +26,8 @@ def register_attention(name: str, **preset) -> Callable[[type], type]:
     """
 
     def register(cls: type) -> type:
+        if not name.isidentifier():
+            raise UserError(f'an attention is named as a variable of Python is, such as my_mean, got {name!r}')
         if name in ATTENTIONS:
             raise UserError(f'an attention {name!r} is registered already: {ATTENTIONS[name].cls.__qualname__}')
         ATTENTIONS[name] = Entry(cls, preset)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from vit_efficient.cli.parsing import Parser
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.packages import import_plugins
 
 COMMANDS = {
     'train': 'train the model of a recipe',
@@ -30,8 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = '--debug' in argv
     argv = [argument for argument in argv if argument != '--debug']
+    plugins = []
+    while argv[:1] == ['--plugin'] and len(argv) > 1:
+        plugins.append(argv[1])
+        argv = argv[2:]
     parser = Parser(prog='vit-efficient', description='Efficient attention for timm ViTs.')
     parser.add_argument('--debug', action='store_true', help='show the traceback of every error; anywhere in the line')
+    parser.add_argument('--plugin', metavar='MODULE', help='a Python module that is imported first; before the command')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
@@ -43,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)
     try:
+        import_plugins(plugins)
         status = module.run(args) or 0
         sys.stdout.flush()
         return status

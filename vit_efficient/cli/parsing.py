@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         self.takes_overrides = takes_overrides
         self.options: list[str] = []
         self.has_commands = False
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def add_argument(self, *args, **kwargs) -> argparse.Action:
         action = super().add_argument(*args, **kwargs)
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         """Before argparse misses the required option that one of these was meant to be."""
         for arg in args[: args.index('--') if '--' in args else None]:
             option = arg.partition('=')[0]
-            if option.startswith('--') and not any(known.startswith(option) for known in self.options):
+            if option.startswith('--') and option not in self.options:
                 super().error(f'unknown option {option}{nearest(option, self.options)}')
 
     def error(self, message: str) -> NoReturn:

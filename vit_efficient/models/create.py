@@ -17,7 +17,7 @@ from vit_efficient.attention import get_attention
 from vit_efficient.compress import get_compressor
 from vit_efficient.models.vit import EfficientVisionTransformer
 from vit_efficient.utils.checks import argument_names, check_options, nearest
-from vit_efficient.utils.errors import UserError, one_line
+from vit_efficient.utils.errors import UserError, is_bug_of_plugin, one_line
 
 # Arguments of timm.create_model that stand in no signature.
 _OF_BUILDER = ('features_only', 'out_indices', 'pretrained_strict')
@@ -64,7 +64,9 @@ def attention_of(name: str, options: dict[str, Any]) -> Any:
 
 def _arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of timm.create_model that the options of `create_from_spec` stand for."""
-    attention, given = attention_of(name, options), dict(options.get('attention_kwargs') or {})
+    attention, given = attention_of(name, options), options.get('attention_kwargs') or {}
+    if not isinstance(given, dict):
+        raise UserError(f'attention_kwargs of {name} must be a mapping of options to values, got {given!r}')
     if attention is None:  # which arguments it takes, only a call can tell
         return dict(options)
     functions = (model_entrypoint(name), EfficientVisionTransformer, VisionTransformer, timm.create_model)
@@ -110,5 +112,7 @@ def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
     except UserError:
         raise
     # timm's models check their arguments in many ways, or not at all.
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_bug_of_plugin(error):
+            raise
         raise UserError(f'timm cannot build {name}: {one_line(error)}') from error

@@ -16,3 +16,12 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException, most: int = 300) -> str:
     """What an error says, on one line of at most so many characters; its type if it says nothing."""
     return ' '.join(str(error).split())[:most] or type(error).__name__
+
+
+def is_bug_of_plugin(error: BaseException) -> bool:
+    """Whether an error was raised by code that is neither ours nor that of a library which checks our arguments."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = frame.tb_frame.f_globals.get('__name__', '') if frame is not None else ''
+    return module.partition('.')[0] not in ('vit_efficient', 'timm', 'torch', 'torchvision', 'numpy', 'inspect', 'json')

@@ -10,23 +10,24 @@ import yaml
 
 from vit_efficient.utils.errors import UserError
 
-_FRACTION = re.compile(r'\d+/[1-9]\d*')
+# Numbers that YAML has for text: fractions, and powers of ten without a point.
+_NUMBER = re.compile(r'\d+/[1-9]\d*|[-+]?\d+[eE][-+]?\d+')
 
 
 def parse_fractions(value: Any) -> Any:
     """A value of a configuration with each fraction in it, such as '1/16', as a number."""
     if isinstance(value, dict):
         return {key: parse_fractions(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [parse_fractions(part) for part in value]
-    return float(Fraction(value)) if isinstance(value, str) and _FRACTION.fullmatch(value) else value
+    if isinstance(value, list | tuple):
+        return type(value)(map(parse_fractions, value))
+    return float(Fraction(value)) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 def parse_value(text: str) -> Any:
     """The value that a text stands for, as in a recipe: a number, a fraction such as 1/16, true, null, a list or a
     mapping, in the words of YAML or Python; or the text itself."""
     with suppress(ValueError, SyntaxError):
-        return ast.literal_eval(text)
+        return parse_fractions(ast.literal_eval(text))
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

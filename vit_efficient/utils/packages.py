@@ -1,5 +1,6 @@
-"""Packages that a single feature needs, which an extra of this one installs."""
+"""Packages that a single feature needs, which an extra of this one installs; and plug-ins."""
 
+from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 
@@ -23,3 +24,18 @@ def import_optional(module: str, purpose: str, extra: str, package: str = '') ->
         raise MissingPackage(
             f"{purpose} the {package} package, which is not installed: pip install 'vit-efficient[{extra}]'"
         ) from error
+
+
+def import_plugins(names: Iterable[str]) -> None:
+    """Imports the modules of plug-ins; what they register is then known by name."""
+    for name in names:
+        if not all(part.isidentifier() for part in name.split('.')):
+            raise UserError(f'plugins: the name of a Python module, such as my_package.attentions, got {name!r}')
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if not f'{name}.'.startswith(f'{error.name}.'):
+                raise  # one that the plug-in itself wants
+            raise UserError(
+                f'plugins: there is no module {name!r}; install it, or add its folder to PYTHONPATH'
+            ) from error
