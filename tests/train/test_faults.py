@@ -369,7 +369,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(data, tmp_path
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     'owner, where',
-    [(experiment, 'create_dataset'), (run_folder, 'load_newest'), (experiment, 'describe_environment')],
+    [(experiment.data, 'create_dataset'), (run_folder, 'load_newest'), (experiment, 'describe_environment')],
 )
 def test_a_signal_before_the_first_update_is_one_line(
     data, stopped, tmp_path, monkeypatch, capsys, number, owner, where

@@ -253,7 +253,7 @@ def test_training_sees_what_evaluation_sees(tmp_path):
     config = patch_recipe(tmp_path / 'run', 'segmentation')
     config.model.args['img_size'], config.data.img_size = 24, [24, 24]
     config.data.val, config.data.val_args = 'train', {}
-    experiment = Experiment.build(config, Processes.alone())
+    experiment = Experiment.build(config, Processes())
     for i in range(3):
         seen, measured = experiment.feed.train_samples[1, i], experiment.feed.val_samples[0, i]
         assert torch.equal(seen[0], measured[0]) and seen[0].shape == (1, 24, 24)

@@ -112,7 +112,7 @@ def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
     except UserError:
         raise
     # timm's models check their arguments in many ways, or not at all.
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if is_bug_of_plugin(error):
             raise
         raise UserError(f'timm cannot build {name}: {one_line(error)}') from error

@@ -26,9 +26,7 @@ _SPELLED_OUT = ('attention', 'attention_kwargs')
 def create_model(config: Config, classes: list[str] | None) -> nn.Module:
     """The recipe's model, its weights drawn from the seed or taken from `model.init_from`.
 
-    Args:
-        config: The recipe.
-        classes: Names of the data's classes, if known.
+    `classes` are the names of the data's classes, if known.
 
     Raises:
         UserError: If there is no such model, its arguments do not fit, the number of classes is unknown or too small,
@@ -138,9 +136,7 @@ def _saved_model(folder: Path) -> tuple[str, dict[str, Any]]:
     return saved['architecture'], saved.get('model_args') or {}
 
 
-def _check_same_attention(
-    source: Path, name: str, args: dict[str, Any], saved_name: str, saved_args: dict[str, Any]
-) -> None:
+def _check_same_attention(source: Path, name: str, args: dict, saved_name: str, saved_args: dict) -> None:
     """Weights may fit another attention, keep ratio or number of heads without being any good for it."""
     theirs, ours = {'architecture': saved_name}, {'architecture': name}
     if saved_name == name:

@@ -26,9 +26,6 @@ def save_checkpoint(path: Path, state: dict[str, Any], keep: int = 1) -> None:
     """Saves the state of a run, atomically: a failure leaves the previous checkpoint as it was.
 
     The last `keep` checkpoints are left.
-
-    Raises:
-        UserError: If the file cannot be written, as on a full disk.
     """
     with writing(path, '; the checkpoint before is as it was, resume=auto goes on from it' if path.exists() else ''):
         # Not the path: PyTorch's own writer does not tell what the system says.
@@ -37,19 +34,15 @@ def save_checkpoint(path: Path, state: dict[str, Any], keep: int = 1) -> None:
         updates = state['progress']['updates'] if keep > 1 else -1
         if keep > 1:
             with replacing(path.with_name(f'checkpoint-{updates}.pt')) as temporary:
-                _link(path, temporary)
+                try:
+                    os.link(path, temporary)
+                except OSError:  # not all file systems have links
+                    shutil.copyfile(path, temporary)
         numbered = _numbered(path.parent)
         # Those of more updates were there when the run went back to an earlier one.
         last = sorted(number for number in numbered if number <= updates)[-keep:]
         for number in numbered.keys() - set(last):
             numbered[number].unlink()
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # not all file systems have links
-        shutil.copyfile(source, target)
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
@@ -86,39 +79,29 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def damaged_part(path: Path) -> str | None:
-    """The first part of a file of PyTorch that is not what was written.
+    """The first part of a file of PyTorch, which stores sums and does not look at them, that is not what was written.
 
-    PyTorch writes sums of what it stores, and does not look at them when it reads.
-
-    Raises:
-        BadZipFile: If it is no such file, or cut off.
+    Raises BadZipFile if it is no such file, or cut off.
     """
     with zipfile.ZipFile(path) as archive:
         return archive.testzip()
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The newest checkpoint that can be read: its file, its state, and why newer ones cannot be read.
-
-    Raises:
-        UserError: If none can be read.
-    """
+    """The newest checkpoint that can be read: its file, its state, and why newer ones cannot be read."""
     unreadable = []
     for path in list_checkpoints(folder):
         try:
             return path, load_checkpoint(path), unreadable
-        except ValueError as error:
+        except UserError as error:
             unreadable.append(str(error))
     raise UserError(f'{"; ".join(unreadable)}; resume=restart starts anew')
 
 
 def check_room(folder: Path, model: nn.Module, average: bool, keep: int, best: bool) -> None:
-    """Checks that a disk has room for the checkpoints of a run, and for one more while it is being written.
+    """Raises UserError if a disk has no room for the checkpoints of a run, and for one more while it is written.
 
     What a quota leaves is not known; the checkpoints that are there will make room.
-
-    Raises:
-        UserError: If there is less.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -9,7 +9,10 @@ from vit_efficient.utils.keys import BELOW_1, POSITIVE, SET, Range, at_least, be
 
 ABOVE_0_TO_1 = Range('above 0 and at most 1', lambda v: 0 < v <= 1)
 TASKS = ('classification', 'segmentation', 'both')
-MAX_THREADS = 1024  # of PyTorch; from some number on, that of the system, they end the process
+NO_METRIC = Range('a schedule that needs no metric', lambda v: v not in ('', 'plateau'))
+BELOW_2_32 = Range('at least 0 and below 2**32', lambda v: 0 <= v < 2**32)
+# From some number on, that of the system, threads end the process.
+THREADS = Range('from 1 to 1024', lambda v: 1 <= v <= 1024)
 MAX_NUMBER = 1e300  # of a key that has a type of its own; beyond it integers have no float
 
 
@@ -31,11 +34,7 @@ class OptimConfig:
 
 @dataclass
 class SchedConfig:
-    sched: str = key(
-        'cosine',
-        'a name that timm.scheduler knows, other than plateau; it is stepped after every update',
-        Range('a schedule that needs no metric', lambda v: v not in ('', 'plateau')),
-    )
+    sched: str = key('cosine', 'a name in timm.scheduler, other than plateau; stepped after every update', NO_METRIC)
     epochs: int = key(100, 'of the whole run', at_least(1))
     warmup_epochs: float = key(5.0, 'part of epochs', at_least(0))
     warmup_lr: float = key(1e-6, 'where the warm-up starts', at_least(0))
@@ -109,11 +108,7 @@ class Config:
     ema: EmaConfig = section(EmaConfig)
     hooks: dict[str, Any] = key({}, 'training hooks of plug-ins, by name, with their options')
     plugins: list[str] = key([], 'Python modules that are imported first', resume=True)
-    seed: int = key(
-        0,
-        'weights, order, augmentation, mixing and dropout follow from it',
-        Range('at least 0 and below 2**32', lambda v: 0 <= v < 2**32),
-    )
+    seed: int = key(0, 'weights, order, augmentation, mixing and dropout follow from it', BELOW_2_32)
     output: str = key('', "the run's folder; by default runs/FOLDER/NAME for recipes/FOLDER/NAME.yaml", resume=True)
     resume: str = key(
         'never',
@@ -136,12 +131,7 @@ class Config:
         resume=True,  # where both values lead to weights, these are the same
     )
     grad_checkpointing: bool = key(False, 'recompute activations instead of keeping them', resume=True)
-    threads: int | None = key(
-        None,
-        'of PyTorch on the CPU; null: as many as it takes by itself',
-        Range(f'from 1 to {MAX_THREADS}', lambda v: 1 <= v <= MAX_THREADS),
-        resume=True,
-    )
+    threads: int | None = key(None, 'of PyTorch on the CPU; null: as many as it takes by itself', THREADS, resume=True)
     log_every: int = key(50, 'updates', at_least(1), resume=True)
     eval_every: int = key(1, 'epochs; the last epoch is evaluated in any case', at_least(1), resume=True)
     checkpoint_every: int = key(1, 'epochs', at_least(1), resume=True)

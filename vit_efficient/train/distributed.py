@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -23,14 +23,9 @@ TIMEOUT = timedelta(minutes=10)
 class Processes:
     """This process among those of the run, and the device it computes on."""
 
-    device: torch.device
+    device: torch.device = field(default=torch.device('cpu'))
     rank: int = 0
     world_size: int = 1
-
-    @classmethod
-    def alone(cls) -> 'Processes':
-        """This process, on the CPU."""
-        return cls(torch.device('cpu'))
 
     @property
     def is_first(self) -> bool:
@@ -47,9 +42,7 @@ class Processes:
     def exchange(self, values: Sequence[Tensor], numbers: Sequence[float] = ()) -> list[list[float]]:
         """The numbers of every process, by rank: one collective, and one wait for the device.
 
-        Args:
-            values: Scalars on the device.
-            numbers: Further ones that are known on the host. All processes give as many of both.
+        `values` are scalars on the device, `numbers` are known on the host. All processes give as many of both.
         """
         row = torch.stack(list(values)).to(real_dtype(self.device)) if values else None
         if self.world_size == 1:
@@ -67,11 +60,8 @@ class Processes:
     def in_step(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[tuple[Sequence[Tensor], bool]]:
         """Batches as long as any process has some, with whether they are this process's own.
 
-        So all do as often what none can do alone: the forward pass of a sharded model.
-
-        Args:
-            batches: Of this process, each beginning with images (B, C, H, W). To one that has no more is given a single
-                blank image like those of the others, with nothing beside it.
+        So all do as often what none can do alone: the forward pass of a sharded model. Batches begin with images
+        (B, C, H, W); a process that has no more gets a single blank image like those of the others, and nothing beside.
         """
         batches = iter(batches)
         while True:
@@ -84,11 +74,9 @@ class Processes:
 
 
 def has_unused_parameters(model: nn.Module, images: Tensor) -> bool:
-    """Whether some parameters get no gradient from the logits, for which DDP would wait.
+    """Whether some parameters get no gradient from the logits of images (B, C, H, W), for which DDP would wait.
 
-    Args:
-        model: Images (B, C, H, W) -> logits. It is run in eval mode, and left in the mode that it was in.
-        images: On the model's device.
+    The model is run in eval mode, and left in the mode that it was in.
     """
     was_training = model.training
     model.eval()(images).sum().backward()
@@ -102,13 +90,8 @@ def has_unused_parameters(model: nn.Module, images: Tensor) -> bool:
 def processes(device: str = 'auto') -> Iterator[Processes]:
     """Joins the processes that torchrun started (gloo on the CPU, NCCL on GPUs), or stands alone.
 
-    A process group that is there already is used, as by scripts that train more than once.
-
-    Args:
-        device: auto (a GPU where there is one), or a name that torch.device knows.
-
-    Raises:
-        UserError: If there is no such device.
+    A process group that is there already is used, as by scripts that train more than once. `device` is auto (a GPU
+    where there is one), or a name that torch.device knows.
     """
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     chosen = choose_device(device, local_rank=int(os.environ.get('LOCAL_RANK', 0)))

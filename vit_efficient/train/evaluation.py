@@ -6,6 +6,7 @@ Dimensions: B images, K classes, H × W patches of the target.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -147,9 +148,9 @@ def evaluate(
         rows += zip(*(column.tolist() for column in columns), strict=True)
     seconds = time.perf_counter() - start
     model.train(was_training)
-    parts = processes.gather((rows, top5, total_loss, confusion, seconds, skipped))
-    rows = sorted(row for part in parts for row in part[0])
-    skipped = dict(sorted(item for part in parts for item in part[5].items()))
+    parts = processes.gather((rows, top5, total_loss, confusion, seconds, list(skipped.items())))
+    rows_of, top5_of, loss_of, confusion_of, seconds_of, skipped_of = zip(*parts, strict=True)
+    rows, skipped = sorted(chain(*rows_of)), dict(sorted(chain(*skipped_of)))
     if not rows:
         reason = f': none of {len(skipped)} can be read; {next(iter(skipped.values()))}' if skipped else ''
         raise UserError(f'there are no images to evaluate{reason}')
@@ -158,27 +159,18 @@ def evaluate(
     if task.of_images:
         columns += ['label', 'predicted']
         accuracies['top1'] = 100 * sum(label == predicted for _, label, predicted, *_ in rows) / count
-        accuracies['top5'] = 100 * sum(part[1] for part in parts) / count
+        accuracies['top5'] = 100 * sum(top5_of) / count
     if task.of_patches:
         columns.append('patch_accuracy')
-        accuracies.update(_patch_accuracies(sum(part[3] for part in parts), task.none))
-    return Evaluation(
-        loss=sum(part[2] for part in parts) / count,
-        images=count,
-        images_per_second=count / max(part[4] for part in parts),
-        columns=tuple(columns),
-        predictions=rows,
-        skipped=skipped,
-        **accuracies,
-    )
+        accuracies.update(_patch_accuracies(sum(confusion_of), task.none))
+    loss, rate = sum(loss_of) / count, count / max(seconds_of)
+    return Evaluation(loss, count, rate, tuple(columns), rows, skipped=skipped, **accuracies)
 
 
 def _patch_accuracies(confusion: Tensor, none: int | None) -> dict[str, float | None]:
     found = intersection_over_union(confusion)
-    accuracies = {
-        'miou': 100 * found.nanmean().item(),
-        'patch_accuracy': 100 * (confusion.trace() / confusion.sum()).item(),
-    }
+    right = confusion.trace() / confusion.sum()
+    accuracies = {'miou': 100 * found.nanmean().item(), 'patch_accuracy': 100 * right.item()}
     if none is not None:
         foreground = torch.cat([found[:none], found[none + 1 :]]).nanmean()
         accuracies['foreground_miou'] = None if foreground.isnan() else 100 * foreground.item()

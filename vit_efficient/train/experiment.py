@@ -8,19 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from vit_efficient.data import (
-    EpochSampler,
-    Preprocessing,
-    Samples,
-    check_same_classes,
-    class_names,
-    create_dataset,
-    create_loader,
-    eval_input,
-    input_shape,
-    shard_order,
-    train_input,
-)
+from vit_efficient import data
 from vit_efficient.train.build import create_model
 from vit_efficient.train.config import Config, identity
 from vit_efficient.train.distributed import Processes
@@ -36,45 +24,35 @@ IMAGES_PER_UPDATE = 'data.batch_size × grad_accum × processes'
 class Feed:
     """The images of a run on their way to the model: samples, their order, and loaders."""
 
-    def __init__(self, config, team, train_set, val_set, model, preprocessing: Preprocessing, task: Task):
-        data, tones = config.data, config.data.augment
+    def __init__(self, config, team, train_set, val_set, model, preprocessing: data.Preprocessing, task: Task):
+        keys, tones = config.data, config.data.augment
         self.config, self.team, self.preprocessing = config, team, preprocessing
         (train_set, augment), (val_set, fixed) = self._inputs(train_set, val_set, model)
         if task.of_patches and not (tones.three or tones.color_jitter or tones.hue or tones.dct_truncate):
             augment = fixed  # nothing is drawn: where images are resized, training sees what evaluation sees
         check_target = task.check_target if task.of_patches else None
-        options = preprocessing.input_size[0], model.num_classes, data.cache, check_target, data.on_error
-        self.train_samples = Samples(train_set, augment, *options)
-        self.val_samples = Samples(val_set, fixed, *options)
+        options = preprocessing.input_size[0], model.num_classes, keys.cache, check_target, keys.on_error
+        self.train_samples = data.Samples(train_set, augment, *options)
+        self.val_samples = data.Samples(val_set, fixed, *options)
         if not len(self.val_samples):
             raise UserError('the validation set is empty')
-        self.sampler = EpochSampler(
-            len(train_set),
-            config.seed,
-            rank=team.rank,
-            world_size=team.world_size,
-            block=data.batch_size,
-            repeats=data.repeats,
-            **shard_order(train_set, data.mixed_shards),
-        )
+        part = {'rank': team.rank, 'world_size': team.world_size, 'block': keys.batch_size, 'repeats': keys.repeats}
+        shards = data.shard_order(train_set, keys.mixed_shards)
+        self.sampler = data.EpochSampler(len(train_set), config.seed, **part, **shards)
         self.train_loader, self.val_loader = self._loaders()
 
     def _inputs(self, train_set: Dataset, val_set: Dataset, model: nn.Module) -> tuple[Any, Any]:
-        data = self.config.data
-        return (
-            train_input(train_set, model, self.preprocessing, data, self.config.seed),
-            eval_input(val_set, model, self.preprocessing, data.decode),
-        )
+        keys = self.config.data
+        train = data.train_input(train_set, model, self.preprocessing, keys, self.config.seed)
+        return train, data.eval_input(val_set, model, self.preprocessing, keys.decode)
 
     def _loaders(self) -> tuple[DataLoader, DataLoader]:
-        data, team, samples = self.config.data, self.team, self.val_samples
+        keys, team, samples = self.config.data, self.team, self.val_samples
         pin = team.device.type == 'cuda'
-        order = EpochSampler(len(samples), shuffle=False, even=False, rank=team.rank, world_size=team.world_size)
-        batch_size = data.eval_batch_size or data.batch_size
-        return (
-            create_loader(self.train_samples, self.sampler, data.batch_size, data.workers, drop_last=True, pin=pin),
-            create_loader(samples, order, batch_size, data.workers, pin=pin),
-        )
+        order = data.EpochSampler(len(samples), shuffle=False, even=False, rank=team.rank, world_size=team.world_size)
+        batch_size = keys.eval_batch_size or keys.batch_size
+        train = data.create_loader(self.train_samples, self.sampler, keys.batch_size, keys.workers, True, pin)
+        return train, data.create_loader(samples, order, batch_size, keys.workers, pin=pin)
 
     def follow(self, model: nn.Module) -> None:
         """Gives what the model takes: a patch embedding that has been truncated takes fewer coefficients."""
@@ -92,7 +70,7 @@ class Experiment:
     team: Processes
     classes: list[str] | None  # their names, if the data tell
     model: nn.Module  # as it is built, on the device
-    preprocessing: Preprocessing
+    preprocessing: data.Preprocessing
     task: Task
     feed: Feed
     stages: list[Stage]  # at least one
@@ -102,34 +80,29 @@ class Experiment:
     def build(
         cls, config: Config, team: Processes, train_set: Dataset | None = None, val_set: Dataset | None = None
     ) -> 'Experiment':
-        """Builds all of it, on `train_set` and `val_set` instead of `data.train` and `data.val` where they are given.
-
-        Raises:
-            UserError: For what does not fit.
-        """
-        data = config.data
+        """Builds all of it, on `train_set` and `val_set` where they are given, else on `data.train` and `data.val`."""
+        keys = config.data
         if train_set is None:
-            train_set = create_dataset(data.train, data.dataset, data.root, 'data.train', data.args)
+            train_set = data.create_dataset(keys.train, keys.dataset, keys.root, 'data.train', keys.args)
         if val_set is None:
-            val_set = create_dataset(data.val, data.dataset, data.root, 'data.val', {**data.args, **data.val_args})
-        classes = class_names(train_set)
-        check_same_classes(classes, class_names(val_set), 'the training set', 'the validation set')
+            val_set = data.create_dataset(keys.val, keys.dataset, keys.root, 'data.val', {**keys.args, **keys.val_args})
+        classes = data.class_names(train_set)
+        data.check_same_classes(classes, data.class_names(val_set), 'the training set', 'the validation set')
         model = create_model(config, classes).to(team.device, memory_format=_layout(config))
         if config.grad_checkpointing:
             try:
                 model.set_grad_checkpointing()
             except Exception as error:  # of models that have it not, or only the name
-                raise UserError(
-                    f'grad_checkpointing=true: model {config.model.name} does not have it ({first_line(error)})'
-                ) from error
-        preprocessing = Preprocessing.of(model, data)
+                missing = f'model {config.model.name} does not have it ({first_line(error)})'
+                raise UserError(f'grad_checkpointing=true: {missing}') from error
+        preprocessing = data.Preprocessing.of(model, keys)
         task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight)
         feed = Feed(config, team, train_set, val_set, model, preprocessing, task)
         experiment = cls(config, team, classes, model, preprocessing, task, feed, list_stages(config))
         if not experiment.updates_per_epoch:
             raise UserError(
                 f'an update takes {experiment.images_per_update} images ({IMAGES_PER_UPDATE}), the training set has '
-                f'{len(train_set)}; make data.batch_size={data.batch_size} smaller'
+                f'{len(train_set)}; make data.batch_size={keys.batch_size} smaller'
                 + (f', or grad_accum={config.grad_accum}' if config.grad_accum > 1 else '')
             )
         list(model_at_stages(model, experiment.stages))  # tries them
@@ -182,9 +155,9 @@ class Experiment:
         }
         return {**describe_environment(self.team.device), 'scale': scale}
 
-    def blank_input(self, preprocessing: Preprocessing | None = None) -> torch.Tensor:
+    def blank_input(self, preprocessing: data.Preprocessing | None = None) -> torch.Tensor:
         """A batch of one image without content, as the model takes it."""
-        shape = input_shape(self.model, preprocessing or self.preprocessing)
+        shape = data.input_shape(self.model, preprocessing or self.preprocessing)
         return torch.zeros(1, *shape, device=self.team.device)
 
 

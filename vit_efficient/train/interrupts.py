@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from vit_efficient.train.distributed import Processes
@@ -36,43 +36,34 @@ class Interrupts:
 
     def __init__(self):
         self._processes: Processes | None = None
+        self.received = 0  # the number of the signal that this process was sent
         self._held = False
-        self._received = 0
         self._heard = 0
-        self._previous: dict[int, object] = {}
+        self._previous = ExitStack()  # the handlers that were there before
 
     def __enter__(self) -> 'Interrupts':
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+                self._previous.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        self._previous.close()
 
     def join(self, processes: Processes) -> None:
         """From here on, the processes of a run have something to lose, and stop together."""
         self._processes = processes if processes.world_size > 1 else None
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._received = self._received or number
+        self.received = self.received or number
         if not self._processes:
-            self._restore()
+            self._previous.close()
             if not self._held:
                 raise Interrupted(number)
 
     @contextmanager
     def held(self, and_after: bool = False) -> Iterator[None]:
-        """A block that a signal does not cut in two.
-
-        Args:
-            and_after: Raise not at its end, but at the next `obey`, `check` or end of a block.
-        """
+        """A block that a signal does not cut in two; with `and_after` it waits for the next `obey`."""
         self._held = True
         try:
             yield
@@ -81,23 +72,18 @@ class Interrupts:
         if not and_after:
             self.obey(heard=False)
 
-    @property
-    def received(self) -> int:
-        """The number of the signal that this process was sent; 0 without one."""
-        return self._received
-
     def hear(self, signals: Iterable[int]) -> None:
         """Takes note of what all processes have received, at the same point; they stop at the next `obey`."""
         self._heard = self._heard or (max(signals, default=0) if self._processes else 0)
 
     def obey(self, heard: bool = True) -> None:
         """Raises Interrupted if this process, a single one, was told to stop; or one of several, once all `heard`."""
-        number = self._heard * heard if self._processes else self._received
+        number = self._heard * heard if self._processes else self.received
         if number:
             raise Interrupted(number)
 
     def check(self) -> None:
         """Raises Interrupted if a process has been told to stop; all processes call it at the same points."""
         if self._processes:
-            self.hear([int(self._processes.max(self._received))])
+            self.hear([int(self._processes.max(self.received))])
         self.obey()

@@ -1,22 +1,27 @@
-"""What a run tells on its way: metrics.jsonl, TensorBoard, and the memory it takes."""
+"""What is told of a run: metrics.jsonl and TensorBoard, a line on its way, and result.json at its end."""
 
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
+from vit_efficient.train.evaluation import Evaluation, describe
+from vit_efficient.train.experiment import Experiment
+from vit_efficient.train.hooks import plain
+from vit_efficient.train.state import Progress, TrainState
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_text, writing
 
 METRICS = 'metrics.jsonl'
-KINDS = ('train', 'val', 'frozen', 'skipped', 'nonfinite')  # of lines; and the names of hooks that measure
 TENSORBOARD = 'tensorboard'
 
 logger = logging.getLogger(__name__)
@@ -42,27 +47,23 @@ class MetricsLog(SilentLog):
     truncations that were learned are hard), skipped (images that could not be read), nonfinite (of an update that was
     left out, with the number of those so far), and the names of hooks that measure.
 
-    JSON has no numbers that are not finite: they are null.
-
-    Args:
-        folder: The run's folder.
-        epoch: The epoch that the run stands in. What was written of it and of later ones after `step` is dropped,
-            since a run that goes on writes it again.
-        step: Updates done.
+    JSON has no numbers that are not finite: they are null. What was written of the `epoch` that the run stands in and
+    of later ones after `step`, the updates done, is dropped, since a run that goes on writes it again.
     """
 
     def __init__(self, folder: Path, epoch: int = 0, step: int = 0):
         path = folder / METRICS
         if path.exists():
-            kept = [line for line in _lines(path) if _is_before(line, epoch, step)]
-            write_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
+            lines = path.read_text(encoding='utf-8').splitlines()
+            write_text(path, ''.join(f'{line}\n' for line in lines if _is_before(line, epoch, step)))
         self.file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
         self.board = SummaryWriter(folder / TENSORBOARD, purge_step=step + 1)
         self.named: set[tuple[str, str]] = set()
 
     def write(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
         with writing(Path(self.file.name)):
-            self.append(json.dumps({'kind': kind, 'epoch': epoch, 'step': step, **_as_json(values)}))
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self.append(json.dumps({'kind': kind, 'epoch': epoch, 'step': step, **finite}))
             for name, value in values.items():
                 self.board.add_scalar(f'{kind}/{name}', value, step)
 
@@ -86,14 +87,13 @@ class MetricsLog(SilentLog):
                 writer.close()
 
 
-def _as_json(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def has_metrics(folder: Path) -> bool:
-    """Whether a run in this folder has come to its first line."""
-    path = folder / METRICS
-    return path.exists() and path.stat().st_size > 0
+def _is_before(text: str, epoch: int, step: int) -> bool:
+    """Whether a run that goes on leaves this line; not the one being written when the machine stopped."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return False
+    return line['step'] <= step if line['kind'] in ('train', 'nonfinite') else line['epoch'] < epoch
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -121,18 +121,6 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding='utf-8').splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:  # the line that was being written when the machine stopped
-            continue
-
-
-def _is_before(line: dict[str, Any], epoch: int, step: int) -> bool:
-    return line['step'] <= step if line['kind'] in ('train', 'nonfinite') else line['epoch'] < epoch
-
-
 def used_memory(device: torch.device) -> int:
     """Bytes: on a GPU the most that tensors have taken, elsewhere what the process has in memory now (0: not known)."""
     if device.type == 'cuda':
@@ -141,3 +129,76 @@ def used_memory(device: torch.device) -> int:
         return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     except OSError:
         return 0
+
+
+def describe_scale(experiment: Experiment) -> str:
+    """How an update is split, on one line."""
+    config, processes = experiment.config, experiment.team.world_size
+    how = f' ({config.parallel.upper()})' if processes > 1 else ''
+    return (
+        f'{experiment.images_per_update} images per update: {config.data.batch_size} per batch × {config.grad_accum} '
+        f'accumulated × {processes} processes{how}; learning rate {max(s.optim.lr for s in experiment.stages):g}'
+    )
+
+
+def describe_epoch(experiment: Experiment, progress: Progress, train_loss: float, evaluation: Evaluation) -> str:
+    """How far a run is, and how good, on one line."""
+    epochs, accuracies = experiment.config.sched.epochs, dict(evaluation.accuracies)
+    accuracies.pop('top5', None)
+    to_go = epochs * experiment.updates_per_epoch - progress.updates
+    left = tqdm.format_interval(progress.train_seconds / progress.updates * to_go)
+    counts = progress.epoch_skipped, len(evaluation.skipped)
+    return (
+        f'epoch {progress.epoch + 1}/{epochs}: train loss {train_loss:.3f}, val loss {evaluation.loss:.3f}, '
+        f'{describe(accuracies)}, {progress.train_seconds:.0f} s'
+        + (f', about {left} to go' if to_go else '')
+        + ('; skipped {} training and {} validation images'.format(*counts) if any(counts) else '')
+    )
+
+
+def values_of_epoch(experiment: Experiment, state: TrainState, evaluation: Evaluation) -> dict[str, float]:
+    """What is logged of an evaluation at the end of an epoch."""
+    config, progress = experiment.config, state.progress
+    taken = experiment.updates_per_epoch - progress.epoch_nonfinite
+    values = {
+        'train_loss': progress.loss_sum / taken if taken else math.nan,
+        'loss': evaluation.loss,
+        **evaluation.accuracies,
+        'lr': state.lr,
+        'train_seconds': progress.train_seconds,
+        **({'stage': state.stage} if config.stages else {}),
+        **({'skipped': len(evaluation.skipped)} if config.data.on_error == 'skip' else {}),
+        **({'nonfinite': progress.epoch_nonfinite} if config.on_nonfinite == 'skip' else {}),
+    }
+    for hook in experiment.hooks:
+        values |= hook.values(state)
+    return values
+
+
+def describe_result(
+    experiment: Experiment, progress: Progress, model: nn.Module, evaluation: Evaluation
+) -> dict[str, Any]:
+    """What result.json holds of a run at its end, but for the environment."""
+    config = experiment.config
+    result = {
+        'recipe': config.recipe,
+        'model': config.model.name,
+        'args': config.model.args,
+        'seed': config.seed,
+        'epochs': config.sched.epochs,
+        'steps': progress.updates,
+        **evaluation.accuracies,
+        'val_images': evaluation.images,
+        'train_images': len(experiment.feed.train_samples),
+        'val_skipped': len(evaluation.skipped),
+        'train_skipped': len(progress.skipped),
+        'nonfinite': progress.nonfinite,
+        'parameters': sum(parameter.numel() for parameter in model.parameters()),
+        'train_seconds': progress.train_seconds,
+        'images_per_second_train': progress.updates * experiment.images_per_update / progress.train_seconds,
+        'images_per_second_eval': evaluation.images_per_second,
+        **({'best': progress.best} if progress.best else {}),
+    }
+    for hook in experiment.hooks:
+        result |= plain(hook.result(), f'the result of the training hook {hook.name!r}')
+    return result | ({'stages': [*progress.stages, evaluation.accuracies]} if config.stages else {})

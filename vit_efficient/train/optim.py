@@ -24,16 +24,13 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
     """timm's optimiser, with its parameter groups: no decay for biases and norms, learning rates by layer.
 
     The sizes of learned truncations have the full rate at any layer.
-
-    Raises:
-        UserError: If timm knows no such optimiser, or it takes no such argument.
     """
     try:
         optimizer = timm.optim.create_optimizer_v2(
             model, config.opt, config.lr, config.weight_decay, layer_decay=config.layer_decay, **config.args
         )
     except Exception as error:  # optimisers check their arguments in all ways, or not at all
-        raise _refused('optim', config.opt, config.args, error) from error
+        raise _refused('optim.opt', config.opt, config.args, error) from error
     if config.layer_decay:
         _keep_rate_of_windows(model, optimizer)
     return optimizer
@@ -54,25 +51,13 @@ def _keep_rate_of_windows(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, config: SchedConfig, updates_per_epoch: int) -> Scheduler | None:
-    """timm's schedule of the learning rate, stepped by updates; None for `sched` none.
-
-    Raises:
-        UserError: If timm knows no such schedule, it takes no such argument, or it is not as long as the training.
-    """
+    """timm's schedule of the learning rate, stepped by updates and as long as the training; None for `sched` none."""
     try:
-        scheduler, epochs = timm.scheduler.create_scheduler_v2(
-            optimizer,
-            config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            warmup_lr=config.warmup_lr,
-            min_lr=config.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=updates_per_epoch,
-            **config.args,
-        )
+        options = {name: getattr(config, name) for name in ('warmup_epochs', 'warmup_lr', 'min_lr')}
+        options |= {'num_epochs': config.epochs, 'step_on_epochs': False, 'updates_per_epoch': updates_per_epoch}
+        scheduler, epochs = timm.scheduler.create_scheduler_v2(optimizer, config.sched, **options, **config.args)
     except Exception as error:
-        raise _refused('sched', config.sched, config.args, error) from error
+        raise _refused('sched.sched', config.sched, config.args, error) from error
     if scheduler is None and config.sched != 'none':  # what older timm gives for an unknown name
         raise UserError(f'sched.sched={config.sched}: timm knows no such schedule')
     if epochs != config.epochs:
@@ -99,7 +84,7 @@ def try_learning(optim: OptimConfig, sched: SchedConfig, updates_per_epoch: int,
         optimizer.step()
     except Exception as error:
         where = ', with parallel=fsdp' if shard else ''
-        raise _refused('optim', optim.opt, optim.args, error, where) from error
+        raise _refused('optim.opt', optim.opt, optim.args, error, where) from error
     updates = sched.epochs * updates_per_epoch
     try:
         for update in sorted({1, *(updates * part // TRIED_RATES for part in range(TRIED_RATES + 1))}):
@@ -109,12 +94,11 @@ def try_learning(optim: OptimConfig, sched: SchedConfig, updates_per_epoch: int,
                 if not 0 <= rate < math.inf:
                     raise UserError(f'the learning rate of update {update} would be {rate}')
     except Exception as error:
-        raise _refused('sched', sched.sched, sched.args, error) from error
+        raise _refused('sched.sched', sched.sched, sched.args, error) from error
 
 
-def _refused(section: str, name: str, args: dict[str, Any], error: Exception, where: str = '') -> UserError:
-    key = {'optim': 'optim.opt', 'sched': 'sched.sched'}[section]
-    given = f' with {section}.args={args}' if args else ''
+def _refused(key: str, name: str, args: dict[str, Any], error: Exception, where: str = '') -> UserError:
+    given = f' with {key.partition(".")[0]}.args={args}' if args else ''
     return UserError(f'{key}={name}{given}{where}: {first_line(error)}')
 
 

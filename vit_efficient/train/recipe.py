@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from vit_efficient.train.config import MAX_NUMBER, Config
 from vit_efficient.train.rules import validate
 from vit_efficient.utils.checks import nearest
-from vit_efficient.utils.errors import UserError, first_line
+from vit_efficient.utils.errors import UserError, first_line, one_line
 from vit_efficient.utils.keys import element_of, flatten
 from vit_efficient.utils.options import parse_fractions
 from vit_efficient.utils.packages import import_plugins
@@ -78,8 +78,7 @@ def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, An
     except OSError as error:
         raise UserError(f'{path}: cannot read the recipe: {error.strerror or first_line(error)}') from error
     except Exception as error:  # a value that is not of the type its tag tells raises anything
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise UserError(f'{path}: not valid YAML: {reason}') from error
+        raise UserError(f'{path}: not valid YAML: {one_line(error)}') from error
     if not OmegaConf.is_dict(layer):
         raise UserError(f'{path}: a recipe is a mapping of keys to values')
     content = OmegaConf.to_container(layer)
@@ -110,14 +109,16 @@ def _key_of(error: OmegaConfBaseException) -> str:
     return f'{error.full_key}: ' if error.full_key else ''
 
 
-def _checked(config: Any, layer: dict[Any, Any], source: str, prefix: str = '') -> dict[Any, Any]:
+def _checked(config: Any, layer: Any, source: str, section: str = '') -> dict[Any, Any]:
     """A section of a recipe with its fractions as numbers.
 
     Raises:
         UserError: For what OmegaConf does not name: a section that is none, a section in a list, an integer beyond
             floats.
     """
-    items = {item.name: item for item in fields(config)}
+    if not isinstance(layer, dict):
+        raise UserError(f'{source}: {section} must be a section of keys, got {layer!r}')
+    items, prefix = {item.name: item for item in fields(config)}, f'{section}.' if section else ''
     checked = {}
     for key, value in layer.items():
         name = f'{prefix}{key}'
@@ -125,14 +126,11 @@ def _checked(config: Any, layer: dict[Any, Any], source: str, prefix: str = '') 
             raise UserError(f'{source}: unknown key {name}{_suggestion(name, [prefix + item for item in items])}')
         default, part = getattr(config, key), element_of(items[key])
         if is_dataclass(default):
-            if not isinstance(value, dict):
-                raise UserError(f'{source}: {name} must be a section of keys, got {value!r}')
-            checked[key] = _checked(default, value, source, f'{name}.')
+            checked[key] = _checked(default, value, source, name)
         elif part:
             if not isinstance(value, list):
-                raise UserError(
-                    f'{source}: {name} must be a list of sections, got {value!r}; it is replaced as a whole'
-                )
+                given = f'got {value!r}; it is replaced as a whole'
+                raise UserError(f'{source}: {name} must be a list of sections, {given}')
             checked[key] = [_element(part, element, source, f'{name}[{i}]') for i, element in enumerate(value)]
         else:
             checked[key] = _leaf(items[key].type, value, f'{source}: {name}')
@@ -140,9 +138,7 @@ def _checked(config: Any, layer: dict[Any, Any], source: str, prefix: str = '') 
 
 
 def _element(part: type, value: Any, source: str, name: str) -> dict[Any, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f'{source}: {name} must be a section of keys, got {value!r}')
-    value = _checked(part(), value, source, f'{name}.')
+    value = _checked(part(), value, source, name)
     try:
         OmegaConf.merge(OmegaConf.structured(part), value)
     except OmegaConfBaseException as error:

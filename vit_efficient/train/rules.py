@@ -33,7 +33,7 @@ def validate(config: Config) -> None:
         UserError: Naming the first key whose value does not fit, with the value and what it must be.
     """
     check_ranges(config)
-    data, stages = config.data, config.stages
+    data = config.data
     if config.parallel == 'fsdp' and config.channels_last:
         raise UserError('channels_last must be false for parallel=fsdp, which takes contiguous weights only; got true')
     _check_sizes(config)
@@ -47,12 +47,11 @@ def validate(config: Config) -> None:
             f'truncation.budget={config.truncation.budget:g} has no effect without a penalty; set truncation.penalty'
         )
     _check_teacher(config)
-    if stages:
+    if config.stages:
         _check_stages(config)
     elif config.sched.warmup_epochs > config.sched.epochs:
-        raise UserError(
-            f'sched.warmup_epochs must be at most sched.epochs={config.sched.epochs}, got {config.sched.warmup_epochs}'
-        )
+        limit, warmup = config.sched.epochs, config.sched.warmup_epochs
+        raise UserError(f'sched.warmup_epochs must be at most sched.epochs={limit}, got {warmup}')
     if (config.loss.mixup or config.loss.cutmix) and data.batch_size % 2:
         raise UserError(f'data.batch_size must be even for mixup and cutmix, got {data.batch_size}')
     if config.task != 'classification':
@@ -73,10 +72,10 @@ def _check_sizes(config: Config) -> None:
     before = -1
     for number, part in enumerate(config.data.schedule):
         if not before < part.epoch < config.sched.epochs:
-            raise UserError(
-                f'data.schedule[{number}].epoch must be {"above the one before" if number else "at least 0"}, and '
-                f'below sched.epochs={config.sched.epochs}, got {part.epoch}'
+            limits = (
+                f'{"above the one before" if number else "at least 0"}, and below sched.epochs={config.sched.epochs}'
             )
+            raise UserError(f'data.schedule[{number}].epoch must be {limits}, got {part.epoch}')
         before = part.epoch
         if len(part.img_size) != 2 or min(part.img_size) < 1:
             raise UserError(f'data.schedule[{number}].img_size must be height and width in pixels, got {part.img_size}')
@@ -101,10 +100,8 @@ def _check_stages(config: Config) -> None:
     for number, stage in enumerate(config.stages):
         warmup = config.sched.warmup_epochs if stage.warmup_epochs is None else stage.warmup_epochs
         if not 0 <= warmup <= stage.epochs or not math.isfinite(warmup):
-            raise UserError(
-                f'stages[{number}].warmup_epochs must be from 0 to the {stage.epochs} epochs of the stage, got '
-                f'{warmup!r}'
-            )
+            limits = f'from 0 to the {stage.epochs} epochs of the stage'
+            raise UserError(f'stages[{number}].warmup_epochs must be {limits}, got {warmup!r}')
         if stage.attention and stage.freeze:
             raise UserError(f'stages[{number}] has attention and freeze; give the second of them a stage of its own')
         if not stage.attention and (stage.attention_kwargs or stage.layers is not None):

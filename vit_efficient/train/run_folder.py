@@ -19,10 +19,10 @@ from vit_efficient.train.distributed import Processes
 from vit_efficient.train.evaluation import Evaluation
 from vit_efficient.train.experiment import IMAGES_PER_UPDATE, Experiment
 from vit_efficient.train.interrupts import Interrupts
-from vit_efficient.train.log import METRICS, TENSORBOARD, MetricsLog, SilentLog, has_metrics, read_metrics
+from vit_efficient.train.log import METRICS, TENSORBOARD, MetricsLog, SilentLog, read_metrics
 from vit_efficient.train.recipe import load_recipe, to_yaml
 from vit_efficient.train.state import TrainState
-from vit_efficient.utils.errors import UserError, is_bug_of_plugin
+from vit_efficient.utils.errors import UserError, is_bug_of_plugin, one_line
 from vit_efficient.utils.files import lock, remove_unfinished, write_json, write_text, writing
 
 RECIPE = 'recipe.yaml'
@@ -47,7 +47,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, team: Processes | None = None):
         self.path = Path(path)
-        self.team = team or Processes.alone()
+        self.team = team or Processes()
 
     @classmethod
     def of_model(cls, path: str | Path) -> 'RunFolder | None':
@@ -107,11 +107,11 @@ class RunFolder:
         """
         checkpoints, resume = list_checkpoints(self.path), experiment.config.resume
         if len(set(self.team.gather((bool(checkpoints), self.is_finished)))) > 1:
-            raise UserError(
-                f'output={self.path}: some processes find a run there and some do not; all nodes must have one file '
-                'system'
-            )
-        if resume == 'never' and (checkpoints or self.is_finished or has_metrics(self.path)):
+            reason = 'some processes find a run there and some do not; all nodes must have one file system'
+            raise UserError(f'output={self.path}: {reason}')
+        metrics = self.path / METRICS
+        begun = checkpoints or self.is_finished or (metrics.exists() and metrics.stat().st_size)
+        if resume == 'never' and begun:
             raise UserError(
                 f'{self.path} holds a run already; resume=auto goes on with it, resume=restart replaces it, output=… '
                 'starts another'
@@ -154,9 +154,8 @@ class RunFolder:
                     taken = lock(self.path / LOCK)
                     if not taken:
                         made = False
-                        raise UserError(
-                            f'output={self.path}: another process trains there; wait for its end, or set another output'
-                        )
+                        reason = 'another process trains there; wait for its end, or set another output'
+                        raise UserError(f'output={self.path}: {reason}')
                     _begin(self.path, experiment, state)
                 except OSError as error:
                     raise UserError(f'output={self.path}: cannot write there: {error.strerror}') from error
@@ -177,12 +176,8 @@ class RunFolder:
 
     def save_model(self, model: nn.Module, experiment: Experiment, name: str = MODEL) -> None:
         """Saves a model with its preprocessing and the names of its classes."""
-        model.pretrained_cfg = {
-            **model.pretrained_cfg,
-            **experiment.preprocessing.as_dict(),
-            'num_classes': model.num_classes,
-        }
-        classes = experiment.classes
+        own, classes = {'num_classes': model.num_classes}, experiment.classes
+        model.pretrained_cfg = {**model.pretrained_cfg, **experiment.preprocessing.as_dict(), **own}
         save_model(model, self.path / name, classes if classes and len(classes) == model.num_classes else None)
 
     def write_result(
@@ -197,10 +192,11 @@ class RunFolder:
         writer.writerow(['index', 'file', *evaluation.columns[1:]])
         writer.writerows([index, filename(index), *prediction] for index, *prediction in evaluation.predictions)
         write_text(self.path / PREDICTIONS, table.getvalue())
-        lines = [f'training: {reason}\n' for reason in skipped]
-        lines += [f'validation: {reason}\n' for reason in evaluation.skipped.values()]
-        if lines:
-            write_text(self.path / SKIPPED, ''.join(lines))
+        reasons = [('training', each) for each in skipped] + [
+            ('validation', each) for each in evaluation.skipped.values()
+        ]
+        if reasons:
+            write_text(self.path / SKIPPED, ''.join(f'{split}: {reason}\n' for split, reason in reasons))
         result = {**result, 'environment': self.environment}
         write_json(self.path / RESULT, result)
         return result
@@ -251,5 +247,5 @@ def reading(checkpoint: Path) -> Iterator[None]:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if is_bug_of_plugin(error):
             raise
-        reason = ' '.join(str(error).split())[:300]
-        raise UserError(f'{checkpoint}: not a state of this run ({type(error).__name__}: {reason})') from error
+        reason = f'{type(error).__name__}: {one_line(error)}'
+        raise UserError(f'{checkpoint}: not a state of this run ({reason})') from error

@@ -35,10 +35,6 @@ def shard(model: nn.Module, processes: Processes, amp: str = 'none') -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
-
-
 def copy_empty(model: nn.Module, device: torch.device | str) -> nn.Module:
     """A copy whose parameters have no values yet. Buffers are copied, as those that a state does not hold must be."""
     parameters = {
@@ -53,14 +49,14 @@ def model_state(model: nn.Module, everywhere: bool = False) -> dict[str, Tensor]
 
     With `everywhere` all processes get them, on the device. If the model is sharded, all must call.
     """
-    if not is_sharded(model):
+    if not isinstance(model, FSDPModule):
         return dict(model.state_dict())
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=not everywhere))
 
 
 def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Loads what `model_state` gave, of any number of processes; all have it."""
-    if is_sharded(model):
+    if isinstance(model, FSDPModule):
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
     else:
         model.load_state_dict(state)

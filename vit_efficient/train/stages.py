@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -15,18 +14,12 @@ from vit_efficient.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a run: its epochs, of those of the run, and how it learns.
-
-    Attributes:
-        config: As the recipe has it.
-        start, end: Its epochs are start ≤ epoch < end.
-        optim, sched: The recipe's, with what the stage has of its own.
-    """
+    """A stage of a run: its epochs, start ≤ epoch < end, and how it learns."""
 
     config: StageConfig
     start: int
     end: int
-    optim: OptimConfig
+    optim: OptimConfig  # the recipe's, as `sched` is, with what the stage has of its own
     sched: SchedConfig
 
     @property
@@ -35,11 +28,7 @@ class Stage:
         return bool(self.config.attention or self.config.freeze)
 
     def convert(self, model: nn.Module) -> None:
-        """Converts the layers of a model, as the stage before has left it, in place.
-
-        Raises:
-            UserError: As `convert` does.
-        """
+        """Converts the layers of a model, as the stage before has left it, in place."""
         if self.config.attention:
             convert(model, self.config.attention, self.config.layers, **self.config.attention_kwargs)
 
@@ -70,15 +59,6 @@ def stage_of(stages: Sequence[Stage], epoch: int) -> int:
     return next(number for number, stage in enumerate(stages) if epoch < stage.end)
 
 
-@contextmanager
-def naming(number: int) -> Iterator[None]:
-    """Names the stage in what goes wrong."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f'stages[{number}]: {error}') from error
-
-
 def model_at_stages(model: nn.Module, stages: Sequence[Stage], sizes=None) -> Iterator[tuple[Stage, nn.Module]]:
     """Each stage with the model that it trains: a copy without data, converted part after part.
 
@@ -90,8 +70,10 @@ def model_at_stages(model: nn.Module, stages: Sequence[Stage], sizes=None) -> It
     if any(stage.changes for stage in stages):
         model = copy.deepcopy(model).to('meta')
     for number, stage in enumerate(stages):
-        with naming(number):
+        try:
             if stage.config.freeze:
                 freeze_truncation(model, sizes)
             stage.convert(model)
+        except UserError as error:
+            raise UserError(f'stages[{number}]: {error}') from error
         yield stage, model

@@ -14,18 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vit_efficient.data import stable_seed
+from vit_efficient.train import sharding
 from vit_efficient.train.distributed import has_unused_parameters
 from vit_efficient.train.experiment import Experiment
 from vit_efficient.train.hooks import remembered
 from vit_efficient.train.optim import create_loss, create_optimizer, create_scheduler
-from vit_efficient.train.sharding import (
-    copy_empty,
-    load_model_state,
-    load_optimizer_state,
-    model_state,
-    optimizer_state,
-    shard,
-)
 from vit_efficient.train.stages import stage_of
 
 
@@ -59,8 +52,7 @@ class Progress:
 class TrainState:
     """Model, average of its weights, optimiser, schedule and loss of the current stage, and the progress.
 
-    Args:
-        experiment: Of the run. Its model is the one that learns.
+    The model that learns is the experiment's.
 
     Attributes:
         model: That the current stage trains.
@@ -87,14 +79,9 @@ class TrainState:
             for hook in experiment.hooks:
                 hook.before_stage(stage, self.model)
             stage.convert(self.model)
-        self.stage = number
-        self._begin_learning()
-
-    def _begin_learning(self) -> None:
-        experiment, stage = self.experiment, self.experiment.stages[self.stage]
-        config = experiment.config
+        self.stage, config = number, experiment.config
         self.forward: nn.Module = self.model
-        if self.stage:
+        if number:
             gc.collect()  # DDP of the stage before has hooks on the parameters until it is gone
             torch.compiler.reset()
         self.average = None
@@ -102,10 +89,10 @@ class TrainState:
             # PyTorch's fused operations do not take shards and whole buffers together.
             options = {'use_warmup': config.ema.warmup, 'foreach': not experiment.sharded}
             self.average = ModelEmaV3(self.model, config.ema.decay, **options)
-        self._unsharded = copy_empty(self.model, 'meta') if experiment.sharded else None
+        self._unsharded = sharding.copy_empty(self.model, 'meta') if experiment.sharded else None
         if experiment.sharded:
             for model in (self.model, self.average.module) if self.average else (self.model,):
-                shard(model, experiment.team, config.amp)
+                sharding.shard(model, experiment.team, config.amp)
         self.optimizer = create_optimizer(self.model, stage.optim)
         self.scheduler = create_scheduler(self.optimizer, stage.sched, experiment.updates_per_epoch)
         self.mixup, self.criterion = create_loss(config.loss, self.model.num_classes)
@@ -118,10 +105,6 @@ class TrainState:
             self.forward = DistributedDataParallel(self.model, find_unused_parameters=unused)
         if experiment.config.compile:
             self.forward = torch.compile(self.forward)
-
-    def unwrap(self) -> None:
-        """Ends what `wrap` has made."""
-        self.forward = self.model
 
     @property
     def evaluated(self) -> nn.Module:
@@ -136,11 +119,11 @@ class TrainState:
         """The model; of a sharded one a copy that is not, which has its weights in the first process, or everywhere."""
         if self._unsharded is None:
             return model
-        weights = model_state(model, everywhere)
+        weights = sharding.model_state(model, everywhere)
         if not weights:
             return self._unsharded
         device = self.experiment.team.device if everywhere else 'cpu'
-        whole = copy_empty(self._unsharded, device)
+        whole = sharding.copy_empty(self._unsharded, device)
         whole.load_state_dict(weights)
         return whole.to(device, memory_format=self.experiment.layout)
 
@@ -175,9 +158,9 @@ class TrainState:
             'identity': json.loads(json.dumps(self.experiment.identity)),
             'progress': asdict(self.progress),
             'hooks': {hook.name: remembered(hook) for hook in self.experiment.hooks},
-            'model': model_state(self.model),
-            'optimizer': optimizer_state(self.optimizer),
-            'ema': model_state(self.average.module) if self.average else None,
+            'model': sharding.model_state(self.model),
+            'optimizer': sharding.optimizer_state(self.optimizer),
+            'ema': sharding.model_state(self.average.module) if self.average else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,10 +174,10 @@ class TrainState:
         stage = stage_of(self.experiment.stages, self.progress.epoch)
         if stage != self.stage:
             self.enter_stage(stage)
-        load_model_state(self.model, state['model'])
-        load_optimizer_state(self.optimizer, state['optimizer'])
+        sharding.load_model_state(self.model, state['model'])
+        sharding.load_optimizer_state(self.optimizer, state['optimizer'])
         if self.average:
-            load_model_state(self.average.module, state['ema'])
+            sharding.load_model_state(self.average.module, state['ema'])
 
 
 def seed_everything(stream: str, *key: int) -> None:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from vit_efficient.data import Preprocessing
 from vit_efficient.train.config import TASKS
+from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,28 +41,15 @@ class Task:
 
     @classmethod
     def of(
-        cls,
-        name: str,
-        model: nn.Module,
-        preprocessing: Preprocessing,
-        classes: Sequence[str] | None = None,
-        patch_weight: float = 1.0,
+        cls, name: str, model: nn.Module, preprocessing: Preprocessing, classes: list[str] | None, patch_weight: float
     ) -> 'Task':
-        """The task for a model and its preprocessing.
-
-        Args:
-            name: One of `TASKS`.
-            model: A timm model.
-            preprocessing: How its images are made.
-            classes: Their names, if known; the one called none is the class of patches that show nothing.
-            patch_weight: As the attribute.
+        """The task for a timm model and its preprocessing; the class called none is of patches that show nothing.
 
         Raises:
             UserError: If there is no such task, the model does not give the logits that it needs, or images are
                 cropped that have targets.
         """
-        if name not in TASKS:
-            raise UserError(f'task must be one of {", ".join(TASKS)}, got {name!r}')
+        check_choice('task', name, TASKS)
         if name == 'classification':
             return cls()
         patch_embed = getattr(model, 'patch_embed', None)
@@ -83,13 +73,9 @@ class Task:
                 f'task={name}: images of {size[0]}×{size[1]} pixels would be padded, their target would not; use a '
                 'data.img_size that the patches divide'
             )
-        return cls(
-            name,
-            grid=tuple(patch_embed.dynamic_feat_size(size)),
-            cut_to=None if preprocessing.crop_mode == 'squash' else size,
-            patch_weight=patch_weight,
-            none=list(classes).index('none') if classes and 'none' in classes else None,
-        )
+        grid, cut_to = tuple(patch_embed.dynamic_feat_size(size)), None if preprocessing.crop_mode == 'squash' else size
+        none = classes.index('none') if classes and 'none' in classes else None
+        return cls(name, grid, cut_to, patch_weight, none)
 
     @property
     def of_images(self) -> bool:
@@ -109,12 +95,7 @@ class Task:
             )
 
     def check_target(self, image: tuple[int, int], target: tuple[int, int]) -> None:
-        """Raises UserError if the patches of an image do not lie where its target says, or are finer.
-
-        Args:
-            image: Its height and width.
-            target: Rows and columns of its target.
-        """
+        """Raises UserError if patches of an image (h, w) are not where its target (rows, columns) says, or finer."""
         if self.grid[0] > target[0] or self.grid[1] > target[1]:
             raise UserError(
                 f'the {self.grid[0]}×{self.grid[1]} patches of the model are finer than its target of {target[0]}×'
@@ -127,13 +108,10 @@ class Task:
             )
 
     def split(self, logits: Tensor, truth: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of images (B, K) and of patches (B, K, H, W), as far as the task has them.
+        """The model's logits of images (B, K) and of patches (B, K, H, W), as far as the task has them.
 
         They are of float32, or finer if the model's are. A grid that is coarser than the target is resized bilinearly.
-
-        Args:
-            logits: The model's.
-            truth: Labels (B,), and targets (B, H, W) if the task has patches.
+        `truth` is labels (B,), and targets (B, H, W) if the task has patches.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not self.of_patches:
@@ -145,17 +123,11 @@ class Task:
         return logits[:, 0] if self.of_images else None, patches_BKHW
 
     def loss(
-        self,
-        logits: tuple[Tensor | None, Tensor | None],
-        truth: Sequence[Tensor],
-        criterion: Callable[[Tensor, Tensor], Tensor],
+        self, logits: tuple[Tensor | None, Tensor | None], truth: Sequence[Tensor], criterion: Criterion
     ) -> Tensor:
         """The mean loss of images, or of patches; for both, the former plus `patch_weight` times the latter.
 
-        Args:
-            logits: As `split` gives them.
-            truth: Labels (B,), and targets (B, H, W) if the task has patches.
-            criterion: (logits (n, K), classes (n,)) -> their mean loss.
+        Logits and truth are those of `split`; the criterion is (logits (n, K), classes (n,)) -> their mean loss.
         """
         images_BK, patches_BKHW = logits
         if not self.of_patches:

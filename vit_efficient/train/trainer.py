@@ -26,10 +26,16 @@ from vit_efficient.train.evaluation import Evaluation, evaluate
 from vit_efficient.train.experiment import Experiment
 from vit_efficient.train.hooks import plain
 from vit_efficient.train.interrupts import Interrupted, Interrupts
-from vit_efficient.train.log import SilentLog, used_memory
+from vit_efficient.train.log import (
+    SilentLog,
+    describe_epoch,
+    describe_result,
+    describe_scale,
+    used_memory,
+    values_of_epoch,
+)
 from vit_efficient.train.run_folder import BEST, RunFolder
 from vit_efficient.train.state import TrainState, seed_everything
-from vit_efficient.train.summary import describe_epoch, describe_result, describe_scale, values_of_epoch
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import writing
 from vit_efficient.utils.precision import autocast
@@ -38,15 +44,7 @@ MAX_NONFINITE = 25  # updates left out in a row (`on_nonfinite`), then the run e
 
 
 class Trainer:
-    """Takes a state through the epochs of its experiment.
-
-    Args:
-        experiment: The run as its recipe describes it.
-        state: What learns, from where it stands.
-        folder: Of the run, open.
-        log: Of the run.
-        stop: Told by signals.
-    """
+    """Takes a state, from where it stands, through the epochs of its experiment; the run's folder is open."""
 
     def __init__(self, experiment: Experiment, state: TrainState, folder: RunFolder, log: SilentLog, stop: Interrupts):
         self.experiment = experiment
@@ -57,10 +55,7 @@ class Trainer:
         self.unreadable: dict[int, str] = {}  # training images since the last update
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the end.
-
-        Returns:
-            What result.json holds; an empty dict in other processes than the first.
+        """Trains to the end, and returns what result.json holds; an empty dict in other processes than the first.
 
         Raises:
             Interrupted: After a signal, once a checkpoint is saved.

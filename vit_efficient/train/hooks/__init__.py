@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from vit_efficient.train.evaluation import Evaluation
-from vit_efficient.train.log import KINDS
 from vit_efficient.utils.checks import argument_names, check_options
 from vit_efficient.utils.errors import UserError, first_line
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from vit_efficient.train.trainer import Trainer
 
 HOOKS: dict[str, type['TrainingHook']] = {}
+KINDS = ('train', 'val', 'frozen', 'skipped', 'nonfinite')  # of lines of metrics; others are names of hooks
 
 
 class TrainingHook:

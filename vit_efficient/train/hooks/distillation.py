@@ -32,12 +32,7 @@ class Distillation(TrainingHook):
     """
 
     def __init__(
-        self,
-        config: DistillConfig,
-        student: nn.Module,
-        preprocessing: Preprocessing,
-        device: torch.device | str = 'cpu',
-        classes: list[str] | None = None,
+        self, config: DistillConfig, student: nn.Module, preprocessing: Preprocessing, device='cpu', classes=None
     ):
         super().__init__()
         self.config = config
@@ -51,12 +46,10 @@ class Distillation(TrainingHook):
         except Exception as error:  # an unknown name, no weights, weights of another model, no network
             raise UserError(f'distill.teacher={config.teacher}: {first_line(error)}') from error
         self.teacher = teacher.requires_grad_(False)
-        taken = self.teacher.model.pretrained_cfg['input_size']
-        self.size = tuple(taken[1:])
-        told = self.teacher.model.num_classes
-        if taken[0] != channels or told != num_classes:
+        (taken, *self.size), told = self.teacher.model.pretrained_cfg['input_size'], self.teacher.model.num_classes
+        if (taken, told) != (channels, num_classes):
             raise UserError(
-                f'distill.teacher={config.teacher} takes {taken[0]} channels and tells {told} classes, the student '
+                f'distill.teacher={config.teacher} takes {taken} channels and tells {told} classes, the student '
                 f'{channels} and {num_classes}'
             )
         if Path(config.teacher).is_dir():  # models on a hub may name theirs in other words
@@ -67,10 +60,8 @@ class Distillation(TrainingHook):
 
     @classmethod
     def of(cls, experiment, options):
-        config, team = experiment.config.distill, experiment.team
-        if not config.teacher:
-            return None
-        return cls(config, experiment.model, experiment.preprocessing, team.device, experiment.classes)
+        given = experiment.model, experiment.preprocessing, experiment.team.device, experiment.classes
+        return cls(experiment.config.distill, *given) if experiment.config.distill.teacher else None
 
     def penalty(self, state, images, logits, loss):
         with autocast(images.device, state.experiment.config.amp):
@@ -81,7 +72,7 @@ class Distillation(TrainingHook):
         config = self.config
         with torch.no_grad():
             images = self.teacher.normalize_input(images, self.mean, self.std)
-            if images.shape[2:] != self.size:
+            if list(images.shape[2:]) != self.size:
                 images = F.interpolate(images, self.size, mode='bilinear', antialias=True)
             taught = self.teacher(images).float()
         if config.kind == 'hard':

@@ -17,9 +17,7 @@ from vit_efficient.utils.errors import UserError
 class LearnedTruncation(TrainingHook):
     """The `truncation` of a recipe. Its memory, once sizes are frozen, is what result.json has under that name.
 
-    Args:
-        config: Penalty and budget.
-        feed: Gives the images, of which a truncated patch embedding takes fewer coefficients.
+    The feed gives the images, of which a truncated patch embedding takes fewer coefficients.
     """
 
     def __init__(self, config: TruncationConfig, feed) -> None:
