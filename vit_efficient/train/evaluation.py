@@ -32,34 +32,21 @@ ACCURACIES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """What `evaluate` found. Accuracies are in percent; None where the task has no such."""
 
-    Attributes:
-        loss: Mean cross-entropy, without label smoothing.
-        images: Their number; of those that could be read, if others are skipped.
-        images_per_second: The rate of the whole loop, loading included, over all processes.
-        columns: What `predictions` hold: index; label and predicted class of tasks of images; patch_accuracy of those
-            of patches, in percent.
-        predictions: For every image, by index.
-        top1, top5: Images whose label is the first, or among the first five, of the classes, in percent.
-        miou: Intersection over union of the patches of each class, all images together, averaged over the classes that
-            occur in targets or predictions; in percent.
-        foreground_miou: Likewise, without the class none.
-        patch_accuracy: Patches that are right, in percent.
-        skipped: Images that could not be read, by index, each with a line that names it and tells why.
-    """
-
-    loss: float
-    images: int
-    images_per_second: float
-    columns: tuple[str, ...] = field(repr=False)
-    predictions: list[tuple[int | float, ...]] = field(repr=False)
-    top1: float | None = None
-    top5: float | None = None
+    loss: float  # mean cross-entropy, without label smoothing
+    images: int  # of those that could be read, if others are skipped
+    images_per_second: float  # of the whole loop, loading included, over all processes
+    columns: tuple[str, ...] = field(repr=False)  # of predictions: index; label, predicted class; patch_accuracy
+    predictions: list[tuple[int | float, ...]] = field(repr=False)  # for every image, by index
+    top1: float | None = None  # images whose label is the first of the classes
+    top5: float | None = None  # or among the first five
+    # Intersection over union of the patches of each class, all images together, averaged over the classes that occur
+    # in targets or predictions; without the class none, and with it.
     foreground_miou: float | None = None
     miou: float | None = None
-    patch_accuracy: float | None = None
-    skipped: dict[int, str] = field(default_factory=dict, repr=False)
+    patch_accuracy: float | None = None  # patches that are right
+    skipped: dict[int, str] = field(default_factory=dict, repr=False)  # why an image could not be read, by index
 
     @property
     def accuracies(self) -> dict[str, float]:

@@ -15,33 +15,21 @@ from vit_efficient.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Leaves:
-    """The leaves of a layer.
+    """The leaves of a layer, numbered from left to right."""
 
-    Attributes:
-        queries, keys: Those of the patches in row-major order, (B, heads, patches), int64, numbered from left to right.
-        grid: The layout of the patches.
-        num_leaves: How many a tree has.
-    """
-
-    queries: Tensor
-    keys: Tensor
+    queries: Tensor  # of the patches in row-major order, (B, heads, patches), int64
+    keys: Tensor  # likewise
     grid: PatchGrid
-    num_leaves: int
+    num_leaves: int  # of a tree
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How the keys of an image fall into the leaves of a head's tree; means over images and heads.
+    """How the keys of an image fall into the leaves of a head's tree; means over images and heads."""
 
-    Attributes:
-        entropy: In bits; at most the tree's height, which it is if all leaves hold as many.
-        empty: The fraction of leaves that hold none.
-        largest: The fraction of keys that are in the fullest leaf.
-    """
-
-    entropy: float
-    empty: float
-    largest: float
+    entropy: float  # in bits; at most the tree's height, which it is if all leaves hold as many
+    empty: float  # the fraction of leaves that hold none
+    largest: float  # the fraction of keys that are in the fullest leaf
 
 
 def has_trees(model: nn.Module) -> bool:

@@ -192,21 +192,14 @@ class Reads:
     """Who reads what: queries of one head that read the same leaves are a group.
 
     Groups are in the order of the powers of two up to which they can be padded, so that those of one size are together.
-
-    Attributes:
-        queries: Rows of (B · H · N) queries, group by group.
-        keys: Rows of (B · H · N) patches, and (B · H · P) prefix tokens after them, that the groups read, likewise.
-        pieces: Of each key, which of the leaves of its group it is in, from 1; 0 if it is in none.
-        num_queries, num_keys: How many there are in each group.
-        groups: How many of them are of each size.
     """
 
-    queries: Tensor
-    keys: Tensor
-    pieces: Tensor
-    num_queries: Tensor
+    queries: Tensor  # rows of (B · H · N) queries, group by group
+    keys: Tensor  # rows of (B · H · N) patches, and (B · H · P) prefix tokens after them, that the groups read, likewise
+    pieces: Tensor  # of each key, which of the leaves of its group it is in, from 1; 0 if it is in none
+    num_queries: Tensor  # of each group
     num_keys: Tensor
-    groups: list[int]
+    groups: list[int]  # how many of them are of each size
 
     @classmethod
     def of(cls, leaves_q: Tensor, leaf_k: Tensor, num_leaves: int, prefix: int) -> 'Reads':
