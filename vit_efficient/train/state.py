@@ -52,13 +52,8 @@ class Progress:
 class TrainState:
     """Model, average of its weights, optimiser, schedule and loss of the current stage, and the progress.
 
-    The model that learns is the experiment's.
-
-    Attributes:
-        model: That the current stage trains.
-        forward: The model as an update calls it: wrapped for several processes, compiled. See `wrap`.
-        average: Moving average of the weights, or None.
-        stage: The number of the current stage.
+    The model that learns is the experiment's: `model` as the current `stage` has it, `forward` as an update calls it
+    (see `wrap`), and `average`, the moving average of its weights, or None.
     """
 
     def __init__(self, experiment: Experiment):

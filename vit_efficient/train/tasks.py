@@ -24,20 +24,15 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 class Task:
     """How logits are read.
 
-    Attributes:
-        name: classification: (B, K), of images. segmentation: (B, N, K), the last h · w tokens' are of patches. both:
-            likewise, and the first token's, which is the class token, are of the image.
-        grid: h and w, of patch tasks.
-        cut_to: Height and width of the input if images of another aspect are cut to it, of patch tasks.
-        patch_weight: Of the patches' loss beside the images', for both.
-        none: The class of patches that show nothing, if there is one.
+    Those of classification, (B, K), are of images; of segmentation, (B, N, K), the last h · w tokens' are of patches;
+    of both, likewise, and the first token's, which is the class token, are of the image.
     """
 
     name: str = 'classification'
-    grid: tuple[int, int] = (0, 0)
-    cut_to: tuple[int, int] | None = None
-    patch_weight: float = 1.0
-    none: int | None = None
+    grid: tuple[int, int] = (0, 0)  # h and w, of patch tasks
+    cut_to: tuple[int, int] | None = None  # height and width of the input, if images of another aspect are cut to it
+    patch_weight: float = 1.0  # of the loss of patches beside that of images, for both
+    none: int | None = None  # the class of patches that show nothing, if there is one
 
     @classmethod
     def of(

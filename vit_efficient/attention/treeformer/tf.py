@@ -195,7 +195,7 @@ class Reads:
     """
 
     queries: Tensor  # rows of (B · H · N) queries, group by group
-    keys: Tensor  # rows of (B · H · N) patches, and (B · H · P) prefix tokens after them, that the groups read, likewise
+    keys: Tensor  # rows of (B · H · N) patches and, after them, (B · H · P) prefix tokens, that each group reads
     pieces: Tensor  # of each key, which of the leaves of its group it is in, from 1; 0 if it is in none
     num_queries: Tensor  # of each group
     num_keys: Tensor
