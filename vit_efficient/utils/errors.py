@@ -1,5 +1,8 @@
 """What a user can mend, told apart from bugs; and what errors say, on one line."""
 
+import sys
+from traceback import walk_tb
+
 
 class UserError(ValueError):
     """What the caller can mend: an argument, a file, a key of a recipe. Its message names it, and the way out.
@@ -18,10 +21,11 @@ def one_line(error: BaseException, most: int = 300) -> str:
     return ' '.join(str(error).split())[:most] or type(error).__name__
 
 
+# Libraries that check, in their own ways, what a user gives them.
+_LIBRARIES = {'vit_efficient', 'timm', 'torch', 'torchvision', 'numpy', 'safetensors', 'huggingface_hub', 'omegaconf'}
+
+
 def is_bug_of_plugin(error: BaseException) -> bool:
-    """Whether an error was raised by code that is neither ours nor that of a library which checks our arguments."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    module = frame.tb_frame.f_globals.get('__name__', '') if frame is not None else ''
-    return module.partition('.')[0] not in ('vit_efficient', 'timm', 'torch', 'torchvision', 'numpy', 'inspect', 'json')
+    """Whether code took part in an error that is neither ours, nor a library's, nor Python's."""
+    packages = {frame.f_globals.get('__name__', '').partition('.')[0] for frame, _ in walk_tb(error.__traceback__)}
+    return not packages <= _LIBRARIES | sys.stdlib_module_names

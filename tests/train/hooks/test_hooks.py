@@ -85,7 +85,7 @@ def test_ours_are_called_first_whatever_was_registered_when(data, tmp_path, regi
     for name in ('a_second', 'a_first'):
         registered(name, Counting)
     config = tiny_recipe(data, tmp_path / 'run', hooks={'a_second': {}, 'a_first': {}})
-    experiment = Experiment.build(config, Processes.alone())
+    experiment = Experiment.build(config, Processes())
     assert [hook.name for hook in experiment.hooks] == ['leaves', 'a_first', 'a_second']
 
 
