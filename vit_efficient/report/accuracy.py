@@ -18,9 +18,9 @@ from vit_efficient.report import parts
 from vit_efficient.report.comparison import compare_with_first
 from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.report.plot import Panel, Point, plot_accuracy
-from vit_efficient.report.runs import Entry, check_runs, open_runs
+from vit_efficient.report.runs import Entry, check_runs, open_runs, train_missing
 from vit_efficient.report.table import Column, Table
-from vit_efficient.train import RunFolder, load_model, train
+from vit_efficient.train import load_model
 from vit_efficient.train.recipe import default_output
 from vit_efficient.utils.device import choose_device
 from vit_efficient.utils.errors import UserError
@@ -66,11 +66,7 @@ def accuracy_table(
     out = out or runs
     entries = open_runs(recipes, overrides, seeds or (), runs)
     remarks = check_runs(entries)
-    for config in (config for entry in entries for config in entry.configs):
-        if not RunFolder(config.output).is_finished:
-            logger.info('training %s, seed %d: %s', config.recipe, config.seed, config.output)
-            train(config)
-
+    train_missing(entries)
     names = [entry.results[0]['model'] for entry in entries]
     for entry, name in zip(entries, names, strict=True):
         entry.label = name if names.count(name) == 1 else f'{name} ({entry.recipe.stem})'

@@ -1,6 +1,7 @@
 """The runs of a table: recipes × seeds as folders, what of them may be used again, and training what is missing."""
 
 import json
+import logging
 import math
 import shlex
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from vit_efficient.data import create_dataset
 from vit_efficient.report.evaluation import SavedModel
-from vit_efficient.train import Config, load_recipe
+from vit_efficient.train import Config, load_recipe, train
 from vit_efficient.train.config import identity
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.utils.errors import UserError
@@ -19,6 +20,8 @@ from vit_efficient.utils.keys import flatten
 
 # Their product and the number of processes are the images of an update.
 UPDATE_KEYS = ('data.batch_size', 'grad_accum')
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,6 +90,14 @@ def check_runs(entries: Sequence[Entry]) -> str:
     for entry in entries:
         _check_same_updates(entry)
     return remarks
+
+
+def train_missing(entries: Sequence[Entry]) -> None:
+    """Trains the runs that have not finished."""
+    for config in (config for entry in entries for config in entry.configs):
+        if not RunFolder(config.output).is_finished:
+            logger.info('training %s, seed %d: %s', config.recipe, config.seed, config.output)
+            train(config)
 
 
 def _check_reusable(config: Config) -> str:
