@@ -62,7 +62,7 @@ def test_numbers_of_numpy_are_numbers(data, tmp_path, registered):
         ({'counting': 3}, 'hooks.counting must be a mapping of options to values, got 3'),
         ({'leaves': {'images': 3}}, "hooks has no option 'leaves'"),
         ({'of_objects': None}, "the memory of the training hook 'of_objects' must be of types that JSON has"),
-        ({'without_memory': {}}, "'without_memory' must be a mapping, got None .does its __init__ call super"),
+        ({'without_memory': {}}, "'without_memory' has no memory; let its __init__ call super"),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_written(data, tmp_path, registered, hooks, message):

@@ -147,7 +147,9 @@ def remembered(hook: TrainingHook) -> dict[str, Any]:
     Raises:
         UserError: If it holds anything else.
     """
-    return plain(getattr(hook, 'memory', None), f'the memory of the training hook {hook.name!r}')
+    if not hasattr(hook, 'memory'):
+        raise UserError(f'the training hook {hook.name!r} has no memory; let its __init__ call super().__init__()')
+    return plain(hook.memory, f'the memory of the training hook {hook.name!r}')
 
 
 def plain(value: Any, what: str) -> Any:
@@ -157,7 +159,7 @@ def plain(value: Any, what: str) -> Any:
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f'{what} must be of types that JSON has: {first_line(error)}') from error
     if not isinstance(value, dict):
-        raise UserError(f'{what} must be a mapping, got {value!r} (does its __init__ call super().__init__()?)')
+        raise UserError(f'{what} must be a mapping, got {value!r}')
     return json.loads(text)
 
 
