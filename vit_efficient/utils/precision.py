@@ -13,10 +13,12 @@ def real_dtype(device: torch.device) -> torch.dtype:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype a matrix product with x computes in: that of x, or autocast's."""
-    # A compiled or exported graph casts by itself, and may run without the autocast that it was made under.
-    if torch.compiler.is_compiling() or x.is_meta or x.dtype == torch.float64:
+    kind = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x.dtype
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    # An exported graph casts by itself, and may run without the autocast that it was made under. One compiled may not.
+    exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return x.dtype if exporting else torch.get_autocast_dtype(kind)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
