@@ -2,9 +2,9 @@
 
     python recipes/benchmarks/host_time.py
 
-The work is next to nothing (24 channels, 3 heads, 8 × 8 patches, one image, inference, one thread), so that a call takes
-what the host takes. It is what a GPU waits for at small sizes, unless a CUDA graph or a compiled model spares it. Layers
-and models take turns; the least time of each counts, and the ratio is that of two least times.
+The work is next to nothing (24 channels, 3 heads, 8 × 8 patches, one image, inference, one thread), so that a call
+takes what the host takes. It is what a GPU waits for at small sizes, unless a CUDA graph or a compiled model spares it.
+Layers and models take turns; the least time of each counts, and the ratio is that of two least times.
 """
 
 import argparse

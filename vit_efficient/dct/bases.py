@@ -21,7 +21,7 @@ MEMO_PLANS = 1024
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what is computed on a device now is recorded in a CUDA graph, and not computed before that is replayed."""
+    """Whether what is called for on a device is recorded in a CUDA graph, and computed when that is replayed."""
     return device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
 
 
@@ -90,8 +90,8 @@ class Memo:
 memo = Memo()
 
 
-def _kept(build: Callable[..., Tensor], rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return memo.get((build, rows, columns, dtype, device), lambda: build(rows, columns, device).to(dtype), device)
+def _kept(build: Callable[..., Tensor], sizes: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return memo.get((build, sizes, dtype, device), lambda: build(*sizes, device).to(dtype), device)
 
 
 #: The bases that compiled graphs read; to those they are inputs.
@@ -100,25 +100,26 @@ compiled = SimpleNamespace()
 
 # `torch.compile` calls it while it compiles. The basis itself could not be what it returns: of tensors one is allowed.
 @torch.compiler.assume_constant_result
-def _compiled_name(build: Callable, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str:
+def _compiled_name(build: Callable, sizes: tuple, dtype: torch.dtype, device: torch.device) -> str:
     """The attribute of `compiled` that is the basis."""
-    name = re.sub(r'\W', '_', f'{build.__name__}_{rows}_{columns}_{dtype}_{device}')
-    setattr(compiled, name, _kept(build, rows, columns, dtype, device))
+    name = re.sub(r'\W', '_', f'{build.__module__}_{build.__name__}_{sizes}_{dtype}_{device}')
+    setattr(compiled, name, _kept(build, sizes, dtype, device))
     return name
 
 
-def basis(build: Callable[..., Tensor], rows, columns, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix `build(rows, columns, device)` in `dtype` on the device of `like`, from the memo where that is sound.
+def basis(build: Callable[..., Tensor], sizes: tuple, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor `build(*sizes, device)` in `dtype` on the device of `like`, from the memo where that is sound.
 
     A compiled graph is given it, unless a size is left open. An exported or traced one builds it: its file would hold
     it.
     """
-    if is_eager(like) and type(rows) is int and type(columns) is int:
-        return _kept(build, rows, columns, dtype, like.device)
-    if torch.compiler.is_dynamo_compiling() and are_numbers(rows, columns):
+    if is_eager(like) and all(type(size) is int for size in sizes):
+        return _kept(build, sizes, dtype, like.device)
+    if torch.compiler.is_dynamo_compiling() and are_numbers(*sizes):
         # Symbols whose value is fixed become numbers as bounds of a range.
-        return getattr(compiled, _compiled_name(build, range(rows).stop, range(columns).stop, dtype, like.device))
-    return build(rows, columns, like.device).to(dtype)
+        sizes = tuple(range(size).stop for size in sizes)
+        return getattr(compiled, _compiled_name(build, sizes, dtype, like.device))
+    return build(*sizes, like.device).to(dtype)
 
 
 def product_step(outer, n, inner, matrix: Tensor) -> tuple[tuple, Callable[[Tensor, Tensor], Tensor], Tensor]:

@@ -84,7 +84,7 @@ def _fft_dct(x: Tensor, m: int) -> Tensor:
     n = x.shape[1]
     half = n // 2 + 1
     spectrum = torch.fft.rfft(torch.cat([x[:, ::2], x[:, 1::2].flip(1)], dim=1), dim=1)
-    cos, sin = basis(_twiddle, half, n, x, x.dtype)[..., None]
+    cos, sin = basis(_twiddle, (half, n), x, x.dtype)[..., None]
     low = min(m, half)
     real, imag = spectrum.real, spectrum.imag
     y = real[:, :low] * cos[:low] + imag[:, :low] * sin[:low]
@@ -103,7 +103,7 @@ def _fft_idct(x: Tensor, n: int) -> Tensor:
     x = torch.cat([x[:, :1] * n**0.5, x[:, 1:] * scale, x.new_zeros(x.shape[0], n - m, x.shape[2])], dim=1)
     mirrored = torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:].flip(1)], dim=1)[:, :half]
     x = x[:, :half]
-    cos, sin = basis(_twiddle, half, n, x, x.dtype)[..., None]
+    cos, sin = basis(_twiddle, (half, n), x, x.dtype)[..., None]
     spectrum = torch.complex(x * cos + mirrored * sin, x * sin - mirrored * cos)
     v = torch.fft.irfft(spectrum, n=n, dim=1)
     y = torch.empty_like(v)
@@ -194,9 +194,9 @@ def _step(x: Tensor, kind: str, outer, n, size, inner, dtype: torch.dtype) -> tu
     if type(kept) is int and (kept >= fft_from or n * size > LARGEST_BASIS):
         return (outer, n, 1 if inner is None else inner), partial(_by_fft, kind, kept, size, dtype), None
     if kind == 'idct':
-        matrix = basis(_cosines, n, size, x, dtype).mT
+        matrix = basis(_cosines, (n, size), x, dtype).mT
     else:
-        matrix = basis(_cosines if kind == 'dct' else _band_limited, size, n, x, dtype)
+        matrix = basis(_cosines if kind == 'dct' else _band_limited, (size, n), x, dtype)
     return product_step(outer, n, inner, matrix)
 
 
