@@ -95,3 +95,8 @@ def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
 def map_instances(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
     """A tree of containers with `function` of each leaf that is an instance of `kind`."""
     return tree_map_only(kind, function, tree)
+
+
+def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The buffers of a module itself."""
+    return module._buffers
