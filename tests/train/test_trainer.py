@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.streams import stand_in_for_streams
 from tests.data.trees import pixels, write_tree
 from tests.train.recipes import TINY, tiny_recipe
 from vit_efficient.data import EpochSampler, EvalTransform, ImageTree, Preprocessing, Samples, create_loader
@@ -343,3 +344,24 @@ def test_a_damaged_result_is_named_and_made_again(data, tmp_path, content):
         train(config)
     path.unlink()
     assert train(config)['top1'] == result['top1']
+
+
+def test_what_is_copied_ahead_is_not_part_of_the_run(tmp_path, monkeypatch):
+    """As on a GPU: interrupted while batches wait on it, with images that are skipped, and gone on with."""
+    data = write_tree(tmp_path, train=7)
+    (data / 'train/c1/text.png').write_text('Not an image.')
+
+    def config(name, **options):
+        config = tiny_recipe(data, tmp_path / name, grad_accum=2, **options)
+        config.data.on_error, config.data.batch_size = 'skip', 2
+        return config
+
+    train(config('here'))
+    calls = stand_in_for_streams(monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_after(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(config('ahead'))
+    assert 'wait' in calls
+    assert load_checkpoint(tmp_path / 'ahead/checkpoint.pt')['progress']['updates'] == 4
+    train(config('ahead', resume='auto'))
+    assert_same_run(tmp_path / 'here', tmp_path / 'ahead')

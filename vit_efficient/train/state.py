@@ -96,7 +96,7 @@ class TrainState:
         """Makes `forward` of the model. Until then nothing but the model's own forward pass has been tried."""
         experiment = self.experiment
         if experiment.team.world_size > 1 and not experiment.sharded:
-            unused = has_unused_parameters(self.model, experiment.blank_input())
+            unused = has_unused_parameters(self.model, experiment.blank_input(), experiment.config.amp)
             self.forward = DistributedDataParallel(self.model, find_unused_parameters=unused)
         if experiment.config.compile:
             self.forward = torch.compile(self.forward)

@@ -114,7 +114,7 @@ class Trainer:
         state.forward.train()
         experiment.feed.sampler.set_epoch(progress.epoch, start=done * images)
         self.unreadable = {}
-        batches = iterate(experiment.feed.train_loader, self.unreadable)
+        batches = iterate(experiment.feed.train_loader, self.unreadable, experiment.team.device, False)
         bar = tqdm(
             desc=f'epoch {progress.epoch + 1}/{config.sched.epochs}',
             total=experiment.updates_per_epoch * images,
@@ -196,12 +196,10 @@ class Trainer:
     def loss(self, images: Tensor, *truth: Tensor) -> Tensor:
         """That of a micro-batch, with what hooks add to it."""
         experiment, state = self.experiment, self.state
-        device = experiment.team.device
-        images, *truth = (tensor.to(device, non_blocking=True) for tensor in (images, *truth))
-        images = images.to(memory_format=experiment.layout)
+        images = experiment.feed.train_samples.normalize(images.to(memory_format=experiment.layout))
         if state.mixup:
             images, *truth = state.mixup(images, *truth)
-        with autocast(device, experiment.config.amp):
+        with autocast(images.device, experiment.config.amp):
             logits = state.forward(images)
         loss = experiment.task.loss(experiment.task.split(logits, truth), truth, state.criterion)
         for hook in experiment.hooks:
