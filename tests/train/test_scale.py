@@ -106,8 +106,8 @@ def test_how_the_work_is_shared_changes_nothing_but_rounding(data, tmp_path):
         [
             *TORCHRUN,
             *script[1:],
-            *recipes('ddp', 'plain-ddp', 'staged-ddp', grad_checkpointing=True),
-            *recipes('fsdp', 'plain-fsdp', 'staged-fsdp', grad_checkpointing=True),
+            *recipes('ddp', 'plain-ddp', 'staged-ddp', grad_checkpointing=True, compile=True),
+            *recipes('fsdp', 'plain-fsdp', 'staged-fsdp', grad_checkpointing=True, compile=True),
             *(f'{path}@8' for path in recipes('ddp', 'drawn-begun_by_ddp')),
             *(f'{path}@8' for path in recipes('fsdp', 'drawn-begun_by_fsdp')),
             *recipes('fsdp', 'drawn-begun_by_one'),

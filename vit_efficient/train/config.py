@@ -118,7 +118,7 @@ class Config:
     )
     device: str = key('auto', 'auto: the GPU where there is one', resume=True)
     amp: str = key('none', 'none or bf16: the type of matrix products', one_of('none', 'bf16'))
-    compile: bool = key(False, 'whether the model is compiled', resume=True)
+    compile: bool = key(False, 'whether the blocks of the model are compiled, in training and evaluation', resume=True)
     channels_last: bool = key(False, 'layout of images and convolutions in memory', resume=True)
     parallel: str = key('ddp', 'each process holds the weights, or a part of them', one_of('ddp', 'fsdp'), resume=True)
     grad_accum: int = key(1, 'micro-batches of each process per update', at_least(1))
