@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from vit_efficient.models import compile_blocks
 from vit_efficient.utils.compat import without_recompile_limit
@@ -41,10 +41,12 @@ def test_equal_blocks_share_a_graph(name, compiler):
     assert compiler.frame_count == 2
 
 
-def test_blocks_that_drop_paths_are_compiled_however_many_they_are(compiler):
+def test_blocks_that_drop_paths_are_compiled_however_many_they_are():
+    torch.compiler.reset()
+    compiler = CompileCounter()
     model = compile_blocks(timm.create_model('vit_dct_tiny', depth=10, drop_path_rate=0.5, **TINY), backend=compiler)
     with without_recompile_limit():
-        model(torch.rand(2, 3, 32, 32)).sum().backward()
+        model(torch.rand(2, 3, 32, 32))
     assert compiler.frame_count == 10
 
 

@@ -29,7 +29,7 @@ class OptimConfig:
     lr: float = key(1e-3, 'learning rate at its highest; it is not scaled by the batch size', POSITIVE)
     weight_decay: float = key(0.05, 'of all weights but biases and norms', at_least(0))
     layer_decay: float | None = key(None, 'factor of the learning rate from one layer to the one before', ABOVE_0_TO_1)
-    args: dict[str, Any] = key({}, 'further arguments, such as betas')
+    args: dict[str, Any] = key({}, 'further arguments, such as betas; AdamW on GPUs has fused=true')
 
 
 @dataclass

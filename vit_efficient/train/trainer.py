@@ -173,7 +173,7 @@ class Trainer:
         of_stage = progress.updates + 1 - experiment.stages[state.stage].start * experiment.updates_per_epoch
         finite = math.isfinite(mean) and math.isfinite(length)
         if finite:
-            state.step(norm.new_tensor(length) if experiment.sharded else norm, of_stage)
+            state.step(norm.new_full((), length) if experiment.sharded else norm, of_stage)
             progress.nonfinite_in_row = 0
         elif math.isfinite(mean):
             self._leave_out('the gradient is not finite', [indices for *_, indices in chunk])
