@@ -2,7 +2,8 @@
 
 Everything random is a function of the recipe's seed and a counter: the order of (seed, epoch), the augmentation of
 (seed, epoch, index), mixing and dropout of (seed, update). So a run that goes on from a checkpoint, in the midst of an
-epoch too, reaches the same weights as one that was never interrupted (on the CPU, bit by bit).
+epoch too, reaches the same weights as one that was never interrupted: on the CPU, bit by bit; on GPUs but for rounding,
+where backward passes add by atomics, and for what follows from it.
 
 An update takes `data.batch_size` × `grad_accum` × processes images. Their product alone decides which images these are,
 and the weights, but for rounding and for what is drawn per batch: with the same `data.batch_size` the draws are the
