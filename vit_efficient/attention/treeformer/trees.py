@@ -121,14 +121,15 @@ def _descend(s: Tensor, threshold: Tensor, height: int) -> Tensor:
     On a CPU thresholds are gathered like the scores: to compare them all would take longer than the products. On a GPU
     it takes one operator, and then two per level.
     """
-    number = s.new_zeros(*s.shape[:-1], 1, dtype=torch.int64)
-    if on_gpu(s):
+    if height and on_gpu(s):
         goes_right = s >= threshold[:, None]
-        for level in range(height):
+        number = goes_right[..., :1].to(torch.int64)
+        for level in range(1, height):
             of_level = goes_right[..., 2**level - 1 : 2 ** (level + 1) - 1]
             number = torch.add(of_level.gather(-1, number), number, alpha=2)
         return number
-    node, threshold = number, threshold[:, None].expand(s.shape)
+    node = s.new_zeros(*s.shape[:-1], 1, dtype=torch.int64)
+    threshold = threshold[:, None].expand(s.shape)
     for _ in range(height):
         node = torch.add(s.gather(-1, node) >= threshold.gather(-1, node), node, alpha=2) + 1
     return node - (2**height - 1)
