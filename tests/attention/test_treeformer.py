@@ -9,12 +9,16 @@ import timm
 import torch
 from timm.layers import Attention
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import vit_efficient
+from recipes.benchmarks.operators import measure, on_a_gpu
 from vit_efficient import PatchGrid, count_flops, create_attention
 from vit_efficient.attention import swap_attention
+from vit_efficient.attention.treeformer import reads, trees
 from vit_efficient.attention.treeformer import tf as treeformer_tf
-from vit_efficient.attention.treeformer import trees
+from vit_efficient.benchmark.layers import Candidate
+from vit_efficient.utils.device import as_hosts
 
 from .test_compressed import EVERYTHING, assert_same, randomised
 from .test_window import OnImage
@@ -539,3 +543,147 @@ class TestFlops:
     def test_bad_images(self):
         with pytest.raises(ValueError, match='images must be a tensor'):
             count_flops(self.model('treeformer_tf'), images=(3, 64, 64))
+
+
+class TestWaysOfAGpu:
+    """What GPUs run, on the CPU: sums as products, all tokens routed at once, groups that are packed."""
+
+    @pytest.fixture(autouse=True)
+    def _on_a_gpu(self):
+        with on_a_gpu():
+            yield
+
+    @pytest.mark.parametrize('prefix', (0, 5))
+    @pytest.mark.parametrize('grid', ((7, 13), (1, 9)))
+    def test_plain(self, variant, grid, prefix):
+        name, options = variant
+        check(build(name, **options), PatchGrid(*grid, prefix))
+
+    @pytest.mark.parametrize('extra', [EVERYTHING, dict(qkv_bias=False, proj_bias=False), dict(gated=True)], ids=str)
+    def test_options_of_timm(self, variant, extra):
+        name, options = variant
+        check(build(name, **options, **extra), PatchGrid(3, 7, 2), batch=2)
+
+    def test_not_fused(self, variant):
+        name, options = variant
+        check(build(name, False, **options), PatchGrid(3, 7, 2))
+
+    @pytest.mark.parametrize('prefix', (0, 5))
+    @pytest.mark.parametrize('height', (0, 1, 5))
+    @pytest.mark.parametrize('name', NAMES)
+    def test_heights(self, name, height, prefix):
+        check(build(name, tree_height=height), PatchGrid(3, 7, prefix), batch=2)
+
+    @pytest.mark.parametrize('num_leaves', (1, 2, 8))
+    @pytest.mark.parametrize('prefix', (0, 5))
+    @pytest.mark.parametrize('name', NAMES)
+    def test_queries_where_no_keys_are(self, name, prefix, num_leaves):
+        options = dict(num_leaves=num_leaves) if name == 'treeformer_tf' else {}
+        attention, grid = build(name, tree_height=3, **options), PatchGrid(7, 13, prefix)
+        with torch.no_grad():
+            attention.qkv.bias[:12], attention.qkv.bias[12:24] = 3, -3
+        x = check(attention, grid)
+        assert ((occupancy(attention, x, grid, 1) == 0) & (occupancy(attention, x, grid, 0) > 0)).any()
+
+    @pytest.mark.parametrize('num_leaves', (1, 3))
+    @pytest.mark.parametrize('prefix', (0, 1))
+    def test_more_groups_than_a_kernel_takes(self, prefix, num_leaves, monkeypatch):
+        monkeypatch.setattr(reads, 'MOST_GROUPS', 5)
+        check(build('treeformer_tf', tree_height=4, num_leaves=num_leaves), PatchGrid(3, 7, prefix), batch=2)
+
+    @pytest.mark.parametrize('name', NAMES)
+    def test_chunks(self, name, monkeypatch):
+        monkeypatch.setattr(trees, 'CHUNK_BYTES', 2 * 3 * 4 * 8 * 4)
+        check(build(name, tree_height=2), PatchGrid(3, 7, 1), batch=2)
+
+    @pytest.mark.parametrize('name', NAMES)
+    def test_an_empty_batch(self, name):
+        attention, grid = build(name), PatchGrid(3, 7, 1)
+        for context in (torch.no_grad(), torch.enable_grad()):
+            with context:
+                assert attention(torch.zeros(0, 22, 12, dtype=torch.float64), grid).shape == (0, 22, 12)
+
+    def test_dropout(self):
+        attention, grid = build('treeformer_tf', attn_drop=0.5), PatchGrid(3, 7, 1)
+        x = torch.randn(1, 22, 12, dtype=torch.float64, requires_grad=True)
+        assert not torch.equal(attention(x, grid), attention(x, grid))
+        attention(x, grid).sum().backward()
+
+    def test_what_kernels_are_given(self, variant, monkeypatch):
+        """No group has queries without keys, nor keys without queries, and `most` is the largest."""
+        name, options = variant
+        if name == 'treeformer_tc':
+            pytest.skip('calls no such kernel')
+        real, calls = treeformer_tf.packed, []
+
+        def packed(q, k, v, ends, *more):
+            calls.append((len(q), len(k), ends, *more[:2]))
+            return real(q, k, v, ends, *more)
+
+        monkeypatch.setattr(treeformer_tf, 'packed', packed)
+        for prefix in (0, 2):
+            build(name, **options)(torch.randn(2, 21 + prefix, 12, dtype=torch.float64), PatchGrid(3, 7, prefix))
+        for num_queries, num_keys, ends, most_queries, most_keys in calls:
+            assert ends.dtype == torch.int32 and ends[:, -1].tolist() == [num_queries, num_keys]
+            assert ends.diff().amax(dim=1).tolist() == [most_queries, most_keys]
+            assert torch.equal(*(ends.diff() > 0))
+
+    @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
+    def test_half_precision(self, variant, dtype):
+        attention = create_attention(variant[0], 48, 3, qkv_bias=True, **variant[1]).to(dtype)
+        grid, x = PatchGrid(14, 14, 1), torch.randn(2, 197, 48).to(dtype)
+        for mode in (attention.train(), attention.eval()):
+            with torch.set_grad_enabled(mode.training):
+                y = mode(x, grid)
+            error = (y - attention.float()(x.float(), grid)).abs().amax(dim=2) / y.abs().max()
+            assert y.dtype == dtype and error.median() <= (2e-2 if dtype == torch.bfloat16 else 1e-5)
+            attention.to(dtype)
+
+    def test_counts_of_images_are_those_of_the_cpu(self):
+        flops = TestFlops()
+        for name in NAMES:
+            model, images = flops.model(name, tree_height=3), torch.randn(1, 3, 64, 64)
+            counted = count_flops(model, images=images)
+            with as_hosts('cpu'):
+                assert count_flops(model, images=images) == counted
+            if name == 'treeformer_tc':
+                assert count_flops(model, (3, 64, 64)) == counted
+
+
+class TestOperators:
+    """Targets that hold at any number of tokens; ViT-B's widths."""
+
+    @pytest.mark.parametrize('tokens', (16384, 65536))
+    def test_tc(self, tokens):
+        for height, inference, both in ((4, 120, 360), (7, 190, 560)):
+            row = measure(Candidate('treeformer_tc', {'tree_height': height}), tokens)
+            assert row['forward'] <= inference and row['both'] <= both and not row['both_waits']
+
+    def test_tf(self):
+        """One wait."""
+        row = measure(Candidate('treeformer_tf', {'tree_height': 7}), 16384)
+        assert row['forward'] <= 80 and row['both'] <= 210
+        assert row['forward_waits'] == row['both_waits'] == 1
+
+
+class TestFakeGpu:
+    """On tensors of a GPU that need not be there: no devices are mixed, and kernels are called as they are declared."""
+
+    @pytest.mark.parametrize('training', (False, True))
+    @pytest.mark.parametrize('prefix', (0, 1))
+    @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
+    @pytest.mark.parametrize('dropout', (0.0, 0.5))
+    def test_all(self, variant, dtype, prefix, training, dropout, monkeypatch):
+        name, options = variant
+        grid = PatchGrid(7, 13, prefix)
+        tokens = 2 * 3 * 91
+        # Queries, keys, and the most of both: as if no key were read twice.
+        sizes = [tokens, tokens + 2 * 3 * 8 * prefix, 40, 40]
+        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+            monkeypatch.setattr(FakeTensor, 'tolist', lambda _: sizes)
+            attention = create_attention(name, 36, 3, attn_drop=dropout, **options, device='cuda', dtype=dtype)
+            attention.train(training)
+            x = torch.randn(2, grid.num_tokens, 36, device='cuda', dtype=dtype)
+            with torch.set_grad_enabled(training):
+                y = attention(x, grid)
+            assert y.shape == x.shape and y.dtype == dtype and y.device.type == 'cuda' and mode is not None

@@ -129,9 +129,10 @@ class Reads:
         return torch.where(is_leaf, self.ranges % num_leaves, -1)
 
     def split(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Part]:
-        """The batches, of queries, keys and values in the order of `queries` and `keys`."""
+        """The batches, of queries, keys and values in the order of `queries` and `keys`; none without queries."""
         of_q, of_k, *most = (self.sizes[i::4] for i in range(4))
-        return map(Part, q.split(of_q), k.split(of_k), v.split(of_k), self.counts.split(self.batches, dim=1), *most)
+        parts = map(Part, q.split(of_q), k.split(of_k), v.split(of_k), self.counts.split(self.batches, dim=1), *most)
+        return (part for part in parts if part.most_queries)
 
 
 def _ranks(rows: Tensor) -> Tensor:
