@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from vit_efficient.attention import swap_attention
 from vit_efficient.attention.treeformer import reads, trees
 from vit_efficient.attention.treeformer import tf as treeformer_tf
 from vit_efficient.benchmark.layers import Candidate
+from vit_efficient.utils.compat import attend_varlen
 from vit_efficient.utils.device import as_hosts
 
 from .test_compressed import EVERYTHING, assert_same, randomised
@@ -687,3 +689,76 @@ class TestFakeGpu:
             with torch.set_grad_enabled(training):
                 y = attention(x, grid)
             assert y.shape == x.shape and y.dtype == dtype and y.device.type == 'cuda' and mode is not None
+
+    @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
+    @pytest.mark.parametrize('dim', (12, 64, 300))
+    @pytest.mark.parametrize('dropout', (0.0, 0.5))
+    def test_kernels_have_gradients(self, dtype, dim, dropout):
+        """As they are declared for tensors without data, where `_efficient_attention_backward` has another signature."""
+        q, k, v = (torch.zeros(n, dim, device='meta', dtype=dtype, requires_grad=True) for n in (9, 5, 5))
+        ends = torch.zeros(2, 4, device='meta', dtype=torch.int32)
+        y = attend_varlen(q, k, v, *ends, 7, 4, 0.3, dropout)
+        assert y.shape == q.shape and y.dtype == dtype and y.requires_grad
+        if dtype == torch.float32 or dim == 300 or dropout:
+            return
+        y.sum().backward()
+        assert all(t.grad.shape == t.shape for t in (q, k, v))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+class TestGpu:
+    @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float16))
+    @pytest.mark.parametrize('dim', (12, 64, 72))
+    def test_kernels(self, dtype, dim):
+        counts = torch.tensor([[3, 0, 200, 1, 0, 65], [7, 0, 1, 300, 0, 64]])
+        ends = nn.functional.pad(counts.cumsum(1, dtype=torch.int32), (1, 0))
+        q, k, v = (torch.randn(n, dim).to(dtype) for n in (269, 372, 372))
+        results = []
+        for kind, device in ((torch.float64, 'cpu'), (dtype, 'cuda')):
+            given = [t.to(device, kind).requires_grad_() for t in (q, k, v)]
+            y = treeformer_tf.packed(*given, ends.to(device), 200, 300, 0.3, 0.0)
+            results.append([y, *torch.autograd.grad(y.square().sum(), given)])
+        for expected, found in zip(*results, strict=True):
+            error = (found.cpu().double() - expected).norm() / expected.norm()
+            assert error <= (1e-4 if dtype == torch.float32 else 2e-2)
+
+    @pytest.mark.parametrize('prefix', (0, 5))
+    def test_equals_the_cpu(self, variant, prefix):
+        name, options = variant
+        grid, results = PatchGrid(7, 13, prefix), []
+        x = torch.randn(2, grid.num_tokens, 12)
+        attention = build(name, **options)
+        for device, dtype in (('cpu', torch.float64), ('cuda', torch.float64), ('cuda', torch.float32)):
+            attention.to(device, dtype).zero_grad()
+            given = x.to(device, dtype).requires_grad_()
+            y = attention.train()(given, grid)
+            y.square().sum().backward()
+            with torch.no_grad():
+                inferred = attention.eval()(given, grid)
+            results.append([y, inferred, given.grad, attention.tree.weight.grad, attention.qkv.weight.grad])
+            results[-1] = [t.detach().double().cpu() for t in results[-1]]
+        for limit, found in ((1e-9, results[1]), (1e-3, results[2])):
+            assert all((a - b).norm() <= limit * b.norm() for a, b in zip(found, results[0], strict=True))
+
+    def test_waits(self):
+        """TC-Attention for nothing; TF-Attention for the sizes of its largest groups."""
+        grid, x = PatchGrid(32, 32), torch.randn(1, 1024, 192, device='cuda', requires_grad=True)
+        for name, waits in (('treeformer_tc', 0), ('treeformer_tf', 1)):
+            attention = create_attention(name, 192, 3, device='cuda')
+            attention(x, grid).sum().backward()
+            torch.cuda.set_sync_debug_mode('warn')
+            try:
+                with warnings.catch_warnings(record=True) as found:
+                    warnings.simplefilter('always')
+                    attention(x, grid).sum().backward()
+            finally:
+                torch.cuda.set_sync_debug_mode('default')
+            assert len([w for w in found if 'synchroniz' in str(w.message)]) == waits, name
+
+    def test_tc_is_the_same_every_time(self):
+        attention, grid = create_attention('treeformer_tc', 192, 3, device='cuda'), PatchGrid(64, 64)
+        x, runs = torch.randn(2, 4096, 192, device='cuda', requires_grad=True), []
+        for _ in range(2):
+            y = attention(x, grid)
+            runs.append([y, *torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

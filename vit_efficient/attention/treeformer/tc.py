@@ -8,6 +8,9 @@ Source: Madaan et al., "Treeformer: Dense Gradient Trees for Efficient Attention
 The weights α are learned, per head and level. There is no softmax and no score of a pair. Sums go up the tree, weighted
 means come down it, and then each query reads one row of a table with as many rows as leaves: O(N · 2^h) in all.
 
+On a GPU the same input gives the same output and gradients, bit for bit, but for the gradient of what prefix tokens
+attend to: it is that of fused attention, which is the same every time under `torch.use_deterministic_algorithms`.
+
 On images: prefix tokens are in every node, as keys; as queries they attend to all N tokens, by the softmax of exact
 attention. Of a node that holds no key at all, the mean is that of its parent.
 

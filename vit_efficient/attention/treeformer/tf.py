@@ -17,6 +17,10 @@ them lie one after the other in one call of a fused kernel, for which the host r
 waits once per layer. On the CPU small groups are padded to a batch, with groups of about their size, and large ones
 come one after the other. How many there are, the data say, so that there is no single graph to compile or to export.
 
+On a GPU the same input gives the same output, bit for bit. Its gradient may differ in the last bits from run to run, by
+the order in which kernels add to those of queries, and of keys that several groups read; under
+`torch.use_deterministic_algorithms` it does not.
+
 Letters: B batch, N tokens, P prefix, C channels, H heads, D = C / H, h height, L = 2^h leaves.
 """
 
