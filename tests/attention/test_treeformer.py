@@ -694,7 +694,7 @@ class TestFakeGpu:
     @pytest.mark.parametrize('dim', (12, 64, 300))
     @pytest.mark.parametrize('dropout', (0.0, 0.5))
     def test_kernels_have_gradients(self, dtype, dim, dropout):
-        """As they are declared for tensors without data, where `_efficient_attention_backward` has another signature."""
+        """As declared for tensors without data, where `_efficient_attention_backward` has another signature."""
         q, k, v = (torch.zeros(n, dim, device='meta', dtype=dtype, requires_grad=True) for n in (9, 5, 5))
         ends = torch.zeros(2, 4, device='meta', dtype=torch.int32)
         y = attend_varlen(q, k, v, *ends, 7, 4, 0.3, dropout)
