@@ -95,3 +95,11 @@ def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
 def map_instances(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
     """A tree of containers with `function` of each leaf that is an instance of `kind`."""
     return tree_map_only(kind, function, tree)
+
+
+def sdpa_order(device: torch.device) -> list[str]:
+    """The backends of `F.scaled_dot_product_attention` in the order in which a GPU tries them, such as 'cudnn'."""
+    q = torch.zeros(1, 1, 16, 64, dtype=torch.float16, device=device)
+    torch._fused_sdp_choice(q, q, q)  # the order becomes that of this GPU with the first choice
+    names = (torch.nn.attention.SDPBackend(number).name for number in torch._C._get_sdp_priority_order())
+    return [name.removesuffix('_ATTENTION').lower() for name in names if name != 'OVERRIDEABLE']
