@@ -110,8 +110,8 @@ def test_by_command(kind, capsys):
             'math/timm',
             'compiled/timm',
             'graph/dct',
-            'flex-window',
-            'token-merging',
+            'flex_window',
+            'tome',
         ]
         sizes = ['--attentions', *names, 'treeformer_tf', '--tokens', '256', '--dim', '128', '--heads', '2']
     else:

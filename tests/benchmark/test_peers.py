@@ -82,9 +82,9 @@ def test_blocks_of_windows_are_those_that_hold_them(tokens, window):
 @pytest.mark.parametrize(
     ('name', 'options', 'setting', 'message'),
     [
-        ('flex-window', {}, dict(), 'flex-window: FlexAttention has no backward pass on cpu .*use --device cuda'),
-        ('token-merging', dict(keep_ratio=0.25), {}, 'token-merging: keep_ratio must be 1/2 at least.*0.25'),
-        ('token-merging', dict(r=8), {}, 'token-merging: .*r'),
+        ('flex_window', dict(window_size=12), {}, 'flex_window: window_size=12 on a grid of 16 × 16'),
+        ('tome', dict(keep_ratio=0.25), {}, 'tome: keep_ratio must be 1/2 at least.*0.25'),
+        ('tome', dict(r=8), {}, 'tome: .*r'),
         ('timm', dict(keys=8), {}, 'timm: .*keys'),
     ],
 )
@@ -105,9 +105,7 @@ def test_windows_that_are_no_blocks(size, window, message):
 
 def test_token_merging_by_name(monkeypatch):
     monkeypatch.setattr(timing, 'matmul_rate', lambda *_, **__: 1e9)
-    (forward, both) = benchmark_layer(
-        [Candidate('token-merging')], [91], LayerSetting(16, 2, prefix=1), 1, memory=False
-    )
+    (forward, both) = benchmark_layer([Candidate('tome')], [91], LayerSetting(16, 2, prefix=1), 1, memory=False)
     for row in (forward[1], both[1]):
         assert row['error'] is None and row['milliseconds'] > 0 and row['attended'] is None
     patches, kept, heads_dim = 91, 1 + 46, 8
@@ -115,10 +113,19 @@ def test_token_merging_by_name(monkeypatch):
     assert forward[1]['gmacs'] * 1e9 == pytest.approx(merging + 4 * kept * 16 * 16 + 2 * kept * kept * 16, rel=0.05)
 
 
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
+def test_on_a_cpu_flex_attention_has_no_backward_pass(monkeypatch):
+    monkeypatch.setattr(timing, 'matmul_rate', lambda *_, **__: 1e9)
+    monkeypatch.setattr(peers, '_flex', lambda: flex_attention)
+    forward, both = benchmark_layer([Candidate('flex_window')], [256], LayerSetting(32, 2), 1, memory=False)
+    assert forward[1]['error'] is None and forward[1]['milliseconds'] > 0
+    assert 'FlexAttention does not support backward on CPU' in both[1]['error'] and both[0]['error'] is None
+
+
 def test_the_products_of_windows_are_counted():
     """Though FlexAttention shows none: on the meta device the layer goes another way."""
     with_gpu = LayerSetting(32, 2, device=torch.device('cuda'))
-    plan = layers._plan(Candidate('flex-window'), 256, with_gpu)
+    plan = layers._plan(Candidate('flex_window'), 256, with_gpu)
     assert plan['gmacs'] * 1e9 == 256 * (4 * 32 * 32 + 2 * 64 * 32)
 
 

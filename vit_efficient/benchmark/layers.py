@@ -68,7 +68,7 @@ class LayerSetting:
         if candidate == EXACT:
             return LayerOnGrid(Attention(self.dim, self.num_heads, qkv_bias=True, **factory), grid)
         if name in PEERS:
-            peer = create_peer(name, self.dim, self.num_heads, grid, candidate.options, self.device)
+            peer = create_peer(name, self.dim, self.num_heads, grid, candidate.options)
             return LayerOnGrid(peer.to(**factory), grid)
         size = (grid.height, grid.width)
         options = layer_options(name, candidate.options, layer=0, depth=1, grid_size=size)

@@ -19,7 +19,8 @@ BLOCK = 128  # tokens of a block of FlexAttention
 class FlexWindows(nn.Module):
     """Attention within windows of w × w patches by FlexAttention, which skips the blocks that no window has.
 
-    Tokens come in the order of their windows, so that a window lies in one block, or fills several.
+    Tokens come in the order of their windows, so that a window lies in one block, or fills several. On a CPU it takes a
+    C++ compiler, and PyTorch has no backward pass of it.
 
     Raises:
         UserError: If the windows do not divide the grid, or blocks of 128 tokens, or there are prefix tokens.
@@ -177,27 +178,16 @@ def _timm(dim: int, heads: int, grid: PatchGrid, **options) -> nn.Module:
 #: As many keys and landmarks as ours have by default. Packages: `pip install 'vit-efficient[peers]'`.
 PEERS: dict[str, Callable[..., nn.Module]] = {
     'timm': _timm,
-    'flex-window': FlexWindows,
-    'token-merging': TokenMerging,
+    'flex_window': FlexWindows,
+    'tome': TokenMerging,
     'package/linformer': _linformer,
     'package/nystrom-attention': _nystrom,
     'package/performer-pytorch': _performer,
 }
 
 
-def create_peer(
-    name: str, dim: int, heads: int, grid: PatchGrid, options: dict[str, Any], device: torch.device
-) -> nn.Module:
-    """A layer of `PEERS`, in float32 on the CPU, that is to run on a device.
-
-    Raises:
-        UserError: If its package is missing, it takes no such option, or it does not run there.
-    """
-    if name == 'flex-window' and device.type != 'cuda':
-        raise UserError(
-            f'{name}: FlexAttention has no backward pass on {device} when it is compiled, and makes all scores when it '
-            'is not; use --device cuda, or our window'
-        )
+def create_peer(name: str, dim: int, heads: int, grid: PatchGrid, options: dict[str, Any]) -> nn.Module:
+    """A layer of `PEERS`, in float32 on the CPU; a UserError if its package is missing, or it takes no such option."""
     try:
         return PEERS[name](dim, heads, grid, **options)
     except ImportError as error:
