@@ -44,6 +44,12 @@ def test_work_is_waited_for_before_and_after(gpu):
     assert take_turns([call], GPU, 2) == [[17 / 64] * 2]  # without the inputs, which were drawn before
 
 
+def test_a_first_call_that_plans_kernels_is_no_turn(gpu):
+    left = [20]
+    (times,) = take_turns([lambda: gpu.launch(left.pop() if left else 0, 1 / 32)], GPU, 2)
+    assert times == [1 / 32] * 2
+
+
 def test_rows(gpu):
     makes = [lambda: lambda: gpu.launch(1 / 64, 1 / 4), lambda: lambda: gpu.launch(1 / 2, 0)]
     first, second = compare(makes, GPU, rounds=1)

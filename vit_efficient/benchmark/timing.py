@@ -74,7 +74,8 @@ def take_turns(
     Every function is called before the rounds: twice, to warm up and to see how long it takes. A first call of a second
     or more is the only one; one of ten seconds or more, in which warming up is lost, is the first turn. A turn takes at
     least `seconds`: a short call is repeated. If another round would take longer than `max_seconds` for all of it,
-    there are fewer, but one at least. A function may be a `Call`.
+    there are fewer, but one at least. On CUDA a first call says nothing of the others, and is only the first of two. A
+    function may be a `Call`.
     """
 
     def turn(call: Callable[[], object], repeats: int) -> float:
@@ -92,8 +93,9 @@ def take_turns(
     repeats, timed = [], []
     for call in calls:
         took = turn(call, 1)
-        timed.append([took] if took >= VERY_LONG else [])
-        if took < LONG:
+        plans = device.type == 'cuda'  # kernels, which may take it seconds, however short the call is
+        timed.append([took] if took >= VERY_LONG and not plans else [])
+        if took < LONG or plans:
             took = turn(call, 1)
         repeats.append(max(1, math.ceil(seconds / max(took, 1e-6))))  # what has failed takes no time
     for done in range(rounds):
