@@ -683,12 +683,12 @@ def compiled(part: Part) -> None:
             write(**time_model(part, kind, px, batch, work, compiled=True))
 
 
-PEERS = [('flex_window', dict(window_size=8)), ('tome', {})]
+PEERS = [('tome', {}), ('flex_window', dict(window_size=8))]
 
 
 def peers(part: Part) -> None:
     """Layers of others, beside ours in `layers`."""
-    for name, options in PEERS:
+    for name, options in PEERS if part.cuda else PEERS[:1]:  # FlexAttention has no backward pass on a CPU
         layer(part, Candidate(name, options), 1, 256 if part.tiny else 16384, 0, None, False, (math.nan, math.nan))
 
 

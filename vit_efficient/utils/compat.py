@@ -148,3 +148,11 @@ def _varlen_attn() -> tuple[Callable, frozenset[str]]:
 def _has_flash_attention(device: torch.device) -> bool:
     # Fake tensors are on GPUs that need not be there.
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def sdpa_order(device: torch.device) -> list[str]:
+    """The backends of `F.scaled_dot_product_attention` in the order in which a GPU tries them, such as 'cudnn'."""
+    q = torch.zeros(1, 1, 16, 64, dtype=torch.float16, device=device)
+    torch._fused_sdp_choice(q, q, q)  # the order becomes that of this GPU with the first choice
+    names = (torch.nn.attention.SDPBackend(number).name for number in torch._C._get_sdp_priority_order())
+    return [name.removesuffix('_ATTENTION').lower() for name in names if name != 'OVERRIDEABLE']
