@@ -33,9 +33,9 @@ from vit_efficient.attention.treeformer.trees import (
     Trees,
     count_tokens,
     leaves_of,
+    read_and_sum,
     read_leaves,
     route_both,
-    rows_of,
     sum_by_leaf,
     sum_tokens_by_leaf,
 )
@@ -66,10 +66,10 @@ class TreeAttention(GridAttention):
     def leaves(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
         """The leaves of the patches as queries and as keys: (B, N, C) → (B, H, N − P), int64, twice. No gradient."""
         q, k, _ = self.project(x)
-        dtype = torch.promote_types(q.dtype, torch.float32)
         with without_autocast(x):
-            trees = (self.tree.weight.to(dtype), self.tree.bias.to(dtype))
-            return route_both(*(z[:, :, grid.prefix :].detach() for z in (q, k)), *trees)
+            return route_both(
+                *(z[:, :, grid.prefix :].detach() for z in (q, k)), self.tree.weight.detach(), self.tree.bias.detach()
+            )
 
 
 @register_attention('treeformer_tc')
@@ -140,8 +140,8 @@ class TreeMeanAttention(TreeAttention):
 
         dtype = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x):
-            trees = (self.tree.weight.to(dtype), self.tree.bias.to(dtype))
-            leaf_q, leaf_k = route_both(q[:, :, grid.prefix :], k[:, :, grid.prefix :], *trees)
+            of_patches = (t[:, :, grid.prefix :] for t in (q, k))
+            leaf_q, leaf_k = route_both(*of_patches, self.tree.weight, self.tree.bias)
             counts = count_tokens(leaf_k, num_leaves, dtype)
             # As they are if a GPU sums them in float32 and the range is that of float32.
             summed = x if on_gpu(x) and x.dtype == torch.bfloat16 else x.to(dtype)
@@ -155,13 +155,10 @@ class TreeMeanAttention(TreeAttention):
             table = node_table(sums_BHLD, counts, v_prefix, self.level_weight.to(dtype))
         w_proj_HCD = self.proj.weight.unflatten(1, heads).transpose(0, 1)
         answers = linear_by_head(table.to(w_v.dtype), w_proj_HCD)
-        answers_BHLC = answers.to(dtype)
+        answers_BHLC = answers if on_gpu(x) else answers.to(dtype)  # products are summed in float32
         if self.proj.bias is not None:  # a patch reads one row of each head
             answers_BHLC[:, 0] += self.proj.bias
-        row_BNH = rows_of(leaf_q, num_leaves)
-        y = F.embedding_bag(row_BNH.flatten(0, 1), answers_BHLC.flatten(0, 2), mode='sum')
-        y = y.unflatten(0, row_BNH.shape[:2])
-        y = y.to(answers.dtype)
+        y = read_and_sum(leaf_q, answers_BHLC).to(answers.dtype)
         if not grid.prefix:
             return y
         weights_BHPN = attention_weights(q[:, :, : grid.prefix], k, self.scale)
@@ -198,8 +195,9 @@ def average_over_nodes(
         # Split, not sliced: the gradient of a slice is as large as the whole.
         q, k, v = (t.split([prefix, num_patches], dim=2) for t in (q, k, v))
         v_prefix, v_patches = (t.to(dtype) for t in v)
-        q, k, weight, bias, level_weight = (t.to(dtype) for t in (q[1], k[1], weight, bias, level_weight))
+        q, k, level_weight = q[1], k[1], level_weight.to(dtype)
         if torch.is_grad_enabled() and not torch.jit.is_tracing():
+            q, k, weight, bias = (t.to(dtype) for t in (q, k, weight, bias))
             sums, counts = LeafSums.apply(k, v_patches, weight, bias)
             y = LeafReads.apply(q, node_table(sums, counts, v_prefix, level_weight), weight, bias)
         else:

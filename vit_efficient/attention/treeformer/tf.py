@@ -160,7 +160,7 @@ def _attend_patches(
             y = torch.ops.vit_efficient.attend_in_leaves(q, k, v, prefix, num_leaves, leaves_of(weight))
             return y.transpose(1, 2)
         if num_leaves == 1:
-            leaf_q, leaf_k = route_both(q, k, *trees)
+            leaf_q, leaf_k = route_both(q, k, weight, bias)
             leaves_q = leaf_q.unsqueeze(-1)
         else:
             leaves_q, leaf_k = best_leaves(q.to(dtype), *trees, num_leaves), route(k.to(dtype), *trees)

@@ -85,11 +85,16 @@ def chunks(z: Tensor, num_leaves: int) -> list[slice]:
 
 
 def products(z: Tensor, weight: Tensor) -> Tensor:
-    """⟨w_j, z⟩ of all tokens and nodes, as one product: (B, H, N, D), (H, J, D) → (B, H, N, J)"""
-    if on_gpu(z):
-        return z @ weight.mT
+    """⟨w_j, z⟩ of all tokens and nodes, as one product: (B, H, N, D), (H, J, D) → (B, H, N, J)
+
+    In float32 at least: of bfloat16 (not on a CPU) products are exact there, and nothing has to be converted.
+    """
     z_HMD = z.transpose(0, 1).flatten(1, 2)
-    return torch.bmm(z_HMD, weight.mT).unflatten(1, (z.shape[0], z.shape[2])).transpose(0, 1)
+    if z.dtype == torch.bfloat16:
+        s_HMJ = torch.bmm(z_HMD, weight.mT, out_dtype=torch.float32)
+    else:
+        s_HMJ = torch.bmm(z_HMD, weight.mT)
+    return s_HMJ.unflatten(1, (z.shape[0], z.shape[2])).transpose(0, 1)
 
 
 def scores(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -104,10 +109,16 @@ def route(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def route_both(q: Tensor, k: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The leaves of queries and of keys, in the dtype of the predicates; on a GPU, of both at once."""
+    """The leaves of queries and of keys, by scores in float32 at least, whatever the dtypes are; on a GPU at once."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    bias = bias.to(dtype)
+    if not (q.dtype == weight.dtype == torch.bfloat16 and q.device.type in ('cuda', 'meta') and on_gpu(q)):
+        q, k, weight = q.to(dtype), k.to(dtype), weight.to(dtype)
     if not on_gpu(q):
-        return route(q.to(weight.dtype), weight, bias), route(k.to(weight.dtype), weight, bias)
-    leaf = route(torch.cat([q, k]).to(weight.dtype), weight, bias)
+        return route(q, weight, bias), route(k, weight, bias)
+    height, slices = height_of(weight), chunks(q, 2 * leaves_of(weight))
+    scores_of_both = (torch.cat([products(z[:, :, chunk], weight) for z in (q, k)]) for chunk in slices)
+    leaf = _join([_descend(s, -bias, height) for s in scores_of_both]).squeeze(-1)
     return leaf[: q.shape[0]], leaf[q.shape[0] :]
 
 
@@ -223,6 +234,17 @@ def read_leaves(leaf: Tensor, table: Tensor) -> Tensor:
     """The row of each token's leaf: (B, H, N), (B, H, L, D) → (B, N, H, D)"""
     row = rows_of(leaf, table.shape[2])
     return table.flatten(0, 2).index_select(0, row.flatten()).view(*row.shape, table.shape[3])
+
+
+def read_and_sum(leaf: Tensor, table: Tensor) -> Tensor:
+    """The sum over heads of the rows of a token's leaves: (B, H, N), (B, H, L, C) → (B, N, C). No gradient."""
+    if on_gpu(table):
+        num_leaves, leaf, slices = table.shape[2], leaf.transpose(1, 2), chunks(leaf, table.shape[2])
+        which = (in_leaf(leaf[:, chunk], num_leaves, table.dtype).flatten(2) for chunk in slices)
+        y = [w @ table.flatten(1, 2) for w in which]
+        return y[0] if len(y) == 1 else torch.cat(y, dim=1)
+    row = rows_of(leaf, table.shape[2])
+    return F.embedding_bag(row.flatten(0, 1), table.flatten(0, 2), mode='sum').unflatten(0, row.shape[:2])
 
 
 class LeafSums(torch.autograd.Function):
