@@ -191,7 +191,9 @@ def sum_by_leaf(leaf: Tensor, v: Tensor, num_leaves: int) -> Tensor:
     sums = v.new_zeros(*v.shape[:2], num_leaves, v.shape[3])
     for chunk in chunks(v, num_leaves):
         v_chunk = v[:, :, chunk].contiguous()
-        sums = sums.scatter_add_(2, leaf[:, :, chunk, None].expand_as(v_chunk), v_chunk)
+        # Compiled by PyTorch 2.11, `LeafSums` would have gradients of zero if it added in place.
+        add = sums.scatter_add if torch.compiler.is_compiling() else sums.scatter_add_
+        sums = add(2, leaf[:, :, chunk, None].expand_as(v_chunk), v_chunk)
     return sums
 
 
