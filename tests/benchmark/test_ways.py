@@ -5,7 +5,6 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -170,16 +169,6 @@ def test_what_is_said_of_fresh_inputs(capsys):
     candidate = ModelCandidate('vit_treeformer_tf_tiny', TINY)
     (block,) = benchmark_models([candidate], [16], rounds=1, memory=False)
     assert block[0]['fresh_inputs'] is True and block[0]['error'] is None
-
-
-def test_models_are_compiled_block_by_block(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, 'compile', lambda function, dynamic: compiled.append(function) or function)
-    model = timm.create_model('vit_tiny_patch16_224', img_size=16, **TINY)
-    assert ways.compile_model(model) is model
-    assert [function.__self__ for function in compiled] == list(model.blocks)
-    other = nn.Linear(2, 2)
-    assert ways.compile_model(other) is other and compiled[2:] == [other]
 
 
 class Replay(nn.Module):

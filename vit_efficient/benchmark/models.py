@@ -14,14 +14,13 @@ from vit_efficient.benchmark.timing import CPU, Call, check_plans, check_request
 from vit_efficient.benchmark.ways import (
     Inputs,
     check_way,
-    compile_model,
     depends_on_data,
     replayed,
     sdpa_context,
     way_of,
 )
 from vit_efficient.flops import count_flops
-from vit_efficient.models import create_from_spec, input_size
+from vit_efficient.models import compile_blocks, create_from_spec, input_size
 from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
 
@@ -131,7 +130,7 @@ def model_call(candidate: ModelCandidate, img_size: int, setting: ModelSetting, 
     model = candidate.build(img_size, **factory).train(work != 'inference')
     x = torch.randn(setting.batch_size, *input_size(model, img_size), **factory)
     of_call, context, graph = Inputs(x, depends_on_data(model)), sdpa_context(setting), ''
-    run = compile_model(model) if setting.compiled else model
+    run = compile_blocks(model, dynamic=False) if setting.compiled else model
     # Weights that autocast keeps for the time of its context are not there any more when a graph reads them.
     how = dict(enabled=setting.amp, cache_enabled=not setting.graph)
     autocast = partial(torch.autocast, setting.device.type, setting.dtype, **how)

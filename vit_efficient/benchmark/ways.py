@@ -71,16 +71,6 @@ def sdpa_context(setting: Any) -> Callable[[], AbstractContextManager]:
     return nullcontext if setting.sdpa is None else functools.partial(sdpa_kernel, BACKENDS[setting.sdpa])
 
 
-def compile_model(model: nn.Module) -> nn.Module:
-    """A compiled model: block by block, so that equal blocks are compiled once; without `blocks`, in one piece."""
-    blocks = getattr(model, 'blocks', None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
-        return torch.compile(model, dynamic=False)
-    for block in blocks:
-        block.compile(dynamic=False)
-    return model
-
-
 def replayed(module: nn.Module, example: Tensor) -> tuple[nn.Module, str]:
     """The module as one that replays a CUDA graph, and what a table says of it: 'replayed', or why it is not."""
     from vit_efficient.graphs import graphed
