@@ -100,6 +100,23 @@ def map_instances(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
     return tree_map_only(kind, function, tree)
 
 
+def attend_with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention and the logarithms of its denominators, without gradients, in half precision on a GPU.
+
+    Args:
+        q, k, v: (B, H, queries, D), (B, H, keys, D), (B, H, keys, E), E ≤ D, D a multiple of 8.
+
+    Returns:
+        (B, H, queries, E) and, in float32, (B, H, queries).
+    """
+    dim = v.shape[-1]
+    attention = torch.ops.aten._scaled_dot_product_flash_attention
+    y, lse = attention(q, k, F.pad(v, (0, q.shape[-1] - dim)), 0.0, False, scale=scale)[:2]
+    return y[..., :dim], lse
+
+
 def attend_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
