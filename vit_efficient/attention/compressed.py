@@ -140,7 +140,7 @@ class CompressedAttention(GridAttention):
 
     def _among_kept(self, x_BmC: Tensor, grid: PatchGrid) -> Tensor:
         """timm's attention on the kept tokens, but for the output projection."""
-        q, k, v = self.heads(self.qkv(x_BmC)).unbind(2)
+        q, k, v = self.heads(self.qkv(x_BmC)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.norm_and_gate(self._attend(q, k, v, grid), x_BmC)
 
     def _on_projections(self, x: Tensor, grid: PatchGrid) -> Tensor:
@@ -153,37 +153,35 @@ class CompressedAttention(GridAttention):
         return self.proj(self.norm_and_gate(y, x))
 
     def _compressed_projections(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as (B, tokens, H, D): k and v, and at `qkv` q, of the kept tokens."""
+        """q, k, v as (B, H, tokens, D): k and v, and at `qkv` q, of the kept tokens."""
         if self.compress.commutes and self.place == 'qkv':
             qkv = self._with_constant(self.qkv(self._down(x, grid)), self.qkv.bias, grid)
-            return self.heads(qkv).unbind(2)
+            return self.heads(qkv).permute(2, 0, 3, 1, 4).unbind(0)
         down_k, down_v = self.compress.ways_down
         if self.compress.commutes and is_plain(self.qkv):  # its rows can be used apart
-            q = self._parts(x, grid, 0, 1).squeeze(2)
+            (q,) = self._parts(x, grid, 0, 1)
             if down_k is down_v:
-                k, v = self._parts(x, grid, 1, 3, down_k).unbind(2)
+                k, v = self._parts(x, grid, 1, 3, down_k)
             else:
-                k, v = self._parts(x, grid, 1, 2, down_k).squeeze(2), self._parts(x, grid, 2, 3, down_v).squeeze(2)
+                (k,), (v,) = self._parts(x, grid, 1, 2, down_k), self._parts(x, grid, 2, 3, down_v)
             return q, k, v
-        # Per head: (B, H, tokens, D).
         q, k, v = self.heads(self.qkv(x)).permute(2, 0, 3, 1, 4)
         k, v = self._down(k, grid, down_k), self._down(v, grid, down_v)
         q = self._down(q, grid) if self.place == 'qkv' else q
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return q, k, v
 
-    def _parts(self, x: Tensor, grid: PatchGrid, first: int, last: int, way: nn.Module | None = None) -> Tensor:
-        """Of queries, keys and values number `first` to `last` - 1, after a way down: (B, tokens, parts, H, D)"""
+    def _parts(self, x: Tensor, grid: PatchGrid, first: int, last: int, way: nn.Module | None = None) -> tuple:
+        """Of queries, keys and values number `first` to `last` - 1, after a way down: (B, H, tokens, D) each"""
         rows = slice(first * self.attn_dim, last * self.attn_dim)
         weight, bias = self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows]
         if way is None:
             y = F.linear(x, weight, bias)
         else:
             y = self._with_constant(F.linear(self._down(x, grid, way), weight, bias), bias, grid, way)
-        return self.heads(y)
+        return self.heads(y).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid) -> Tensor:
-        """(B, tokens, H, D) each → (B, tokens, H · D)"""
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        """(B, H, tokens, D) each → (B, tokens, H · D)"""
         q, k = self.q_norm(q), self.k_norm(k)
         y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, self.compress.log_counts(grid, q))
         return y.transpose(1, 2).flatten(2)
@@ -209,18 +207,22 @@ class CompressedAttention(GridAttention):
         if not grid.prefix:
             return x[..., :0, :], x
         # Split, not sliced: the gradient of a slice is as large as the whole.
-        return x.split([grid.prefix, x.shape[-2] - grid.prefix], dim=-2)
+        return x.split_with_sizes([grid.prefix, x.shape[-2] - grid.prefix], dim=-2)
 
     def _down(self, x: Tensor, grid: PatchGrid, way: nn.Module | None = None) -> Tensor:
+        way = way or self.compress.down
+        if not grid.prefix:
+            return way(x, grid)
         prefix, patches = self._split(x, grid)
-        kept = (way or self.compress.down)(patches, grid)
-        return torch.cat([prefix.to(kept.dtype), kept], dim=-2) if grid.prefix else kept
+        kept = way(patches, grid)
+        return torch.cat([prefix.to(kept.dtype), kept], dim=-2)
 
     def up(self, y: Tensor, grid: PatchGrid) -> Tensor:
         """Kept tokens back to all: (…, m, C) → (…, N, C)."""
+        if not grid.prefix:
+            return self.compress.up(y, grid)
         prefix, kept = self._split(y, grid)
-        patches = self.compress.up(kept, grid)
-        return torch.cat([prefix, patches], dim=-2) if grid.prefix else patches
+        return torch.cat([prefix, self.compress.up(kept, grid)], dim=-2)
 
     def num_attended(self, grid: PatchGrid) -> int:
         return grid.prefix + self.compress.num_kept(grid)

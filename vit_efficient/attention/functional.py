@@ -19,6 +19,8 @@ from vit_efficient.utils.device import on_gpu
 
 FEW_QUERIES = 256  # of fewer, a GPU's kernel that does not split the keys leaves most of the GPU idle
 
+from vit_efficient.utils.device import on_gpu
+
 
 def attend(
     q: Tensor,
@@ -66,6 +68,11 @@ def bias_as_channel(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[T
     return F.pad(q, (0, more), value=1.0), F.pad(k, (0, more - 1))
 
 
+def is_bias_of_keys(mask: Tensor) -> bool:
+    """Whether a mask is (1, keys), added to the scores of all queries."""
+    return mask.ndim == 2 and mask.shape[0] == 1 and mask.dtype != torch.bool
+
+
 # Leaves for FX, to which nothing is None.
 
 
@@ -73,8 +80,9 @@ def bias_as_channel(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[T
 @register_notrace_function
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, mask: Tensor | None) -> Tensor:
     """`attend` by `F.scaled_dot_product_attention`; v may have fewer channels than q and k."""
-    if mask is not None and mask.requires_grad:
-        # No fused kernel takes a mask that has a gradient; this one costs no queries × keys matrix.
+    if mask is not None and (mask.requires_grad or (is_bias_of_keys(mask) and on_gpu(q) and not q.is_meta)):
+        # No fused kernel takes a mask that has a gradient, and the fastest of GPUs takes none; this one costs no
+        # queries × keys matrix.
         q, k = bias_as_channel(q, k, mask[0, :, None], scale)
         mask = None
     more = q.shape[-1] - v.shape[-1]

@@ -1,6 +1,7 @@
 """How many tokens a compressor keeps, whichever it is: its budget, and what that allows, by `vit_efficient.grid`."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from timm.layers import register_notrace_function
@@ -50,7 +51,7 @@ def sides(height, width, axes: str) -> tuple:
     return (1, height * width) if axes == '1d' else (height, width)
 
 
-# Both functions below are leaves for FX.
+# Two functions below are leaves for FX.
 
 
 @torch.fx.wrap
@@ -61,6 +62,12 @@ def kept_grid(height, width, budget: Budget) -> tuple[int, int]:
     Raises:
         UserError: If the budget is a pair that exceeds the grid.
     """
+    if type(height) is int and type(width) is int and not torch.compiler.is_compiling():
+        return _kept_grid_once(height, width, budget)
+    return _kept_grid(height, width, budget)
+
+
+def _kept_grid(height, width, budget: Budget) -> tuple[int, int]:
     if isinstance(budget.num_tokens, tuple):
         h, w = budget.num_tokens
         if type(height) is not int or type(width) is not int:
@@ -87,8 +94,19 @@ def kept_count(height, width, budget: Budget) -> int:
     Raises:
         UserError: If the budget is a pair.
     """
+    if type(height) is int and type(width) is int and not torch.compiler.is_compiling():
+        return _kept_count_once(height, width, budget)
+    return _kept_count(height, width, budget)
+
+
+def _kept_count(height, width, budget: Budget) -> int:
     if isinstance(budget.num_tokens, tuple):
         raise UserError(f'num_tokens={budget.num_tokens}: a sequence has one axis; give an integer, or keep_ratio')
     if budget.num_tokens is not None:
         return smaller(budget.num_tokens, height * width)
     return larger(1, fraction_of(height * width, budget.keep_ratio))
+
+
+# Each layer asks for both, on each call.
+_kept_grid_once = lru_cache(maxsize=4096)(_kept_grid)
+_kept_count_once = lru_cache(maxsize=4096)(_kept_count)

@@ -24,13 +24,14 @@ def middle_patches(m, n, device: torch.device) -> Tensor:
     return (first[:-1] + first[1:]) // 2
 
 
-def log_counts(height, width, kept: tuple, like: Tensor) -> Tensor:
-    """The logarithm of the number of patches in each of the h × w cells: (h · w,)."""
-    of_side = [
-        first_patches(m, n, like.device).diff().to(real_dtype(like.device)).log()
-        for m, n in zip(kept, (height, width), strict=True)
-    ]
-    return (of_side[0][:, None] + of_side[1]).flatten().to(like.dtype)
+def log_counts(height, width, kept: tuple, prefix, like: Tensor) -> Tensor:
+    """The logarithm of the number of patches in each of the h × w cells, after those of tokens: (prefix + h · w,)."""
+    return basis(_log_counts, (height, width, kept[0], kept[1], prefix), like, like.dtype)
+
+
+def _log_counts(height, width, h, w, prefix, device: torch.device) -> Tensor:
+    of_side = [first_patches(m, n, device).diff().to(real_dtype(device)).log() for m, n in ((h, height), (w, width))]
+    return F.pad((of_side[0][:, None] + of_side[1]).flatten(), (prefix, 0))
 
 
 def _means(m, n, device: torch.device) -> Tensor:
@@ -103,5 +104,5 @@ def _transform(x: Tensor, build, dims: tuple, sizes: tuple) -> Tensor:
     dtype = product_dtype(x)
     for dim, size in zip(dims, sizes, strict=True):
         (n,) = plain_sizes((x.shape[dim],))
-        x = along(x, dim, basis(build, size, n, x, dtype))
+        x = along(x, dim, basis(build, (size, n), x, dtype))
     return x

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient import dct
 from vit_efficient.compress import budget as budgets
 from vit_efficient.compress.base import Compressor, register_compressor
+from vit_efficient.dct.transforms import transform
 from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import check_choice, check_flag
@@ -29,28 +29,30 @@ class _Way(nn.Module):
         self.axes = axes
         self.budget = budget
         self.frequency = domain == 'frequency'
+        self.kinds = ('dct', 'idct') if self.frequency else ('resample', 'resample')  # down, up
         self.windows = (window,)  # in a tuple, since it is the compressor's: it appears once in a state dict
 
-    def windowed(self, y_hwD: Tensor, h, w) -> Tensor:
-        """The kept coefficients, or the grid that they make, with each coefficient times its gain."""
+    def windowed(self, y: Tensor, sizes: tuple) -> Tensor:
+        """(…, h · w, D): kept coefficients, or the grid that they make, with each coefficient times its gain."""
         (window,) = self.windows
         if window is None:
-            return y_hwD
-        gains = window(h, w)[..., None].to(y_hwD.dtype)
+            return y
+        gains = window(*sizes).flatten()[:, None].to(y.dtype)
         if self.frequency:
-            return y_hwD * gains
-        return dct.idct2(dct.dct2(y_hwD, dims=(-3, -2)) * gains, dims=(-3, -2))
+            return y * gains
+        y = transform(y, 'dct', (-3, -2), sizes, sizes) * gains
+        return transform(y, 'idct', (-2, -3), (sizes[1], sizes[0]), sizes)
 
 
 class Down(_Way):
     def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
         if self.axes == '1d':
             m = budgets.kept_count(grid.height, grid.width, self.budget)
-            return dct.dct(x, m, dim=-2) if self.frequency else dct.resample(x, m, dims=-2)
+            return transform(x, self.kinds[0], (-2,), (m,))
         size = budgets.kept_grid(grid.height, grid.width, self.budget)
-        x_HWD = x.unflatten(-2, (grid.height, grid.width))
-        y_hwD = (dct.dct2 if self.frequency else dct.resample)(x_HWD, (size[0], size[1]), dims=(-3, -2))
-        return self.windowed(y_hwD, size[0], size[1]).flatten(-3, -2)
+        sizes = (size[0], size[1])
+        y = transform(x, self.kinds[0], (-3, -2), sizes, (grid.height, grid.width))
+        return self.windowed(y, sizes)
 
     def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:
         """y (…, m, D) + the coefficients of the image that is `constant` (D,) at every patch; of `frequency`."""
@@ -61,15 +63,10 @@ class Down(_Way):
 class Up(_Way):
     def forward(self, y: Tensor, grid: PatchGrid) -> Tensor:
         if self.axes == '1d':
-            n = grid.height * grid.width
-            return dct.idct(y, n, dim=-2) if self.frequency else dct.resample(y, n, dims=-2)
+            return transform(y, self.kinds[1], (-2,), (grid.height * grid.width,))
         size = budgets.kept_grid(grid.height, grid.width, self.budget)
-        y_hwD = self.windowed(y.unflatten(-2, (size[0], size[1])), size[0], size[1])
-        if self.frequency:
-            x_HWD = dct.idct2(y_hwD, (grid.height, grid.width), dims=(-3, -2))
-        else:
-            x_HWD = dct.resample(y_hwD, (grid.width, grid.height), dims=(-2, -3))
-        return x_HWD.flatten(-3, -2)
+        sizes = (size[0], size[1])
+        return transform(self.windowed(y, sizes), self.kinds[1], (-2, -3), (grid.width, grid.height), sizes)
 
 
 @register_compressor('dct')

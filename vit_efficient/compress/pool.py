@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vit_efficient.compress import budget as budgets
 from vit_efficient.compress import cells
@@ -53,7 +52,7 @@ def log_counts(height, width, prefix, budget: budgets.Budget, like: Tensor) -> T
     even = all(type(side) is int for side in sides) and height % kept[0] == width % kept[1] == 0
     if even and (prefix == 0 or kept == (height, width)):
         return None
-    return F.pad(cells.log_counts(height, width, kept, like), (prefix, 0))[None]
+    return cells.log_counts(height, width, kept, prefix, like)[None]
 
 
 class Down(nn.Module):

@@ -14,23 +14,32 @@ faster. Measured on 2 CPU cores (script: `recipes/benchmarks/README.md`), 768 ch
 of the product to that of the FFT: in float32 21 to 81 ms for m = 256 coefficients, 76 to 82 for 1,024, 309 to 88 for
 4,096; in bfloat16, where the FFT is computed in float32, 51 to 92 ms for 4,096. So the FFT begins at 1,024 coefficients
 in float32; at 8,192 in half precision, by extrapolation; and always where the basis would have more than 2²⁶ entries.
-On a GPU the crossover has not been measured.
+On GPUs it is
+not measured: by the arithmetic of an H100 (`FFT_FROM_ON_GPU`).
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-from vit_efficient.dct.bases import along, basis
+from vit_efficient.dct.bases import basis, is_capturing, is_eager, is_lasting, memo, product_step
 from vit_efficient.grid import plain_sizes, smaller
 from vit_efficient.utils.checks import is_integer, is_pair
+from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import product_dtype, real_dtype, without_autocast
 
 # See the module's docstring for where these were measured.
 FFT_FROM = {torch.float64: 1024, torch.float32: 1024, torch.bfloat16: 8192, torch.float16: 8192}
+# On an H100, by its rates of products and of memory: in bfloat16 a product with 4,096 of 16,384 frequencies should take
+# 0.16 ms and the FFT, in float32 and with copies of x before and after it, 0.5 to 1 ms; in float32 they meet as on the
+# CPU.
+FFT_FROM_ON_GPU = FFT_FROM | {torch.bfloat16: 16384, torch.float16: 16384}
 LARGEST_BASIS = 2**26  # entries
 
 
@@ -75,7 +84,7 @@ def _fft_dct(x: Tensor, m: int) -> Tensor:
     n = x.shape[1]
     half = n // 2 + 1
     spectrum = torch.fft.rfft(torch.cat([x[:, ::2], x[:, 1::2].flip(1)], dim=1), dim=1)
-    cos, sin = basis(_twiddle, half, n, x, x.dtype)[..., None]
+    cos, sin = basis(_twiddle, (half, n), x, x.dtype)[..., None]
     low = min(m, half)
     real, imag = spectrum.real, spectrum.imag
     y = real[:, :low] * cos[:low] + imag[:, :low] * sin[:low]
@@ -94,7 +103,7 @@ def _fft_idct(x: Tensor, n: int) -> Tensor:
     x = torch.cat([x[:, :1] * n**0.5, x[:, 1:] * scale, x.new_zeros(x.shape[0], n - m, x.shape[2])], dim=1)
     mirrored = torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:].flip(1)], dim=1)[:, :half]
     x = x[:, :half]
-    cos, sin = basis(_twiddle, half, n, x, x.dtype)[..., None]
+    cos, sin = basis(_twiddle, (half, n), x, x.dtype)[..., None]
     spectrum = torch.complex(x * cos + mirrored * sin, x * sin - mirrored * cos)
     v = torch.fft.irfft(spectrum, n=n, dim=1)
     y = torch.empty_like(v)
@@ -104,16 +113,67 @@ def _fft_idct(x: Tensor, n: int) -> Tensor:
     return y
 
 
+class _Plan(NamedTuple):
+    """Operators in order, each with its matrix and the shape of its input; and the shape of the result."""
+
+    steps: list[tuple[tuple, Callable[[Any, Tensor], Tensor], Any]]
+    shape: tuple
+
+
 # One leaf for FX: the choice between product and FFT depends on the sizes.
 @torch.fx.wrap
 @register_notrace_function
-def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
-    """Transform one axis of x to `size` entries; `kind` is 'dct', 'idct' or 'resample'."""
+def transform(x: Tensor, kind: str, axes: tuple, sizes: tuple, grid: tuple | None = None) -> Tensor:
+    """Transforms axes of x to other sizes, in this order.
+
+    Args:
+        x: (…, n, …), floating-point.
+        kind: 'dct', 'idct' or 'resample'.
+        axes, sizes: Of each axis its number, and the entries it is to have; None as many as it has.
+        grid: (H, W) of x (…, H · W, D), whose axes -3 and -2 are H and W here; the result has them in one, too.
+    """
+    if not is_eager(x) or is_capturing(x.device):
+        return _apply(_plan(x, kind, axes, sizes, grid, product_dtype(x)), x)
+    dtype = product_dtype(x)
+    # The types, because 2, 2.0 and True are one key and not all sizes.
+    key = (kind, axes, sizes, type(sizes[0]), type(sizes[-1]), grid, x.shape, dtype, x.device)
+    plan = memo.plans.get(key)
+    if plan is None:
+        plan = _plan(x, kind, axes, sizes, grid, dtype)
+        if all(matrix is None or is_lasting(matrix) for *_, matrix in plan.steps):
+            memo.keep_plan(key, plan)
+    for shape, operator, matrix in plan[0]:  # `_apply`, without a call more
+        x = operator(matrix, x.reshape(shape))
+    return x.reshape(plan[1])
+
+
+def _apply(plan: _Plan, x: Tensor) -> Tensor:
+    for shape, operator, matrix in plan.steps:
+        x = operator(matrix, x.reshape(shape))
+    return x.reshape(plan.shape)
+
+
+def _plan(x: Tensor, kind: str, axes: tuple, sizes: tuple, grid: tuple | None, dtype: torch.dtype) -> _Plan:
+    """What `transform` is to do with an x like this one; raises its errors."""
     if not x.is_floating_point():
         raise UserError(f'{kind}: x must have a floating-point dtype, got x.dtype={x.dtype}')
-    if not -x.ndim <= dim < x.ndim:
-        raise UserError(f'{kind}: {dim=} is not an axis of a tensor of {x.ndim} axes')
-    n, size = plain_sizes((x.shape[dim], size))
+    shape = list(x.shape) if grid is None else [*x.shape[:-2], *grid, x.shape[-1]]
+    steps = []
+    for axis, size in zip(axes, sizes, strict=True):
+        if not -len(shape) <= axis < len(shape):
+            raise UserError(f'{kind}: dim={axis} is not an axis of a tensor of {len(shape)} axes')
+        axis = axis % len(shape)
+        n, size = _checked_sizes(kind, shape[axis], size)
+        if kind != 'resample' or type(n) is not int or type(size) is not int or size != n:
+            outer, inner = shape[:axis], shape[axis + 1 :]
+            steps.append(_step(x, kind, math.prod(outer), n, size, math.prod(inner) if inner else None, dtype))
+        shape[axis] = size
+    return _Plan(steps, tuple(shape) if grid is None else (*shape[:-3], shape[-3] * shape[-2], shape[-1]))
+
+
+def _checked_sizes(kind: str, n, size) -> tuple:
+    """The entries that an axis has and is to have; they may be symbols."""
+    n, size = plain_sizes((n, size))
     if size is None:
         size = n
     elif type(size) is not int and is_integer(size):  # of NumPy; a symbol is no integer
@@ -124,21 +184,26 @@ def _along(x: Tensor, dim: int, kind: str, size) -> Tensor:
             raise UserError(f'{kind}: size must lie in {low} … {high} for an axis of {n}, got {size=}')
     elif isinstance(size, (float, str, bool)):
         raise UserError(f'{kind}: size must be an integer, got {size=!r}')
+    return n, size
 
-    if kind == 'resample' and type(n) is int and type(size) is int and size == n:
-        return x
-    dtype, kept = product_dtype(x), smaller(n, size)
-    if type(kept) is int and (kept >= FFT_FROM.get(dtype, 1024) or n * size > LARGEST_BASIS):
-        return _by_fft(x, dim % x.ndim, n, kind, kept, size, dtype)
+
+def _step(x: Tensor, kind: str, outer, n, size, inner, dtype: torch.dtype) -> tuple:
+    """One step of a plan, from n to `size` entries; `inner` is None where nothing follows the axis."""
+    kept = smaller(n, size)
+    fft_from = (FFT_FROM_ON_GPU if on_gpu(x) else FFT_FROM).get(dtype, 1024)
+    if type(kept) is int and (kept >= fft_from or n * size > LARGEST_BASIS):
+        return (outer, n, 1 if inner is None else inner), partial(_by_fft, kind, kept, size, dtype), None
     if kind == 'idct':
-        return along(x, dim, basis(_cosines, n, size, x, dtype).mT)
-    return along(x, dim, basis(_cosines if kind == 'dct' else _band_limited, size, n, x, dtype))
+        matrix = basis(_cosines, (n, size), x, dtype).mT
+    else:
+        matrix = basis(_cosines if kind == 'dct' else _band_limited, (size, n), x, dtype)
+    return product_step(outer, n, inner, matrix)
 
 
-def _by_fft(x: Tensor, dim: int, n: int, kind: str, kept: int, size: int, dtype: torch.dtype) -> Tensor:
-    """`_along` where the basis would be too large, in `dtype`."""
-    outer, inner = x.shape[:dim], x.shape[dim + 1 :]
-    y = x.reshape(math.prod(outer), n, math.prod(inner)).to(torch.promote_types(dtype, torch.float32))
+def _by_fft(kind: str, kept: int, size: int, dtype: torch.dtype, _, x: Tensor) -> Tensor:
+    """A step where the basis would be too large, in `dtype`: x (P, n, C) → (P, size, C)"""
+    n = x.shape[1]
+    y = x.to(torch.promote_types(dtype, torch.float32))
     with without_autocast(x):
         if kind != 'idct':
             y = _fft_dct(y, kept)
@@ -146,7 +211,7 @@ def _by_fft(x: Tensor, dim: int, n: int, kind: str, kept: int, size: int, dtype:
             y = _fft_idct(y, size)
         if kind == 'resample':
             y = y * (size / n) ** 0.5
-    return y.to(dtype).reshape(*outer, size, *inner)
+    return y.to(dtype)
 
 
 def as_pair(value, name: str) -> tuple:
@@ -198,7 +263,7 @@ def dct(x: Tensor, m: int | None = None, dim: int = -1) -> Tensor:
     Raises:
         UserError: If x is not floating-point, or not 1 ≤ m ≤ n.
     """
-    return _along(x, dim, 'dct', m)
+    return transform(x, 'dct', (dim,), (m,))
 
 
 def idct(x: Tensor, n: int | None = None, dim: int = -1) -> Tensor:
@@ -215,7 +280,7 @@ def idct(x: Tensor, n: int | None = None, dim: int = -1) -> Tensor:
     Raises:
         UserError: If x is not floating-point, or n < m.
     """
-    return _along(x, dim, 'idct', n)
+    return transform(x, 'idct', (dim,), (n,))
 
 
 def resample(x: Tensor, size: int | tuple[int, int], dims: int | tuple[int, int] = (-2, -1)) -> Tensor:
@@ -236,9 +301,9 @@ def resample(x: Tensor, size: int | tuple[int, int], dims: int | tuple[int, int]
         UserError: If x is not floating-point, or a size is below 1.
     """
     if is_integer(dims):
-        return _along(x, dims, 'resample', size)
+        return transform(x, 'resample', (dims,), (size,))
     (h, w), (rows, columns) = as_pair(size, 'size'), as_pair(dims, 'dims')
-    return _along(_along(x, rows, 'resample', h), columns, 'resample', w)
+    return transform(x, 'resample', (rows, columns), (h, w))
 
 
 def dct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] = (-2, -1)) -> Tensor:
@@ -256,7 +321,7 @@ def dct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] =
         UserError: If x is not floating-point, or not 1 ≤ h ≤ H and 1 ≤ w ≤ W.
     """
     (h, w), (rows, columns) = as_pair(size or (None, None), 'size'), as_pair(dims, 'dims')
-    return _along(_along(x, rows, 'dct', h), columns, 'dct', w)
+    return transform(x, 'dct', (rows, columns), (h, w))
 
 
 def idct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] = (-2, -1)) -> Tensor:
@@ -274,4 +339,4 @@ def idct2(x: Tensor, size: tuple[int, int] | None = None, dims: tuple[int, int] 
         UserError: If x is not floating-point, or H < h or W < w.
     """
     (height, width), (rows, columns) = as_pair(size or (None, None), 'size'), as_pair(dims, 'dims')
-    return _along(_along(x, columns, 'idct', width), rows, 'idct', height)
+    return transform(x, 'idct', (columns, rows), (width, height))

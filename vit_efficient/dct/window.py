@@ -89,7 +89,7 @@ class FrequencyWindow(nn.Module):
 
         A window that is wider than all of them has their number, and a gradient as if it counted further ones.
         """
-        lengths = self.share.float() * self.share.new_tensor((height, width)).float() + self.smoothness / 2
+        lengths = [side * n + self.smoothness / 2 for side, n in zip(self.share.float(), (height, width), strict=True)]
         wider = [(length - n).clamp(min=0).detach() for length, n in zip(lengths, (height, width), strict=True)]
         return tuple((length - more).clamp(min=1) for length, more in zip(lengths, wider, strict=True))
 

@@ -13,15 +13,55 @@ def real_dtype(device: torch.device) -> torch.dtype:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype a matrix product with x computes in: that of x, or autocast's."""
-    # A compiled or exported graph casts by itself, and may run without the autocast that it was made under.
-    if torch.compiler.is_compiling() or x.is_meta or x.dtype == torch.float64:
+    kind = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x.dtype
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    # An exported graph casts by itself, and may run without the autocast that it was made under. One compiled may not.
+    exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return x.dtype if exporting else torch.get_autocast_dtype(kind)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """A context in which autocast is off on the device of x."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    """A context in which autocast is off on the device of x, and products of float32 on CUDA are not of TF32.
+
+    TF32 is a setting of the process (`torch.set_float32_matmul_precision`): for as long as the context lasts other
+    threads have float32 too. Backward passes, which come later, have what is set then; so has a compiled graph.
+    """
+    if x.is_meta:
+        return nullcontext()
+    plain = torch.autocast(x.device.type, enabled=False)
+    return plain if torch.compiler.is_compiling() or not uses_tf32(x) else _Float32(plain)
+
+
+def uses_tf32(x: Tensor) -> bool:
+    """Whether a product with x is one of TF32, if x is float32."""
+    return x.is_cuda and torch.backends.cuda.matmul.fp32_precision == 'tf32'
+
+
+class _Float32(AbstractContextManager):
+    """A context, and within it products of float32 on CUDA as they are called. Two families of settings say which they
+    are; PyTorch raises an error where they disagree, so the one that was used is set."""
+
+    def __init__(self, context: AbstractContextManager):
+        self.context = context
+
+    def __enter__(self) -> None:
+        self.context.__enter__()
+        self.on_cpu = torch.backends.mkldnn.matmul.fp32_precision
+        try:
+            self.precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision('highest')
+        except RuntimeError:  # the newer family is in use
+            self.precision = None
+            torch.backends.cuda.matmul.fp32_precision = 'ieee'
+
+    def __exit__(self, *error) -> None:
+        if self.precision is None:
+            torch.backends.cuda.matmul.fp32_precision = 'tf32'
+        else:
+            torch.set_float32_matmul_precision(self.precision)
+            torch.backends.mkldnn.matmul.fp32_precision = self.on_cpu
+        self.context.__exit__(*error)
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
