@@ -92,7 +92,7 @@ def count_operators(call: Callable[[], object]) -> Operators:
     """
     counter, kept = _Counter(), {}
 
-    def get(memo: Memo, key: tuple, build: Callable[[], Tensor]) -> Tensor:
+    def get(memo: Memo, key: tuple, build: Callable[[], Tensor], device: torch.device) -> Tensor:
         if key not in kept:
             with torch.no_grad():
                 kept[key] = build()

@@ -19,8 +19,6 @@ from vit_efficient.utils.device import on_gpu
 
 FEW_QUERIES = 256  # of fewer, a GPU's kernel that does not split the keys leaves most of the GPU idle
 
-from vit_efficient.utils.device import on_gpu
-
 
 def attend(
     q: Tensor,

@@ -219,7 +219,10 @@ def sum_over_block(w: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     # w · k̂ − ‖k̂‖² / 2, as one product.
     minus_half_square = k.square().sum(dim=-1, keepdim=True) * (-0.5 * scale)
     with without_autocast(v):  # a backward pass computes this again, outside of its callers
-        w, k = bias_as_channel(w, k, minus_half_square, 1.0)
+        if on_gpu(k):
+            w, k = bias_as_channel(w, k, minus_half_square, 1.0)
+        else:
+            w, k = F.pad(w, (0, 1), value=1.0), torch.cat([k, minus_half_square], dim=-1)
         scores_BHrN = w @ k.mT
         largest = scores_BHrN.detach().amax(dim=-1, keepdim=True)
         weights_BHrN = scores_BHrN.sub_(largest).exp_()
