@@ -17,3 +17,9 @@ def _seeded():
 def _said(caplog):
     """What the package has to say is in `caplog.text`."""
     caplog.set_level(logging.INFO, 'vit_efficient')
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker('cuda') and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason='needs a GPU'))

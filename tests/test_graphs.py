@@ -167,7 +167,7 @@ def test_bad_arguments(options, message):
         vit_efficient.graphed(vit(), **options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.cuda
 class TestOnGpu:
     @pytest.mark.parametrize('attention', ['full', 'dct', 'dct1d', 'pool', 'linformer', 'nystrom', 'window'])
     @pytest.mark.parametrize('amp', [False, True])

@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -682,13 +683,29 @@ def compiled(part: Part) -> None:
             write(**time_model(part, kind, px, batch, work, compiled=True))
 
 
-PEERS = [('flex_window', dict(window_size=8)), ('tome', {})]
+PEERS = [('tome', {}), ('flex_window', dict(window_size=8))]
 
 
 def peers(part: Part) -> None:
     """Layers of others, beside ours in `layers`."""
-    for name, options in PEERS:
+    for name, options in PEERS if part.cuda else PEERS[:1]:  # FlexAttention has no backward pass on a CPU
         layer(part, Candidate(name, options), 1, 256 if part.tiny else 16384, 0, None, False, (math.nan, math.nan))
+
+
+def transforms(part: Part) -> None:
+    """Down to fewer tokens and up again, with either axis first."""
+    side, dim = (16, 48) if part.tiny else (128, 768)
+    x = torch.randn(1, side, side, dim, device=part.device, dtype=torch.bfloat16)
+    for kept in (side // 4, side // 2):
+        y = torch.randn(1, kept, kept, dim, device=part.device, dtype=torch.bfloat16)
+        for direction, z, size in (('down', x, kept), ('up', y, side)):
+            for first, dims in (('rows', (-3, -2)), ('columns', (-2, -3))):
+                with (
+                    part.case('transform', direction=direction, kept=kept, first=first) as write,
+                    torch.inference_mode(),
+                ):
+                    call = partial(vit_efficient.dct.resample, z, (size, size), dims=dims)
+                    write(**bench(part, call, graph=True))
 
 
 def profiled(part: Part) -> None:
@@ -730,6 +747,7 @@ PARTS: dict[str, tuple[float, Callable[[Part], None]]] = {  # seconds at most; i
     'layers': (110, layers),
     'models': (100, models),
     'training': (110, training),
+    'transforms': (10, transforms),
     'profiled': (25, profiled),
     'compiled': (90, compiled),
     'peers': (40, peers),
@@ -757,6 +775,7 @@ TABLES = {
     ],
     'model': ['px', 'batch', 'work', 'model', 'ms', 'host_ms', 'graph_ms', 'x_ms', 'x_graph_ms', 'images_s', 'mib'],
     'compiled': ['px', 'batch', 'work', 'model', 'first_call_s', 'ms', 'graph_ms', 'mib'],
+    'transform': ['direction', 'kept', 'first', 'ms', 'host_ms', 'graph_ms'],
     'profile': ['attention', 'n', 'kernels_ms', 'graph_ms', 'overhead'],
     'train': ['run', 'updates', 'images_s', 'first_loss', 'last_loss', 'top1'],
     'constants under capture': ['error'],

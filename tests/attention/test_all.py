@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from vit_efficient import PatchGrid, create_attention, list_attentions
 from vit_efficient.attention import layer_options
@@ -69,3 +70,15 @@ def test_bad_calls(name):
         attention(x, PatchGrid(2, 5), attn_mask=torch.zeros(10, 10))
     with pytest.raises(ValueError, match=f"'{name}'.*is_causal"):
         attention(x, PatchGrid(2, 5), is_causal=True)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('name', [name for name in MECHANISMS if name not in ('treeformer_tf', 'linformer')])
+def test_devices_are_not_mixed(name, training):
+    """On tensors of a GPU that need not be there. TF-Attention has a test of its own; Linformer moves a module, whose
+    parameters must not be such."""
+    with FakeTensorMode():
+        attention = build(name, device='cuda').train(training)
+        with torch.set_grad_enabled(training):
+            y = attention(torch.randn(2, 92, 12, device='cuda'), GRID)
+        assert y.device.type == 'cuda' and y.shape == (2, 92, 12)

@@ -13,6 +13,7 @@ from torch import nn
 from vit_efficient import PatchGrid, count_flops, create_attention
 from vit_efficient.attention import performer, swap_attention
 from vit_efficient.attention.performer import attend_features, orthogonal_features, redraw_features
+from vit_efficient.utils import device
 
 from .test_compressed import EVERYTHING, assert_same, gradients, randomised
 
@@ -72,6 +73,75 @@ class TestAgainstEquations:
     @pytest.mark.parametrize('head_dim', [1, 5, 6, 7])
     def test_other_head_sizes(self, options, head_dim):
         self.check(self.build(options, attn_head_dim=head_dim), PatchGrid(6, 4))
+
+
+class TestOnGpu:
+    """What GPUs do, on the CPU."""
+
+    grid = PatchGrid(7, 13, 5)
+
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch):
+        monkeypatch.setattr(device, 'HOSTS', ())
+        monkeypatch.setattr(performer, 'KEYS_OF_BLOCK', 5)
+
+    def build(self, **arguments):
+        return randomised(create_attention('performer', 12, 3, dtype=torch.float64, num_features=21, **arguments))
+
+    @pytest.mark.parametrize('size', [2**29, 17 * 8 * 3 * 21])
+    @pytest.mark.parametrize('batch', (1, 2))
+    def test_against_equations(self, monkeypatch, size, batch):
+        """In one block, and in several."""
+        monkeypatch.setattr(performer, 'BYTES_OF_BLOCK', size)
+        attention, x = self.build(), torch.randn(batch, 96, 12, dtype=torch.float64, requires_grad=True)
+        assert_same(attention(x, self.grid), reference(attention, x), [x, *attention.parameters()], 1e-9)
+
+    @pytest.mark.parametrize('arguments', [dict(qkv_bias=True), EVERYTHING], ids=['plain', 'norms'])
+    def test_by_two_attentions(self, monkeypatch, arguments):
+        """In float64, which the kernel does not take."""
+        called = []
+
+        def attend_with_lse(q, k, v, scale):
+            assert q.shape[-1] == k.shape[-1] and q.shape[-1] % 8 == 0
+            scores = scale * q @ k.mT
+            called.append(scores.shape)
+            return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
+
+        monkeypatch.setattr(performer, 'attend_with_lse', attend_with_lse)
+        monkeypatch.setattr(performer, 'all_half', lambda *_: True)
+        attention, x = self.build(**arguments).eval(), torch.randn(2, 96, 12, dtype=torch.float64)
+        with torch.no_grad():
+            # ‖k̂‖² is of float32.
+            assert torch.allclose(attention(x, self.grid), reference(attention, x), atol=1e-5, rtol=1e-5)
+        assert called == [(2, 3, 21, 96)]
+
+    def test_a_bias_is_two_channels(self):
+        """Its rounding in bfloat16 alone would be worth 3 % of a weight."""
+        q, k = torch.randn(2, 9, 4).bfloat16(), torch.randn(2, 11, 4).bfloat16()
+        bias = 10 + torch.randn(2, 11, 1)
+        wide_q, wide_k = performer._with_bias(q, k, bias)
+        assert wide_q.shape == (2, 9, 8) and wide_k.shape == (2, 11, 8)
+        found = wide_q.double() @ wide_k.double().mT - q.double() @ k.double().mT
+        assert (found - bias.mT.double()).abs().max() < 3e-4
+
+    @pytest.mark.parametrize('learns', (False, True))
+    def test_when(self, learns):
+        half = torch.zeros(1, dtype=torch.bfloat16)
+        assert performer.all_half(half, half) and not performer.all_half(half, half.float())
+        learning = half.clone().requires_grad_(learns)
+        assert performer.all_half(half, learning) is not learns
+        with torch.no_grad():
+            assert performer.all_half(half, learning)
+
+    @pytest.mark.cuda
+    @pytest.mark.parametrize('dim', (48, 192))
+    def test_half_precision(self, dim):
+        attention = create_attention('performer', dim, 3, num_features=61, qkv_bias=True).bfloat16()
+        x = torch.randn(2, 96, dim).bfloat16()
+        expected = reference(copy.deepcopy(attention).double(), x.double())
+        with torch.no_grad():
+            y = attention.cuda()(x.cuda(), self.grid).double().cpu()
+        assert (y - expected).norm() < 1e-2 * expected.norm()
 
 
 class TestInBlocks:

@@ -3,18 +3,24 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import timm
 import torch
 from timm.layers import Attention
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import vit_efficient
+from recipes.benchmarks.operators import measure, on_a_gpu
 from vit_efficient import PatchGrid, count_flops, create_attention
 from vit_efficient.attention import swap_attention
+from vit_efficient.attention.treeformer import reads, trees
 from vit_efficient.attention.treeformer import tf as treeformer_tf
-from vit_efficient.attention.treeformer import trees
+from vit_efficient.benchmark.layers import Candidate
+from vit_efficient.utils.compat import attend_varlen
+from vit_efficient.utils.device import as_hosts
 
 from .test_compressed import EVERYTHING, assert_same, randomised
 from .test_window import OnImage
@@ -539,3 +545,220 @@ class TestFlops:
     def test_bad_images(self):
         with pytest.raises(ValueError, match='images must be a tensor'):
             count_flops(self.model('treeformer_tf'), images=(3, 64, 64))
+
+
+class TestWaysOfAGpu:
+    """What GPUs run, on the CPU: sums as products, all tokens routed at once, groups that are packed."""
+
+    @pytest.fixture(autouse=True)
+    def _on_a_gpu(self):
+        with on_a_gpu():
+            yield
+
+    @pytest.mark.parametrize('prefix', (0, 5))
+    @pytest.mark.parametrize('grid', ((7, 13), (1, 9)))
+    def test_plain(self, variant, grid, prefix):
+        name, options = variant
+        check(build(name, **options), PatchGrid(*grid, prefix))
+
+    @pytest.mark.parametrize('extra', [EVERYTHING, dict(qkv_bias=False, proj_bias=False), dict(gated=True)], ids=str)
+    def test_options_of_timm(self, variant, extra):
+        name, options = variant
+        check(build(name, **options, **extra), PatchGrid(3, 7, 2), batch=2)
+
+    def test_not_fused(self, variant):
+        name, options = variant
+        check(build(name, False, **options), PatchGrid(3, 7, 2))
+
+    @pytest.mark.parametrize('prefix', (0, 5))
+    @pytest.mark.parametrize('height', (0, 1, 5))
+    @pytest.mark.parametrize('name', NAMES)
+    def test_heights(self, name, height, prefix):
+        check(build(name, tree_height=height), PatchGrid(3, 7, prefix), batch=2)
+
+    @pytest.mark.parametrize('num_leaves', (1, 2, 8))
+    @pytest.mark.parametrize('prefix', (0, 5))
+    @pytest.mark.parametrize('name', NAMES)
+    def test_queries_where_no_keys_are(self, name, prefix, num_leaves):
+        options = dict(num_leaves=num_leaves) if name == 'treeformer_tf' else {}
+        attention, grid = build(name, tree_height=3, **options), PatchGrid(7, 13, prefix)
+        with torch.no_grad():
+            attention.qkv.bias[:12], attention.qkv.bias[12:24] = 3, -3
+        x = check(attention, grid)
+        assert ((occupancy(attention, x, grid, 1) == 0) & (occupancy(attention, x, grid, 0) > 0)).any()
+
+    @pytest.mark.parametrize('num_leaves', (1, 3))
+    @pytest.mark.parametrize('prefix', (0, 1))
+    def test_more_groups_than_a_kernel_takes(self, prefix, num_leaves, monkeypatch):
+        monkeypatch.setattr(reads, 'MOST_GROUPS', 5)
+        check(build('treeformer_tf', tree_height=4, num_leaves=num_leaves), PatchGrid(3, 7, prefix), batch=2)
+
+    @pytest.mark.parametrize('name', NAMES)
+    def test_chunks(self, name, monkeypatch):
+        monkeypatch.setattr(trees, 'CHUNK_BYTES', 2 * 3 * 4 * 8 * 4)
+        check(build(name, tree_height=2), PatchGrid(3, 7, 1), batch=2)
+
+    @pytest.mark.parametrize('name', NAMES)
+    def test_an_empty_batch(self, name):
+        attention, grid = build(name), PatchGrid(3, 7, 1)
+        for context in (torch.no_grad(), torch.enable_grad()):
+            with context:
+                assert attention(torch.zeros(0, 22, 12, dtype=torch.float64), grid).shape == (0, 22, 12)
+
+    def test_dropout(self):
+        attention, grid = build('treeformer_tf', attn_drop=0.5), PatchGrid(3, 7, 1)
+        x = torch.randn(1, 22, 12, dtype=torch.float64, requires_grad=True)
+        assert not torch.equal(attention(x, grid), attention(x, grid))
+        attention(x, grid).sum().backward()
+
+    def test_what_kernels_are_given(self, variant, monkeypatch):
+        """No group has queries without keys, nor keys without queries, and `most` is the largest."""
+        name, options = variant
+        if name == 'treeformer_tc':
+            pytest.skip('calls no such kernel')
+        real, calls = treeformer_tf.packed, []
+
+        def packed(q, k, v, ends, *more):
+            calls.append((len(q), len(k), ends, *more[:2]))
+            return real(q, k, v, ends, *more)
+
+        monkeypatch.setattr(treeformer_tf, 'packed', packed)
+        for prefix in (0, 2):
+            build(name, **options)(torch.randn(2, 21 + prefix, 12, dtype=torch.float64), PatchGrid(3, 7, prefix))
+        for num_queries, num_keys, ends, most_queries, most_keys in calls:
+            assert ends.dtype == torch.int32 and ends[:, -1].tolist() == [num_queries, num_keys]
+            assert ends.diff().amax(dim=1).tolist() == [most_queries, most_keys]
+            assert torch.equal(*(ends.diff() > 0))
+
+    @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
+    def test_half_precision(self, variant, dtype):
+        attention = create_attention(variant[0], 48, 3, qkv_bias=True, **variant[1]).to(dtype)
+        grid, x = PatchGrid(14, 14, 1), torch.randn(2, 197, 48).to(dtype)
+        for mode in (attention.train(), attention.eval()):
+            with torch.set_grad_enabled(mode.training):
+                y = mode(x, grid)
+            error = (y - attention.float()(x.float(), grid)).abs().amax(dim=2) / y.abs().max()
+            assert y.dtype == dtype and error.median() <= (2e-2 if dtype == torch.bfloat16 else 1e-5)
+            attention.to(dtype)
+
+    def test_counts_of_images_are_those_of_the_cpu(self):
+        flops = TestFlops()
+        for name in NAMES:
+            model, images = flops.model(name, tree_height=3), torch.randn(1, 3, 64, 64)
+            counted = count_flops(model, images=images)
+            with as_hosts('cpu'):
+                assert count_flops(model, images=images) == counted
+            if name == 'treeformer_tc':
+                assert count_flops(model, (3, 64, 64)) == counted
+
+
+class TestOperators:
+    """Targets that hold at any number of tokens; ViT-B's widths."""
+
+    @pytest.mark.parametrize('tokens', (16384, 65536))
+    def test_tc(self, tokens):
+        for height, inference, both in ((4, 120, 360), (7, 190, 560)):
+            row = measure(Candidate('treeformer_tc', {'tree_height': height}), tokens)
+            assert row['forward'] <= inference and row['both'] <= both and not row['both_waits']
+
+    def test_tf(self):
+        """One wait."""
+        row = measure(Candidate('treeformer_tf', {'tree_height': 7}), 16384)
+        assert row['forward'] <= 80 and row['both'] <= 210
+        assert row['forward_waits'] == row['both_waits'] == 1
+
+
+class TestFakeGpu:
+    """On tensors of a GPU that need not be there: no devices are mixed, and kernels are called as they are declared."""
+
+    @pytest.mark.parametrize('training', (False, True))
+    @pytest.mark.parametrize('prefix', (0, 1))
+    @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
+    @pytest.mark.parametrize('dropout', (0.0, 0.5))
+    def test_all(self, variant, dtype, prefix, training, dropout, monkeypatch):
+        name, options = variant
+        grid = PatchGrid(7, 13, prefix)
+        tokens = 2 * 3 * 91
+        # Queries, keys, and the most of both: as if no key were read twice.
+        sizes = [tokens, tokens + 2 * 3 * 8 * prefix, 40, 40]
+        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+            monkeypatch.setattr(FakeTensor, 'tolist', lambda _: sizes)
+            attention = create_attention(name, 36, 3, attn_drop=dropout, **options, device='cuda', dtype=dtype)
+            attention.train(training)
+            x = torch.randn(2, grid.num_tokens, 36, device='cuda', dtype=dtype)
+            with torch.set_grad_enabled(training):
+                y = attention(x, grid)
+            assert y.shape == x.shape and y.dtype == dtype and y.device.type == 'cuda' and mode is not None
+
+    @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
+    @pytest.mark.parametrize('dim', (12, 64, 300))
+    @pytest.mark.parametrize('dropout', (0.0, 0.5))
+    def test_kernels_have_gradients(self, dtype, dim, dropout):
+        """As declared for tensors without data, where `_efficient_attention_backward` has another signature."""
+        q, k, v = (torch.zeros(n, dim, device='meta', dtype=dtype, requires_grad=True) for n in (9, 5, 5))
+        ends = torch.zeros(2, 4, device='meta', dtype=torch.int32)
+        y = attend_varlen(q, k, v, *ends, 7, 4, 0.3, dropout)
+        assert y.shape == q.shape and y.dtype == dtype and y.requires_grad
+        if dtype == torch.float32 or dim == 300 or dropout:
+            return
+        y.sum().backward()
+        assert all(t.grad.shape == t.shape for t in (q, k, v))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+class TestGpu:
+    @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float16))
+    @pytest.mark.parametrize('dim', (12, 64, 72))
+    def test_kernels(self, dtype, dim):
+        counts = torch.tensor([[3, 0, 200, 1, 0, 65], [7, 0, 1, 300, 0, 64]])
+        ends = nn.functional.pad(counts.cumsum(1, dtype=torch.int32), (1, 0))
+        q, k, v = (torch.randn(n, dim).to(dtype) for n in (269, 372, 372))
+        results = []
+        for kind, device in ((torch.float64, 'cpu'), (dtype, 'cuda')):
+            given = [t.to(device, kind).requires_grad_() for t in (q, k, v)]
+            y = treeformer_tf.packed(*given, ends.to(device), 200, 300, 0.3, 0.0)
+            results.append([y, *torch.autograd.grad(y.square().sum(), given)])
+        for expected, found in zip(*results, strict=True):
+            error = (found.cpu().double() - expected).norm() / expected.norm()
+            assert error <= (1e-4 if dtype == torch.float32 else 2e-2)
+
+    @pytest.mark.parametrize('prefix', (0, 5))
+    def test_equals_the_cpu(self, variant, prefix):
+        name, options = variant
+        grid, results = PatchGrid(7, 13, prefix), []
+        x = torch.randn(2, grid.num_tokens, 12)
+        attention = build(name, **options)
+        for device, dtype in (('cpu', torch.float64), ('cuda', torch.float64), ('cuda', torch.float32)):
+            attention.to(device, dtype).zero_grad()
+            given = x.to(device, dtype).requires_grad_()
+            y = attention.train()(given, grid)
+            y.square().sum().backward()
+            with torch.no_grad():
+                inferred = attention.eval()(given, grid)
+            results.append([y, inferred, given.grad, attention.tree.weight.grad, attention.qkv.weight.grad])
+            results[-1] = [t.detach().double().cpu() for t in results[-1]]
+        for limit, found in ((1e-9, results[1]), (1e-3, results[2])):
+            assert all((a - b).norm() <= limit * b.norm() for a, b in zip(found, results[0], strict=True))
+
+    def test_waits(self):
+        """TC-Attention for nothing; TF-Attention for the sizes of its largest groups."""
+        grid, x = PatchGrid(32, 32), torch.randn(1, 1024, 192, device='cuda', requires_grad=True)
+        for name, waits in (('treeformer_tc', 0), ('treeformer_tf', 1)):
+            attention = create_attention(name, 192, 3, device='cuda')
+            attention(x, grid).sum().backward()
+            torch.cuda.set_sync_debug_mode('warn')
+            try:
+                with warnings.catch_warnings(record=True) as found:
+                    warnings.simplefilter('always')
+                    attention(x, grid).sum().backward()
+            finally:
+                torch.cuda.set_sync_debug_mode('default')
+            assert len([w for w in found if 'synchroniz' in str(w.message)]) == waits, name
+
+    def test_tc_is_the_same_every_time(self):
+        attention, grid = create_attention('treeformer_tc', 192, 3, device='cuda'), PatchGrid(64, 64)
+        x, runs = torch.randn(2, 4096, 192, device='cuda', requires_grad=True), []
+        for _ in range(2):
+            y = attention(x, grid)
+            runs.append([y, *torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -14,6 +14,7 @@ from torch import nn
 import vit_efficient
 from vit_efficient import PatchGrid, create_attention
 from vit_efficient.attention import layer_options, swap_attention, window
+from vit_efficient.utils import device
 
 from .test_compressed import EVERYTHING, assert_same, gradients, randomised
 
@@ -74,6 +75,20 @@ def check(attention, grid, batch=2):
     x = torch.randn(batch, grid.num_tokens, 12, dtype=torch.float64, requires_grad=True)
     expected = reference(attention, x, visible(grid, attention.window_size, attention.shift))
     assert_same(attention(x, grid), expected, [x, *attention.parameters()], 1e-9)
+
+
+@pytest.mark.parametrize('prefix', (0, 5))
+@pytest.mark.parametrize('shift', (False, True))
+@pytest.mark.parametrize('window_size', WINDOWS)
+def test_on_gpu(monkeypatch, window_size, shift, prefix):
+    """What GPUs do, on the CPU: gradients are gathered, and those of gradients too."""
+    monkeypatch.setattr(device, 'HOSTS', ())
+    options = dict(window_size=window_size, shift=shift, qkv_bias=True, dtype=torch.float64)
+    check(randomised(create_attention('window', 12, 3, **options)), PatchGrid(7, 13, prefix), batch=1)
+    order = torch.randperm(5)
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: window.Permutation.apply(x, order, order.argsort()).square(), x)
+    assert torch.equal(window.Permutation.apply(x, order, order.argsort()), x[:, order])
 
 
 @pytest.fixture(params=[False, True], ids=['numbers', 'symbols'])

@@ -40,10 +40,10 @@ class SlowCompiler:
         def take(which, *_):
             self.now += left.pop(which, 0.25)
 
-        def run(x):
+        def run(*args, **kwargs):  # a layer's, or a block's
             self.limits.append(torch._dynamo.config.recompile_limit)
             take('forward')
-            output = module(x)
+            output = module(*args, **kwargs)
             if output.requires_grad:
                 output.register_hook(partial(take, 'backward'))
             return output

@@ -11,13 +11,15 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vit_efficient.train import Interrupted, experiment, load_recipe, train
+from vit_efficient.models import compile_blocks
+from vit_efficient.train import Interrupted, experiment, load_recipe, state, train
 from vit_efficient.train.distributed import processes
 from vit_efficient.train.state import TrainState
 from vit_efficient.train.trainer import Trainer
@@ -76,6 +78,7 @@ def stop_after(last_update, update):
 if __name__ == '__main__':
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     experiment.create_model = double(experiment.create_model)
+    state.compile_blocks = partial(compile_blocks, backend='aot_eager')
     TrainState.wrap = counting(TrainState.wrap)
     update = Trainer.update
     with processes('cpu'):  # a second group cannot meet where the first one did

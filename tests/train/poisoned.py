@@ -6,6 +6,8 @@ poisoned.py RECIPE
 import logging
 import sys
 
+import torch
+
 from vit_efficient.train import load_recipe, train
 from vit_efficient.train.trainer import Trainer
 
@@ -18,7 +20,7 @@ if __name__ == '__main__':
             trainer.state.progress.updates == 3
             and trainer.experiment.team.rank + 1 == trainer.experiment.team.world_size
         ):
-            chunk[0][0][:] = float('nan')
+            chunk[0][0] = torch.full_like(chunk[0][0], float('nan'), dtype=torch.float32)
         return update(trainer, chunk)
 
     Trainer.update = poisoned

@@ -404,6 +404,7 @@ def poison(monkeypatch, *numbers, gradient=False):
         if trainer.state.progress.updates not in numbers:
             return update(trainer, chunk)
         if not gradient:
+            chunk[0][0] = chunk[0][0].float()
             chunk[0][0][1] = float('nan')
             return update(trainer, chunk)
         weight = trainer.state.model.head.weight

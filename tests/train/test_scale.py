@@ -16,7 +16,7 @@ from torch import nn
 
 from tests.data.trees import write_tree
 from tests.train.recipes import ROOT, TINY, tiny_recipe
-from vit_efficient.train import load_model, train
+from vit_efficient.train import distributed, load_model, train
 from vit_efficient.train import run as running
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import EmaConfig, LossConfig, ModelConfig, StageConfig
@@ -106,8 +106,10 @@ def test_how_the_work_is_shared_changes_nothing_but_rounding(data, tmp_path):
         [
             *TORCHRUN,
             *script[1:],
-            *recipes('ddp', 'plain-ddp', 'staged-ddp', grad_checkpointing=True),
-            *recipes('fsdp', 'plain-fsdp', 'staged-fsdp', grad_checkpointing=True),
+            *recipes('ddp', 'plain-ddp', grad_checkpointing=True, compile=True),
+            *recipes('ddp', 'staged-ddp', grad_checkpointing=True),
+            *recipes('fsdp', 'plain-fsdp', grad_checkpointing=True, compile=True),
+            *recipes('fsdp', 'staged-fsdp', grad_checkpointing=True),
             *(f'{path}@8' for path in recipes('ddp', 'drawn-begun_by_ddp')),
             *(f'{path}@8' for path in recipes('fsdp', 'drawn-begun_by_fsdp')),
             *recipes('fsdp', 'drawn-begun_by_one'),
@@ -196,6 +198,28 @@ def test_parameters_without_gradient_are_found():
     assert has_unused_parameters(model, images)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+    dtypes = []
+    model.forward = lambda images: dtypes.append((logits := model[1](model[0](images))).dtype) or logits
+    assert has_unused_parameters(model, images, amp='bf16')
+    assert dtypes == [torch.bfloat16]
+
+
+@pytest.mark.parametrize('config, found', [('cpu:gloo,cuda:nccl', 'cpu'), ('cpu:gloo', 'cpu'), ('cuda:nccl', 'cuda')])
+def test_what_runs_are_steered_by_stays_on_the_host(monkeypatch, config, found):
+    monkeypatch.setattr(distributed.dist, 'get_backend_config', lambda: config)
+    assert distributed.talking_device(torch.device('cuda', 1)).type == found
+
+
+def test_gpus_talk_by_two_backends(monkeypatch):
+    asked = []
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(distributed, 'choose_device', lambda *_, **__: torch.device('cuda', 0))
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    for name in ('get_rank', 'get_world_size', 'destroy_process_group'):
+        monkeypatch.setattr(distributed.dist, name, lambda: 0)
+    monkeypatch.setattr(distributed.dist, 'init_process_group', lambda backend, timeout: asked.append(backend))
+    with distributed.processes():
+        assert asked == ['cpu:gloo,cuda:nccl']
 
 
 class Two(Processes):

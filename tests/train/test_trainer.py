@@ -6,16 +6,20 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.data.streams import stand_in_for_streams
 from tests.data.trees import pixels, write_tree
 from tests.train.recipes import TINY, tiny_recipe
 from vit_efficient.data import EpochSampler, EvalTransform, ImageTree, Preprocessing, Samples, create_loader
+from vit_efficient.models import compile_blocks
 from vit_efficient.train import Interrupted, evaluate, load_model, train, trainer
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import LossConfig
@@ -343,3 +347,46 @@ def test_a_damaged_result_is_named_and_made_again(data, tmp_path, content):
         train(config)
     path.unlink()
     assert train(config)['top1'] == result['top1']
+
+
+def test_what_is_copied_ahead_is_not_part_of_the_run(tmp_path, monkeypatch):
+    """As on a GPU: interrupted while batches wait on it, with images that are skipped, and gone on with."""
+    data = write_tree(tmp_path, train=7)
+    (data / 'train/c1/text.png').write_text('Not an image.')
+
+    def config(name, **options):
+        config = tiny_recipe(data, tmp_path / name, grad_accum=2, **options)
+        config.data.on_error, config.data.batch_size = 'skip', 2
+        return config
+
+    train(config('here'))
+    calls = stand_in_for_streams(monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_after(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(config('ahead'))
+    assert 'wait' in calls
+    assert load_checkpoint(tmp_path / 'ahead/checkpoint.pt')['progress']['updates'] == 4
+    train(config('ahead', resume='auto'))
+    assert_same_run(tmp_path / 'here', tmp_path / 'ahead')
+
+
+@pytest.mark.parametrize('grad_checkpointing', [False, True])
+def test_what_is_compiled_computes_and_logs_the_same(data, tmp_path, monkeypatch, grad_checkpointing):
+    """Training, evaluation, the average of weights, and the leaves of trees, which are seen from outside of a block."""
+
+    def config(name, **options):
+        config = tiny_recipe(data, tmp_path / name, loss=LossConfig(0.1), **options)
+        config.model.name, config.model.args = (
+            'vit_treeformer_tc_tiny',
+            {**TINY, 'attention_kwargs': {'tree_height': 2}},
+        )
+        return config
+
+    torch.compiler.reset()
+    compiler = CompileCounterWithBackend('aot_eager')
+    monkeypatch.setattr('vit_efficient.train.state.compile_blocks', partial(compile_blocks, backend=compiler))
+    train(config('written'))
+    assert compiler.frame_count == 0
+    train(config('compiled', compile=True, grad_checkpointing=grad_checkpointing))
+    assert 2 <= compiler.frame_count <= 4
+    assert_same_run(tmp_path / 'written', tmp_path / 'compiled')

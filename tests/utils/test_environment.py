@@ -7,6 +7,8 @@ import pytest
 import timm
 import torch
 
+from vit_efficient.utils import environment as environment_module
+from vit_efficient.utils.compat import sdpa_order
 from vit_efficient.utils.environment import describe_environment, one_line
 
 
@@ -57,8 +59,9 @@ def test_the_command_of_several_processes_is_that_of_torchrun(folder, monkeypatc
 
 def test_one_line_names_what_changes_times(monkeypatch):
     changing = ['THP_MEM_ALLOC_ENABLE', 'MALLOC_ARENA_MAX', 'OMP_NUM_THREADS', 'MKL_DYNAMIC', 'KMP_AFFINITY']
+    changing += ['TORCH_CUDNN_SDPA_DEPRIORITIZED', 'CUDA_LAUNCH_BLOCKING', 'CUBLAS_WORKSPACE_CONFIG']
     changing += ['PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_ALLOC_CONF', 'TORCHINDUCTOR_FREEZING']
-    others = ['PYTORCH_JIT', 'NO_MALLOC_HERE', 'TORCHINDUCTOR_CACHE_DIR']
+    others = ['PYTORCH_JIT', 'NO_MALLOC_HERE', 'CUDA_VERSION', 'CUDNN_VERSION', 'TORCHINDUCTOR_CACHE_DIR']
     for name in (*changing, *others):
         monkeypatch.setenv(name, '1')
     monkeypatch.setenv('LD_PRELOAD', '')
@@ -73,3 +76,18 @@ def test_one_line_names_what_changes_times(monkeypatch):
     del environment['variables']
     plain = one_line(environment | dict(git=None))
     assert plain.endswith(f', timm {timm.__version__}') and 'commit' not in plain
+
+
+def test_the_order_of_attentions_on_a_gpu(monkeypatch):
+    assert describe_environment(torch.device('cpu'))['sdpa'] is None
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
+    monkeypatch.setattr(environment_module, 'sdpa_order', lambda device: ['cudnn', 'flash'])
+    monkeypatch.setattr(torch.backends.cudnn, 'version', lambda: 91900)
+    environment = describe_environment(torch.device('cuda', 0))
+    assert ', cuDNN 91900, SDPA cudnn > flash' in one_line(environment)
+    del environment['sdpa'], environment['cudnn']
+    assert 'SDPA' not in one_line(environment)  # of an old run
+
+
+def test_backends_by_name():
+    assert sorted(sdpa_order(torch.device('cpu'))) == ['cudnn', 'efficient', 'flash', 'math']

@@ -4,12 +4,20 @@ softmax(scale · q kᵀ + mask) v, with q (…, queries, D), k (…, keys, D), v
 keys that a query sees, or a bias that is added to the scores.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
+from torch.backends import cuda
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vit_efficient.utils.compat import are_numbers
 from vit_efficient.utils.device import on_gpu
+
+FEW_QUERIES = 256  # of fewer, a GPU's kernel that does not split the keys leaves most of the GPU idle
 
 
 def attend(
@@ -50,9 +58,10 @@ def attention_weights(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = 
 def bias_as_channel(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Queries and keys with a bias of the keys, (…, keys, 1), in their product: as a channel more, 1 for queries.
 
-    Further channels are zeros of the keys: fused kernels of GPUs want multiples of 4.
+    Further channels are zeros of the keys: GPUs' kernels want rows of whole 16 bytes. (Twice as many make CPUs slower.)
     """
-    more = 4 - q.shape[-1] % 4
+    whole = max(4, 16 // q.element_size())
+    more = whole - q.shape[-1] % whole
     k = torch.cat([k, (bias / scale).to(k.dtype).expand(*k.shape[:-1], 1)], dim=-1)
     return F.pad(q, (0, more), value=1.0), F.pad(k, (0, more - 1))
 
@@ -75,10 +84,36 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, 
         q, k = bias_as_channel(q, k, mask[0, :, None], scale)
         mask = None
     more = q.shape[-1] - v.shape[-1]
-    if not more:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    y = F.scaled_dot_product_attention(q, k, F.pad(v, (0, more)), attn_mask=mask, dropout_p=dropout, scale=scale)
-    return y[..., :-more]
+    v = F.pad(v, (0, more)) if more else v
+    with _backends(q, mask):
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return y[..., :-more] if more else y
+
+
+def _backends(q: Tensor, mask: Tensor | None) -> AbstractContextManager:
+    """The kernels that attention may choose from: of a mask, or of few queries, not cuDNN's.
+
+    PyTorch prefers it on recent GPUs. There its backward pass fails or is NaN with one query (pytorch#138529,
+    cudnn-frontend#1072) and with a mask (pytorch#196678).
+    """
+    is_few = are_numbers(q.shape[-2]) and q.shape[-2] < FEW_QUERIES
+    if not on_gpu(q) or (mask is None and not is_few):
+        return nullcontext()
+    if torch.compiler.is_compiling():  # which could not ask what is enabled
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    return _without_cudnn()
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """A context in which attention is not cuDNN's, unless it is the only one enabled."""
+    before = cuda.cudnn_sdp_enabled()
+    others = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
+    cuda.enable_cudnn_sdp(before and not others)
+    try:
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(before)
 
 
 @torch.fx.wrap

@@ -15,6 +15,7 @@ Letters: B batch, N tokens, C channels, H heads, D = C / H, r random features.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,13 @@ from vit_efficient.attention.functional import attend, bias_as_channel
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import as_integer
+from vit_efficient.utils.compat import attend_with_lse
+from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
 
-KEYS_OF_BLOCK = 1024  # at most
+KEYS_OF_BLOCK = 1024  # at most, on the CPU
+BYTES_OF_BLOCK = 2**29  # on a GPU, of its features: a block of 1,024 keys would take longer to start than to compute
 
 
 @register_attention('performer')
@@ -138,17 +142,46 @@ def attend_features(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: fl
     Returns:
         (B, H, N, D), of the dtype of v.
     """
+    if fused and all_half(q, k, v, features):
+        return attend_twice(q, k, v, features, scale)
     dtype = torch.promote_types(v.dtype, torch.float32)
     with without_autocast(v):
         w_BHrD = (features.to(dtype) * scale**0.5).expand(*k.shape[:2], -1, -1)
         sums, largest = sum_over_keys(w_BHrD, k.to(dtype), v.to(dtype), scale)
-        total = sums[..., -1:]
-        u_BHrD, b_BHr1 = sums[..., :-1] / total, total.log() + largest
+        dim = v.shape[-1]
+        total = sums[..., dim : dim + 1]
+        u_BHrD, b_BHr1 = sums[..., :dim] / total, total.log() + largest
 
         # w · q̂ + b_w, as one product too.
         q, w_and_b = bias_as_channel(q.to(dtype), w_BHrD, b_BHr1, 1.0)
         y = attend(q, w_and_b, u_BHrD, 1.0, fused)
     return y.to(v.dtype)
+
+
+def all_half(*tensors: Tensor) -> bool:
+    """Whether all are bfloat16 on a GPU, with no gradient to compute: products of the like are exact in its kernels."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return all(on_gpu(t) and t.dtype == torch.bfloat16 for t in tensors)
+
+
+def attend_twice(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: float) -> Tensor:
+    """`attend_features` with no N × r matrix: features attend to keys, then queries to features.
+
+    What features read are the sums over keys divided by their total, whose logarithm attention knows too.
+    """
+    w = features.expand(*k.shape[:2], -1, -1)
+    half_square = k.float().square().sum(dim=-1, keepdim=True) * (-0.5 * scale**0.5)
+    u, log_total = attend_with_lse(*_with_bias(w, k, half_square), v, scale**0.5)
+    return attend(*_with_bias(q, w, log_total.unsqueeze(-1) * scale**-0.5), u, scale**0.5, True)
+
+
+def _with_bias(q: Tensor, k: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """As `bias_as_channel`, of bfloat16, with the bias (…, keys, 1) in float32: as the sum of two channels."""
+    high = bias.to(k.dtype)
+    k = torch.cat([k, high, (bias - high).to(k.dtype)], dim=-1)
+    more = -k.shape[-1] % 8
+    return F.pad(q, (0, 2 + more), value=1.0), F.pad(k, (0, more))
 
 
 def sum_over_keys(w: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -163,15 +196,20 @@ def sum_over_keys(w: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
         scale: 1 / √D
 
     Returns:
-        The sums, (B, H, r, D + 1), and the largest scores, (B, H, r, 1).
+        The sums, (B, H, r, D + 1 or more, all the same), and the largest scores, (B, H, r, 1).
     """
     if torch.compiler.is_compiling() or k.shape[2] <= KEYS_OF_BLOCK:
         return sum_over_block(w, k, v, scale)
-    count = -(-k.shape[2] // KEYS_OF_BLOCK)
-    blocks = [
-        checkpoint(sum_over_block, w, *kv, scale, use_reentrant=False, preserve_rng_state=False)
-        for kv in zip(k.chunk(count, dim=2), v.chunk(count, dim=2), strict=True)
-    ]
+    size = KEYS_OF_BLOCK
+    if on_gpu(k):
+        size = max(size, BYTES_OF_BLOCK // max(1, w[..., 0].nbytes))
+    of_block, count = sum_over_block, -(-k.shape[2] // size)
+    if torch.is_grad_enabled():
+        of_block = partial(checkpoint, of_block, use_reentrant=False, preserve_rng_state=False)
+    kv_blocks = zip(k.chunk(count, dim=2), v.chunk(count, dim=2), strict=True)
+    blocks = [of_block(w, *kv, scale) for kv in kv_blocks]
+    if count == 1:
+        return blocks[0]
     largest = torch.stack([of_block for _, of_block in blocks]).amax(dim=0)
     return sum(sums * (of_block - largest).exp() for sums, of_block in blocks), largest
 
@@ -180,7 +218,12 @@ def sum_over_block(w: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     """`sum_over_keys` of keys that are taken at once."""
     # w · k̂ − ‖k̂‖² / 2, as one product.
     minus_half_square = k.square().sum(dim=-1, keepdim=True) * (-0.5 * scale)
-    scores_BHrN = F.pad(w, (0, 1), value=1.0) @ torch.cat([k, minus_half_square], dim=-1).mT
-    largest = scores_BHrN.detach().amax(dim=-1, keepdim=True)
-    weights_BHrN = scores_BHrN.sub_(largest).exp_()
-    return weights_BHrN @ F.pad(v, (0, 1), value=1.0), largest
+    with without_autocast(v):  # a backward pass computes this again, outside of its callers
+        if on_gpu(k):
+            w, k = bias_as_channel(w, k, minus_half_square, 1.0)
+        else:
+            w, k = F.pad(w, (0, 1), value=1.0), torch.cat([k, minus_half_square], dim=-1)
+        scores_BHrN = w @ k.mT
+        largest = scores_BHrN.detach().amax(dim=-1, keepdim=True)
+        weights_BHrN = scores_BHrN.sub_(largest).exp_()
+        return weights_BHrN @ F.pad(v, (0, w.shape[-1] - v.shape[-1]), value=1.0), largest

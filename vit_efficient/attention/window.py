@@ -24,9 +24,11 @@ from torch.nn import functional as F
 from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
+from vit_efficient.dct.bases import basis
 from vit_efficient.grid import PatchGrid, larger, smaller
 from vit_efficient.utils.checks import as_sides, check_flag
 from vit_efficient.utils.compat import are_numbers
+from vit_efficient.utils.device import on_gpu
 
 
 @register_attention('window')
@@ -40,7 +42,8 @@ class WindowAttention(GridAttention):
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
         window_size: Side of the windows in patches, or the pair (rows, columns). A side that is not smaller than the
-            grid's is taken to be the grid's, and is not shifted.
+            grid's is taken to be the grid's, and is not shifted. GPUs are fastest with 8 or 16 where that divides the
+            grid: its windows are all of one area then, unless they are shifted.
         shift: Whether windows are shifted: the first one along an axis has half the side, rounded down, and the next
             begin from there.
     """
@@ -87,8 +90,28 @@ def reorder(x: Tensor, height, width, prefix: int, window: tuple[int, int], shif
     """
     if not are_numbers(height, width):
         return x
-    order = _window_order(height, width, prefix, window, shift, x.device)
-    return x.index_select(1, order.argsort() if back else order)
+    sizes = (height, width, prefix, *window, int(shift))
+    order, places = (basis(build, sizes, x, torch.int64) for build in (_window_order, _window_places))
+    if back:
+        order, places = places, order
+    return Permutation.apply(x, order, places) if on_gpu(x) else x.index_select(1, order)
+
+
+class Permutation(torch.autograd.Function):
+    """`x.index_select(1, order)`, whose gradient is gathered by the inverse of the order.
+
+    PyTorch would add it up: on a GPU with atomics, slower, and in any order.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return Permutation.apply(gradient, inverse, order), None, None
 
 
 @torch.fx.wrap
@@ -204,15 +227,20 @@ def _count_by_area(height: int, width: int, window: tuple[int, int], shift: bool
     return {area: sum(rows.number * columns.number for rows, columns in blocks) for area, blocks in by_area.items()}
 
 
-def _window_order(height: int, width: int, prefix: int, window: tuple[int, int], shift: bool, device) -> Tensor:
+def _window_order(height: int, width: int, prefix: int, rows: int, columns: int, shift: int, device) -> Tensor:
     """(N,): the tokens of the grid in window order."""
     patches = torch.arange(prefix, prefix + height * width, device=device).unflatten(0, (height, width))
     order = [torch.arange(prefix, device=device)]
-    for rows, columns in chain(*_blocks_by_area(height, width, window, shift).values()):
-        block = patches[rows.span, columns.span]
-        block = block.unflatten(0, (rows.number, rows.side)).unflatten(2, (columns.number, columns.side))
+    for along_rows, along_columns in chain(*_blocks_by_area(height, width, (rows, columns), bool(shift)).values()):
+        block = patches[along_rows.span, along_columns.span].unflatten(0, (along_rows.number, along_rows.side))
+        block = block.unflatten(2, (along_columns.number, along_columns.side))
         order.append(block.transpose(1, 2).flatten())
     return torch.cat(order)
+
+
+def _window_places(*sizes) -> Tensor:
+    """(N,): where each token of the grid is in window order; of the arguments of `_window_order`."""
+    return _window_order(*sizes).argsort()
 
 
 def _padding(length, side: int, shift: bool) -> tuple:

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from vit_efficient.attention import GridAttention, create_attention, layer_options
 from vit_efficient.benchmark.peers import PEERS, create_peer
 from vit_efficient.benchmark.products import products_of
-from vit_efficient.benchmark.timing import CPU, Shared, check_plans, check_request, compiled_by_now, measure_block
+from vit_efficient.benchmark.timing import CPU, Call, Shared, check_plans, check_request, compiled_by_now, measure_block
+from vit_efficient.benchmark.ways import Inputs, check_way, depends_on_data, replayed, sdpa_context, way_of
 from vit_efficient.flops import count_flops
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.errors import UserError
@@ -25,7 +26,7 @@ PASSES = ('forward', 'forward+backward')
 
 @dataclass(frozen=True)
 class Candidate:
-    """An attention that is timed: a registered name or one of `peers.PEERS`, and its options."""
+    """An attention that is timed: a registered name or one of `peers.PEERS`, after any `ways`, and its options."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -50,24 +51,28 @@ class LayerSetting:
     device: torch.device = CPU
     compiled: bool = False  # time `torch.compile`d layers; compiling is not timed
     prefix: int = 0  # tokens before the patches (class token, registers)
+    sdpa: str | None = None  # the only backend of SDPA that may run, of `ways.BACKENDS`
+    graph: bool = False  # on CUDA: time the forward pass as the replay of a graph
 
     def layer(self, candidate: Candidate, tokens: int, device: torch.device | str | None = None) -> nn.Module:
         """A layer that is called with (B, prefix + tokens, dim).
 
         Raises:
-            UserError: If the name or an option is unknown, an option does not fit the grid, or place='block' is asked
-                for, which is no layer's.
+            UserError: If the name or an option is unknown, an option does not fit the grid, place='block' is asked for,
+                which is no layer's, or the device cannot do what the setting or the name's ways ask for.
         """
         factory = dict(device=device or self.device, dtype=self.dtype)
         grid = squarest_grid(tokens, self.prefix)
+        name, setting = way_of(candidate.name, self)
+        check_way(setting, self.dim // self.num_heads)
         if candidate == EXACT:
             return LayerOnGrid(Attention(self.dim, self.num_heads, qkv_bias=True, **factory), grid)
-        if candidate.name in PEERS:
-            peer = create_peer(candidate.name, self.dim, self.num_heads, grid.num_tokens, candidate.options)
+        if name in PEERS:
+            peer = create_peer(name, self.dim, self.num_heads, grid, candidate.options)
             return LayerOnGrid(peer.to(**factory), grid)
         size = (grid.height, grid.width)
-        options = layer_options(candidate.name, candidate.options, layer=0, depth=1, grid_size=size)
-        attention = create_attention(candidate.name, self.dim, self.num_heads, qkv_bias=True, **factory, **options)
+        options = layer_options(name, candidate.options, layer=0, depth=1, grid_size=size)
+        attention = create_attention(name, self.dim, self.num_heads, qkv_bias=True, **factory, **options)
         if attention.of_block:
             raise UserError(
                 f"{candidate}: at place='block' it is the block that goes down and up, with its MLP, and no layer to "
@@ -121,9 +126,10 @@ def benchmark_layer(
 
     Returns:
         The blocks of rows, one for each N and pass, as they are measured; in a block a row for timm's layer and for
-        each candidate: tokens, work, attention, attended, gmacs, what `compare` returns (to_part: to its products
-        alone), and peak_share: the multiply-accumulates per second, as a share of those of a large matrix product. A
-        layer that fails, or cannot be had at this N, has an error instead of times.
+        each candidate: tokens, work, attention, attended, gmacs, sdpa (the backend, if one was asked for), fresh_inputs
+        (whether it has another input on each call, because its cost depends on it), what `compare` returns (to_part: to
+        its products alone), and peak_share: the multiply-accumulates per second, as a share of those of a large matrix
+        product. A layer that fails, or cannot be had at this N, has an error instead of times.
 
     Raises:
         UserError: If a number is out of range, or a candidate has a name or option that is not known, or can be had
@@ -152,8 +158,10 @@ def benchmark_layer(
 
 def _plan(candidate: Candidate, tokens: int, setting: LayerSetting) -> dict[str, Any]:
     """What is known of a row before anything runs."""
+    name, in_its_way = way_of(candidate.name, setting)
     plan = dict(tokens=tokens, attention=str(candidate), attended=None, gmacs=None, error=None)
-    of_peer = candidate.name in PEERS
+    plan |= dict(sdpa=in_its_way.sdpa, fresh_inputs=None)
+    of_peer = name in PEERS
     try:
         layer = setting.layer(candidate, tokens, device='meta')
         with suppress(Exception) if of_peer else nullcontext():  # not all of them run without data
@@ -161,6 +169,7 @@ def _plan(candidate: Candidate, tokens: int, setting: LayerSetting) -> dict[str,
             plan['gmacs'] = count_flops(layer, size, setting.batch_size).total / 1e9
     except UserError as error:
         return plan | dict(error=str(error))
+    plan['fresh_inputs'] = depends_on_data(layer) or None
     if not of_peer:
         plan['attended'] = layer.grid.num_tokens if candidate == EXACT else layer.attn.num_attended(layer.grid)
     return plan
@@ -168,7 +177,8 @@ def _plan(candidate: Candidate, tokens: int, setting: LayerSetting) -> dict[str,
 
 def _products(candidate: Candidate, tokens: int, setting: LayerSetting, work: str, inputs: Shared):
     # Of the layer as it is written: what it was compiled to shows no operators.
-    setting = replace(setting, compiled=False)
+    name, setting = way_of(candidate.name, setting)
+    candidate, setting = replace(candidate, name=name), replace(setting, compiled=False, graph=False)
     return products_of(partial(layer_call, candidate, tokens, setting, work, inputs, guard=torch.no_grad))
 
 
@@ -179,20 +189,30 @@ def layer_call(
     work: str,
     inputs: Shared,
     guard: Callable[[], Any] = torch.inference_mode,
-) -> Callable[[], object]:
+) -> Call:
+    _, setting = way_of(candidate.name, setting)
     x, gradient = inputs()
     module = setting.layer(candidate, tokens).train(work != 'forward')
+    of_call = Inputs(x, depends_on_data(module))
+    context, graph = sdpa_context(setting), ''
     run = torch.compile(module, dynamic=False) if setting.compiled else module
     if work == 'forward':
 
         def call() -> None:
             with guard():
-                run(x)
+                run(of_call())
     else:
+        graph = 'not the backward pass' * setting.graph
 
         def call() -> None:
+            x = of_call()
             run(x).backward(gradient)
             module.zero_grad()
             x.grad = None
 
-    return compiled_by_now(call, setting)
+    compiles = setting.compiled or getattr(module.attn, 'compiles', False)
+    compiled_by_now(Call(call, context=context), compiles, setting.device)
+    if setting.graph and not graph:
+        with context():
+            run, graph = replayed(run, x.detach())
+    return Call(call, of_call.prepare, context, graph)

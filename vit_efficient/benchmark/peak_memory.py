@@ -28,6 +28,7 @@ class Killed(RuntimeError):
 
 def peak_on_cuda(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that the second of two calls adds to what is allocated; the first one sets up the libraries."""
+    torch.cuda.empty_cache()  # no room is lost in pieces that others have left
     call()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -102,7 +103,10 @@ def peak_resident() -> int:
 
 def one_line(error: Exception) -> str:
     """The kind of an error and the first line of what it says."""
-    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+    first = (str(error).splitlines() or [''])[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        first = '. '.join(first.split('. ')[:2])  # how much it wanted, without the state of the GPU
+    return f'{type(error).__name__}: {first}'
 
 
 if __name__ == '__main__':

@@ -21,8 +21,13 @@ Rows = Sequence[dict[str, Any]]
 Lines = dict[tuple[str, str], dict[int, float]]  # by attention and pass: times by number of tokens
 
 _SWEPT = [Column('batch_size', 'batch'), Column('dtype')]
+_WAY = [Column('sdpa', 'SDPA'), Column('graph', 'CUDA graph')]
 _TIMES = [Column('milliseconds', 'ms', 1), Column('median_milliseconds', 'median ms', 1)]
-_TIMES += [Column('spread_percent', 'spread %', 1), Column('rounds')]
+_HOST = Column('host_milliseconds', 'host ms', 3)
+_TIMES += [Column('spread_percent', 'spread %', 1), Column('rounds'), _HOST]
+_FRESH = Column('fresh_inputs')
+# Columns of CSV and JSON only where something stands in them.
+_RARE = [*_SWEPT, *_WAY, _HOST, _FRESH]
 _GMACS = Column('gmacs', 'GMACs', 2)
 _PEAK = Column('peak_mib', 'peak MiB', 1)
 _RATE = Column('peak_share', 'of matmul rate', 2)
@@ -88,16 +93,17 @@ def by_series(rows: Rows, name: str) -> list[dict[str, Any]]:
 
 def render_models(rows: Rows, format: str, setup: str = '') -> str:
     """The table of models (see `Report.render`), from the rows of `benchmark_models`."""
-    columns = [*_SWEPT, Column('img_size', 'px'), Column('work'), Column('model')]
+    columns = [*_SWEPT, Column('img_size', 'px'), Column('work'), Column('model'), *_WAY]
     columns += [Column('parameters_m', 'parameters (M)', 1), _GMACS, *_TIMES]
     columns += [Column('images_per_second', 'images/s', 2), Column('ratio', '× first', 2), _PEAK, _RATE, _ERROR]
-    table = _with_content(columns, rows, format)
     if format != 'markdown':
-        return table
+        return _with_content([*columns, _FRESH], rows, format)
+    table = _with_content(columns, rows)
     return (
         f'{table}\nLeast and median of rounds in which the models take turns; spread: from least to most, of the '
         'median; × first: ratio of the least times. Peak: what the work adds to the memory of weights, inputs and the '
-        f'state of the optimiser. {_ABOUT_RATE}GMACs of a forward pass of all images. {setup}'
+        f'state of the optimiser. {_ABOUT_RATE}{_about_inputs(rows, "model")}GMACs of a forward pass of all images. '
+        f'{setup}'
     )
 
 
@@ -113,12 +119,13 @@ def render_layers(rows: Rows, format: str, setup: str = '') -> str:
         if row['milliseconds'] is not None:
             line[row['tokens']] = row['milliseconds']
     slopes = {key: slope(list(line.items())) for key, line in lines.items()}
-    columns = [*_SWEPT, Column('tokens', 'N'), Column('work'), Column('attention'), Column('attended'), _GMACS, *_TIMES]
-    columns += [Column('ratio', '× exact', 2), Column('to_part', 'to its products', 2), _RATE, _PEAK]
+    columns = [*_SWEPT, Column('tokens', 'N'), Column('work'), Column('attention'), *_WAY, Column('attended'), _GMACS]
+    columns += [*_TIMES, Column('ratio', '× exact', 2), Column('to_part', 'to its products', 2), _RATE, _PEAK]
     if format != 'markdown':
-        columns = [c for c in columns if c not in _SWEPT or any(c.key in row for row in rows)]
         rows = [row | dict(slope=slopes[of['attention'], of['work']]) for row, of in zip(rows, named, strict=True)]
-        return Table([*columns, Column('slope'), _ERROR], rows).render(format)
+        columns = [*columns, Column('slope'), _ERROR, _FRESH]
+        columns = [c for c in columns if c not in _RARE or any(row.get(c.key) is not None for row in rows)]
+        return Table(columns, [{c.key: row.get(c.key) for c in columns} for row in rows]).render(format)
     parts = [_with_content([*columns, _ERROR], rows)]
     notes = (
         'Least and median of rounds in which the layers take turns; spread: from least to most, of the median; '
@@ -134,7 +141,18 @@ def render_layers(rows: Rows, format: str, setup: str = '') -> str:
         'peak_mib': 'Peak: what a pass adds to the memory of weights and inputs. ',
     }.items():
         notes += note * any(row.get(key) is not None for row in rows)
+    notes += _about_inputs(rows, 'attention')
     return '\n'.join([*parts, f'{notes}GMACs of the forward pass. {setup}'])
+
+
+def _about_inputs(rows: Rows, name: str) -> str:
+    """What is to be said of the inputs, and of the host's time."""
+    note = 'Host: until a call returns to Python, on a GPU that has nothing to do. '
+    note *= any(row.get('host_milliseconds') is not None for row in rows)
+    if fresh := dict.fromkeys(row[name] for row in rows if row.get('fresh_inputs')):
+        note += f'The cost of {", ".join(fresh)} depends on the input: each call has one of its own, drawn before the '
+        note += 'clock starts (a turn has 1 GiB of them at most; then they come again). '
+    return note
 
 
 def _slopes(lines: Lines, slopes: dict[tuple[str, str], float | None], tokens: Sequence[int]) -> str:

@@ -4,10 +4,14 @@ A machine has faster and slower phases. Taking turns, all candidates see the sam
 time of the code, and what lies above it is the machine's.
 """
 
+import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +26,40 @@ Make = Callable[[], Callable[[], object]]
 Row = dict[str, Any]
 
 # What is known of a call that was timed.
-_TIMES = ('milliseconds', 'median_milliseconds', 'spread_percent', 'rounds', 'ratio', 'to_part')
+_TIMES = ('milliseconds', 'median_milliseconds', 'spread_percent', 'rounds', 'host_milliseconds', 'ratio', 'to_part')
 
 # Forward passes that a work costs: the gradients of activations and of weights take one each.
 _FORWARDS = {'forward': 1, 'inference': 1, 'forward+backward': 3, 'training step': 3}
 
 # First calls, in seconds: one of at least LONG is warm-up enough, one of at least VERY_LONG is a turn already.
 LONG, VERY_LONG = 1, 10
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call, and what surrounds it when it is timed.
+
+    Attributes:
+        run: The call.
+        prepare: What is done before the clock starts, given the number of calls that come.
+        context: Makes the context in which they come, which is entered before the clock starts, too.
+        graph: What a table says of the call's replay; empty if there was to be none.
+    """
+
+    run: Callable[[], object]
+    prepare: Callable[[int], object] = lambda count: None
+    context: Callable[[], AbstractContextManager] = nullcontext
+    graph: str = ''
+
+    def __call__(self) -> None:
+        with self.context():
+            self.run()
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what a GPU was given to do."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
 
 
 def take_turns(
@@ -43,25 +74,30 @@ def take_turns(
     Every function is called before the rounds: twice, to warm up and to see how long it takes. A first call of a second
     or more is the only one; one of ten seconds or more, in which warming up is lost, is the first turn. A turn takes at
     least `seconds`: a short call is repeated. If another round would take longer than `max_seconds` for all of it,
-    there are fewer, but one at least.
+    there are fewer, but one at least. On CUDA a first call says nothing of the others, and is only the first of two. A
+    function may be a `Call`.
     """
 
     def turn(call: Callable[[], object], repeats: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / repeats
+        call = call if isinstance(call, Call | _Trial) else Call(call)
+        call.prepare(repeats)
+        with call.context():
+            synchronize(device)  # what came before is none of it
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call.run()
+            synchronize(device)
+            return (time.perf_counter() - start) / repeats
 
     begin = time.perf_counter()
     repeats, timed = [], []
     for call in calls:
         took = turn(call, 1)
-        timed.append([took] if took >= VERY_LONG else [])
-        if took < LONG:
+        plans = device.type == 'cuda'  # kernels, which may take it seconds, however short the call is
+        timed.append([took] if took >= VERY_LONG and not plans else [])
+        if took < LONG or plans:
             took = turn(call, 1)
-        repeats.append(math.ceil(seconds / took))
+        repeats.append(max(1, math.ceil(seconds / max(took, 1e-6))))  # what has failed takes no time
     for done in range(rounds):
         for times, call, count in zip(timed, calls, repeats, strict=True):
             if len(times) == done:
@@ -72,18 +108,32 @@ def take_turns(
     return timed
 
 
-def compiled_by_now(call: Callable[[], object], setting: Any) -> Callable[[], object]:
-    """A call, made once if what it calls is compiled: both passes are when they first run, however long that takes.
+def host_seconds(call: Call, device: torch.device) -> float:
+    """Seconds until a call returns to Python, the GPU having had nothing to do before: the least of five at most."""
+    begin, best = time.perf_counter(), math.inf
+    for _ in range(5):
+        call.prepare(1)
+        with call.context():
+            synchronize(device)
+            start = time.perf_counter()
+            call.run()
+            best = min(best, time.perf_counter() - start)
+            synchronize(device)
+        if time.perf_counter() - begin > LONG:
+            break
+    return best
+
+
+def compiled_by_now(call: Callable[[], object], compiles: bool, device: torch.device) -> None:
+    """Makes a call once if what it calls is compiled: both passes are when they first run, however long that takes.
 
     What is timed, and whose memory is measured, is the calls after it.
     """
-    if setting.compiled:
+    if compiles:
         # All that is timed has the same code (one class, one forward), which past the limit would run as it is written.
         with without_recompile_limit():
             call()
-        if setting.device.type == 'cuda':
-            torch.cuda.synchronize(setting.device)
-    return call
+        synchronize(device)
 
 
 def compare(
@@ -105,9 +155,13 @@ def compare(
 
     Returns:
         For each: milliseconds (the least), median_milliseconds, spread_percent (from the least to the most, of the
-        median; of several rounds), rounds, ratio (of the first's least time to its own), to_part (of its own least
-        time to that of its part), peak_mib (what a call adds to inputs and weights), error. None: nothing to say.
+        median; of several rounds), rounds, host_milliseconds (on CUDA: until a call returns), ratio (of the first's
+        least time to its own), to_part (of its own least time to that of its part), peak_mib (what a call adds to
+        inputs and weights), graph (of a call that is to be replayed), error. None: nothing to say.
     """
+    if device.type == 'cuda':
+        gc.collect()  # the models of the block before
+        torch.cuda.empty_cache()
     trials = [_Trial(make) for make in makes]
     if memory and device.type != 'cuda':
         for trial in trials:
@@ -123,6 +177,9 @@ def compare(
     timed = take_turns([*trials, *others], device, rounds, max_seconds=max_seconds)
     for trial, times in zip([*trials, *others], timed, strict=True):
         trial.times = times if trial.error is None else []
+    if device.type == 'cuda':
+        for trial in trials:
+            trial.host = trial.attempt(host_seconds, trial, device)
     return [trial.row(trials[0], part) for trial, part in zip(trials, others or [None] * len(trials), strict=True)]
 
 
@@ -150,17 +207,28 @@ class _Trial:
         self.remark: str | None = None  # why its memory is not known
         self.peak: int | None = None
         self.times: list[float] = []
+        self.host: float | None = None
         self._make = make
-        self._call: Callable[[], object] | None = None
+        self._call: Call | None = None
 
     def build(self) -> None:
-        self._call = self._attempt(self._make)
+        call = self.attempt(self._make)
+        self._call = call if isinstance(call, Call) or call is None else Call(call)
 
-    def __call__(self) -> None:
-        self._attempt(self._call)
+    def run(self) -> None:
+        if self._call:
+            self.attempt(self._call.run)
+
+    def prepare(self, count: int) -> None:
+        if self._call:
+            self.attempt(self._call.prepare, count)
+
+    def context(self) -> AbstractContextManager:
+        return self._call.context() if self._call else nullcontext()
 
     def measure_on_cuda(self, device: torch.device) -> None:
-        self.peak = self._attempt(peak_on_cuda, self._call, device)
+        if self._call and self._call.graph != 'replayed':  # whose memory is the graph's, for good
+            self.peak = self.attempt(peak_on_cuda, self._call, device)
 
     def measure_in_child(self, device: torch.device) -> None:
         if device.type != 'cpu':
@@ -175,25 +243,29 @@ class _Trial:
 
     def row(self, first: '_Trial', part: '_Trial | None') -> Row:
         row = dict.fromkeys(_TIMES) | dict(peak_mib=self.peak and self.peak / 2**20, error=self.error or self.remark)
+        row['graph'] = self._call.graph or None if self._call else None
         if not self.times:
             return row
         least, median = min(self.times), statistics.median(self.times)
         row |= dict(milliseconds=1e3 * least, median_milliseconds=1e3 * median, rounds=len(self.times))
         if len(self.times) > 1:
             row['spread_percent'] = 100 * (max(self.times) - least) / median
+        if self.host is not None:
+            row['host_milliseconds'] = 1e3 * self.host
         if first.times:
             row['ratio'] = min(first.times) / least
         if part and part.times:
             row['to_part'] = least / min(part.times)
         return row
 
-    def _attempt(self, function: Callable[..., Any], *args) -> Any:
+    def attempt(self, function: Callable[..., Any], *args) -> Any:
         if self.error is None:
             try:
                 return function(*args)
             except Exception as error:  # whose traceback would keep tensors
                 self.error = one_line(error)
                 self._call = None
+            torch.cuda.empty_cache()  # of what it left, for the others; nothing without a GPU
         return None
 
 
@@ -211,12 +283,12 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, side: int | None = Non
     """
     side = side or (2048 if device.type == 'cpu' else 8192)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    synchronize(device)
     best, begin = math.inf, time.perf_counter()
     while time.perf_counter() - begin < seconds or best == math.inf:
         start = time.perf_counter()
         torch.mm(a, b)
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return side**3 / best
 
@@ -230,11 +302,12 @@ def measure_block(
     """
     fit = [i for i, plan in enumerate(plans) if plan['error'] is None]
     # The machine may be slower before than after.
-    rate = matmul_rate(setting.dtype, setting.device)
+    rate_now = partial(matmul_rate, setting.dtype, setting.device, seconds=0.2 if setting.device.type == 'cuda' else 1)
+    rate = rate_now()
     measured = compare([makes[i] for i in fit], setting.device, *options, [parts[i] for i in fit if parts])
-    rate = max(rate, matmul_rate(setting.dtype, setting.device))
+    rate = max(rate, rate_now())
     of_plan = dict(zip(fit, measured, strict=True))
-    blank = dict.fromkeys(_TIMES) | dict(work=work, peak_mib=None, peak_share=None)
+    blank = dict.fromkeys(_TIMES) | dict(work=work, peak_mib=None, peak_share=None, graph=None)
     rows = [plan | blank | of_plan.get(i, dict(error=plan['error'])) for i, plan in enumerate(plans)]
     for row in rows:
         if row['milliseconds'] and row['gmacs']:

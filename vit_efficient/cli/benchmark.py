@@ -7,6 +7,9 @@ from vit_efficient.cli.parsing import FORMAT, IMG_SIZES, MODELS
 from vit_efficient.utils.errors import UserError
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+BACKENDS = ('cudnn', 'flash', 'efficient', 'math')
+_PIECES = ', block by block: equal blocks are compiled once'
+_WAYS = 'cudnn/, flash/, efficient/, math/ (the backend of SDPA), compiled/ and graph/ before a name say so of it alone'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--attentions',
         nargs='+',
         metavar='NAME[:KEY=VALUE,…]',
-        help='registered attentions and their options (default: all, and dct:keep_ratio=1/16), or layers of other '
-        'packages: package/linformer, package/nystrom-attention, package/performer-pytorch',
+        help='registered attentions and their options (default: all, and dct:keep_ratio=1/16), or layers of others: '
+        'timm, flex_window (FlexAttention; on a CPU without a backward pass), tome (Bolya et al., 2023), '
+        f'package/linformer, package/nystrom-attention, package/performer-pytorch. {_WAYS}: flash/timm, compiled/dct',
     )
     layer.add_argument('--tokens', nargs='+', type=int, default=[1024, 4096, 16384], metavar='N', help='patches')
     layer.add_argument('--prefix', type=int, default=0, metavar='P', help='tokens before them: class token, registers')
@@ -30,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     about = 'time whole models against the first of them, in the same run'
     model = kinds.add_parser('model', help=about, description=about)
-    model.add_argument('--models', **MODELS)
+    ways = f'{MODELS["help"]}. {_WAYS}: flash/vit_base_patch16_224. Efficient models of timm that take many sizes: '
+    ways += 'swin_base_patch4_window7_224, hiera_base_224'
+    model.add_argument('--models', **(MODELS | dict(help=ways)))
     model.add_argument('--img-sizes', **IMG_SIZES)
     model.add_argument('--labels', nargs='+', metavar='LABEL', help='what the table calls them (default: all of it)')
     works = "'inference' (default), 'forward+backward', 'training step'"
@@ -51,7 +57,12 @@ def _add_common(parser: argparse.ArgumentParser, what: str, block: str) -> None:
     parser.add_argument('--max-seconds', type=float, default=600, metavar='SECONDS', help=limit)
     memory = f'do not measure peak memory, which on the CPU takes a process for each of the {what}, {block}'
     parser.add_argument('--no-memory', dest='memory', action='store_false', help=memory)
-    parser.add_argument('--compile', action='store_true', help=f'time compiled {what}')
+    parser.add_argument('--compile', action='store_true', help=f'time compiled {what}' + _PIECES * (what == 'models'))
+    parser.add_argument(
+        '--sdpa', choices=BACKENDS, help='the only backend of F.scaled_dot_product_attention that may run'
+    )
+    graph = 'time the forward passes without a backward pass as replays of CUDA graphs, which wait for no Python'
+    parser.add_argument('--cuda-graph', action='store_true', help=graph)
     parser.add_argument('--format', **FORMAT)
     parser.add_argument('--out', type=Path, metavar='FILE', help='of the table; a .csv and a plot go beside it')
 
@@ -66,7 +77,10 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(as_integer('--threads', args.threads))
     if args.out and (args.out.suffix == '.png' or (args.out.suffix == '.csv' and args.format != 'csv')):
         raise UserError(f'--out {args.out}: the {args.out.suffix} goes beside the table; name that, for example .md')
-    args.make(args, choose_device(args.device, '--device'))
+    device = choose_device(args.device, '--device')
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)  # whatever names none, as graphs and compilers, uses it
+    args.make(args, device)
 
 
 def _layers(args: argparse.Namespace, device) -> None:
@@ -78,8 +92,10 @@ def _layers(args: argparse.Namespace, device) -> None:
     attentions = args.attentions or [*(name for name in list_attentions() if name != 'full'), 'dct:keep_ratio=1/16']
     candidates = [Candidate(*parse_spec(text)) for text in attentions]
 
+    ways = dict(sdpa=args.sdpa, graph=args.cuda_graph)
+
     def blocks_of(batch_size, dtype):
-        setting = LayerSetting(args.dim, args.heads, batch_size, dtype, device, args.compile, args.prefix)
+        setting = LayerSetting(args.dim, args.heads, batch_size, dtype, device, args.compile, args.prefix, **ways)
         measuring = (args.rounds, args.max_seconds, args.memory, args.products)
         return benchmark_layer(candidates, args.tokens, setting, *measuring)
 
@@ -98,8 +114,10 @@ def _models(args: argparse.Namespace, device) -> None:
         raise UserError(f'--labels must be as many as --models, {len(args.models)}, got {len(labels)}')
     candidates = [ModelCandidate(*parse_spec(text), label) for text, label in zip(args.models, labels, strict=True)]
 
+    ways = dict(sdpa=args.sdpa, graph=args.cuda_graph)
+
     def blocks_of(batch_size, dtype):
-        setting = ModelSetting(batch_size, dtype, args.amp, device, args.compile)
+        setting = ModelSetting(batch_size, dtype, args.amp, device, args.compile, **ways)
         measuring = (args.rounds, args.max_seconds, args.memory)
         return benchmark_models(candidates, args.img_sizes, args.work, setting, *measuring)
 
@@ -117,5 +135,6 @@ def _report(args: argparse.Namespace, device, report, blocks_of, what: str, how:
     batch_sizes, dtypes = (' / '.join(map(str, values)) for values in (args.batch_size, args.dtype))
     threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
     measured_on = f'{device}{threads}. {one_line(describe_environment(device))}.'
+    how += f', SDPA by {args.sdpa} alone' * bool(args.sdpa) + ', forward passes as CUDA graphs' * args.cuda_graph
     setup = f'{what} {batch_sizes}, {dtypes}{how}, {measured_on}\n'
     print(report.follow(blocks, args.format, setup, args.out), end='')

@@ -5,6 +5,7 @@ from typing import Any
 
 # Albumentations and OpenCV load with the modules that use them, so each name is imported when it is asked for.
 _NAMES = {
+    'batches': 'create_loader iterate',
     'config': 'AffineConfig AugmentConfig DataConfig SizeConfig',
     'files.coefficients': 'PatchCoefficients read_coefficients takes_coefficients',
     'files.images': 'read_image to_array',
@@ -12,7 +13,7 @@ _NAMES = {
     'megapixel_mnist': 'MegapixelMnist',
     'preprocessing': 'CoefficientTransform EvalTransform Preprocessing eval_input input_shape train_input',
     'sampler': 'EpochSampler shard_order stable_seed',
-    'samples': 'Samples check_same_classes class_names create_loader iterate',
+    'samples': 'Samples check_same_classes class_names',
     'sources': 'ReaderImages create_dataset',
     'sources.folders': 'ImageTree',
     'sources.hugging_face': 'HuggingFaceReader',

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,48 @@ class Preprocessing:
         return dict(vars(self))
 
 
-class EvalTransform:
-    """timm's evaluation transform.
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Normalises images (…, C, H, W) that are uint8, on whatever device they are; others are normalised already.
+
+    It computes (x / 255 - mean) / std in the order of torchvision, or with `by_factor` that of albumentations, x less
+    255 mean, times 1 / (255 std): they differ in the last bit.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    by_factor: bool = False
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dtype != torch.uint8:
+            return images
+        mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
+        if self.by_factor:
+            return images.float().sub_(mean * 255).mul_((std * 255).reciprocal())
+        return images.float().div_(255).sub_(mean).div_(std)
+
+
+class PixelTransform:
+    """A transform of pixels, whose last step can be left to the device: images of 8 bits are normalised there."""
+
+    normalize: Normalization
+
+    def pixels(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
+        """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), uint8, or float32 and normalised."""
+        raise NotImplementedError
+
+    def __call__(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
+        """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised."""
+        return self.normalize(self.pixels(image, epoch, index, repeat))
+
+
+class EvalTransform(PixelTransform):
+    """timm's evaluation transform, the same for every epoch.
 
     8-bit images of 1 or 3 channels go through it as PIL images, exactly as in timm. Others (16-bit, floating point,
     many-channel) go through its resize and crop as float32 tensors, with the same target sizes, the same interpolation
@@ -90,22 +131,20 @@ class EvalTransform:
     """
 
     def __init__(self, preprocessing: Preprocessing):
-        options = preprocessing.as_dict()
         self.crop_mode = preprocessing.crop_mode
-        self.photograph = create_transform(is_training=False, **options)
-        self.geometry = create_transform(is_training=False, normalize=False, **options)
-        self.normalize = Normalize(preprocessing.mean, preprocessing.std)
+        self.geometry = create_transform(is_training=False, normalize=False, **preprocessing.as_dict())
+        self.normalize = Normalization(preprocessing.mean, preprocessing.std)
+        self.normalize_measured = Normalize(preprocessing.mean, preprocessing.std)
 
-    def __call__(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
-        """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised; the same for every epoch."""
+    def pixels(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
         if image.dtype == np.uint8 and image.shape[2] in (1, 3):
-            return self.photograph(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image))
+            return self.geometry(Image.fromarray(image[..., 0] if image.shape[2] == 1 else image))
         if self.crop_mode == 'border':
             raise UserError('data.crop_mode=border works for 8-bit grey and RGB images only; use center or squash')
         if image.dtype == np.uint8:
             image = image.astype(np.float32) / 255
         tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-        return self.normalize(self.geometry(tensor).clamp_(0, 1))
+        return self.normalize_measured(self.geometry(tensor).clamp_(0, 1))
 
 
 class CoefficientTransform:

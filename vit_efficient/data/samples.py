@@ -1,19 +1,13 @@
-"""The samples of a data set, checked against the model, cached, transformed; and the loader of their batches."""
+"""The samples of a data set, checked against the model, cached, and transformed."""
 
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from functools import partial
-from itertools import cycle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset
 
 from vit_efficient.data.config import ON_ERROR
 from vit_efficient.data.files.images import ImageTooLarge, to_array
@@ -52,14 +46,16 @@ class Unreadable(NamedTuple):
 class Samples(Dataset):
     """What the loader reads: (tensor (C, H, W), label, index) for a key (epoch, index) or (epoch, index, repeat).
 
-    With `check_target` it is (tensor, label, target, index), the target (rows, columns) being the class of each patch.
+    Images of 8 bits are uint8, a quarter of what they are once they are normalised (`normalize`), which is done on the
+    device that computes with them. With `check_target` it is (tensor, label, target, index), the target (rows, columns)
+    being the class of each patch.
     With `on_error` skip it is Unreadable if the data set cannot read the sample. One that is read and does not fit the
     model (label, channels, type, range, target), or that PIL refuses for its size, is an error all the same.
 
     Args:
         dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`), or a
             QuantizedJpeg; with `check_target`, of (image, label, array of integers).
-        transform: (array or QuantizedJpeg, *key) -> tensor.
+        transform: (array or QuantizedJpeg, *key) -> tensor; or a `PixelTransform`.
         in_chans, num_classes: Channels and classes of the model.
         cache: Keep decoded images in memory. Every loader process holds its own.
         check_target: Raises UserError if a target does not fit its image: ((height, width), (rows, columns)) -> None.
@@ -157,10 +153,15 @@ class Samples(Dataset):
         if isinstance(item, Unreadable):
             return item
         image, *truth = item
-        return self.transform(image, *key), *truth, key[1]
+        return getattr(self.transform, 'pixels', self.transform)(image, *key), *truth, key[1]
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (…, C, H, W) as the model takes them: normalised, where they are uint8."""
+        normalize = getattr(self.transform, 'normalize', None)
+        return normalize(images) if normalize else images
 
     def readable(self, count: int) -> Iterator[tuple[Any, ...]]:
-        """So many samples (at most all), evenly spread over the set, as in epoch 0, less those that are skipped.
+        """So many samples (at most all), normalised and evenly spread over the set, as in epoch 0, less skipped ones.
 
         Raises:
             UserError: If a sample does not fit, or all would be skipped.
@@ -172,100 +173,10 @@ class Samples(Dataset):
             if isinstance(item, Unreadable):
                 skipped.append(item.reason)
             else:
-                yield item
+                yield self.normalize(item[0]), *item[1:]
         if skipped and len(skipped) == count:
             raise UserError(f'none of {count} samples can be read; the first one: {skipped[0]}')
 
     def spread(self, count: int) -> torch.Tensor:
         """The images of `readable(count)`: (count, C, H, W), or fewer."""
         return torch.stack([image for image, *_ in self.readable(count)])
-
-
-class _Batch(NamedTuple):
-    """What loader processes send where samples may be skipped; no tensors if nothing can be read."""
-
-    tensors: list[torch.Tensor] | None
-    unreadable: dict[int, str]
-
-
-def _collate(items: Sequence[tuple[Any, ...] | Unreadable], full: bool) -> _Batch:
-    """Leaves out what cannot be read; in a full batch the others take its places, in turn."""
-    unreadable = {item.index: item.reason for item in items if isinstance(item, Unreadable)}
-    readable = [item for item in items if not isinstance(item, Unreadable)]
-    if full and not readable:
-        raise UserError(f'nothing in a batch of {len(items)} can be read; the first one: {items[0].reason}')
-    if full:
-        others = cycle(readable)
-        readable = [next(others) if isinstance(item, Unreadable) else item for item in items]
-    return _Batch(default_collate(readable) if readable else None, unreadable)
-
-
-def create_loader(
-    samples: Samples, sampler: Sampler, batch_size: int, workers: int = 0, drop_last: bool = False, pin: bool = False
-) -> DataLoader:
-    """A loader of batches (images (B, C, H, W), labels (B,), indices (B,)), with targets before the indices if any.
-
-    `iterate` gives these batches. If samples are skipped, what the loader itself gives holds them.
-
-    Args:
-        samples, sampler: The data and their order. Training sets the sampler's epoch before each pass.
-        workers: Loader processes. Those of training, and those that cache images, live as long as the loader.
-        drop_last: Full batches only (training): a last batch that is not full is left out, and a copy of another sample
-            of the batch takes the place of one that is skipped. Evaluation keeps the former and leaves out the latter.
-        pin: Page-locked memory, for a GPU.
-    """
-    return DataLoader(
-        samples,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        drop_last=drop_last,
-        collate_fn=partial(_collate, full=drop_last) if samples.on_error == 'skip' else None,
-        pin_memory=pin,
-        # Those of an evaluation would idle, beside the others, for an epoch.
-        persistent_workers=workers > 0 and (drop_last or samples.cached is not None),
-        worker_init_fn=_start_worker,
-    )
-
-
-def _start_worker(_worker: int) -> None:
-    # Loader processes are the parallelism; OpenCV's own threads would compete with them.
-    with suppress(ImportError):
-        import cv2
-
-        cv2.setNumThreads(0)
-    # Schedulers send SIGTERM to every process of a job. The one that trains saves a checkpoint first, and would fail
-    # where its loader is gone.
-    if hasattr(signal, 'sigwaitinfo'):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
-
-
-def _end_when_the_parent_says_so() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def iterate(loader: Iterable[Any], unreadable: dict[int, str] | None = None) -> Iterator[Any]:
-    """Iterates a loader, and gives errors of loader processes the message they have without processes.
-
-    The samples that are skipped go to `unreadable`, by index, each with a line that names it and tells why.
-
-    Raises:
-        UserError: What the data set raised, as one line; for training, also if nothing in a batch can be read.
-    """
-    try:
-        for batch in loader:
-            if isinstance(batch, _Batch):
-                if unreadable is not None:
-                    unreadable.update(batch.unreadable)
-                batch = batch.tensors
-            if batch is not None:
-                yield batch
-    except UserError as error:
-        if 'DataLoader worker process' not in str(error):
-            raise
-        # Its traceback is a reference cycle, and the garbage collector would shut the loader down in 5 s per process.
-        error.__traceback__ = None
-        raise UserError(str(error).splitlines()[-1].partition(': ')[2]) from None

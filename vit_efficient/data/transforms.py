@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vit_efficient.data.config import AugmentConfig, SizeConfig
-from vit_efficient.data.preprocessing import Preprocessing
+from vit_efficient.data.preprocessing import Normalization, PixelTransform, Preprocessing
 from vit_efficient.data.sampler import sample_seed
 from vit_efficient.data.truncation import Block, Ratio, check_arguments, truncate_array
 
@@ -20,7 +20,7 @@ _CV2_INTERPOLATION = dict(
 )
 
 
-class TrainTransform:
+class TrainTransform(PixelTransform):
     """The random transform of training. The draws for a sample are a function of (seed, epoch, index, repeat).
 
     In order: random resized crop, flips, affine map, one of grey, solarised and blurred (`three`), colour jitter,
@@ -41,11 +41,11 @@ class TrainTransform:
         self, preprocessing: Preprocessing, config: AugmentConfig, seed: int, schedule: Sequence[SizeConfig] = ()
     ):
         self.preprocessing, self.config, self.seed = preprocessing, config, seed
+        self.normalize = Normalization(preprocessing.mean, preprocessing.std, by_factor=True)
         self._scheduled = preprocessing.scheduled(schedule)
         self._pipelines: dict[tuple[int, bool], A.Compose] = {}
 
-    def __call__(self, image: np.ndarray, epoch: int, index: int, repeat: int = 0) -> torch.Tensor:
-        """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised."""
+    def pixels(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
         photograph = image.dtype == np.uint8 and image.shape[2] in (1, 3)
         if not photograph and image.dtype == np.uint8:
             image = image.astype(np.float32) / 255
@@ -99,8 +99,9 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
         stretch = aspect / min(max(aspect, 1 / 8), 8)
         options = dict(scale=(0.02, 1 / 3), ratio=(0.3 * stretch, stretch / 0.3), fill='random', p=config.erasing)
         steps.append(A.Erasing(**options) if photograph else _Erasing(**options))
-    normalize = A.Normalize(preprocessing.mean, preprocessing.std, max_pixel_value=255.0 if photograph else 1.0)
-    return A.Compose([*steps, normalize, A.ToTensorV2()])
+    if not photograph:
+        steps.append(A.Normalize(preprocessing.mean, preprocessing.std, max_pixel_value=1.0))
+    return A.Compose([*steps, A.ToTensorV2()])
 
 
 class _Flip(A.ImageOnlyTransform):

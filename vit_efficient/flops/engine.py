@@ -27,6 +27,7 @@ from vit_efficient.flops.formulas import FORMULAS, FVCORE_IS_RIGHT, PRODUCTS, is
 from vit_efficient.flops.roles import ROLES, role_of
 from vit_efficient.utils.checks import as_integer, check_choice, is_integer
 from vit_efficient.utils.compat import OperatorMode
+from vit_efficient.utils.device import as_hosts
 from vit_efficient.utils.errors import UserError
 
 
@@ -230,9 +231,13 @@ def _replicate(model: nn.Module, meta: bool) -> nn.Module:
 
 @contextlib.contextmanager
 def _quiet(device: torch.device) -> Iterator[None]:
-    """No warnings, no change of the random state, and no fused path that would hide what nn.MultiheadAttention does."""
+    """No warnings, no change of the random state, and no fused path that would hide what nn.MultiheadAttention does.
+
+    What a count says does not depend on the device: sums that a GPU takes as products are counted as sums.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
-    with warnings.catch_warnings(), torch.random.fork_rng([device] if device.type == 'cuda' else []):
+    random = torch.random.fork_rng([device] if device.type == 'cuda' else [])
+    with warnings.catch_warnings(), random, as_hosts(device.type):
         warnings.simplefilter('ignore')
         torch.backends.mha.set_fastpath_enabled(False)
         try:

@@ -1,6 +1,7 @@
 """The timm model, its registered variants, and how they are made, saved and loaded."""
 
 from vit_efficient.models.blocks import GridBlock
+from vit_efficient.models.compiled import compile_blocks
 from vit_efficient.models.create import create_from_spec
 from vit_efficient.models.inputs import input_size
 from vit_efficient.models.patch_embed import DctPatchEmbed
@@ -14,6 +15,7 @@ __all__ = [
     'DctPatchEmbed',
     'EfficientVisionTransformer',
     'GridBlock',
+    'compile_blocks',
     'create_from_spec',
     'freeze_truncation',
     'input_size',

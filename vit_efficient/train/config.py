@@ -29,7 +29,7 @@ class OptimConfig:
     lr: float = key(1e-3, 'learning rate at its highest; it is not scaled by the batch size', POSITIVE)
     weight_decay: float = key(0.05, 'of all weights but biases and norms', at_least(0))
     layer_decay: float | None = key(None, 'factor of the learning rate from one layer to the one before', ABOVE_0_TO_1)
-    args: dict[str, Any] = key({}, 'further arguments, such as betas')
+    args: dict[str, Any] = key({}, 'further arguments, such as betas; AdamW on GPUs has fused=true')
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Config:
     )
     device: str = key('auto', 'auto: the GPU where there is one', resume=True)
     amp: str = key('none', 'none or bf16: the type of matrix products', one_of('none', 'bf16'))
-    compile: bool = key(False, 'whether the model is compiled', resume=True)
+    compile: bool = key(False, 'whether the blocks of the model are compiled, in training and evaluation', resume=True)
     channels_last: bool = key(False, 'layout of images and convolutions in memory', resume=True)
     parallel: str = key('ddp', 'each process holds the weights, or a part of them', one_of('ddp', 'fsdp'), resume=True)
     grad_accum: int = key(1, 'micro-batches of each process per update', at_least(1))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vit_efficient.utils.device import choose_device
-from vit_efficient.utils.precision import real_dtype
+from vit_efficient.utils.precision import autocast, real_dtype
 
 # A process that waits longer for another gives up. Without torchrun, which ends the others when one dies, nothing else
 # would end a run on GPUs; what the first process does alone (checkpoints, the final files) must take less.
@@ -44,11 +44,11 @@ class Processes:
 
         `values` are scalars on the device, `numbers` are known on the host. All processes give as many of both.
         """
-        row = torch.stack(list(values)).to(real_dtype(self.device)) if values else None
+        measured = torch.stack(list(values)).to(real_dtype(self.device)).tolist() if values else []
         if self.world_size == 1:
-            return [[*([] if row is None else row.tolist()), *numbers]]
-        known = torch.tensor(numbers, dtype=real_dtype(self.device), device=self.device)
-        row = known if row is None else torch.cat([row, known])
+            return [[*measured, *numbers]]
+        device = talking_device(self.device)
+        row = torch.tensor([*measured, *numbers], dtype=real_dtype(device), device=device)
         rows = row.new_empty(self.world_size, len(row))
         dist.all_gather(list(rows), row)
         return rows.tolist()
@@ -73,13 +73,23 @@ class Processes:
             yield (batch, True) if batch is not None else ((torch.zeros(1, *shape[0], dtype=shape[1]),), False)
 
 
-def has_unused_parameters(model: nn.Module, images: Tensor) -> bool:
+def talking_device(device: torch.device) -> torch.device:
+    """Where what processes tell each other lies: on the host, which waits for no GPU; else with the weights.
+
+    The latter if a process group that the caller has made knows no other way.
+    """
+    return torch.device('cpu') if 'cpu:' in dist.get_backend_config() else device
+
+
+def has_unused_parameters(model: nn.Module, images: Tensor, amp: str = 'none') -> bool:
     """Whether some parameters get no gradient from the logits of images (B, C, H, W), for which DDP would wait.
 
-    The model is run in eval mode, and left in the mode that it was in.
+    The model is run in eval mode, with the products of `amp`, and left in the mode that it was in.
     """
     was_training = model.training
-    model.eval()(images).sum().backward()
+    with autocast(images.device, amp):
+        logits = model.eval()(images)
+    logits.sum().backward()
     model.train(was_training)
     unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     model.zero_grad()
@@ -88,7 +98,9 @@ def has_unused_parameters(model: nn.Module, images: Tensor) -> bool:
 
 @contextmanager
 def processes(device: str = 'auto') -> Iterator[Processes]:
-    """Joins the processes that torchrun started (gloo on the CPU, NCCL on GPUs), or stands alone.
+    """Joins the processes that torchrun started, or stands alone.
+
+    Tensors on GPUs go over NCCL, all else, which is what runs are steered by, over gloo.
 
     A process group that is there already is used, as by scripts that train more than once. `device` is auto (a GPU
     where there is one), or a name that torch.device knows.
@@ -103,7 +115,7 @@ def processes(device: str = 'auto') -> Iterator[Processes]:
     if dist.is_initialized():  # by the caller, who also ends it
         yield Processes(chosen, dist.get_rank(), dist.get_world_size())
         return
-    dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=TIMEOUT)
+    dist.init_process_group('cpu:gloo,cuda:nccl' if chosen.type == 'cuda' else 'gloo', timeout=TIMEOUT)
     try:
         yield Processes(chosen, dist.get_rank(), dist.get_world_size())
     finally:

@@ -18,7 +18,7 @@ from vit_efficient.data import iterate
 from vit_efficient.train.distributed import Processes
 from vit_efficient.train.tasks import Task
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.precision import autocast
+from vit_efficient.utils.precision import autocast, real_dtype
 
 # The accuracies, in percent, in the order in which they are shown.
 ACCURACIES = {
@@ -105,37 +105,40 @@ def evaluate(
     task = task or Task()
     was_training = model.training
     model.eval()
-    rows: list[tuple[int | float, ...]] = []
-    top5 = total_loss = 0.0
+    device, found, losses, top5 = processes.device, [], [], []
     confusion: Tensor | int = 0
     skipped: dict[int, str] = {}
     start = time.perf_counter()
     disable = None if progress and processes.is_first else True  # None: unless there is a terminal
-    batches = tqdm(iterate(loader, skipped), 'evaluate', len(loader), leave=False, disable=disable)
+    batches = tqdm(iterate(loader, skipped, device), 'evaluate', len(loader), leave=False, disable=disable)
+    # What is found stays on the device to the end: to fetch it sooner would be to wait for each batch.
     for (images, *rest), own in processes.in_step(batches):
-        with autocast(processes.device, amp):
-            logits = model(images.to(processes.device, non_blocking=True))
+        with autocast(device, amp):
+            logits = model(images.to(device, non_blocking=True))
         if after_batch:
             after_batch()
         if not own:
             continue
         *truth, indices = rest
-        truth = [tensor.to(processes.device) for tensor in truth]
         logits = images_BK, patches_BKHW = task.split(logits, truth)
-        total_loss += len(images) * task.loss(logits, truth, F.cross_entropy).item()
-        columns = [indices]
+        losses.append(len(images) * task.loss(logits, truth, F.cross_entropy).to(real_dtype(device)))
+        columns = [indices.clone()]  # not what a loader process shares: each would hold a file open
         if task.of_images:
             best = images_BK.topk(min(5, images_BK.shape[1])).indices
-            top5 += (best == truth[0][:, None]).sum().item()
-            columns += [truth[0], best[:, 0]]
+            top5.append((best == truth[0][:, None]).sum())
+            columns += [truth[0].clone(), best[:, 0]]
         if task.of_patches:
             predicted_BHW = patches_BKHW.argmax(1)
-            confusion = confusion + confusion_matrix(predicted_BHW, truth[1], patches_BKHW.shape[1]).cpu()
-            columns.append(100 * (predicted_BHW == truth[1]).double().mean((1, 2)))
-        rows += zip(*(column.tolist() for column in columns), strict=True)
+            confusion = confusion + confusion_matrix(predicted_BHW, truth[1], patches_BKHW.shape[1])
+            columns.append(100 * (predicted_BHW == truth[1]).to(real_dtype(device)).mean((1, 2)))
+        found.append(columns)
+    lists = [torch.cat(column).tolist() for column in zip(*found, strict=True)]
+    rows: list[tuple[int | float, ...]] = list(zip(*lists, strict=True))
+    total_loss, right5 = (sum(torch.stack(values).tolist()) if values else 0 for values in (losses, top5))
+    confusion = confusion.cpu() if isinstance(confusion, Tensor) else confusion
     seconds = time.perf_counter() - start
     model.train(was_training)
-    parts = processes.gather((rows, top5, total_loss, confusion, seconds, list(skipped.items())))
+    parts = processes.gather((rows, right5, total_loss, confusion, seconds, list(skipped.items())))
     rows_of, top5_of, loss_of, confusion_of, seconds_of, skipped_of = zip(*parts, strict=True)
     rows, skipped = sorted(chain(*rows_of)), dict(sorted(chain(*skipped_of)))
     if not rows:

@@ -17,23 +17,34 @@ from vit_efficient.train.config import LossConfig, OptimConfig, SchedConfig
 from vit_efficient.utils.errors import UserError, first_line
 
 TRIED_RATES = 100  # of a schedule, over its length
+# How PyTorch's optimisers compute, not what: where a run goes on it may be otherwise.
+IMPLEMENTATIONS = ('fused', 'foreach', 'capturable')
 TRIED_WIDTH = 128  # of a layer: some optimisers treat large matrices in their own way
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """timm's optimiser, with its parameter groups: no decay for biases and norms, learning rates by layer.
 
-    The sizes of learned truncations have the full rate at any layer.
+    The sizes of learned truncations have the full rate at any layer. On GPUs AdamW is fused, unless `config.args` say
+    how it computes.
     """
+    args = dict(config.args)
+    if config.opt == 'adamw' and takes_fused(model) and not args.keys() & set(IMPLEMENTATIONS):
+        args['fused'] = True
     try:
         optimizer = timm.optim.create_optimizer_v2(
-            model, config.opt, config.lr, config.weight_decay, layer_decay=config.layer_decay, **config.args
+            model, config.opt, config.lr, config.weight_decay, layer_decay=config.layer_decay, **args
         )
     except Exception as error:  # optimisers check their arguments in all ways, or not at all
         raise _refused('optim.opt', config.opt, config.args, error) from error
     if config.layer_decay:
         _keep_rate_of_windows(model, optimizer)
     return optimizer
+
+
+def takes_fused(model: nn.Module) -> bool:
+    """Whether the weights are where a fused step is the faster one."""
+    return all(parameter.is_cuda and parameter.is_floating_point() for parameter in model.parameters())
 
 
 def _keep_rate_of_windows(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

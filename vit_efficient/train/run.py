@@ -1,7 +1,7 @@
 """From a recipe to a trained model: the parts of a run, one after the other, and what is tried before them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from vit_efficient.train.run_folder import RunFolder, reading
 from vit_efficient.train.sharding import shard
 from vit_efficient.train.state import TrainState
 from vit_efficient.train.trainer import Trainer
+from vit_efficient.utils.compat import without_recompile_limit
 from vit_efficient.utils.errors import UserError, first_line, is_bug_of_plugin
 from vit_efficient.utils.packages import import_plugins
 from vit_efficient.utils.precision import autocast
@@ -72,7 +73,9 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
         try:
             state.wrap()
             stop.join(team)
-            with _naming_rank(team), folder.open(experiment, state, stop) as log:
+            # Blocks that differ in what they drop, and part of them in a stage, are many to the compiler.
+            limit = without_recompile_limit() if config.compile else nullcontext()
+            with _naming_rank(team), limit, folder.open(experiment, state, stop) as log:
                 return Trainer(experiment, state, folder, log, stop).fit()
         finally:
             # DDP must not outlive its process group: its end would wait, holding the interpreter's lock, for a thread

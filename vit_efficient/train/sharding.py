@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vit_efficient.train.distributed import Processes
+from vit_efficient.train.optim import IMPLEMENTATIONS
 from vit_efficient.utils.compat import map_instances
 
 
@@ -77,7 +78,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads what `optimizer_state` gave, of any number of processes; all have it."""
+    """Loads what `optimizer_state` gave, of any number of processes; all have it.
+
+    How the optimiser computes stays: what was saved on a GPU goes on elsewhere, and otherwise.
+    """
     parameters = list(itertools.chain.from_iterable(group['params'] for group in optimizer.param_groups))
 
     def share(parameter: nn.Parameter, value: Any) -> Any:
@@ -90,4 +94,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         number: {name: share(parameters[number], value) for name, value in values.items()}
         for number, values in state['state'].items()
     }
-    optimizer.load_state_dict({**state, 'state': shared})
+    groups = [
+        saved | {name: group[name] for name in IMPLEMENTATIONS if name in group}
+        for saved, group in zip(state['param_groups'], optimizer.param_groups, strict=False)  # PyTorch compares numbers
+    ]
+    optimizer.load_state_dict({**state, 'state': shared, 'param_groups': groups})

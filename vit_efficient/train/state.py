@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vit_efficient.data import stable_seed
+from vit_efficient.models import compile_blocks
 from vit_efficient.train import sharding
 from vit_efficient.train.distributed import has_unused_parameters
 from vit_efficient.train.experiment import Experiment
@@ -96,10 +97,11 @@ class TrainState:
         """Makes `forward` of the model. Until then nothing but the model's own forward pass has been tried."""
         experiment = self.experiment
         if experiment.team.world_size > 1 and not experiment.sharded:
-            unused = has_unused_parameters(self.model, experiment.blank_input())
+            unused = has_unused_parameters(self.model, experiment.blank_input(), experiment.config.amp)
             self.forward = DistributedDataParallel(self.model, find_unused_parameters=unused)
         if experiment.config.compile:
-            self.forward = torch.compile(self.forward)
+            for model in (self.model, self.average.module) if self.average else (self.model,):
+                compile_blocks(model)
 
     @property
     def evaluated(self) -> nn.Module:

@@ -2,7 +2,8 @@
 
 Everything random is a function of the recipe's seed and a counter: the order of (seed, epoch), the augmentation of
 (seed, epoch, index), mixing and dropout of (seed, update). So a run that goes on from a checkpoint, in the midst of an
-epoch too, reaches the same weights as one that was never interrupted (on the CPU, bit by bit).
+epoch too, reaches the same weights as one that was never interrupted: on the CPU, bit by bit; on GPUs but for rounding,
+where backward passes add by atomics, and for what follows from it.
 
 An update takes `data.batch_size` × `grad_accum` × processes images. Their product alone decides which images these are,
 and the weights, but for rounding and for what is drawn per batch: with the same `data.batch_size` the draws are the
@@ -114,7 +115,7 @@ class Trainer:
         state.forward.train()
         experiment.feed.sampler.set_epoch(progress.epoch, start=done * images)
         self.unreadable = {}
-        batches = iterate(experiment.feed.train_loader, self.unreadable)
+        batches = iterate(experiment.feed.train_loader, self.unreadable, experiment.team.device, False)
         bar = tqdm(
             desc=f'epoch {progress.epoch + 1}/{config.sched.epochs}',
             total=experiment.updates_per_epoch * images,
@@ -173,7 +174,7 @@ class Trainer:
         of_stage = progress.updates + 1 - experiment.stages[state.stage].start * experiment.updates_per_epoch
         finite = math.isfinite(mean) and math.isfinite(length)
         if finite:
-            state.step(norm.new_tensor(length) if experiment.sharded else norm, of_stage)
+            state.step(norm.new_full((), length) if experiment.sharded else norm, of_stage)
             progress.nonfinite_in_row = 0
         elif math.isfinite(mean):
             self._leave_out('the gradient is not finite', [indices for *_, indices in chunk])
@@ -196,12 +197,10 @@ class Trainer:
     def loss(self, images: Tensor, *truth: Tensor) -> Tensor:
         """That of a micro-batch, with what hooks add to it."""
         experiment, state = self.experiment, self.state
-        device = experiment.team.device
-        images, *truth = (tensor.to(device, non_blocking=True) for tensor in (images, *truth))
-        images = images.to(memory_format=experiment.layout)
+        images = experiment.feed.train_samples.normalize(images.to(memory_format=experiment.layout))
         if state.mixup:
             images, *truth = state.mixup(images, *truth)
-        with autocast(device, experiment.config.amp):
+        with autocast(images.device, experiment.config.amp):
             logits = state.forward(images)
         loss = experiment.task.loss(experiment.task.split(logits, truth), truth, state.criterion)
         for hook in experiment.hooks:

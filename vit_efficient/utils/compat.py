@@ -1,9 +1,11 @@
 """What is used of dependencies beyond their public names, one small function each: they can break here only."""
 
+import inspect
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from os import PathLike
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -57,6 +60,11 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
+def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The buffers of a module itself."""
+    return module._buffers
+
+
 def is_transformed(tensor: torch.Tensor) -> bool:
     """Whether a tensor is wrapped by a transform of `torch.func`, and of no use outside of it."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -97,6 +105,76 @@ def map_instances(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
     return tree_map_only(kind, function, tree)
 
 
-def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """The buffers of a module itself."""
-    return module._buffers
+def attend_with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention and the logarithms of its denominators, without gradients, in half precision on a GPU.
+
+    Args:
+        q, k, v: (B, H, queries, D), (B, H, keys, D), (B, H, keys, E), E ≤ D, D a multiple of 8.
+
+    Returns:
+        (B, H, queries, E) and, in float32, (B, H, queries).
+    """
+    dim = v.shape[-1]
+    attention = torch.ops.aten._scaled_dot_product_flash_attention
+    y, lse = attention(q, k, F.pad(v, (0, q.shape[-1] - dim)), 0.0, False, scale=scale)[:2]
+    return y[..., :dim], lse
+
+
+def attend_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ends_q: torch.Tensor,
+    ends_k: torch.Tensor,
+    most_queries: int,
+    most_keys: int,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """Softmax attention inside groups of rows that lie one after the other, on a GPU: (rows, D) three times → (rows, D)
+
+    In half precision by PyTorch's `varlen_attn`, which has no dropout; otherwise by the kernel below the "efficient"
+    attention of `F.scaled_dot_product_attention`. Neither takes float64.
+
+    Args:
+        ends_q, ends_k: Where groups begin, and the last one ends, int32; at most 65,535 groups.
+        most_queries, most_keys: Of a group.
+    """
+    dim = v.shape[-1]
+    q, k, v = (F.pad(t, (0, -dim % 8)) for t in (q, k, v)) if dim % 8 else (q, k, v)
+    sizes = (ends_q, ends_k, most_queries, most_keys)
+    if dropout or dim > 256 or q.dtype == torch.float32 or not _has_flash_attention(q.device):
+        keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        q, k, v = (t[None, :, None] for t in (q, k, v))
+        y = torch.ops.aten._efficient_attention_forward(q, k, v, None, *sizes, dropout, 0, keep, scale=scale)[0]
+        return y[0, :, 0, :dim]
+    varlen_attn, known = _varlen_attn()
+    how = {'scale': scale} if 'scale' in known else {}
+    if not how:  # torch 2.10
+        q = q * (scale * q.shape[-1] ** 0.5)
+    if 'num_splits' in known and not torch.version.hip:
+        how['num_splits'] = 1  # asks for flash attention: cuDNN would build a plan for each size
+    return varlen_attn(*(t.unsqueeze(1) for t in (q, k, v)), *sizes, **how)[:, 0, :dim]
+
+
+@lru_cache
+def _varlen_attn() -> tuple[Callable, frozenset[str]]:
+    """PyTorch's function and the names of its arguments."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _has_flash_attention(device: torch.device) -> bool:
+    # Fake tensors are on GPUs that need not be there.
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def sdpa_order(device: torch.device) -> list[str]:
+    """The backends of `F.scaled_dot_product_attention` in the order in which a GPU tries them, such as 'cudnn'."""
+    q = torch.zeros(1, 1, 16, 64, dtype=torch.float16, device=device)
+    torch._fused_sdp_choice(q, q, q)  # the order becomes that of this GPU with the first choice
+    names = (torch.nn.attention.SDPBackend(number).name for number in torch._C._get_sdp_priority_order())
+    return [name.removesuffix('_ATTENTION').lower() for name in names if name != 'OVERRIDEABLE']

@@ -1,5 +1,8 @@
 """The device that a command or a run computes on, and what is asked of a tensor's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,17 @@ def on_gpu(x: Tensor) -> bool:
     A tensor without data, on the meta device, says yes: counting its operators shows what a GPU runs.
     """
     return x.device.type not in HOSTS
+
+
+@contextmanager
+def as_hosts(*types: str) -> Iterator[None]:
+    """A context in which tensors on devices of these types are worked on as the host's are."""
+    global HOSTS
+    before, HOSTS = HOSTS, (*HOSTS, *types)
+    try:
+        yield
+    finally:
+        HOSTS = before
 
 
 def choose_device(name: str = 'auto', key: str = 'device', local_rank: int = 0) -> torch.device:

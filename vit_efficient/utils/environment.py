@@ -13,23 +13,26 @@ from typing import Any
 
 import torch
 
+from vit_efficient.utils.compat import sdpa_order
 from vit_efficient.version import __version__
 
 _PACKAGES = ('torch', 'torchvision', 'timm', 'albumentations', 'numpy', 'omegaconf', 'opencv-python-headless', 'pillow')
 
-#: What changes times and memory from outside, if it is set: threads, allocators, compilers. (PyTorch sets the folder of
-#: the compiler's cache itself.)
+#: What changes times and memory from outside, if it is set: threads, allocators, compilers, and which kernels a GPU
+#: runs, and when. (PyTorch sets the folder of the compiler's cache itself.)
 _VARIABLES = re.compile(
     r'THP_MEM_ALLOC_ENABLE|LD_PRELOAD|OMP_NUM_THREADS|(MALLOC|MKL|KMP)_.*|PYTORCH_.*ALLOC.*'
-    r'|TORCHINDUCTOR_(?!CACHE_DIR).*'
+    r'|TORCHINDUCTOR_(?!CACHE_DIR).*|TORCH_(CUDNN|BLAS|ALLOW_TF32)_.*|NVIDIA_TF32_OVERRIDE|CUBLAS(LT)?_WORKSPACE.*'
+    r'|CUDA_(LAUNCH_BLOCKING|MODULE_LOADING|DEVICE_MAX_CONNECTIONS)'
 )
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, threads, GPU, and what it takes to repeat the run.
 
-    `git` is the state of this package's source tree, `working_git` that of the folder that the command was given in;
-    either is None where there is no such repository. `command` is a line for a shell.
+    `sdpa` are the backends of `F.scaled_dot_product_attention` in the order in which a GPU tries them. `git` is the
+    state of this package's source tree, `working_git` that of the folder that the command was given in; either is None
+    where there is no such repository. `command` is a line for a shell.
     """
     return {
         'vit_efficient': __version__,
@@ -41,6 +44,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         'threads': torch.get_num_threads(),
         'device': str(device),
         'gpu': torch.cuda.get_device_name(device) if device.type == 'cuda' else None,
+        'sdpa': sdpa_order(device) if device.type == 'cuda' else None,
+        'cudnn': torch.backends.cudnn.version() if device.type == 'cuda' else None,
         'variables': {name: os.environ[name] for name in sorted(os.environ) if _VARIABLES.fullmatch(name)},
         'git': _git_state(Path(__file__).parent),
         'working_git': _git_state(Path.cwd()),
@@ -89,11 +94,14 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def one_line(environment: dict[str, Any]) -> str:
-    """What `describe_environment` says of machine, versions, commit and variables, for below a table."""
+    """What `describe_environment` says of machine, versions, commit, SDPA and variables, for below a table."""
     packages = environment['packages']
     machine = environment['gpu'] or f'{environment["cpu"]}, {environment["cores"]} cores'
     parts = [machine, f'torch {packages["torch"]}', f'timm {packages["timm"]}']
     if git := environment['git']:
         parts.append(f'commit {git["commit"][:10]}' + ' (changed)' * git['changed'])
-    parts += [f'{name}={value}' for name, value in environment.get('variables', {}).items()]  # old runs have none
+    # Of what follows old runs say nothing.
+    if environment.get('sdpa'):
+        parts.append(f'cuDNN {environment["cudnn"]}, SDPA {" > ".join(environment["sdpa"])}')
+    parts += [f'{name}={value}' for name, value in environment.get('variables', {}).items()]
     return ', '.join(parts)

@@ -8,6 +8,9 @@ Source: Madaan et al., "Treeformer: Dense Gradient Trees for Efficient Attention
 The weights α are learned, per head and level. There is no softmax and no score of a pair. Sums go up the tree, weighted
 means come down it, and then each query reads one row of a table with as many rows as leaves: O(N · 2^h) in all.
 
+On a GPU the same input gives the same output and gradients, bit for bit, but for the gradient of what prefix tokens
+attend to: it is that of fused attention, which is the same every time under `torch.use_deterministic_algorithms`.
+
 On images: prefix tokens are in every node, as keys; as queries they attend to all N tokens, by the softmax of exact
 attention. Of a node that holds no key at all, the mean is that of its parent.
 
@@ -28,17 +31,18 @@ from vit_efficient.attention.treeformer.trees import (
     LeafReads,
     LeafSums,
     Trees,
-    count_by_leaf,
+    count_tokens,
     leaves_of,
+    read_and_sum,
     read_leaves,
-    route,
-    rows_of,
+    route_both,
     sum_by_leaf,
     sum_tokens_by_leaf,
 )
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.compat import are_numbers
+from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
 
@@ -62,11 +66,10 @@ class TreeAttention(GridAttention):
     def leaves(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
         """The leaves of the patches as queries and as keys: (B, N, C) → (B, H, N − P), int64, twice. No gradient."""
         q, k, _ = self.project(x)
-        dtype = torch.promote_types(q.dtype, torch.float32)
         with without_autocast(x):
-            trees = (self.tree.weight.to(dtype), self.tree.bias.to(dtype))
-            leaf_q, leaf_k = (route(z[:, :, grid.prefix :].detach().to(dtype), *trees) for z in (q, k))
-        return leaf_q, leaf_k
+            return route_both(
+                *(z[:, :, grid.prefix :].detach() for z in (q, k)), self.tree.weight.detach(), self.tree.bias.detach()
+            )
 
 
 @register_attention('treeformer_tc')
@@ -133,36 +136,35 @@ class TreeMeanAttention(TreeAttention):
         q, k = self.heads(F.linear(x, w_qk, b_qk)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         b_v = torch.zeros_like(w_v[:, 0]) if b_v is None else b_v
-        to_values = list(zip(w_v.unflatten(0, heads), b_v.unflatten(0, heads), strict=True))
-        from_values = self.proj.weight.unflatten(1, heads).unbind(1)
+        w_v_HDC, b_v_HD = w_v.unflatten(0, heads), b_v.unflatten(0, heads)
 
         dtype = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x):
-            trees = (self.tree.weight.to(dtype), self.tree.bias.to(dtype))
-            leaf_q, leaf_k = (route(z[:, :, grid.prefix :].to(dtype), *trees) for z in (q, k))
-            counts = sum_by_leaf(leaf_k, torch.ones_like(leaf_k[..., None], dtype=dtype), num_leaves)
+            of_patches = (t[:, :, grid.prefix :] for t in (q, k))
+            leaf_q, leaf_k = route_both(*of_patches, self.tree.weight, self.tree.bias)
+            counts = count_tokens(leaf_k, num_leaves, dtype)
+            # As they are if a GPU sums them in float32 and the range is that of float32.
+            summed = x if on_gpu(x) and x.dtype == torch.bfloat16 else x.to(dtype)
+            x_BHLC = sum_tokens_by_leaf(leaf_k, counts, summed, grid.prefix)
         # Means are projected, since sums may be too large for half precision.
-        x_BHLC = sum_tokens_by_leaf(leaf_k, counts, x.to(dtype), grid.prefix) / counts.clamp(min=1)
-        means = zip(x_BHLC.to(w_v.dtype).unbind(1), to_values, strict=True)
-        sums = [F.linear(t, w).to(dtype) for t, (w, _) in means]
-        sums_BHLD = torch.stack(sums, dim=1) * counts + counts * b_v.unflatten(0, heads)[:, None].to(dtype)
+        means = (x_BHLC / counts.clamp(min=1)).to(w_v.dtype)
+        sums = linear_by_head(means, w_v_HDC).to(dtype)
+        sums_BHLD = sums * counts + counts * b_v_HD[:, None].to(dtype)
         v_prefix = F.linear(x[:, : grid.prefix], w_v, b_v).unflatten(-1, heads).transpose(1, 2).to(dtype)
         with without_autocast(x):
             table = node_table(sums_BHLD, counts, v_prefix, self.level_weight.to(dtype))
-        answers = [F.linear(t.to(w.dtype), w) for t, w in zip(table.unbind(1), from_values, strict=True)]
-        answers_BHLC = torch.stack(answers, dim=1).to(dtype)
+        w_proj_HCD = self.proj.weight.unflatten(1, heads).transpose(0, 1)
+        answers = linear_by_head(table.to(w_v.dtype), w_proj_HCD)
+        answers_BHLC = answers if on_gpu(x) else answers.to(dtype)  # products are summed in float32
         if self.proj.bias is not None:  # a patch reads one row of each head
             answers_BHLC[:, 0] += self.proj.bias
-        row_BNH = rows_of(leaf_q, num_leaves)
-        y = F.embedding_bag(row_BNH.flatten(0, 1), answers_BHLC.flatten(0, 2), mode='sum')
-        y = y.unflatten(0, row_BNH.shape[:2])
-        y = y.to(answers[0].dtype)
+        y = read_and_sum(leaf_q, answers_BHLC).to(answers.dtype)
         if not grid.prefix:
             return y
         weights_BHPN = attention_weights(q[:, :, : grid.prefix], k, self.scale)
         x_BHPC = weights_BHPN.to(x.dtype) @ x[:, None]
-        y_prefix = [F.linear(t, w, b) for t, (w, b) in zip(x_BHPC.unbind(1), to_values, strict=True)]
-        return torch.cat([self.proj(torch.cat(y_prefix, dim=-1)), y], dim=1)
+        y_prefix = linear_by_head(x_BHPC, w_v_HDC, b_v_HD)
+        return torch.cat([self.proj(y_prefix.transpose(1, 2).flatten(2)), y], dim=1)
 
     def num_attended(self, grid: PatchGrid) -> int:
         """N: every query sees all keys, in the mean of the root."""
@@ -193,15 +195,27 @@ def average_over_nodes(
         # Split, not sliced: the gradient of a slice is as large as the whole.
         q, k, v = (t.split([prefix, num_patches], dim=2) for t in (q, k, v))
         v_prefix, v_patches = (t.to(dtype) for t in v)
-        q, k, weight, bias, level_weight = (t.to(dtype) for t in (q[1], k[1], weight, bias, level_weight))
+        q, k, level_weight = q[1], k[1], level_weight.to(dtype)
         if torch.is_grad_enabled() and not torch.jit.is_tracing():
+            q, k, weight, bias = (t.to(dtype) for t in (q, k, weight, bias))
             sums, counts = LeafSums.apply(k, v_patches, weight, bias)
             y = LeafReads.apply(q, node_table(sums, counts, v_prefix, level_weight), weight, bias)
         else:
-            sums, counts = count_by_leaf(route(k, weight, bias), v_patches, leaves_of(weight))
-            y = read_leaves(route(q, weight, bias), node_table(sums, counts, v_prefix, level_weight))
+            leaf_q, leaf_k = route_both(q, k, weight, bias)
+            sums = sum_by_leaf(leaf_k, v_patches, leaves_of(weight))
+            counts = count_tokens(leaf_k, leaves_of(weight), dtype)
+            y = read_leaves(leaf_q, node_table(sums, counts, v_prefix, level_weight))
     y = y.to(v[0].dtype)
     return (torch.cat([*y_prefix, y], dim=1) if prefix else y).flatten(2)
+
+
+def linear_by_head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The linear layer of each head: (B, H, L, in), (H, out, in), (H, out) → (B, H, L, out); on a GPU at once."""
+    if on_gpu(x):
+        y = torch.matmul(x, weight.mT)
+        return y if bias is None else y + bias[:, None]
+    biases = [None] * len(weight) if bias is None else bias
+    return torch.stack([F.linear(*of_head) for of_head in zip(x.unbind(1), weight, biases, strict=True)], dim=1)
 
 
 def node_table(sums: Tensor, counts: Tensor, v_prefix: Tensor, level_weight: Tensor) -> Tensor:

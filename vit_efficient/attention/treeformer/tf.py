@@ -12,16 +12,20 @@ the softmax is taken to weigh each key that a query reads by m(q) · m(k), the m
 key, whose value is 1 and whose gradient the straight-through one of `trees.py`. Leaves that a query does not read would
 take N² scores, and say nothing: that is why TF needs trees that TC has trained.
 
-Tokens are sorted by leaf, and queries that read the same leaves attend together. Small groups of them are padded to a
-batch, with groups of about their size; on the CPU large ones come one after the other. How many there are, the data
-say, so that there is no single graph to compile or to export.
+Tokens are sorted by leaf, and queries that read the same leaves attend together (`reads.py`). On a GPU all groups of
+them lie one after the other in one call of a fused kernel, for which the host reads the sizes of the largest groups: it
+waits once per layer. On the CPU small groups are padded to a batch, with groups of about their size, and large ones
+come one after the other. How many there are, the data say, so that there is no single graph to compile or to export.
+
+On a GPU the same input gives the same output, bit for bit. Its gradient may differ in the last bits from run to run, by
+the order in which kernels add to those of queries, and of keys that several groups read; under
+`torch.use_deterministic_algorithms` it does not.
 
 Letters: B batch, N tokens, P prefix, C channels, H heads, D = C / H, h height, L = 2^h leaves.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_function
@@ -30,13 +34,25 @@ from torch.nn import functional as F
 
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
+from vit_efficient.attention.treeformer.reads import Part, Reads
 from vit_efficient.attention.treeformer.tc import TreeAttention
-from vit_efficient.attention.treeformer.trees import CHUNK, best_leaves, leaves_of, membership, products, route
+from vit_efficient.attention.treeformer.trees import (
+    CHUNK,
+    best_leaves,
+    in_leaf,
+    leaves_of,
+    membership,
+    products,
+    route,
+    route_both,
+)
 from vit_efficient.flops.formulas import register_flops
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import is_integer
+from vit_efficient.utils.compat import attend_varlen
+from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.precision import without_autocast
+from vit_efficient.utils.precision import product_dtype, without_autocast
 
 # Queries × keys of the largest group that the CPU pads: what is saved by one call for many pays for the padding.
 PADDED = 64 * 64
@@ -119,161 +135,124 @@ def attend_in_leaves(
     """
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise UserError(NO_GRAPH)
-    y = [attend(q[:, :, :prefix], k, v, *how)] if prefix else []
-    y.append(_attend_patches(q, k, v, weight, bias, num_leaves, prefix, num_patches, how, pad))
-    return torch.cat(y, dim=2).to(v.dtype).transpose(1, 2).flatten(2)
+    y = _attend_patches(q, k, v, weight, bias, num_leaves, prefix, num_patches, how, pad)
+    if prefix:
+        y = torch.cat([attend(q[:, :, :prefix], k, v, *how).transpose(1, 2), y], dim=1)
+    return y.to(v.dtype).flatten(2)
 
 
 @torch.compiler.disable(reason=NO_GRAPH)
 def _attend_patches(
     q: Tensor, k: Tensor, v: Tensor, weight, bias, num_leaves, prefix, num_patches, how: tuple, pad: bool
 ) -> Tensor:
-    """(B, H, N, D) three times, of all tokens → (B, H, N − P, D), of the patches"""
+    """(B, H, N, D) three times, of all tokens → (B, N − P, H, D), of the patches"""
     # Split, not sliced: the gradient of a slice is as large as the whole.
     (_, q), (k_prefix, k), (v_prefix, v) = (t.split([prefix, num_patches], dim=2) for t in (q, k, v))
-    dim, (scale, fused, _) = v.shape[-1], how
+    dim, (scale, fused, dropout) = v.shape[-1], how
+    if not v.numel():
+        return v.transpose(1, 2)
     with torch.no_grad(), without_autocast(v):
-        trees = [t.to(torch.promote_types(v.dtype, torch.float32)) for t in (weight, bias)]
-        to_route = [t.to(trees[0].dtype) for t in (q, k)]
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        trees = (weight.to(dtype), bias.to(dtype))
         if q.is_meta:  # where there are no data
-            for t in to_route:
-                products(t, trees[0])
-            return torch.ops.vit_efficient.attend_in_leaves(q, k, v, prefix, num_leaves, leaves_of(weight))
-        leaves_q, leaf_k = best_leaves(to_route[0], *trees, num_leaves), route(to_route[1], *trees)
+            for t in (q, k):
+                products(t.to(dtype), trees[0])
+            y = torch.ops.vit_efficient.attend_in_leaves(q, k, v, prefix, num_leaves, leaves_of(weight))
+            return y.transpose(1, 2)
+        if num_leaves == 1:
+            leaf_q, leaf_k = route_both(q, k, weight, bias)
+            leaves_q = leaf_q.unsqueeze(-1)
+        else:
+            leaves_q, leaf_k = best_leaves(q.to(dtype), *trees, num_leaves), route(k.to(dtype), *trees)
 
     learns = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     if learns:
         # Channels more, which add nothing to a score and carry the gradient of m(q) · m(k): (m(q) of each leaf, 1)
         # against (which leaf it is, m(k)).
         with without_autocast(v):
-            trees = [t.to(trees[0].dtype) for t in (weight, bias)]  # with their gradient
+            trees = (weight.to(dtype), bias.to(dtype))  # with their gradient
             m_q, m_k = (
-                membership(t.detach().to(trees[0].dtype), *trees, leaves).to(t.dtype) / scale
+                membership(t.detach().to(dtype), *trees, leaves).to(t.dtype) / scale
                 for t, leaves in ((q, leaves_q), (k, leaf_k.unsqueeze(-1)))
             )
         q = torch.cat([q, m_q, torch.ones_like(m_k)], dim=-1)
         k = torch.cat([k, torch.zeros_like(m_q), m_k], dim=-1)
         k_prefix, v_prefix, v = (F.pad(t, (0, q.shape[-1] - t.shape[-1])) for t in (k_prefix, v_prefix, v))
 
-    reads = Reads.of(leaves_q, leaf_k, leaves_of(weight), prefix)
-    q = q.flatten(0, 2).index_select(0, reads.queries)
-    k, v = (t.flatten(0, 2) for t in (k, v))
+    packs = fused and on_gpu(v)
+    reads = Reads.of(leaves_q, leaf_k, leaves_of(weight), prefix, by_size=not packs)
+    q, k, v = (t.transpose(1, 2).flatten(0, 2) for t in (q, k, v))
     if prefix:
-        k, v = (torch.cat([t, of_prefix.flatten(0, 2)]) for t, of_prefix in ((k, k_prefix), (v, v_prefix)))
-    k, v = (t.index_select(0, reads.keys) for t in (k, v))
-    if learns:
-        k = k + F.pad(F.one_hot(reads.pieces, num_leaves + 1)[:, 1:].to(k.dtype), (dim, 1))
-    y = [v[:0]]  # of an empty batch, all
-    for part in reads.split(q, k, v):
-        if pad and (q.is_cuda or part.num_queries.amax() * part.num_keys.amax() <= PADDED):
-            y.append(_attend_padded(part, how))
-            continue
-        tokens = (t.split(n.tolist()) for t, n in zip(part[:3], (part.num_queries, *[part.num_keys] * 2), strict=True))
-        for q_group, k_group, v_group in zip(*tokens, strict=True):
-            # In parts where scores are written out, so that a leaf with all tokens has no N × N matrix either.
-            rows = (q_group,) if fused else q_group.split(CHUNK)
-            y += [attend(r[None, None], k_group[None, None], v_group[None, None], *how)[0, 0] for r in rows]
-    y = torch.cat(y).index_select(0, reads.queries.argsort())
-    return y[..., :dim].unflatten(0, leaf_k.shape)
-
-
-class Part(NamedTuple):
-    """Groups of queries, one after the other, and the keys that each group reads."""
-
-    q: Tensor  # (Σ num_queries, D)
-    k: Tensor  # (Σ num_keys, D)
-    v: Tensor
-    num_queries: Tensor  # of each group
-    num_keys: Tensor
-
-
-@dataclass(frozen=True)
-class Reads:
-    """Who reads what: queries of one head that read the same leaves are a group.
-
-    Groups are in the order of the powers of two up to which they can be padded, so that those of one size are together.
-    """
-
-    queries: Tensor  # rows of (B · H · N) queries, group by group
-    keys: Tensor  # rows of (B · H · N) patches and, after them, (B · H · P) prefix tokens, that each group reads
-    pieces: Tensor  # of each key, which of the leaves of its group it is in, from 1; 0 if it is in none
-    num_queries: Tensor  # of each group
-    num_keys: Tensor
-    groups: list[int]  # how many of them are of each size
-
-    @classmethod
-    def of(cls, leaves_q: Tensor, leaf_k: Tensor, num_leaves: int, prefix: int) -> 'Reads':
-        """From the leaves that queries read, (B, H, N, n), ascending, and those that keys are in, (B, H, N)."""
-        batch, heads, n = leaf_k.shape
-        trees = torch.arange(batch * heads, device=leaf_k.device)
-        row = (leaf_k.flatten(0, 1) + num_leaves * trees[:, None]).flatten()  # in a table of all leaves
-        sizes = row.bincount(minlength=num_leaves * len(trees))
-        ends, patches = sizes.cumsum(0), row.argsort(stable=True)
-
-        group = trees.repeat_interleave(n)
-        for column in leaves_q.flatten(0, 2).unbind(1):
-            group = (group * num_leaves + column).unique(return_inverse=True)[1]
-        queries, num_queries = group.argsort(stable=True), group.bincount()
-        first = queries[num_queries.cumsum(0) - num_queries]
-        tree, leaves = first // n, leaves_q.flatten(0, 2)[first]
-
-        # A group reads n ranges of the sorted patches; without any key in them, those of the nodes above.
-        low = leaves + num_leaves * tree[:, None]
-        size, start, level = sizes[low], ends[low] - sizes[low], 0
-        piece = torch.arange(1, leaves.shape[1] + 1, device=leaf_k.device).expand_as(leaves)
-        while not prefix and (empty := (size.sum(1) == 0).nonzero()[:, 0]).numel():
-            level += 1
-            node = leaves[empty] >> level
-            low = (node << level) + num_leaves * tree[empty, None]
-            start[empty] = ends[low] - sizes[low]
-            repeated = F.pad(node[:, 1:] == node[:, :-1], (1, 0))
-            size[empty] = torch.where(repeated, 0, ends[low + 2**level - 1] - start[empty])
-            piece = piece.index_fill(0, empty, 0)
-
-        start = torch.cat([len(patches) + prefix * tree[:, None], start], dim=1)
-        size = torch.cat([torch.full_like(tree[:, None], prefix), size], dim=1)
-        num_keys, piece = size.sum(1), F.pad(piece, (1, 0))
-        powers = [torch.log2(count.double()).ceil().long() for count in (num_keys, num_queries)]
-        sizes, in_order = (64 * powers[0] + powers[1]).sort(stable=True)
-        groups = sizes.unique_consecutive(return_counts=True)[1].tolist()
-        rows = torch.cat([patches, torch.arange(len(trees) * prefix, device=leaf_k.device) + len(patches)])
-        size_in_order = size[in_order].flatten()
-        return cls(
-            queries[_ranges((num_queries.cumsum(0) - num_queries)[in_order], num_queries[in_order])],
-            rows[_ranges(start[in_order].flatten(), size_in_order)],
-            piece[in_order].flatten().repeat_interleave(size_in_order),
-            num_queries[in_order],
-            num_keys[in_order],
-            groups,
+        k, v = (
+            torch.cat([t, of_prefix.unsqueeze(2).expand(-1, -1, reads.copies, -1, -1).flatten(0, 3)])
+            for t, of_prefix in ((k, k_prefix), (v, v_prefix))
         )
+    q, k, v = q.index_select(0, reads.queries), k.index_select(0, reads.keys), v.index_select(0, reads.keys)
+    if learns:
+        k = k + F.pad(in_leaf(reads.pieces(num_leaves), num_leaves, k.dtype), (dim, 1))
+    y = []
+    for part in reads.split(q, k, v):
+        if packs:
+            y.append(attend_packed(part, scale, dropout))
+        elif pad and (on_gpu(v) or part.most_queries * part.most_keys <= PADDED):
+            y.append(_attend_padded(part, how))
+        else:
+            for q_group, k_group, v_group in _groups(part.q, part.k, part.v, part.counts):
+                # In parts where scores are written out, so that a leaf with all tokens has no N × N matrix either.
+                rows = (q_group,) if fused else q_group.split(CHUNK)
+                y += [attend(r[None, None], k_group[None, None], v_group[None, None], *how)[0, 0] for r in rows]
+    y = y[0] if len(y) == 1 else torch.cat(y)
+    y = torch.empty_like(y).index_copy_(0, reads.queries, y)
+    return y[..., :dim].unflatten(0, leaf_k.transpose(1, 2).shape)
 
-    def split(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Part]:
-        """Groups of one size at a time."""
-        num_queries, num_keys = self.num_queries.split(self.groups), self.num_keys.split(self.groups)
-        of_q, of_k = ([count.sum().item() for count in counts] for counts in (num_queries, num_keys))
-        tokens = (q.split(of_q), k.split(of_k), v.split(of_k))
-        return (Part(*part) for part in zip(*tokens, num_queries, num_keys, strict=True))
+
+def _groups(q: Tensor, k: Tensor, v: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    of_q, of_k = counts.tolist()
+    return zip(q.split(of_q), k.split(of_k), v.split(of_k), strict=True)
 
 
-def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
-    """start, start + 1, … of each range, one after the other."""
-    shift = (starts - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
-    return shift + torch.arange(len(shift), device=shift.device)
+def attend_packed(part: Part, scale: float, dropout: float) -> Tensor:
+    """All groups as they lie, one after the other, none padded, in one kernel: → (Σ num_queries, D)"""
+    dtype = product_dtype(part.v)
+    q, k, v = (t.to(dtype) for t in part[:3])
+    ends = F.pad(part.counts.cumsum(1, dtype=torch.int32), (1, 0))
+    return packed(q, k, v, ends, part.most_queries, part.most_keys, scale, dropout)
+
+
+def packed(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, most_queries: int, most_keys: int, scale: float, dropout: float
+) -> Tensor:
+    """Softmax attention inside groups that lie one after the other, each with queries and keys or with none of both.
+
+    Args:
+        q, k, v: (queries, D), (keys, D), (keys, D)
+        ends: Where the queries and keys of groups begin, and those of the last one end, (2, G + 1), int32.
+        most_queries, most_keys: Of a group.
+
+    Returns:
+        (queries, D)
+    """
+    if q.is_cuda and q.dtype != torch.float64:
+        return attend_varlen(q, k, v, *ends, most_queries, most_keys, scale, dropout)
+    groups = _groups(q, k, v, ends.diff())
+    y = [attend(*(t[None, None] for t in group), scale, True, dropout)[0, 0] for group in groups if len(group[0])]
+    return torch.cat(y)
 
 
 def _attend_padded(part: Part, how: tuple) -> Tensor:
     """All groups as one batch, with keys that are masked and queries that are dropped again: → (Σ num_queries, D)"""
-    (rows_q, is_query), (rows_k, is_key) = _padding(part.num_queries), _padding(part.num_keys)
+    rows_q, is_query = _padding(part.counts[0], part.most_queries)
+    rows_k, is_key = _padding(part.counts[1], part.most_keys)
     q = part.q.index_select(0, rows_q.flatten()).unflatten(0, rows_q.shape)[:, None]
     k, v = (t.index_select(0, rows_k.flatten()).unflatten(0, rows_k.shape)[:, None] for t in (part.k, part.v))
     y = attend(q, k, v, *how, is_key[:, None, None])
     return y.flatten(0, 2).index_select(0, is_query.flatten().nonzero()[:, 0])
 
 
-def _padding(counts: Tensor) -> tuple[Tensor, Tensor]:
+def _padding(counts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """Of groups of rows, one after the other: rows (G, longest), padded with some row of another group, and which of
     them are the group's own."""
-    column = torch.arange(counts.amax(), device=counts.device)
+    column = torch.arange(longest, device=counts.device)
     starts = counts.cumsum(0) - counts
     own = column < counts[:, None]
     return torch.where(own, starts[:, None] + column, 0), own

@@ -14,19 +14,27 @@ which is positive for all leaves, so that every predicate hears of every token, 
 Nodes are numbered level by level: the children of node j are 2j + 1 (left) and 2j + 2 (right). A leaf's number is that
 of its decisions in binary, right being 1.
 
+On a GPU, sums over leaves are products with the matrix of who is in which: they are few operators, and the same every
+time. Such a matrix, and the scores of all nodes, are made for as many tokens at a time as `CHUNK_BYTES` has room for.
+
 Letters: B batch, H heads, N tokens, D channels of a head, h height, J = 2^h − 1 nodes, L = 2^h leaves.
 """
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_efficient.grid import plain_sizes
+from vit_efficient.utils.device import on_gpu
+from vit_efficient.utils.precision import without_autocast
 
-# Tokens that are routed at a time: what the nodes say about them stays in the cache.
+# Tokens that a CPU routes at a time: what the nodes say about them stays in the cache.
 CHUNK = 1024
+# What a GPU holds at a time of one number for each token and leaf. A backward pass has several such tensors.
+CHUNK_BYTES = 2**29
 
 
 class Trees(nn.Module):
@@ -65,17 +73,28 @@ def height_of(weight: Tensor) -> int:
     return leaves_of(weight).bit_length() - 1
 
 
-def chunks(num_tokens) -> list[slice]:
-    """Slices of `CHUNK` tokens; a single one where a graph is made, and where the number is a symbol."""
+def chunks(z: Tensor, num_leaves: int) -> list[slice]:
+    """Slices of the N tokens of z (B, H, N, …); a single one where a graph is made, and where N is a symbol."""
+    batch, heads, num_tokens = z.shape[:3]
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(num_tokens) is not int:
         return [slice(None)]
-    return [slice(start, start + CHUNK) for start in range(0, num_tokens, CHUNK)]
+    size = CHUNK
+    if on_gpu(z):
+        size = max(1, CHUNK_BYTES // (4 * max(1, batch * heads) * num_leaves))  # in float32
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 
 def products(z: Tensor, weight: Tensor) -> Tensor:
-    """⟨w_j, z⟩ of all tokens and nodes, as one product: (B, H, N, D), (H, J, D) → (B, H, N, J)"""
+    """⟨w_j, z⟩ of all tokens and nodes, as one product: (B, H, N, D), (H, J, D) → (B, H, N, J)
+
+    In float32 at least: of bfloat16 (not on a CPU) products are exact there, and nothing has to be converted.
+    """
     z_HMD = z.transpose(0, 1).flatten(1, 2)
-    return torch.bmm(z_HMD, weight.mT).unflatten(1, (z.shape[0], z.shape[2])).transpose(0, 1)
+    if z.dtype == torch.bfloat16:
+        s_HMJ = torch.bmm(z_HMD, weight.mT, out_dtype=torch.float32)
+    else:
+        s_HMJ = torch.bmm(z_HMD, weight.mT)
+    return s_HMJ.unflatten(1, (z.shape[0], z.shape[2])).transpose(0, 1)
 
 
 def scores(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -85,17 +104,42 @@ def scores(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def route(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The leaf of each token: (B, H, N, D), (H, J, D), (H, J) → (B, H, N), int64. No gradient."""
-    height = height_of(weight)
-    leaves = [_descend(products(z[:, :, chunk], weight), -bias, z[:, :, chunk], height) for chunk in chunks(z.shape[2])]
-    return torch.cat(leaves, dim=2).squeeze(-1)
+    height, slices = height_of(weight), chunks(z, leaves_of(weight))
+    return _join([_descend(products(z[:, :, chunk], weight), -bias, height) for chunk in slices]).squeeze(-1)
 
 
-def _descend(s: Tensor, threshold: Tensor, z: Tensor, height: int) -> Tensor:
-    """The leaves (B, H, N, 1) that tokens z get to: right where s (B, H, N, J) is at least the threshold (H, J).
+def route_both(q: Tensor, k: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The leaves of queries and of keys, by scores in float32 at least, whatever the dtypes are; on a GPU at once."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    bias = bias.to(dtype)
+    if not (q.dtype == weight.dtype == torch.bfloat16 and q.device.type in ('cuda', 'meta') and on_gpu(q)):
+        q, k, weight = q.to(dtype), k.to(dtype), weight.to(dtype)
+    if not on_gpu(q):
+        return route(q, weight, bias), route(k, weight, bias)
+    height, slices = height_of(weight), chunks(q, 2 * leaves_of(weight))
+    scores_of_both = (torch.cat([products(z[:, :, chunk], weight) for z in (q, k)]) for chunk in slices)
+    leaf = _join([_descend(s, -bias, height) for s in scores_of_both]).squeeze(-1)
+    return leaf[: q.shape[0]], leaf[q.shape[0] :]
 
-    Thresholds are gathered like the scores. To compare them all would take longer than the products.
+
+def _join(chunks: list[Tensor]) -> Tensor:
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
+
+
+def _descend(s: Tensor, threshold: Tensor, height: int) -> Tensor:
+    """The leaves (B, H, N, 1) that tokens get to: right where s (B, H, N, J) is at least the threshold (H, J).
+
+    On a CPU thresholds are gathered like the scores: to compare them all would take longer than the products. On a GPU
+    it takes one operator, and then two per level.
     """
-    node = z.new_zeros(*z.shape[:-1], 1, dtype=torch.int64)
+    if height and on_gpu(s):
+        goes_right = s >= threshold[:, None]
+        number = goes_right[..., :1].to(torch.int64)
+        for level in range(1, height):
+            of_level = goes_right[..., 2**level - 1 : 2 ** (level + 1) - 1]
+            number = torch.add(of_level.gather(-1, number), number, alpha=2)
+        return number
+    node = s.new_zeros(*s.shape[:-1], 1, dtype=torch.int64)
     threshold = threshold[:, None].expand(s.shape)
     for _ in range(height):
         node = torch.add(s.gather(-1, node) >= threshold.gather(-1, node), node, alpha=2) + 1
@@ -110,15 +154,15 @@ def best_leaves(z: Tensor, weight: Tensor, bias: Tensor, num_leaves: int) -> Ten
     if num_leaves == 1:
         return route(z, weight, bias).unsqueeze(-1)
     best = []
-    for chunk in chunks(z.shape[2]):
+    for chunk in chunks(z, leaves_of(weight)):
         s = scores(z[:, :, chunk], weight, bias)
-        own = _descend(s, torch.zeros_like(bias), z[:, :, chunk], height_of(weight))
+        own = _descend(s, torch.zeros_like(bias), height_of(weight))
         log_m = torch.zeros_like(s[..., :1])
         for level in range(height_of(weight)):
             s_level = s[..., 2**level - 1 : 2 ** (level + 1) - 1]
             log_m = torch.stack([log_m + F.logsigmoid(-s_level), log_m + F.logsigmoid(s_level)], dim=-1).flatten(-2)
         best.append(log_m.scatter(-1, own, torch.inf).topk(num_leaves, dim=-1).indices)
-    return torch.cat(best, dim=2).sort(dim=-1).values
+    return _join(best).sort(dim=-1).values
 
 
 def membership(z: Tensor, weight: Tensor, bias: Tensor, leaves: Tensor) -> Tensor:
@@ -132,18 +176,34 @@ def membership(z: Tensor, weight: Tensor, bias: Tensor, leaves: Tensor) -> Tenso
     return m - m.detach()
 
 
+def in_leaf(leaf: Tensor, num_leaves: int, dtype: torch.dtype) -> Tensor:
+    """Whether each token is in each leaf, 1 or 0: (…) → (…, L)"""
+    return (leaf[..., None] == torch.arange(num_leaves, device=leaf.device)).to(dtype)
+
+
 def sum_by_leaf(leaf: Tensor, v: Tensor, num_leaves: int) -> Tensor:
     """The sum of the values in each leaf: (B, H, N), (B, H, N, D) → (B, H, L, D)"""
+    if on_gpu(v):
+        slices = chunks(v, num_leaves)
+        return reduce(
+            torch.add, (in_leaf(leaf[:, :, chunk], num_leaves, v.dtype).mT @ v[:, :, chunk] for chunk in slices)
+        )
     sums = v.new_zeros(*v.shape[:2], num_leaves, v.shape[3])
-    for chunk in chunks(v.shape[2]):
+    for chunk in chunks(v, num_leaves):
         v_chunk = v[:, :, chunk].contiguous()
-        sums = sums.scatter_add_(2, leaf[:, :, chunk, None].expand_as(v_chunk), v_chunk)
+        # Compiled by PyTorch 2.11, `LeafSums` would have gradients of zero if it added in place.
+        add = sums.scatter_add if torch.compiler.is_compiling() else sums.scatter_add_
+        sums = add(2, leaf[:, :, chunk, None].expand_as(v_chunk), v_chunk)
     return sums
 
 
-def count_by_leaf(leaf: Tensor, v: Tensor, num_leaves: int) -> tuple[Tensor, Tensor]:
-    """The same, and the number of tokens in each leaf, (B, H, L, 1)."""
-    return sum_by_leaf(leaf, v, num_leaves), sum_by_leaf(leaf, torch.ones_like(v[..., :1]), num_leaves)
+def count_tokens(leaf: Tensor, num_leaves: int, dtype: torch.dtype) -> Tensor:
+    """The number of tokens in each leaf: (B, H, N) → (B, H, L, 1)"""
+    if on_gpu(leaf):
+        slices = chunks(leaf, num_leaves)
+        counts = reduce(torch.add, (in_leaf(leaf[:, :, chunk], num_leaves, dtype).sum(dim=2) for chunk in slices))
+        return counts.unsqueeze(-1)
+    return sum_by_leaf(leaf, torch.ones_like(leaf[..., None], dtype=dtype), num_leaves)
 
 
 def sum_tokens_by_leaf(leaf: Tensor, counts: Tensor, x: Tensor, first: int) -> Tensor:
@@ -153,6 +213,12 @@ def sum_tokens_by_leaf(leaf: Tensor, counts: Tensor, x: Tensor, first: int) -> T
     before number `first` are in no leaf.
     """
     heads, n = leaf.shape[1:]
+    if on_gpu(x):
+        x, num_leaves = x[:, first:], counts.shape[2]
+        slices = chunks(leaf, num_leaves)
+        which = (in_leaf(leaf[:, :, chunk], num_leaves, x.dtype).mT.flatten(1, 2) for chunk in slices)
+        sums = reduce(torch.add, (w @ x[:, chunk] for w, chunk in zip(which, slices, strict=True)))
+        return sums.unflatten(1, (heads, num_leaves))
     order = rows_of(leaf, counts.shape[2]).transpose(1, 2).flatten().argsort(stable=True)
     token = order // (heads * n) * x.shape[1] + first + order % n
     ends = counts.flatten().to(torch.int64).cumsum(dim=0)
@@ -172,6 +238,17 @@ def read_leaves(leaf: Tensor, table: Tensor) -> Tensor:
     return table.flatten(0, 2).index_select(0, row.flatten()).view(*row.shape, table.shape[3])
 
 
+def read_and_sum(leaf: Tensor, table: Tensor) -> Tensor:
+    """The sum over heads of the rows of a token's leaves: (B, H, N), (B, H, L, C) → (B, N, C). No gradient."""
+    if on_gpu(table):
+        num_leaves, leaf, slices = table.shape[2], leaf.transpose(1, 2), chunks(leaf, table.shape[2])
+        which = (in_leaf(leaf[:, chunk], num_leaves, table.dtype).flatten(2) for chunk in slices)
+        y = [w @ table.flatten(1, 2) for w in which]
+        return y[0] if len(y) == 1 else torch.cat(y, dim=1)
+    row = rows_of(leaf, table.shape[2])
+    return F.embedding_bag(row.flatten(0, 1), table.flatten(0, 2), mode='sum').unflatten(0, row.shape[:2])
+
+
 class LeafSums(torch.autograd.Function):
     """Sums of values, and numbers of keys, by the leaves of the keys.
 
@@ -185,7 +262,8 @@ class LeafSums(torch.autograd.Function):
     def forward(ctx, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         leaf = route(k, weight, bias)
         ctx.save_for_backward(k, v, weight, bias, leaf)
-        return count_by_leaf(leaf, v, leaves_of(weight))
+        num_leaves = leaves_of(weight)
+        return sum_by_leaf(leaf, v, num_leaves), count_tokens(leaf, num_leaves, v.dtype)
 
     @staticmethod
     def backward(ctx, d_sums: Tensor, d_counts: Tensor) -> tuple[Tensor, ...]:
@@ -194,7 +272,8 @@ class LeafSums(torch.autograd.Function):
         def d_membership(chunk: slice) -> Tensor:
             return v[:, :, chunk] @ d_sums.mT + d_counts.mT
 
-        d_k, d_weight, d_bias = _straight_through(k, weight, bias, d_membership)
+        with without_autocast(k):  # what surrounds the forward pass
+            d_k, d_weight, d_bias = _straight_through(k, weight, bias, d_membership)
         return d_k, read_leaves(leaf, d_sums).transpose(1, 2), d_weight, d_bias
 
 
@@ -220,8 +299,9 @@ class LeafReads(torch.autograd.Function):
         def d_membership(chunk: slice) -> Tensor:
             return d_y[:, :, chunk] @ table.mT
 
-        d_q, d_weight, d_bias = _straight_through(q, weight, bias, d_membership)
-        return d_q, sum_by_leaf(leaf, d_y, table.shape[2]), d_weight, d_bias
+        with without_autocast(q):
+            d_q, d_weight, d_bias = _straight_through(q, weight, bias, d_membership)
+            return d_q, sum_by_leaf(leaf, d_y, table.shape[2]), d_weight, d_bias
 
 
 def _straight_through(
@@ -229,13 +309,13 @@ def _straight_through(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of tokens and predicates, from those of the memberships, (B, H, N, L), a chunk of tokens each."""
     d_z, d_weight, d_bias = [], torch.zeros_like(weight), torch.zeros_like(bias)
-    for chunk in chunks(z.shape[2]):
+    for chunk in chunks(z, leaves_of(weight)):
         z_chunk = z[:, :, chunk]
         d_scores = _through_paths(scores(z_chunk, weight, bias), d_membership(chunk))
         d_z.append(d_scores @ weight)
         d_weight = d_weight + (d_scores.mT @ z_chunk).sum(dim=0)
         d_bias = d_bias + d_scores.sum(dim=(0, 2))
-    return torch.cat(d_z, dim=2), d_weight, d_bias
+    return _join(d_z), d_weight, d_bias
 
 
 def _through_paths(s: Tensor, d_m: Tensor) -> Tensor:

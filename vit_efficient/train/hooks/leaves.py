@@ -1,5 +1,7 @@
 """How full the leaves of Treeformer's trees are, logged at each evaluation."""
 
+import torch
+
 from vit_efficient.attention.treeformer.leaves import has_trees, leaf_occupancy
 from vit_efficient.train.hooks import TrainingHook, register_hook
 from vit_efficient.utils.precision import autocast
@@ -21,7 +23,9 @@ class LeafOccupancy(TrainingHook):
         if not has_trees(state.evaluated) or not (experiment.team.is_first or experiment.sharded):
             return {}
         images = experiment.feed.val_samples.spread(IMAGES).to(experiment.team.device)
-        with autocast(experiment.team.device, experiment.config.amp):
+        # Of compiled blocks it would see no inputs.
+        eager = torch.compiler.set_stance('force_eager')
+        with eager, autocast(experiment.team.device, experiment.config.amp):
             occupancies = leaf_occupancy(state.evaluated, images)
         return {
             f'block{layer}/{name}': value
