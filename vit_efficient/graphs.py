@@ -6,6 +6,8 @@ an efficient attention faster there, without a compiler.
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -161,6 +163,8 @@ def _record(model: nn.Module, inputs: list[Tensor], amp: torch.dtype | None, poo
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 model(*inputs)
+            with _no_waiting():
+                model(*inputs)
         before.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -170,6 +174,20 @@ def _record(model: nn.Module, inputs: list[Tensor], amp: torch.dtype | None, poo
         finally:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own
     return graph, outputs
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Makes an operator that waits for the GPU an error, which it would be in a capture.
+
+    A capture that fails leaves PyTorch's random state and its allocator as if it went on.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def graphed(model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None, max_sizes: int = 8) -> GraphedModel:

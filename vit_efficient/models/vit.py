@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vit_efficient.attention import layer_options, swap_attention
 from vit_efficient.grid import PatchGrid, plain_sizes
 from vit_efficient.models import blocks
+from vit_efficient.models.patch_convolution import use_products
 from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.utils.compat import feature_indices
 from vit_efficient.utils.errors import UserError
@@ -179,6 +180,7 @@ class EfficientVisionTransformer(GridForward, VisionTransformer):
         super().__init__(*args, block_fn=kwargs.pop('block_fn', blocks.GridBlock), **kwargs)
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*self.patch_embed.img_size, self.patch_embed.patch_size)
+        use_products(self.patch_embed)
         blocks.check_blocks(self)
         layers = blocks.attention_per_layer(attention, attention_kwargs, len(self.blocks))
         blocks.check_patch_dropout(self, layers)

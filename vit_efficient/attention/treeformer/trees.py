@@ -91,7 +91,8 @@ def products(z: Tensor, weight: Tensor) -> Tensor:
     """
     z_HMD = z.transpose(0, 1).flatten(1, 2)
     if z.dtype == torch.bfloat16:
-        s_HMJ = torch.bmm(z_HMD, weight.mT, out_dtype=torch.float32)
+        whole = F.pad(weight, (0, 0, 0, -weight.shape[1] % 8))  # other kernels take ten times as long
+        s_HMJ = torch.bmm(z_HMD, whole.mT, out_dtype=torch.float32)[..., : weight.shape[1]]
     else:
         s_HMJ = torch.bmm(z_HMD, weight.mT)
     return s_HMJ.unflatten(1, (z.shape[0], z.shape[2])).transpose(0, 1)
@@ -176,6 +177,11 @@ def membership(z: Tensor, weight: Tensor, bias: Tensor, leaves: Tensor) -> Tenso
     return m - m.detach()
 
 
+def in_leaves(leaf: Tensor, num_leaves: int) -> Tensor:
+    """Whether each leaf has each token: (B, H, N) → (B, H, L, N)"""
+    return leaf[:, :, None] == torch.arange(num_leaves, device=leaf.device)[:, None]
+
+
 def in_leaf(leaf: Tensor, num_leaves: int, dtype: torch.dtype) -> Tensor:
     """Whether each token is in each leaf, 1 or 0: (…) → (…, L)"""
     return (leaf[..., None] == torch.arange(num_leaves, device=leaf.device)).to(dtype)
@@ -185,9 +191,8 @@ def sum_by_leaf(leaf: Tensor, v: Tensor, num_leaves: int) -> Tensor:
     """The sum of the values in each leaf: (B, H, N), (B, H, N, D) → (B, H, L, D)"""
     if on_gpu(v):
         slices = chunks(v, num_leaves)
-        return reduce(
-            torch.add, (in_leaf(leaf[:, :, chunk], num_leaves, v.dtype).mT @ v[:, :, chunk] for chunk in slices)
-        )
+        which = (in_leaves(leaf[:, :, chunk], num_leaves).to(v.dtype) for chunk in slices)
+        return reduce(torch.add, (w @ v[:, :, chunk] for w, chunk in zip(which, slices, strict=True)))
     sums = v.new_zeros(*v.shape[:2], num_leaves, v.shape[3])
     for chunk in chunks(v, num_leaves):
         v_chunk = v[:, :, chunk].contiguous()
@@ -200,9 +205,8 @@ def sum_by_leaf(leaf: Tensor, v: Tensor, num_leaves: int) -> Tensor:
 def count_tokens(leaf: Tensor, num_leaves: int, dtype: torch.dtype) -> Tensor:
     """The number of tokens in each leaf: (B, H, N) → (B, H, L, 1)"""
     if on_gpu(leaf):
-        slices = chunks(leaf, num_leaves)
-        counts = reduce(torch.add, (in_leaf(leaf[:, :, chunk], num_leaves, dtype).sum(dim=2) for chunk in slices))
-        return counts.unsqueeze(-1)
+        which = (in_leaves(leaf[:, :, chunk], num_leaves) for chunk in chunks(leaf, num_leaves))
+        return reduce(torch.add, (w.sum(dim=-1, keepdim=True, dtype=dtype) for w in which))
     return sum_by_leaf(leaf, torch.ones_like(leaf[..., None], dtype=dtype), num_leaves)
 
 
@@ -216,7 +220,7 @@ def sum_tokens_by_leaf(leaf: Tensor, counts: Tensor, x: Tensor, first: int) -> T
     if on_gpu(x):
         x, num_leaves = x[:, first:], counts.shape[2]
         slices = chunks(leaf, num_leaves)
-        which = (in_leaf(leaf[:, :, chunk], num_leaves, x.dtype).mT.flatten(1, 2) for chunk in slices)
+        which = (in_leaves(leaf[:, :, chunk], num_leaves).to(x.dtype).flatten(1, 2) for chunk in slices)
         sums = reduce(torch.add, (w @ x[:, chunk] for w, chunk in zip(which, slices, strict=True)))
         return sums.unflatten(1, (heads, num_leaves))
     order = rows_of(leaf, counts.shape[2]).transpose(1, 2).flatten().argsort(stable=True)
