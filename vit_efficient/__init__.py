@@ -7,6 +7,7 @@ from vit_efficient import dct
 from vit_efficient.attention import create_attention, list_attentions, register_attention
 from vit_efficient.conversion import convert, convert_patch_embed
 from vit_efficient.flops import FlopCount, count_flops
+from vit_efficient.graphs import graphed
 from vit_efficient.grid import PatchGrid
 from vit_efficient.models import DctPatchEmbed, freeze_truncation, kept_tokens, save_model
 from vit_efficient.version import __version__
@@ -22,6 +23,7 @@ __all__ = [
     'create_attention',
     'dct',
     'freeze_truncation',
+    'graphed',
     'kept_tokens',
     'list_attentions',
     'register_attention',

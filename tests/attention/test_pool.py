@@ -7,7 +7,7 @@ import torch
 from timm.layers import Attention
 
 from vit_efficient import PatchGrid, create_attention
-from vit_efficient.attention import swap_attention
+from vit_efficient.attention import functional, swap_attention
 from vit_efficient.compress.budget import Budget, kept_grid
 
 from .reference import cells, pool_down_and_up, reference, subsample_down_and_up, with_prefix
@@ -116,3 +116,21 @@ def test_pair_beyond_the_grid(name):
 
 def test_repr_tells_the_truth(name):
     assert 'keep_ratio=0.25, count_bias=True' in repr(create_attention(name, 12, 3))
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_bias_is_a_channel_on_gpus(name, dtype, monkeypatch):
+    """There a mask would cost the fastest kernels."""
+    attention = create_attention(name, 48, 3, dtype=dtype)
+    grid, x = PatchGrid(7, 13, 5), torch.randn(1, 96, 48, dtype=dtype)
+    expected, seen = attention(x, grid), []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(functional, 'on_gpu', lambda x: True)
+    monkeypatch.setattr(
+        torch.nn.functional,
+        'scaled_dot_product_attention',
+        lambda *args, **options: seen.append(options['attn_mask']) or fused(*args, **options),
+    )
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    assert (attention(x, grid) - expected).abs().max() <= tolerance * expected.abs().max()
+    assert seen == [None]

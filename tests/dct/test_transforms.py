@@ -176,6 +176,79 @@ class TestModes:
         assert memo.bytes == sum(t.nbytes for t in memo.tensors.values()) <= 10_000
         assert (99,) in memo.tensors and (0,) not in memo.tensors
 
+    def test_graphs(self, monkeypatch):
+        """A basis that is built while a CUDA graph is captured is not kept; one that is read then is never dropped."""
+        memo = bases.Memo()
+        capturing = []
+        monkeypatch.setattr(bases, 'is_capturing', lambda device: bool(capturing))
+        monkeypatch.setattr(bases, 'MEMO_BYTES', 1000)
+
+        def get(n):
+            return memo.get((n,), lambda: torch.zeros(100), self.x.device)
+
+        kept = get(0)
+        capturing.append(True)
+        assert get(0) is kept and get(1) is not get(1) and set(memo.tensors) == {(0,)}
+        capturing.clear()
+        for n in range(2, 9):
+            get(n)
+        assert (0,) not in memo.tensors and memo.captured == {(0,): kept}
+
+    def test_plans_are_not_used_in_a_capture(self, monkeypatch):
+        """Else nobody would know that a graph reads their bases."""
+        expected = Resize()(self.x)
+        for module in (bases, transforms):
+            monkeypatch.setattr(module, 'is_capturing', lambda device: True)
+        monkeypatch.setattr(bases.memo, 'plans', None)
+        monkeypatch.setattr(bases.memo, 'captured', {})
+        assert torch.equal(Resize()(self.x), expected) and bases.memo.captured
+
+    def test_plans_go_with_their_bases(self, monkeypatch):
+        bases.memo.clear()
+        monkeypatch.setattr(bases, 'MEMO_BYTES', 100)
+        Resize()(self.x)
+        assert len(bases.memo.plans) <= 1
+        monkeypatch.setattr(bases, 'MEMO_PLANS', 3)
+        for n in range(2, 9):
+            dct.dct(self.x, n, 1)
+        assert len(bases.memo.plans) <= 3
+        bases.memo.clear()
+
+    def test_sizes_that_are_equal_and_no_integers(self):
+        x = torch.randn(4)
+        dct.dct(x, 1)
+        dct.dct(x, 2)
+        for size in (2.0, True):
+            with pytest.raises(ValueError, match='size must be an integer|size=True'):
+                dct.dct(x, size)
+
+    @pytest.mark.parametrize('function', [Resize(), lambda x: dct.dct(x, 3, 1)])
+    def test_compiled_under_autocast(self, function, monkeypatch):
+        """One dtype and one way, compiled or not; and bases are not built in each call."""
+        monkeypatch.setattr(transforms, 'FFT_FROM', {torch.float32: 1, torch.bfloat16: 10**9})
+        torch.compiler.reset()
+        bases.memo.clear()
+        compiled = torch.compile(function, fullgraph=True, backend='aot_eager')
+        with torch.autocast('cpu', torch.bfloat16):
+            for _ in range(2):
+                y, expected = compiled(self.x), function(self.x)
+                assert y.dtype == expected.dtype == torch.bfloat16
+                torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+            monkeypatch.setattr(torch, 'cos', None)
+            compiled(self.x)
+        bases.memo.clear()
+
+    @pytest.mark.parametrize(('on_gpu', 'kept'), [(False, 8192), (True, 16384)])
+    def test_fft_in_half_precision_begins_later_on_gpus(self, on_gpu, kept, monkeypatch):
+        monkeypatch.setattr(transforms, 'on_gpu', lambda x: on_gpu)
+        ways = []
+        monkeypatch.setattr(transforms, 'basis', lambda *args: torch.zeros(1, 1))
+        monkeypatch.setattr(transforms, 'LARGEST_BASIS', 2**40)
+        for m in (kept - 1, kept):
+            step = transforms._step(self.x.bfloat16(), 'dct', 1, 65536, m, 4, torch.bfloat16)
+            ways.append(step[-1] is None)
+        assert ways == [False, True]
+
     def test_compile(self):
         torch.compiler.reset()
         model = torch.compile(Resize(), fullgraph=True, backend='aot_eager')

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vit_efficient.compress import budget as budgets
 from vit_efficient.compress.base import Compressor, register_compressor
-from vit_efficient.dct.transforms import transform
+from vit_efficient.dct import transforms
 from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import check_choice, check_flag
@@ -40,18 +40,18 @@ class _Way(nn.Module):
         gains = window(*sizes).flatten()[:, None].to(y.dtype)
         if self.frequency:
             return y * gains
-        y = transform(y, 'dct', (-3, -2), sizes, sizes) * gains
-        return transform(y, 'idct', (-2, -3), (sizes[1], sizes[0]), sizes)
+        y = transforms.transform(y, 'dct', (-3, -2), sizes, sizes) * gains
+        return transforms.transform(y, 'idct', (-2, -3), (sizes[1], sizes[0]), sizes)
 
 
 class Down(_Way):
     def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
         if self.axes == '1d':
             m = budgets.kept_count(grid.height, grid.width, self.budget)
-            return transform(x, self.kinds[0], (-2,), (m,))
+            return transforms.transform(x, self.kinds[0], (-2,), (m,))
         size = budgets.kept_grid(grid.height, grid.width, self.budget)
         sizes = (size[0], size[1])
-        y = transform(x, self.kinds[0], (-3, -2), sizes, (grid.height, grid.width))
+        y = transforms.transform(x, self.kinds[0], (-3, -2), sizes, (grid.height, grid.width))
         return self.windowed(y, sizes)
 
     def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:
@@ -63,10 +63,10 @@ class Down(_Way):
 class Up(_Way):
     def forward(self, y: Tensor, grid: PatchGrid) -> Tensor:
         if self.axes == '1d':
-            return transform(y, self.kinds[1], (-2,), (grid.height * grid.width,))
+            return transforms.transform(y, self.kinds[1], (-2,), (grid.height * grid.width,))
         size = budgets.kept_grid(grid.height, grid.width, self.budget)
         sizes = (size[0], size[1])
-        return transform(self.windowed(y, sizes), self.kinds[1], (-2, -3), (grid.width, grid.height), sizes)
+        return transforms.transform(self.windowed(y, sizes), self.kinds[1], (-2, -3), (grid.width, grid.height), sizes)
 
 
 @register_compressor('dct')

@@ -60,6 +60,11 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
+def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The buffers of a module itself."""
+    return module._buffers
+
+
 def is_transformed(tensor: torch.Tensor) -> bool:
     """Whether a tensor is wrapped by a transform of `torch.func`, and of no use outside of it."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
