@@ -13,7 +13,7 @@ from torch import nn
 from vit_efficient import PatchGrid, count_flops, create_attention
 from vit_efficient.attention import performer, swap_attention
 from vit_efficient.attention.performer import attend_features, orthogonal_features, redraw_features
-from vit_efficient.utils import device
+from vit_efficient.utils import compat, device
 
 from .test_compressed import EVERYTHING, assert_same, gradients, randomised
 
@@ -132,6 +132,15 @@ class TestOnGpu:
         assert performer.all_half(half, learning) is not learns
         with torch.no_grad():
             assert performer.all_half(half, learning)
+            assert not performer.all_half(half, half.expand(255))
+
+    def test_a_gpu_without_flash_attention(self, monkeypatch):
+        """Of before Ampere, or of another maker, whose bfloat16 takes the way of float32."""
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        for capability, has in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+            monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, found=capability: found)
+            assert compat.has_flash_attention(torch.device('cuda')) is has
+        assert not compat.has_flash_attention(torch.device('mps'))
 
     @pytest.mark.cuda
     @pytest.mark.parametrize('dim', (48, 192))

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from recipes.benchmarks.operators import CANDIDATES, count_operators, measure
+from vit_efficient.benchmark.layers import Candidate
 from vit_efficient.utils.device import on_gpu
 
 
@@ -45,3 +46,18 @@ def test_layers():
     assert all(row['both'] > row['forward'] for row in rows.values())
     waiting = {name for name, row in rows.items() if row['forward_waits']}
     assert all(name.startswith('treeformer_tf') for name in waiting)
+
+
+@pytest.mark.parametrize(
+    'name, options, forward, both',
+    [
+        ('performer', {}, 24, 90),
+        ('nystrom', {}, 54, 200),
+        ('window', {'window_size': 8, 'shift': True}, 8, 28),
+        ('dct', {}, 7, 22),
+    ],
+)
+def test_few_operators_at_any_length(name, options, forward, both):
+    """What starts more kernels than it needs is bound by the host."""
+    rows = [measure(Candidate(name, options), tokens) for tokens in (4096, 16384)]
+    assert all(row['forward'] <= forward and row['both'] <= both for row in rows)

@@ -163,13 +163,17 @@ def iterative_pinv(a: Tensor, iterations: int) -> Tensor:
     """The pseudo-inverse of each matrix, by the paper's iteration of third order (its lemma 1).
 
     Args:
-        a: (…, m, m), the rows of each sum to 1.
+        a: (B, H, m, m), the rows of each sum to 1.
         iterations: At least 1.
     """
-    one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    shape, a = a.shape, a.flatten(0, -3)
+    one = torch.eye(shape[-1], dtype=a.dtype, device=a.device)
+    seven, fifteen, quarter_of_thirteen = 7 * one, 15 * one, 13 / 4 * one
     # Aᵀ / (‖A‖₁ ‖A‖∞): the largest sum of a column, and of a row, which is 1.
     z = a.mT / a.sum(dim=-2, keepdim=True).amax(dim=-1, keepdim=True)
     for _ in range(iterations):
-        az = a @ z
-        z = z @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
-    return z
+        # z (13 − az (15 − az (7 − az))) / 4, in few operators: GPUs wait for each.
+        az = torch.bmm(a, z)
+        y = torch.baddbmm(fifteen, az, seven - az, alpha=-1)
+        z = torch.bmm(z, torch.baddbmm(quarter_of_thirteen, az, y, alpha=-0.25))
+    return z.view(shape)

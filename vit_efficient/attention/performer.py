@@ -29,7 +29,7 @@ from vit_efficient.attention.functional import attend, bias_as_channel
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import as_integer
-from vit_efficient.utils.compat import attend_with_lse
+from vit_efficient.utils.compat import attend_with_lse, has_flash_attention
 from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
@@ -159,10 +159,14 @@ def attend_features(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: fl
 
 
 def all_half(*tensors: Tensor) -> bool:
-    """Whether all are bfloat16 on a GPU, with no gradient to compute: products of the like are exact in its kernels."""
+    """Whether all are bfloat16 on a GPU, with no gradient to compute: products of the like are exact in its kernels.
+
+    And whether flash attention, which says what its total was, takes them: 256 channels at most, two for a bias.
+    """
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return all(on_gpu(t) and t.dtype == torch.bfloat16 for t in tensors)
+    takes = all(on_gpu(t) and t.dtype == torch.bfloat16 and t.shape[-1] <= 254 for t in tensors)
+    return takes and has_flash_attention(tensors[0].device)
 
 
 def attend_twice(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: float) -> Tensor:

@@ -145,7 +145,7 @@ def attend_varlen(
     dim = v.shape[-1]
     q, k, v = (F.pad(t, (0, -dim % 8)) for t in (q, k, v)) if dim % 8 else (q, k, v)
     sizes = (ends_q, ends_k, most_queries, most_keys)
-    if dropout or dim > 256 or q.dtype == torch.float32 or not _has_flash_attention(q.device):
+    if dropout or dim > 256 or q.dtype == torch.float32 or not has_flash_attention(q.device):
         keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         q, k, v = (t[None, :, None] for t in (q, k, v))
         y = torch.ops.aten._efficient_attention_forward(q, k, v, None, *sizes, dropout, 0, keep, scale=scale)[0]
@@ -167,9 +167,11 @@ def _varlen_attn() -> tuple[Callable, frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _has_flash_attention(device: torch.device) -> bool:
-    # Fake tensors are on GPUs that need not be there.
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+def has_flash_attention(device: torch.device) -> bool:
+    """Whether PyTorch's flash attention runs on a device, of half precision; on what stands for a GPU it does."""
+    if device.type == 'cuda' and torch.cuda.is_available():  # fake tensors are on GPUs that need not be there
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type in ('cuda', 'meta', 'cpu')
 
 
 def sdpa_order(device: torch.device) -> list[str]:
