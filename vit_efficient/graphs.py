@@ -6,6 +6,7 @@ an efficient attention faster there, without a compiler.
 
 import logging
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -183,7 +184,9 @@ def _no_waiting() -> Iterator[None]:
     A capture that fails leaves PyTorch's random state and its allocator as if it went on.
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode('error')
+    with warnings.catch_warnings():  # it is a prototype, PyTorch says
+        warnings.simplefilter('ignore')
+        torch.cuda.set_sync_debug_mode('error')
     try:
         yield
     finally:

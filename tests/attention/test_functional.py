@@ -28,12 +28,19 @@ def tensors(queries, keys=11):
 
 
 @pytest.mark.parametrize(
-    'queries, masks, allowed',
-    [(FEW_QUERIES, False, True), (FEW_QUERIES - 1, False, False), (1, False, False), (FEW_QUERIES, True, False)],
+    'queries, keys, masks, allowed',
+    [
+        (FEW_QUERIES, 1025, False, True),
+        (FEW_QUERIES - 1, 1025, False, False),
+        (1, 11, False, False),
+        (1, 1, False, True),
+        (49, 50, False, True),  # windows
+        (FEW_QUERIES, 11, True, False),
+    ],
 )
-def test_masks_and_few_queries_are_kept_from_cudnn(monkeypatch, cudnn, queries, masks, allowed):
-    q, k, v = tensors(queries)
-    mask = torch.rand(1, 11) < 0.7 if masks else None
+def test_masks_and_few_queries_are_kept_from_cudnn(monkeypatch, cudnn, queries, keys, masks, allowed):
+    q, k, v = tensors(queries, keys)
+    mask = torch.rand(1, keys) < 0.7 if masks else None
     expected = attend(q, k, v, 0.3, True, 0.0, mask)
     assert cudnn == [True]  # of a CPU there is nothing to choose
     monkeypatch.setattr(device, 'HOSTS', ())

@@ -85,18 +85,19 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, 
         mask = None
     more = q.shape[-1] - v.shape[-1]
     v = F.pad(v, (0, more)) if more else v
-    with _backends(q, mask):
+    with _backends(q, k, mask):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return y[..., :-more] if more else y
 
 
-def _backends(q: Tensor, mask: Tensor | None) -> AbstractContextManager:
-    """The kernels that attention may choose from: of a mask, or of few queries, not cuDNN's.
+def _backends(q: Tensor, k: Tensor, mask: Tensor | None) -> AbstractContextManager:
+    """The kernels that attention may choose from: of a mask, or of few queries to many keys, not cuDNN's.
 
     PyTorch prefers it on recent GPUs. There its backward pass fails or is NaN with one query (pytorch#138529,
-    cudnn-frontend#1072) and with a mask (pytorch#196678).
+    cudnn-frontend#1072) and with a mask (pytorch#196678). Of small windows it is the fastest.
     """
-    is_few = are_numbers(q.shape[-2]) and q.shape[-2] < FEW_QUERIES
+    queries, keys = q.shape[-2], k.shape[-2]
+    is_few = are_numbers(queries, keys) and queries < FEW_QUERIES and keys > 4 * queries
     if not on_gpu(q) or (mask is None and not is_few):
         return nullcontext()
     if torch.compiler.is_compiling():  # which could not ask what is enabled

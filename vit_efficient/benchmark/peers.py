@@ -62,7 +62,8 @@ class FlexWindows(nn.Module):
 
     def by_blocks(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._mask is None:
-            self._mask = window_blocks(q.shape[2], self.window**2, q.device)
+            with torch.inference_mode(False):  # to be used with gradients too
+                self._mask = window_blocks(q.shape[2], self.window**2, q.device)
         return _flex()(q, k, v, block_mask=self._mask)
 
 
