@@ -189,8 +189,11 @@ def backend_of(name: str | None) -> Any:
 # --- the machine, and what fused attention does on it ----------------------------------------------------------------
 
 
-def machine(part: Part) -> None:
+def environment(part: Part) -> None:
     part.row('environment', **describe_environment(part.device))
+
+
+def machine(part: Part) -> None:
     if not part.cuda:
         return
     a, b = (torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16) for _ in range(2))
@@ -742,6 +745,7 @@ def profiled(part: Part) -> None:
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, tuple[float, Callable[[Part], None]]] = {  # seconds at most; in the order of their worth
+    'environment': (20, environment),
     'machine': (45, machine),
     'right': (60, right),
     'layers': (110, layers),
@@ -841,7 +845,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     (out / 'rows.jsonl').unlink(missing_ok=True)
     fork = multiprocessing.get_context('fork')  # of a parent that has imported everything and asked for no GPU
-    for name in args.parts:
+    for name in dict.fromkeys([*list(PARTS)[:1], *args.parts]):  # the environment, whatever is asked for
         seconds, function = PARTS[name]
         left = args.budget - (time.monotonic() - BEGIN)
         part = Part(args, name, min(seconds * args.stretch, left - 5))
