@@ -349,10 +349,11 @@ def compare(part: Part, candidate: Candidate, n: int, prefix: int, kind: str, st
         layer = LayerSetting(192, 3, 2, dtype, device, prefix=prefix).layer(candidate, n)
         layer.load_state_dict(state)
         z = x.to(rounded).to(device, dtype, copy=True).requires_grad_()
-        cast = kind == 'autocast' and dtype != torch.float64
-        with torch.autocast(device.type, torch.bfloat16, enabled=cast):
-            with torch.no_grad():
-                folded = layer.eval()(z)
+        # A context for each: in one, PyTorch 2.10 would train with weights that were cast without a gradient.
+        cast = partial(torch.autocast, device.type, torch.bfloat16, kind == 'autocast' and dtype != torch.float64)
+        with torch.no_grad(), cast():
+            folded = layer.eval()(z)
+        with cast():
             y = layer.train()(z)
         y.backward(g.to(device, y.dtype))
         gradients = {key: p.grad for key, p in layer.named_parameters() if p.grad is not None}
