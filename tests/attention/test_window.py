@@ -90,6 +90,13 @@ def test_on_gpu(monkeypatch, window_size, shift, prefix):
     assert torch.autograd.gradgradcheck(lambda x: window.Permutation.apply(x, order, order.argsort()).square(), x)
     assert torch.equal(window.Permutation.apply(x, order, order.argsort()), x[:, order])
 
+    def summed(x):
+        return window.Permutation.apply(x, order, order.argsort()).square().sum()
+
+    assert torch.allclose(torch.func.grad(summed)(x), 2 * x)
+    assert torch.allclose(torch.func.vmap(summed)(x[:, None]), x.square().sum(dim=(1, 2)))
+    assert torch.allclose(torch.func.jvp(summed, (x,), (x,))[1], 2 * x.square().sum())
+
 
 @pytest.fixture(params=[False, True], ids=['numbers', 'symbols'])
 def padded(request, monkeypatch):

@@ -4,6 +4,7 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import Normalize
 
 from tests.data.streams import stand_in_for_streams
 from tests.data.test_transforms import EVERYTHING, PLAIN
@@ -121,3 +122,35 @@ def test_copies_on_a_gpu_are_what_is_on_the_host(tmp_path):
         assert ours[0].device == device and ours[-1].device.type == 'cpu'
         assert torch.equal(ours[1].cpu(), theirs[1])
         torch.testing.assert_close(ours[0].cpu(), theirs[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_transform_of_others_is_called_as_it_is():
+    """Whatever attributes it has, and whatever the data set of a loader of others has."""
+
+    class Mine:
+        normalize = Normalize([0.5] * 3, [0.5] * 3)
+
+        def __call__(self, image, *key):
+            return self.normalize(torch.from_numpy(image).permute(2, 0, 1).float() / 255)
+
+    class Blacks(torch.utils.data.Dataset):
+        normalize = True
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return np.zeros((4, 4, 3), np.uint8), i
+
+    samples = Samples(Blacks(), Mine(), 3, 5)
+    for images, *_ in (*iterate(create_loader(samples, [(0, 0), (0, 1)], 2)), *samples.readable(2)):
+        assert (images == -1).all()
+    ((images, _),) = iterate(torch.utils.data.DataLoader(Blacks(), 2))
+    assert images.dtype == torch.uint8
+
+    class Doubled(EvalTransform):
+        def __call__(self, image, *key):
+            return 2 * super().__call__(image, *key)
+
+    image, *_ = next(Samples(Blacks(), Doubled(PLAIN), 3, 5).readable(1))
+    assert torch.equal(image, 2 * EvalTransform(PLAIN)(np.zeros((4, 4, 3), np.uint8)))

@@ -334,3 +334,14 @@ class TestModes:
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_plan_skips_no_check():
+    """That was made for other types, which are the same key."""
+    dct.dct(torch.randn(2, 8), 4, dim=1)
+    with pytest.raises(TypeError):
+        dct.dct(torch.randn(2, 8), 4, dim=1.0)
+    with torch.autocast('cpu', torch.bfloat16):
+        dct.dct(torch.randn(2, 8), 4)
+        with pytest.raises(ValueError, match='floating-point'):
+            dct.dct(torch.ones(2, 8, dtype=torch.int64), 4)

@@ -66,6 +66,21 @@ class TestTf32:
             raise KeyError
         assert matmul.allow_tf32
 
+    def test_threads_leave_in_any_order(self, on_cuda):
+        """The last one to leave sets back what was there before the first one came."""
+        torch.set_float32_matmul_precision('high')
+        first, second = without_autocast(self.x), without_autocast(self.x)
+        first.__enter__()
+        third = without_autocast(self.x)
+        second.__enter__()
+        third.__enter__()
+        first.__exit__(None, None, None)
+        assert not matmul.allow_tf32
+        second.__exit__(None, None, None)
+        assert not matmul.allow_tf32
+        third.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == 'high'
+
     def test_cpu_is_left_alone(self):
         torch.set_float32_matmul_precision('high')
         try:

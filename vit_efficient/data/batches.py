@@ -115,7 +115,8 @@ def iterate(
     Raises:
         UserError: What the data set raised, as one line; for training, also if nothing in a batch can be read.
     """
-    normal = getattr(getattr(loader, 'dataset', None), 'normalize', None) if normalize else None
+    dataset = getattr(loader, 'dataset', None)
+    normal = dataset.normalize if normalize and isinstance(dataset, Samples) else None
     received = (batch if isinstance(batch, _Batch) else _Batch(batch, {}) for batch in loader)
     if device is not None:
         received = _copied_ahead(received, device) if copies_ahead(device) else (_to(b, device) for b in received)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from vit_efficient.data.config import ON_ERROR
 from vit_efficient.data.files.images import ImageTooLarge, to_array
 from vit_efficient.data.files.jpeg import QuantizedJpeg
+from vit_efficient.data.preprocessing import PixelTransform
 from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
 
@@ -153,12 +154,17 @@ class Samples(Dataset):
         if isinstance(item, Unreadable):
             return item
         image, *truth = item
-        return getattr(self.transform, 'pixels', self.transform)(image, *key), *truth, key[1]
+        transform = self.transform.pixels if self._normalizes_later else self.transform
+        return transform(image, *key), *truth, key[1]
+
+    @property
+    def _normalizes_later(self) -> bool:
+        """Whether the transform is of ours, whose last step can be apart."""
+        return isinstance(self.transform, PixelTransform) and type(self.transform).__call__ is PixelTransform.__call__
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Images (…, C, H, W) as the model takes them: normalised, where they are uint8."""
-        normalize = getattr(self.transform, 'normalize', None)
-        return normalize(images) if normalize else images
+        return self.transform.normalize(images) if self._normalizes_later else images
 
     def readable(self, count: int) -> Iterator[tuple[Any, ...]]:
         """So many samples (at most all), normalised and evenly spread over the set, as in epoch 0, less skipped ones.

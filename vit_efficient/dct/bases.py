@@ -115,7 +115,7 @@ def basis(build: Callable[..., Tensor], sizes: tuple, like: Tensor, dtype: torch
     """
     if is_eager(like) and all(type(size) is int for size in sizes):
         return _kept(build, sizes, dtype, like.device)
-    if torch.compiler.is_dynamo_compiling() and are_numbers(*sizes):
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and are_numbers(*sizes):
         # Symbols whose value is fixed become numbers as bounds of a range.
         sizes = tuple(range(size).stop for size in sizes)
         return getattr(compiled, _compiled_name(build, sizes, dtype, like.device))

@@ -14,8 +14,8 @@ faster. Measured on 2 CPU cores (script: `recipes/benchmarks/README.md`), 768 ch
 of the product to that of the FFT: in float32 21 to 81 ms for m = 256 coefficients, 76 to 82 for 1,024, 309 to 88 for
 4,096; in bfloat16, where the FFT is computed in float32, 51 to 92 ms for 4,096. So the FFT begins at 1,024 coefficients
 in float32; at 8,192 in half precision, by extrapolation; and always where the basis would have more than 2²⁶ entries.
-On GPUs it is
-not measured: by the arithmetic of an H100 (`FFT_FROM_ON_GPU`).
+On GPUs
+it begins where the arithmetic of an H100 says (`FFT_FROM_ON_GPU`).
 """
 
 import math
@@ -136,7 +136,8 @@ def transform(x: Tensor, kind: str, axes: tuple, sizes: tuple, grid: tuple | Non
         return _apply(_plan(x, kind, axes, sizes, grid, product_dtype(x)), x)
     dtype = product_dtype(x)
     # The types, because 2, 2.0 and True are one key and not all sizes.
-    key = (kind, axes, sizes, type(sizes[0]), type(sizes[-1]), grid, x.shape, dtype, x.device)
+    types = (type(axes[0]), type(sizes[0]), type(sizes[-1]))
+    key = (kind, axes, sizes, types, grid, x.shape, x.dtype, dtype, x.device)
     plan = memo.plans.get(key)
     if plan is None:
         plan = _plan(x, kind, axes, sizes, grid, dtype)

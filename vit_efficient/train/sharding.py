@@ -96,6 +96,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     }
     groups = [
         saved | {name: group[name] for name in IMPLEMENTATIONS if name in group}
-        for saved, group in zip(state['param_groups'], optimizer.param_groups, strict=False)  # PyTorch compares numbers
+        for saved, group in zip(state['param_groups'], optimizer.param_groups, strict=False)
     ]
+    groups += state['param_groups'][len(groups) :]  # PyTorch compares how many there are
     optimizer.load_state_dict({**state, 'state': shared, 'param_groups': groups})

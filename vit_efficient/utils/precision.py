@@ -1,5 +1,6 @@
 """The dtypes of products, and the contexts that set them."""
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -30,7 +31,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     if x.is_meta:
         return nullcontext()
     plain = torch.autocast(x.device.type, enabled=False)
-    return plain if torch.compiler.is_compiling() or not uses_tf32(x) else _Float32(plain)
+    if torch.compiler.is_compiling() or not (uses_tf32(x) or _Float32.entered):
+        return plain
+    return _Float32(plain)
 
 
 def uses_tf32(x: Tensor) -> bool:
@@ -39,29 +42,52 @@ def uses_tf32(x: Tensor) -> bool:
 
 
 class _Float32(AbstractContextManager):
-    """A context, and within it products of float32 on CUDA as they are called. Two families of settings say which they
-    are; PyTorch raises an error where they disagree, so the one that was used is set."""
+    """A context, and within it products of float32 on CUDA as they are called; of several threads, until all have left.
+
+    Two families of settings say which products they are. PyTorch raises an error where these disagree, so the one that
+    was used is set.
+    """
+
+    lock = threading.Lock()
+    entered = 0  # contexts, of all threads
+    before: tuple[str | None, str] = (None, '')
 
     def __init__(self, context: AbstractContextManager):
         self.context = context
 
     def __enter__(self) -> None:
         self.context.__enter__()
-        self.on_cpu = torch.backends.mkldnn.matmul.fp32_precision
-        try:
-            self.precision = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision('highest')
-        except RuntimeError:  # the newer family is in use
-            self.precision = None
-            torch.backends.cuda.matmul.fp32_precision = 'ieee'
+        with self.lock:
+            if not _Float32.entered:
+                _Float32.before = _set_float32()
+            _Float32.entered += 1
 
     def __exit__(self, *error) -> None:
-        if self.precision is None:
-            torch.backends.cuda.matmul.fp32_precision = 'tf32'
-        else:
-            torch.set_float32_matmul_precision(self.precision)
-            torch.backends.mkldnn.matmul.fp32_precision = self.on_cpu
+        with self.lock:
+            _Float32.entered -= 1
+            if not _Float32.entered:
+                _restore(*_Float32.before)
         self.context.__exit__(*error)
+
+
+def _set_float32() -> tuple[str | None, str]:
+    """What was set before: None where the newer family is in use."""
+    on_cpu = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision('highest')
+    except RuntimeError:
+        before = None
+        torch.backends.cuda.matmul.fp32_precision = 'ieee'
+    return before, on_cpu
+
+
+def _restore(before: str | None, on_cpu: str) -> None:
+    if before is None:
+        torch.backends.cuda.matmul.fp32_precision = 'tf32'
+    else:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.mkldnn.matmul.fp32_precision = on_cpu
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
