@@ -705,7 +705,7 @@ class TestFakeGpu:
         assert all(t.grad.shape == t.shape for t in (q, k, v))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.cuda
 class TestGpu:
     @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float16))
     @pytest.mark.parametrize('dim', (12, 64, 72))

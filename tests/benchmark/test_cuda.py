@@ -101,7 +101,7 @@ def test_the_rate_of_products_waits(gpu, monkeypatch):
     assert timing.matmul_rate(torch.float32, GPU, side=8) == 8**3 / 0.5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.cuda
 @pytest.mark.parametrize('kind', ['layer', 'model'])
 def test_by_command(kind, capsys):
     import json

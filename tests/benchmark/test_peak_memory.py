@@ -70,7 +70,7 @@ def test_a_peak_that_cannot_be_reset(monkeypatch):
         peak_memory._measure(lambda: lambda: None)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.cuda
 def test_cuda():
     device = torch.device('cuda')
     x = torch.ones(50 * MB // 4, device=device)
