@@ -110,12 +110,12 @@ def _compiled_name(build: Callable, sizes: tuple, dtype: torch.dtype, device: to
 def basis(build: Callable[..., Tensor], sizes: tuple, like: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor `build(*sizes, device)` in `dtype` on the device of `like`, from the memo where that is sound.
 
-    A compiled graph is given it, unless a size is left open. An exported or traced one builds it: its file would hold
-    it.
+    A compiled graph is given it, unless a size is left open; so is one of `torch.export` with strict=True, whose file
+    holds it. Other exported or traced graphs build it.
     """
     if is_eager(like) and all(type(size) is int for size in sizes):
         return _kept(build, sizes, dtype, like.device)
-    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and are_numbers(*sizes):
+    if torch.compiler.is_dynamo_compiling() and are_numbers(*sizes):
         # Symbols whose value is fixed become numbers as bounds of a range.
         sizes = tuple(range(size).stop for size in sizes)
         return getattr(compiled, _compiled_name(build, sizes, dtype, like.device))
