@@ -43,19 +43,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vit_efficient
 from vit_efficient.benchmark.layers import EXACT, Candidate, LayerSetting
+from vit_efficient.benchmark.peak_memory import peak_on_cuda
+from vit_efficient.benchmark.timing import synchronize
+from vit_efficient.benchmark.ways import BACKENDS
 from vit_efficient.dct.bases import memo
+from vit_efficient.report.table import Table
 from vit_efficient.train import load_recipe, run, train
 from vit_efficient.train.distributed import Processes
 from vit_efficient.utils import device as devices
-from vit_efficient.utils.environment import describe_environment
+from vit_efficient.utils.environment import describe_environment, one_line
+from vit_efficient.utils.errors import first_line
 
 BEGIN = time.monotonic()
-BACKENDS = {
-    'cudnn': SDPBackend.CUDNN_ATTENTION,
-    'flash': SDPBackend.FLASH_ATTENTION,
-    'efficient': SDPBackend.EFFICIENT_ATTENTION,
-    'math': SDPBackend.MATH,
-}
 
 
 # --- rows and clocks -------------------------------------------------------------------------------------------------
@@ -96,10 +95,6 @@ class Part:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def sync(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
 
 class OutOfTime(Exception):
     """Of a part, before a case."""
@@ -110,16 +105,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def describe(error: BaseException) -> str:
-    return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+    return f'{type(error).__name__}: {first_line(error)}'
 
 
 def bench(part: Part, call: Callable[[], object], seconds: float = 0.12, graph: bool = False) -> dict[str, Any]:
     """Median milliseconds of a call as it is launched, of the host alone, and, captured, of the device alone."""
     call()
-    part.sync()
+    synchronize(part.device)
     start = time.perf_counter()
     call()
-    part.sync()
+    synchronize(part.device)
     took = time.perf_counter() - start
     inner = max(1, min(200, int(seconds / 5 / max(took, 1e-6))))
     times, host = [], []
@@ -128,7 +123,7 @@ def bench(part: Part, call: Callable[[], object], seconds: float = 0.12, graph: 
         for _ in range(inner):
             call()
         host.append((time.perf_counter() - start) / inner)
-        part.sync()
+        synchronize(part.device)
         times.append((time.perf_counter() - start) / inner)
     found: dict[str, Any] = dict(ms=1e3 * statistics.median(times), host_ms=1e3 * min(host))
     if graph and part.cuda:
@@ -143,13 +138,7 @@ def peak(part: Part, call: Callable[[], object]) -> float | None:
     """MiB that a call adds."""
     if not part.cuda:
         return None
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return round(peak_on_cuda(call, part.device) / 2**20, 1)
 
 
 def kernels(call: Callable[[], object], calls: int = 5) -> tuple[float, str]:
@@ -554,7 +543,7 @@ def time_model(part: Part, kind: str, px: int, batch: int, work: str, compiled: 
         vit_efficient.models.compile_blocks(model)
         start = time.perf_counter()
         call()
-        part.sync()
+        synchronize(part.device)
         found['first_call_s'] = round(time.perf_counter() - start, 1)
     found.update(bench(part, call, 0.3), mib=peak(part, call))
     if part.cuda and not training:
@@ -794,14 +783,12 @@ def summarise(out: Path) -> tuple[str, bool]:
     lines = ['# GPU check', '']
     for row in rows:
         if row['what'] == 'environment':
-            packages = ', '.join(f'{name} {number}' for name, number in row['packages'].items())
-            lines += [f'{row["gpu"] or row["cpu"]}; Python {row["python"]}, {packages}; commit {row["git"]}.', '']
+            lines += [f'{one_line(row)}.', '']
     for what, columns in TABLES.items():
         found = [row for row in rows if row['what'] == what and 'failed' not in row]
         if found:
-            cells = [' | '.join('' if row.get(c) is None else str(row[c]) for c in columns) for row in found]
-            head = [f'## {what}', '', f'| {" | ".join(columns)} |', '|' + '--|' * len(columns)]
-            lines += [*head, *(f'| {cell} |' for cell in cells), '']
+            table = Table(columns, [{column: row.get(column) for column in columns} for row in found])
+            lines += [f'## {what}', '', table.render()]
     compared = [row for row in rows if row['what'] == 'right' and 'kind' in row]
     beyond = [row for row in rows if row.get('beyond')]
     worst = {kind: [max(r['errors'].values()) for r in compared if r['kind'] == kind] for kind in LIMITS}

@@ -11,14 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vit_efficient.benchmark.timing import CPU, Call, check_plans, check_request, compiled_by_now, measure_block
-from vit_efficient.benchmark.ways import (
-    Inputs,
-    check_way,
-    depends_on_data,
-    replayed,
-    sdpa_context,
-    way_of,
-)
+from vit_efficient.benchmark.ways import Inputs, check_way, depends_on_data, replayed, sdpa_context, way_of
 from vit_efficient.flops import count_flops
 from vit_efficient.models import compile_blocks, create_from_spec, input_size
 from vit_efficient.utils.checks import check_choice

@@ -14,8 +14,8 @@ faster. Measured on 2 CPU cores (script: `recipes/benchmarks/README.md`), 768 ch
 of the product to that of the FFT: in float32 21 to 81 ms for m = 256 coefficients, 76 to 82 for 1,024, 309 to 88 for
 4,096; in bfloat16, where the FFT is computed in float32, 51 to 92 ms for 4,096. So the FFT begins at 1,024 coefficients
 in float32; at 8,192 in half precision, by extrapolation; and always where the basis would have more than 2²⁶ entries.
-On GPUs
-it begins where the arithmetic of an H100 says (`FFT_FROM_ON_GPU`).
+On GPUs it
+begins where the arithmetic of an H100 says (`FFT_FROM_ON_GPU`).
 """
 
 import math
