@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'vit_efficient/version.py').read_text()).group(1)
 
 DEMO = ['mlxtend', 'scikit-image']
+DOCS = ['furo', 'myst-parser>=4', 'sphinx>=8']
 HF = ['datasets>=3']
 JPEG = ['pyjpegio>=0.3', 'simplejpeg>=1.9']
 ONNX = ['onnx', 'onnxscript', 'onnxruntime']
@@ -42,12 +43,13 @@ setup(
     ],
     extras_require={
         'demo': DEMO,
+        'docs': DOCS,
         'hf': HF,
         'jpeg': JPEG,
         'onnx': ONNX,
         'peers': PEERS,
         'webdataset': WEBDATASET,
-        'dev': [*DEMO, *HF, *JPEG, *ONNX, *PEERS, *WEBDATASET, *TESTS],
+        'dev': [*DEMO, *DOCS, *HF, *JPEG, *ONNX, *PEERS, *WEBDATASET, *TESTS],
     },
     entry_points={'console_scripts': ['vit-efficient = vit_efficient.cli:main']},
     classifiers=[
