@@ -48,7 +48,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
     --rdzv-backend=c10d \
     --rdzv-endpoint="$first:$((20000 + SLURM_JOB_ID % 20000))" \
-    -m vit_efficient.cli train "$@" resume=auto &
+    -m vit_efficient train "$@" resume=auto &
 step=$!
 
 status=0

@@ -154,7 +154,7 @@ def test_it_is_trained_resumed_and_evaluated(plugged, tmp_path):
     config = tiny_recipe(data, tmp_path / 'run', plugins=['plugged'], hooks={'plugged_norm': {'strength': 0.01}})
     config.model.name, config.model.args = 'vit_plugged_rows_tiny', {**TINY, 'attention_kwargs': {'rows': 2}}
     (plugged / 'recipe.yaml').write_text(to_yaml(config))
-    command = ['-m', 'vit_efficient.cli']
+    command = ['-m', 'vit_efficient']
     python(plugged, *command, 'train', 'recipe.yaml', 'checkpoint_steps=5')
     result = json.loads((tmp_path / 'run/result.json').read_text())
     assert result['plugged_norm'] == {'steps': 12}
@@ -178,7 +178,7 @@ def test_a_hook_that_is_not_there_is_named(plugged, tmp_path):
     config = tiny_recipe(write_tree(tmp_path / 'data'), tmp_path / 'run', hooks={'plugged_nrom': {}})
     config.plugins = ['plugged']
     (plugged / 'wrong.yaml').write_text(to_yaml(config))
-    command = [sys.executable, '-m', 'vit_efficient.cli', 'train', 'wrong.yaml']
+    command = [sys.executable, '-m', 'vit_efficient', 'train', 'wrong.yaml']
     done = subprocess.run(command, cwd=plugged, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "has no option 'plugged_nrom'; did you mean plugged_norm?" in done.stderr

@@ -9,8 +9,8 @@ import timm
 import torch
 
 import vit_efficient
-from vit_efficient.cli import main
 from vit_efficient.train import load_recipe
+from vit_efficient_cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

@@ -2,7 +2,7 @@
 
 import sys
 
-from vit_efficient.cli import main
+from vit_efficient_cli import main
 
 if __name__ == '__main__':
     sys.exit(main(['benchmark', *sys.argv[1:]]))

@@ -644,7 +644,7 @@ def training(part: Part) -> None:
 
 
 def stopped_and_resumed(folder: Path, overrides: list[str]) -> dict[str, int]:
-    command = [sys.executable, '-m', 'vit_efficient.cli', 'train', 'recipes/images.yaml', *overrides]
+    command = [sys.executable, '-m', 'vit_efficient', 'train', 'recipes/images.yaml', *overrides]
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([os.getcwd(), os.environ.get('PYTHONPATH', '')])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     waited = time.monotonic()

@@ -93,7 +93,7 @@ def _write(
         lines.append(f'Projection, not a result: {hours:,.0f} GPU hours, at {1 / seconds:,.0f} images/s per GPU.')
     else:
         lines.append('GPU hours: not projected, since no throughput has been measured (README.md).')
-    lines.append(f'    torchrun --nproc-per-node 8 -m vit_efficient.cli train recipes/imagenet1k/{name}.yaml')
+    lines.append(f'    torchrun --nproc-per-node 8 -m vit_efficient train recipes/imagenet1k/{name}.yaml')
     header = ''.join(f'# {line}\n' for line in lines)
     path.write_text(f'{header}\n{yaml.safe_dump({"extends": extends, **keys}, sort_keys=False)}', encoding='utf-8')
 

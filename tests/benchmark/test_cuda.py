@@ -106,7 +106,7 @@ def test_the_rate_of_products_waits(gpu, monkeypatch):
 def test_by_command(kind, capsys):
     import json
 
-    from vit_efficient.cli import main
+    from vit_efficient_cli import main
 
     common = ['--device', 'cuda', '--dtype', 'bfloat16', '--rounds', '2', '--format', 'json']
     if kind == 'layer':

@@ -7,7 +7,7 @@ import torch
 
 from vit_efficient import count_flops
 from vit_efficient.benchmark import ModelCandidate, ModelSetting, benchmark_models, matmul_rate
-from vit_efficient.cli import main
+from vit_efficient_cli import main
 
 TINY = dict(patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3)
 MODELS = [

@@ -23,7 +23,7 @@ from vit_efficient.benchmark import (
     timing,
     ways,
 )
-from vit_efficient.cli import main
+from vit_efficient_cli import main
 
 SMALL = LayerSetting(dim=16, num_heads=2)
 TINY = dict(patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)

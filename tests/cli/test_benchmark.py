@@ -7,8 +7,8 @@ import timm
 
 from vit_efficient import list_attentions
 from vit_efficient.benchmark import Candidate, LayerSetting, layers, timing
-from vit_efficient.cli import main
 from vit_efficient.flops import count_flops
+from vit_efficient_cli import main
 
 SMALL = ['--dim', '32', '--heads', '2', '--rounds', '2']
 FAST = [*SMALL, '--tokens', '36', '91', '--no-memory']

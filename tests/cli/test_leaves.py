@@ -3,8 +3,8 @@ from PIL import Image
 from tests.data.trees import write_tree
 from tests.train.recipes import tiny_recipe
 from tests.train.test_stages import STAGES, staged_recipe
-from vit_efficient.cli import main
 from vit_efficient.train import train
+from vit_efficient_cli import main
 
 
 def test_from_the_command_line(tmp_path, capsys):

@@ -1,7 +1,9 @@
 """What is the same for all commands: how they end, what they say on the way, and what they make of slips."""
 
+import importlib
 import logging
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from vit_efficient.cli import main
 from vit_efficient.utils.errors import UserError
+from vit_efficient_cli import COMMANDS, main
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def plot(monkeypatch):
 
     def put(run):
         module = SimpleNamespace(add_arguments=lambda parser: parser.add_argument('--values'), run=run)
-        monkeypatch.setitem(sys.modules, 'vit_efficient.cli.plot', module)
+        monkeypatch.setitem(sys.modules, 'vit_efficient_cli.plot', module)
 
     return put
 
@@ -60,13 +62,13 @@ def test_interrupts(plot, capsys):
 def test_a_reader_that_has_gone():
     """As `head` does, it ends the command, which has nothing to say to that. Other pipes that break are errors."""
     code = (
-        'import sys; from types import SimpleNamespace; from vit_efficient.cli import main\n'
+        'import sys; from types import SimpleNamespace; from vit_efficient_cli import COMMANDS, main\n'
         'def run(args):\n'
         '    if args.values:\n'
         '        raise BrokenPipeError(32, "of a worker")\n'
         '    print("table")\n'
         'add = lambda parser: parser.add_argument("--values")\n'
-        'sys.modules["vit_efficient.cli.plot"] = SimpleNamespace(add_arguments=add, run=run)\n'
+        'sys.modules["vit_efficient_cli.plot"] = SimpleNamespace(add_arguments=add, run=run)\n'
         'sys.exit(main(sys.argv[1:]))\n'
     )
     reader, writer = os.pipe()
@@ -127,3 +129,52 @@ def test_options_may_be_shortened(plot):
     found = []
     plot(lambda args: found.append(args.values))
     assert main(['plot', '--val', 'x']) == 0 and found == ['x']
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match='0'):
+        main(['--version'])
+    assert re.fullmatch(r'vit-efficient \S+, torch \S+, timm \S+\n', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        ['--help'],
+        ['--version'],
+        ['recipe', 'list'],
+        ['recipe', 'copy', 'imagez'],
+        ['trian'],
+        ['train', 'nothing.yaml'],
+        ['evaluate', 'runs/nothing', '--data', 'val'],
+        ['export', 'runs/nothing', '--out', 'a.onnx'],
+        ['leaves', 'runs/nothing', 'a.png'],
+        ['plot', 'runs/nothing'],
+        ['truncate', 'nothing.png'],
+        ['table', 'accuracy', 'nothing.yaml'],
+        *([name, '--help'] for name in COMMANDS),
+        *(['table', name, '--help'] for name in ('flops', 'accuracy')),
+        *(['benchmark', name, '--help'] for name in ('layer', 'model')),
+    ],
+    ids=' '.join,
+)
+def test_answers_that_wait_for_no_import(command, monkeypatch, capsys):
+    """Help, slips and missing files are answered before PyTorch and timm are imported, which takes seconds."""
+
+    class Refusing:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition('.')[0] in ('vit_efficient', 'torch', 'timm', 'numpy', 'yaml'):
+                raise AssertionError(f'{name} is imported')
+
+    for name in [
+        name for name in sys.modules if re.match(r'(vit_efficient|vit_efficient_cli|torch|timm|numpy|yaml)\b', name)
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, 'meta_path', [Refusing(), *sys.meta_path])
+    try:
+        assert importlib.import_module('vit_efficient_cli').main(command) in (0, 2)
+    except SystemExit as end:
+        assert end.code in (0, 2)
+    out, err = capsys.readouterr()
+    assert out or err
+    assert (err.count('no such') == 1) == any('nothing' in word or 'imagez' in word for word in command)

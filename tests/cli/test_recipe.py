@@ -1,11 +1,15 @@
 import csv
 import io
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from vit_efficient.cli import main
-from vit_efficient.train import config
+from vit_efficient.train import config, load_recipe
+from vit_efficient_cli import main
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +56,72 @@ def test_keys_by_a_word_in_their_name_or_meaning(word, found, capsys):
 def test_a_word_that_no_key_has(capsys):
     assert main(['recipe', 'keys', '--like', 'clip_gard']) == 2
     assert "no key has 'clip_gard' in its name or meaning; did you mean clip_grad?" in capsys.readouterr().err
+
+
+def test_what_comes_with_the_package(capsys):
+    assert main(['recipe', 'list']) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {'images', 'slurm.sh', 'imagenet1k/', 'mnist5k/'} <= set(names) and 'benchmarks/' not in names
+    assert main(['recipe', 'list', 'mnist5k']) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines['mnist5k/full'] == 'Exact attention on 5,000 MNIST digits (64 patches)'
+    assert lines['mnist5k/prepare.py'].startswith('Writes the 5,000 MNIST digits') and 'mnist5k/options/' in lines
+
+
+@pytest.mark.parametrize('name', ['images', 'images.yaml', 'recipes/images.yaml'])
+def test_a_recipe_is_printed(name, capsys):
+    assert main(['recipe', 'show', name]) == 0
+    assert capsys.readouterr().out == (ROOT / 'recipes' / 'images.yaml').read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize(
+    ('name', 'copied'),
+    [
+        ('mnist5k/options/kv', ['mnist5k/base.yaml', 'mnist5k/dct.yaml', 'mnist5k/options/kv.yaml']),
+        (
+            'imagenet1k/distill/dct_small',
+            [f'imagenet1k/{x}.yaml' for x in ('base', 'deit3', 'deit3/dct_small', 'distill/dct_small')],
+        ),
+        ('slurm.sh', ['slurm.sh']),
+    ],
+)
+def test_a_copy_has_what_it_extends(name, copied, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(['recipe', 'copy', name]) == 0
+    assert sorted(capsys.readouterr().out.split()) == [f'recipes/{path}' for path in copied]
+    assert sorted(path.as_posix() for path in Path().rglob('*') if path.is_file()) == [
+        f'recipes/{path}' for path in copied
+    ]
+    if name != 'slurm.sh':
+        config = load_recipe(f'recipes/{name}.yaml')
+        assert config.output == f'runs/{name}'
+        assert config == replace(load_recipe(ROOT / f'recipes/{name}.yaml'), recipe=config.recipe)
+
+
+def test_a_folder_is_copied_and_nothing_overwritten(tmp_path, capsys):
+    command = ['recipe', 'copy', 'mnist5k', str(tmp_path)]
+    assert main(command) == 0
+    copied = {path.relative_to(tmp_path) for path in tmp_path.rglob('*') if path.is_file()}
+    assert {Path('mnist5k/prepare.py'), Path('mnist5k/treeformer/tc.yaml')} <= copied
+    assert main(command) == 0  # the same again
+    (tmp_path / 'mnist5k' / 'dct.yaml').write_text('mine: 1')
+    (tmp_path / 'mnist5k' / 'base.yaml').unlink()
+    capsys.readouterr()
+    assert main(command) == 2
+    assert f'{tmp_path}/mnist5k/dct.yaml is there and differs' in capsys.readouterr().err
+    assert not (tmp_path / 'mnist5k' / 'base.yaml').exists()
+
+
+@pytest.mark.parametrize(
+    ('command', 'message'),
+    [
+        (['show', 'imges'], 'imges: no such recipe; did you mean images?'),
+        (['copy', 'mnist5k/dtc'], 'mnist5k/dtc: no such recipe; did you mean mnist5k/dct?'),
+        (['list', 'minst5k'], 'did you mean mnist5k/?'),
+        (['show', 'mnist5k'], 'mnist5k is a folder of recipes'),
+        (['show', '../setup.py'], '../setup.py: no such recipe'),
+    ],
+)
+def test_recipes_that_are_not_there(command, message, capsys):
+    assert main(['recipe', *command]) == 2
+    assert message in capsys.readouterr().err

@@ -4,9 +4,9 @@ import json
 import pytest
 import timm
 
-from vit_efficient.cli import main
 from vit_efficient.flops import count_flops
 from vit_efficient.utils.options import parse_spec
+from vit_efficient_cli import main
 
 
 def test_flops_prints_what_count_flops_counts(capsys):

@@ -12,11 +12,11 @@ import torch
 
 from tests.data.trees import write_tree
 from tests.train.recipes import tiny_recipe
-from vit_efficient.cli import main
 from vit_efficient.train import train
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.recipe import to_yaml
+from vit_efficient_cli import main
 
 
 @pytest.fixture(scope='module')
@@ -114,14 +114,16 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(recipe, tmp_path, caps
     assert sorted(path.name for path in tmp_path.iterdir()) == ['tiny.yaml']
 
 
-def test_a_missing_recipe(tmp_path, capsys):
+def test_a_missing_recipe(recipe, tmp_path, capsys):
     line = error_of(capsys, 'train', tmp_path / 'nothing.yaml')
-    assert line.endswith('nothing.yaml: cannot read the recipe: No such file or directory')
+    assert 'nothing.yaml: no such recipe; `vit-efficient recipe list` shows those that come' in line
+    line = error_of(capsys, 'train', tmp_path / 'tinny.yaml')
+    assert 'tinny.yaml: no such recipe; did you mean' in line and 'tiny.yaml?' in line
 
 
 def test_evaluate_names_what_does_not_fit(trained, data, tmp_path, capsys):
     assert 'there is no config.json' in error_of(capsys, 'evaluate', tmp_path, '--data', data / 'val')
-    assert 'no such model folder' in error_of(capsys, 'evaluate', tmp_path / 'x', '--data', data / 'val')
+    assert 'no such run or model folder' in error_of(capsys, 'evaluate', tmp_path / 'x', '--data', data / 'val')
     assert 'no such data folder' in error_of(capsys, 'evaluate', trained, '--data', tmp_path / 'x')
     other = write_tree(tmp_path / 'other', classes=2) / 'val'
     assert "missing ['c2']" in error_of(capsys, 'evaluate', trained, '--data', other)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.data.trees import pixels
 from vit_efficient import dct
-from vit_efficient.cli import main
+from vit_efficient_cli import main
 
 
 def save(path, image):

@@ -10,7 +10,6 @@ from timm.data.readers.reader import Reader
 
 from tests.data.jpegs import jpeg, photograph
 from tests.data.trees import write_tree
-from vit_efficient.cli import main
 from vit_efficient.data import (
     DataConfig,
     ImageTree,
@@ -27,6 +26,7 @@ from vit_efficient.models import save_model
 from vit_efficient.train import Config, train
 from vit_efficient.train.config import LossConfig, ModelConfig, SchedConfig
 from vit_efficient.train.rules import validate
+from vit_efficient_cli import main
 
 NAME = 'vit_tiny_patch16_224'
 ARGS = {'img_size': 64, 'patch_size': 16, 'embed_dim': 12, 'depth': 1, 'num_heads': 2}

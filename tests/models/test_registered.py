@@ -69,7 +69,7 @@ from vit_efficient.utils.options import parse_spec
 
 model = create_from_spec(*parse_spec('vit_mean_tiny:weight=1/4,depth=1'))
 assert model.attention_spec() == [('mean', dict(weight=0.25))]
-from vit_efficient.cli import main
+from vit_efficient_cli import main
 
 command = ['table', 'flops', '--models', 'vit_full_tiny', 'vit_mean_tiny:weight=1/4', '--img-sizes', '64']
 assert main(command) == 0

@@ -8,11 +8,11 @@ import timm
 import torch
 from PIL import Image
 
-from vit_efficient.cli import main
 from vit_efficient.flops import count_flops
 from vit_efficient.report import accuracy as table_accuracy
 from vit_efficient.report import evaluation
 from vit_efficient.report.runs import folder_of_run
+from vit_efficient_cli import main
 
 RECIPE = """
 model:

@@ -6,9 +6,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vit_efficient.cli import main
 from vit_efficient.report.curves import known_values, plot_curves, points_of
 from vit_efficient.train.log import read_metrics
+from vit_efficient_cli import main
 
 
 def write_run(folder, epochs=3, per_epoch=4, extra=''):

@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 from skimage import data as photographs
 
-from vit_efficient.cli import main
 from vit_efficient.data import Preprocessing, create_dataset, eval_input, to_array
 from vit_efficient.data.config import AugmentConfig, DataConfig
 from vit_efficient.train import load_model, train
 from vit_efficient.train.config import Config, ModelConfig, SchedConfig, StageConfig
+from vit_efficient_cli import main
 
 ARGS = dict(img_size=[96, 128], patch_size=16, embed_dim=24, depth=2, num_heads=2)
 CUT = dict(patch_embed='dct', patch_keep=[8, 4, 4], patch_color='ycbcr')

@@ -13,13 +13,13 @@ from tests.data.shards import write_saved, write_shards
 from tests.data.trees import READABLE, UNREADABLE, write_odd_files
 from tests.train.recipes import TINY, tiny_recipe, train_on_one_and_two_processes
 from tests.train.test_trainer import assert_same_run, fail, same
-from vit_efficient.cli import main
 from vit_efficient.data import SizeConfig
 from vit_efficient.train import experiment, train
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import LossConfig
 from vit_efficient.train.recipe import load_recipe, to_yaml
 from vit_efficient.train.trainer import Trainer
+from vit_efficient_cli import main
 
 SKIMAGE = ('astronaut', 'chelsea', 'coffee')
 

@@ -19,7 +19,6 @@ import torch
 from tests.data.trees import write_tree
 from tests.train.recipes import ROOT, TINY, tiny_recipe, train_on_one_and_two_processes
 from tests.train.test_trainer import assert_same_run, fail, same
-from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler
 from vit_efficient.train import evaluate, experiment, load_model, run_folder, train, trainer
 from vit_efficient.train.checkpoint import list_checkpoints, load_checkpoint, load_newest, save_checkpoint
@@ -28,6 +27,7 @@ from vit_efficient.train.log import MetricsLog
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.trainer import Trainer
 from vit_efficient.utils import files
+from vit_efficient_cli import main
 
 
 @pytest.fixture(scope='module')

@@ -11,12 +11,12 @@ import yaml
 from tests.data.trees import write_tree
 from tests.train.recipes import ALL, load_any, tiny_recipe
 from tests.train.test_trainer import same
-from vit_efficient.cli import main
 from vit_efficient.train import load_recipe, run
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.train.trainer import Trainer
 from vit_efficient.utils.errors import UserError
+from vit_efficient_cli import main
 
 ODD = (
     *(None, True, -1, 0, 1.5, 10**12, 10**400, -math.inf, math.inf, math.nan),

@@ -11,13 +11,13 @@ from PIL import Image
 from tests.data.trees import READABLE, UNREADABLE, pixels, write_odd_files, write_tree
 from tests.train.recipes import tiny_recipe, train_on_one_and_two_processes
 from tests.train.test_trainer import assert_same_run, fail, same
-from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler, ImageTree
 from vit_efficient.train import train
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.rules import validate
 from vit_efficient.train.trainer import Trainer
+from vit_efficient_cli import main
 
 
 @pytest.fixture(scope='module')

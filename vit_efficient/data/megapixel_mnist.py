@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-import cv2
 import numpy as np
 from PIL import Image
 from timm.layers import to_2tuple
@@ -21,7 +20,10 @@ from torch.utils.data import Dataset
 from vit_efficient.data.sampler import stable_seed
 from vit_efficient.utils.checks import as_integer, as_sides, check_choice, is_pair, is_real
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.packages import import_optional
+from vit_efficient.utils.packages import import_optional, needing
+
+with needing('train', 'canvases are drawn with', 'albumentations'):
+    import cv2
 
 SPLITS = ('train', 'val')
 NONE = 10  # the class of patches that no digit covers

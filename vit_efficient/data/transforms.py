@@ -5,8 +5,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import albumentations as A
-import cv2
 import numpy as np
 import torch
 
@@ -14,6 +12,11 @@ from vit_efficient.data.config import AugmentConfig, SizeConfig
 from vit_efficient.data.preprocessing import Normalization, PixelTransform, Preprocessing
 from vit_efficient.data.sampler import sample_seed
 from vit_efficient.data.truncation import Block, Ratio, check_arguments, truncate_array
+from vit_efficient.utils.packages import needing
+
+with needing('train', 'images are augmented by'):
+    import albumentations as A
+    import cv2
 
 _CV2_INTERPOLATION = dict(
     nearest=cv2.INTER_NEAREST, bilinear=cv2.INTER_LINEAR, bicubic=cv2.INTER_CUBIC, lanczos=cv2.INTER_LANCZOS4

@@ -12,6 +12,7 @@ from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
+from vit_efficient.utils.packages import needing
 
 AXES = ('epoch', 'step', 'hours')
 TRAIN_LOSS = 'train/loss'
@@ -113,7 +114,8 @@ def plot_curves(
 
 def _draw(curves: dict[str, dict[str, Points]], values: Sequence[str], against: str, path: str | Path) -> None:
     """Saves the figure of curves, by label and value."""
-    from matplotlib.figure import Figure
+    with needing('train', 'plots are drawn with'):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1 + 4.5 * len(values), 4.5), dpi=150, layout='constrained')
     panels = figure.subplots(1, len(values), squeeze=False)[0]

@@ -7,6 +7,7 @@ from torch import Tensor
 from vit_efficient.attention.treeformer.leaves import Leaves
 from vit_efficient.report.plot import show_image
 from vit_efficient.utils.files import save_figure
+from vit_efficient.utils.packages import needing
 
 
 def plot_leaves(image: Tensor, found: dict[int, Leaves], path: str | Path, queries: bool = False) -> None:
@@ -20,7 +21,8 @@ def plot_leaves(image: Tensor, found: dict[int, Leaves], path: str | Path, queri
         path: PNG, or by another suffix PDF or SVG.
         queries: Whether to show the leaves of the patches as queries rather than as keys.
     """
-    from matplotlib.figure import Figure
+    with needing('train', 'plots are drawn with'):
+        from matplotlib.figure import Figure
 
     rows, heads = len(found), next(iter(found.values())).keys.shape[1]
     figure = Figure(figsize=(1.5 * (heads + 1) + 0.3, 1.6 * rows + 0.2), dpi=150, layout='constrained')

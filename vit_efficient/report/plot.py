@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
+from vit_efficient.utils.packages import needing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +68,8 @@ def plot_accuracy(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
     Raises:
         UserError: If a panel has no points, or costs that are not above 0.
     """
-    from matplotlib.figure import Figure
+    with needing('train', 'plots are drawn with'):
+        from matplotlib.figure import Figure
 
     panels = [panel for row in rows for panel in row]
     for panel in panels:

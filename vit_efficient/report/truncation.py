@@ -16,6 +16,7 @@ from vit_efficient.report.plot import show_image
 from vit_efficient.report.table import Column, Table
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
+from vit_efficient.utils.packages import needing
 
 
 def truncation_table(
@@ -83,7 +84,8 @@ def _energy_ratio(x: Tensor, options: Mapping[str, Any]) -> float:
 
 def plot_truncations(images: Sequence[Tensor], rows: Sequence[Mapping[str, Any]], title: str, path: str | Path) -> None:
     """Saves an image, the first of `images`, and its truncations, each a row of the table, side by side."""
-    from matplotlib.figure import Figure
+    with needing('train', 'plots are drawn with'):
+        from matplotlib.figure import Figure
 
     dpi = 150
     height, width = images[0].shape[-2:]

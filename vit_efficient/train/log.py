@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vit_efficient.train.evaluation import Evaluation, describe
@@ -20,6 +19,10 @@ from vit_efficient.train.hooks import plain
 from vit_efficient.train.state import Progress, TrainState
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_text, writing
+from vit_efficient.utils.packages import needing
+
+with needing('train', 'training is logged by'):
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS = 'metrics.jsonl'
 TENSORBOARD = 'tensorboard'

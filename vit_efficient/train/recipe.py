@@ -10,16 +10,17 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-
 from vit_efficient.train.config import MAX_NUMBER, Config
 from vit_efficient.train.rules import validate
 from vit_efficient.utils.checks import nearest
 from vit_efficient.utils.errors import UserError, first_line, one_line
 from vit_efficient.utils.keys import element_of, flatten
 from vit_efficient.utils.options import parse_fractions
-from vit_efficient.utils.packages import import_plugins
+from vit_efficient.utils.packages import import_plugins, needing
+
+with needing('train', 'recipes are read with'):
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:

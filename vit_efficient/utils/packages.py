@@ -1,6 +1,7 @@
 """Packages that a single feature needs, which an extra of this one installs; and plug-ins."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -11,19 +12,26 @@ class MissingPackage(UserError, ImportError):
     """An optional package is not installed."""
 
 
-def import_optional(module: str, purpose: str, extra: str, package: str = '') -> ModuleType:
-    """A module of an optional package, or a MissingPackage that says which `extra` installs it.
+@contextmanager
+def needing(extra: str, purpose: str, package: str = '') -> Iterator[None]:
+    """Turns an import of an optional package that is not there into a MissingPackage that says which `extra` has it.
 
     `purpose` has a verb whose object the package is, such as 'shards are read with'; `package` is its name where that
     is not the first part of the module's.
     """
     try:
-        return import_module(module)
+        yield
     except ImportError as error:
-        package = package or module.partition('.')[0]
+        package = package or (error.name or '').partition('.')[0]
         raise MissingPackage(
             f"{purpose} the {package} package, which is not installed: pip install 'vit-efficient[{extra}]'"
         ) from error
+
+
+def import_optional(module: str, purpose: str, extra: str, package: str = '') -> ModuleType:
+    """A module of an optional package, or a MissingPackage; see `needing`."""
+    with needing(extra, purpose, package or module.partition('.')[0]):
+        return import_module(module)
 
 
 def import_plugins(names: Iterable[str]) -> None:

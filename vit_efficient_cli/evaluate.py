@@ -3,9 +3,8 @@
 import argparse
 import sys
 
-from vit_efficient.cli import is_first_process
-from vit_efficient.cli.parsing import DATA
-from vit_efficient.utils.checks import as_integer
+from vit_efficient_cli import is_first_process
+from vit_efficient_cli.parsing import DATA, MODEL, check_exists
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_exists(args.model, MODEL)
     from vit_efficient.report.evaluation import SavedModel, evaluate_saved
     from vit_efficient.train.evaluation import describe
+    from vit_efficient.utils.checks import as_integer
 
     as_integer('--batch-size', args.batch_size)
     as_integer('--workers', args.workers, least=0)

@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from vit_efficient.cli import is_first_process
+from vit_efficient_cli import is_first_process
+from vit_efficient_cli.parsing import RECIPE, check_exists
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
+    check_exists(args.recipe, 'recipe', RECIPE)
     from vit_efficient.train import Interrupted, load_recipe, train
     from vit_efficient.train.evaluation import describe
 

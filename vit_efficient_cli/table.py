@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vit_efficient.cli.parsing import FORMAT, IMG_SIZES, MODELS
+from vit_efficient_cli.parsing import FORMAT, IMG_SIZES, MODELS, RECIPE, check_exists
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int | None:
 
 
 def _accuracy_table(args: argparse.Namespace) -> int | None:
+    for path in args.recipes:
+        check_exists(path, 'recipe', RECIPE)
     from vit_efficient.report.accuracy import accuracy_table
     from vit_efficient.train import Interrupted
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vit_efficient.utils.errors import UserError
+from vit_efficient_cli.parsing import check_exists
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    for path in args.runs:
+        check_exists(path, 'run')
     from vit_efficient.report.curves import plot_curves
+    from vit_efficient.utils.errors import UserError
 
     if args.out.is_dir():
         raise UserError(f'--out={args.out} is a folder; give the file of the figure, such as {args.out / "curves.png"}')

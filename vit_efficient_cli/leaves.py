@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vit_efficient.cli.parsing import DATA
-from vit_efficient.utils.errors import UserError
+from vit_efficient_cli.parsing import DATA, MODEL, check_exists
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,12 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_exists(args.model, MODEL)
+    if args.data is None:
+        check_exists(args.image, 'image')
     import torch
 
     from vit_efficient.attention.treeformer.leaves import find_leaves, occupancy
     from vit_efficient.data import EvalTransform, read_image, takes_coefficients, to_array
     from vit_efficient.report.evaluation import SavedModel
     from vit_efficient.report.leaves import plot_leaves
+    from vit_efficient.utils.errors import UserError
 
     saved = SavedModel(args.model)
     if takes_coefficients(saved.model):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vit_efficient.utils.errors import UserError
+from vit_efficient_cli.parsing import MODEL, check_exists
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,8 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_exists(args.model, MODEL)
     from vit_efficient.export import export_model
     from vit_efficient.report.evaluation import SavedModel
+    from vit_efficient.utils.errors import UserError
 
     saved = SavedModel(args.model, img_size=args.img_size)
     try:

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vit_efficient.cli.parsing import FORMAT, IMG_SIZES, MODELS
-from vit_efficient.utils.errors import UserError
+from vit_efficient_cli.parsing import FORMAT, IMG_SIZES, MODELS
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 BACKENDS = ('cudnn', 'flash', 'efficient', 'math')
@@ -72,11 +71,15 @@ def run(args: argparse.Namespace) -> None:
 
     from vit_efficient.utils.checks import as_integer
     from vit_efficient.utils.device import choose_device
+    from vit_efficient.utils.errors import UserError
+    from vit_efficient.utils.packages import import_optional
 
     if args.threads is not None:
         torch.set_num_threads(as_integer('--threads', args.threads))
     if args.out and (args.out.suffix == '.png' or (args.out.suffix == '.csv' and args.format != 'csv')):
         raise UserError(f'--out {args.out}: the {args.out.suffix} goes beside the table; name that, for example .md')
+    if args.out:  # rather than when all is measured
+        import_optional('matplotlib', 'the plot beside --out is drawn with', 'train')
     device = choose_device(args.device, '--device')
     if device.type == 'cuda':
         torch.cuda.set_device(device)  # whatever names none, as graphs and compilers, uses it
@@ -107,6 +110,7 @@ def _models(args: argparse.Namespace, device) -> None:
     import vit_efficient  # noqa: F401 (registers its models)
     from vit_efficient.benchmark import ModelCandidate, ModelSetting, benchmark_models
     from vit_efficient.benchmark.tables import MODELS
+    from vit_efficient.utils.errors import UserError
     from vit_efficient.utils.options import parse_spec
 
     labels = args.labels or [''] * len(args.models)

@@ -1,18 +1,20 @@
 """The command line: `vit-efficient COMMAND …`. One module per command, imported only when it is called.
 
-A command's module defines `add_arguments(parser)` and `run(args) -> int | None`. What a user can mend is a `UserError`
-(or an `OSError`) and ends as one line on stderr and exit status 2; anything else is a bug and keeps its traceback.
+It is a package of its own because importing `vit_efficient` registers models with timm, which takes seconds: help,
+slips and missing files are answered before. A command's module defines `add_arguments(parser)` and
+`run(args) -> int | None`, which imports what it calls. What a user can mend is a `UserError` (or an `OSError`) and ends
+as one line on stderr and exit status 2; anything else is a bug and keeps its traceback.
 """
 
+import argparse
 import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
-from vit_efficient.cli.parsing import Parser
-from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.packages import import_plugins
+from vit_efficient_cli.parsing import Parser
 
 COMMANDS = {
     'train': 'train the model of a recipe',
@@ -21,7 +23,7 @@ COMMANDS = {
     'leaves': "draw which leaf of Treeformer's trees each patch of an image falls into",
     'truncate': 'show an image, its truncations, and the energy they keep',
     'export': 'write a trained model as a graph, .onnx or .pt2, that runs without this package',
-    'recipe': 'list the keys of recipes',
+    'recipe': 'list, show and copy the recipes that come with the package, and list the keys of recipes',
     'table': 'print tables: FLOPs of models, or FLOPs and accuracy of runs',
     'benchmark': 'time a mechanism against exact attention, in one run',
 }
@@ -37,24 +39,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = argv[2:]
     about = 'Efficient attention for timm ViTs.'
     parser = Parser(prog='vit-efficient', description=about, allow_abbrev=False)
+    parser.add_argument('--version', action=_Version, nargs=0, help='show the version, and those of PyTorch and timm')
     parser.add_argument('--debug', action='store_true', help='show the traceback of every error; anywhere in the line')
     parser.add_argument('--plugin', metavar='MODULE', help='a Python module that is imported first; before the command')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        if argv[:1] == [name]:  # only the command that runs pays for its imports
-            module = importlib.import_module(f'vit_efficient.cli.{name}')
+        if argv[:1] == [name]:
+            module = importlib.import_module(f'vit_efficient_cli.{name}')
             module.add_arguments(command)
     args = parser.parse_args(argv)
     logger, lines = logging.getLogger('vit_efficient'), _Lines()
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)
     try:
-        import_plugins(plugins)
+        if plugins:
+            from vit_efficient.utils.packages import import_plugins
+
+            import_plugins(plugins)
         status = module.run(args) or 0
         sys.stdout.flush()
         return status
-    except (UserError, OSError, KeyboardInterrupt) as error:
+    except (*_user_errors(), OSError, KeyboardInterrupt) as error:
         if debug:
             raise
         return _end(f'vit-efficient {args.command}', error)
@@ -67,7 +73,27 @@ def is_first_process() -> bool:
     return os.environ.get('RANK', '0') == '0'
 
 
-def _end(command: str, error: UserError | OSError | KeyboardInterrupt) -> int:
+class _Version(argparse.Action):
+    """Prints what a report of a bug should name."""
+
+    def __call__(self, parser, *args, **kwargs):
+        versions = []
+        for package in ('vit-efficient', 'torch', 'timm'):
+            try:
+                versions.append(f'{package} {version(package)}')
+            except PackageNotFoundError:
+                versions.append(f'{package} (not installed)')
+        print(', '.join(versions))
+        parser.exit()
+
+
+def _user_errors() -> list[type[Exception]]:
+    """The class of errors that a user can mend, once the package is imported, which alone raises them."""
+    errors = sys.modules.get('vit_efficient.utils.errors')
+    return [errors.UserError] if errors else []
+
+
+def _end(command: str, error: BaseException) -> int:
     """The exit status, once what has to be said of an error is said."""
     if isinstance(error, KeyboardInterrupt):
         print(f'{command}: interrupted', file=sys.stderr)

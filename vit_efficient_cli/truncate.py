@@ -3,9 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vit_efficient.utils.checks import is_real
-from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.options import parse_value
+from vit_efficient_cli.parsing import check_exists
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_exists(args.image, 'image')
     from vit_efficient.report.truncation import truncation_table
 
     ratios = {text: _ratio(text) for text in args.keep}
@@ -32,6 +31,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _ratio(text: str) -> float:
+    from vit_efficient.utils.checks import is_real
+    from vit_efficient.utils.errors import UserError
+    from vit_efficient.utils.options import parse_value
+
     ratio = parse_value(text)
     if not (is_real(ratio) and 0 < ratio <= 1):
         raise UserError(f'--keep must be shares above 0 and at most 1, such as 1/16, got {text!r}')

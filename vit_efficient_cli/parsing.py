@@ -1,13 +1,12 @@
 """Arguments of commands: those that several have, and argparse, which names the nearest thing that it knows."""
 
 import argparse
+import difflib
 import re
+from pathlib import Path
 from typing import NoReturn
 
-from vit_efficient.report.table import FORMATS
-from vit_efficient.utils.checks import nearest
-
-FORMAT = dict(choices=FORMATS, default=FORMATS[0])
+FORMAT = dict(choices=('markdown', 'csv', 'json'), default='markdown')
 DATA = dict(
     metavar='FOLDER',
     help="a folder of class folders, or a split of the data set that the run's recipe names, such as val",
@@ -19,7 +18,23 @@ MODELS = dict(
     help='names as in timm.create_model; options of the attention, such as keep_ratio=1/16, and arguments of '
     'timm.create_model, such as patch_embed=dct,patch_keep=8; the first is what the others are compared to',
 )
+MODEL = 'run or model folder'  # what paths must be, in errors
+RECIPE = '; `vit-efficient recipe list` shows those that come with the package'
 IMG_SIZES = dict(nargs='+', type=int, default=[224], metavar='PX', help='sides of square images (default: 224)')
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """'; did you mean …?' with the name that is nearest to one that is not known; empty if none is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f'; did you mean {close[0]}?' if close else ''
+
+
+def check_exists(path: str | Path, what: str, way_out: str = '') -> None:
+    """Raises FileNotFoundError for a path where nothing is, which commands do before they import what takes seconds."""
+    path = Path(path)
+    if not path.exists():
+        beside = [str(path.parent / each.name) for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f'{path}: no such {what}{nearest(str(path), beside)}{way_out}')
 
 
 class Parser(argparse.ArgumentParser):
