@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: table table-seeds test lint clean
+.PHONY: table table-seeds test docs lint clean
 
 MNIST5K := $(patsubst %,recipes/mnist5k/%.yaml,full dct dct1d)
 MNIST5K_OTHERS := $(patsubst %,recipes/mnist5k/%.yaml,linformer pool subsample nystrom performer window)
@@ -21,6 +21,9 @@ table-seeds: $(READY)  ## the table that is committed: all mechanisms, three see
 test: $(READY)  ## a process for each core, one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
+docs: $(READY)  ## as HTML, in docs/_build; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,4 +34,4 @@ $(READY): setup.py
 	touch $@
 
 clean:  ## what is made anew; runs/ is not
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build docs/recipes

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'vit_efficient/version.py').read_text()).group(1)
 
 DEMO = ['mlxtend', 'scikit-image']
+DOCS = ['furo', 'myst-parser>=4', 'sphinx>=8']
 HF = ['datasets>=3']
 JPEG = ['pyjpegio>=0.3', 'simplejpeg>=1.9']
 TRAIN = ['albumentations>=2.0.8', 'matplotlib', 'omegaconf>=2.3', 'tensorboard', 'tifffile', 'tqdm']
@@ -54,13 +55,14 @@ setup(
     ],
     extras_require={
         'demo': DEMO,
+        'docs': DOCS,
         'hf': HF,
         'jpeg': JPEG,
         'onnx': ONNX,
         'peers': PEERS,
         'train': TRAIN,
         'webdataset': WEBDATASET,
-        'dev': [*DEMO, *HF, *JPEG, *ONNX, *PEERS, *TRAIN, *WEBDATASET, *TESTS],
+        'dev': [*DEMO, *DOCS, *HF, *JPEG, *ONNX, *PEERS, *TRAIN, *WEBDATASET, *TESTS],
     },
     entry_points={'console_scripts': ['vit-efficient = vit_efficient_cli:main']},
     classifiers=[
