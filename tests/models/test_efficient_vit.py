@@ -241,6 +241,15 @@ class TestFeatures:
             assert torch.equal(out['logits'], model(x))
             assert out['block'].shape == (2, size[0] * size[1] // 64 + 1, 32)
 
+    def test_fx_without_gradients(self, variant):
+        """Bit for bit: where evaluation has operations of its own, the graph has them too."""
+        model = build(*variant)
+        extractor = create_feature_extractor(model, ['head'])
+        x = torch.randn(2, 3, 64, 64)
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                assert torch.equal(extractor(x)['head'], model(x))
+
     @pytest.mark.parametrize('trace', [torch.fx.symbolic_trace, lambda m: torchvision_extractor(m, ['head'])])
     def test_fx_by_other_tracers(self, variant, trace):
         """Leaves must hold without timm's list of them, which torch.fx and torchvision do not know."""
