@@ -11,7 +11,7 @@ from vit_efficient.models.blocks import AttentionSpec
 from vit_efficient.models.checkpoints import checkpoint_filter_fn
 from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.models.vit import EfficientVisionTransformer
-from vit_efficient.utils.checks import is_integer
+from vit_efficient.utils.checks import plain_integers
 from vit_efficient.utils.compat import keep_first_layer, model_args, set_model_args
 
 SIZES = {
@@ -46,7 +46,7 @@ default_cfgs = {}  # where timm looks for them
 
 def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     """timm's builder, for registered and converted models alike. NumPy's integers become Python's, which timm wants."""
-    kwargs = {key: int(value) if is_integer(value) else value for key, value in kwargs.items()}
+    kwargs = {key: plain_integers(value) for key, value in kwargs.items()}
     if pretrained:
         config = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         if not (config.has_weights or config.state_dict):
