@@ -52,7 +52,7 @@ def convert(
     """
     _check_convertible(model)
     depth = len(model.blocks)
-    indices = list(range(depth)) if layers is None else [layers] if is_integer(layers) else list(layers)
+    indices = list(range(depth)) if layers is None else _indices(layers)
     for i in indices:
         if not is_integer(i, -depth) or i >= depth:
             raise UserError(f'layers: the model has blocks 0 … {depth - 1}, got {i!r}')
@@ -117,6 +117,13 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
     model.patch_embed = embedding
     set_model_args(model, model_arguments(model))
     return model
+
+
+def _indices(layers: int | Iterable[int]) -> list:
+    try:
+        return [layers] if is_integer(layers) else list(layers)
+    except TypeError as error:  # a tensor without axes is iterable, it says
+        raise UserError(f'layers must be an index of a block, or several, got {layers!r}') from error
 
 
 def _check_convertible(model: nn.Module) -> None:

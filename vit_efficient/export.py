@@ -18,6 +18,7 @@ from vit_efficient.models.truncation import has_windows
 from vit_efficient.utils.checks import as_integer, is_integer
 from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.files import replacing
+from vit_efficient.utils.modes import evaluating
 from vit_efficient.utils.packages import import_optional
 
 SUFFIXES = ('.onnx', '.pt2')
@@ -68,9 +69,7 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
     for batch in (fixed_batch,) if fixed_batch else (2, 3):  # exported with the first, compared with all
         x = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(batch))
         examples.append(x.to(like.device, like.dtype))
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
+    with evaluating(model):
         expected = [_output(model, x) for x in examples]
         shapes = None if fixed_batch else ({0: torch.export.Dim('batch')},)
         try:
@@ -90,9 +89,6 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
                     f'export: the graph computes something else than the model, by {difference:.2g} of its largest '
                     f'output (allowed: {TOLERANCE:g}); nothing was written'
                 )
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return difference
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vit_efficient.utils.device import choose_device
+from vit_efficient.utils.modes import evaluating
 from vit_efficient.utils.precision import autocast, real_dtype
 
 # A process that waits longer for another gives up. Without torchrun, which ends the others when one dies, nothing else
@@ -84,13 +85,12 @@ def talking_device(device: torch.device) -> torch.device:
 def has_unused_parameters(model: nn.Module, images: Tensor, amp: str = 'none') -> bool:
     """Whether some parameters get no gradient from the logits of images (B, C, H, W), for which DDP would wait.
 
-    The model is run in eval mode, with the products of `amp`, and left in the mode that it was in.
+    The model is run in eval mode, with the products of `amp`, and left in the modes that it was in.
     """
-    was_training = model.training
-    with autocast(images.device, amp):
-        logits = model.eval()(images)
-    logits.sum().backward()
-    model.train(was_training)
+    with evaluating(model):
+        with autocast(images.device, amp):
+            logits = model(images)
+        logits.sum().backward()
     unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     model.zero_grad()
     return unused

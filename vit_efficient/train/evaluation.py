@@ -18,6 +18,7 @@ from vit_efficient.data import iterate
 from vit_efficient.train.distributed import Processes
 from vit_efficient.train.tasks import Task
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.modes import evaluates
 from vit_efficient.utils.precision import autocast, real_dtype
 
 # The accuracies, in percent, in the order in which they are shown.
@@ -73,6 +74,7 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
 
 # Not inference_mode: the memory into which it gathers a sharded model could not be written to outside of it.
 @torch.no_grad()
+@evaluates
 def evaluate(
     model: nn.Module,
     loader: DataLoader,
@@ -85,8 +87,8 @@ def evaluate(
     """Measures a model.
 
     Args:
-        model: Images (B, C, H, W) -> logits, as the task reads them. It is put in eval mode, and back as it was. If it
-            is sharded, all processes of the run must call.
+        model: Images (B, C, H, W) -> logits, as the task reads them. It is put in eval mode, and each
+            module of it back as it was. If it is sharded, all processes of the run must call.
         loader: From `create_loader`; or any that gives batches (images, labels, indices), of patch tasks (images,
             labels, targets, indices). Every process reads its own part.
         processes: Where the work is shared; by default, the model's device alone.
@@ -103,8 +105,6 @@ def evaluate(
     """
     processes = processes or Processes(next(model.parameters()).device)
     task = task or Task()
-    was_training = model.training
-    model.eval()
     device, found, losses, top5 = processes.device, [], [], []
     confusion: Tensor | int = 0
     skipped: dict[int, str] = {}
@@ -137,7 +137,6 @@ def evaluate(
     total_loss, right5 = (sum(torch.stack(values).tolist()) if values else 0 for values in (losses, top5))
     confusion = confusion.cpu() if isinstance(confusion, Tensor) else confusion
     seconds = time.perf_counter() - start
-    model.train(was_training)
     parts = processes.gather((rows, right5, total_loss, confusion, seconds, list(skipped.items())))
     rows_of, top5_of, loss_of, confusion_of, seconds_of, skipped_of = zip(*parts, strict=True)
     rows, skipped = sorted(chain(*rows_of)), dict(sorted(chain(*skipped_of)))

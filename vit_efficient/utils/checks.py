@@ -44,6 +44,13 @@ def as_sides(name: str, value: Any, pair: str = '(h, w)') -> int | tuple[int, in
     raise UserError(f'{name} must be a positive integer or a pair {pair} of them, got {name}={value!r}')
 
 
+def plain_integers(value: Any) -> Any:
+    """A value with integers of NumPy, it or those in a tuple or list, as plain ints; anything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(plain_integers(each) for each in value) if type(value) in (tuple, list) else value
+    return int(value) if is_integer(value) else value
+
+
 def as_share(name: str, value: Any) -> float:
     """A share, above 0 and at most 1, as a plain float."""
     if not (is_real(value) and 0 < value <= 1):
