@@ -222,6 +222,28 @@ def test_gpus_talk_by_two_backends(monkeypatch):
         assert asked == ['cpu:gloo,cuda:nccl']
 
 
+@pytest.mark.parametrize('variable', ['2', '1', None])
+def test_a_process_group_that_is_there_is_used_whatever_the_environment_says(monkeypatch, variable):
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    if variable:
+        monkeypatch.setenv('WORLD_SIZE', variable)
+    for name, value in (('is_initialized', True), ('get_rank', 1), ('get_world_size', 2)):
+        monkeypatch.setattr(distributed.dist, name, lambda value=value: value)
+    with distributed.processes('cpu') as team:
+        assert (team.rank, team.world_size) == (1, 2)
+
+
+def test_processes_of_another_launcher_keep_their_gpus(monkeypatch):
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    for name, value in (('is_available', True), ('current_device', 3), ('set_device', None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for name, value in (('is_initialized', True), ('get_rank', 1), ('get_world_size', 2)):
+        monkeypatch.setattr(distributed.dist, name, lambda value=value: value)
+    monkeypatch.setattr(distributed, 'choose_device', lambda _, local_rank: torch.device('cuda', local_rank))
+    with distributed.processes() as team:
+        assert team.device.index == 3
+
+
 class Two(Processes):
     """The first of two processes, of which the other says what is given here."""
 
