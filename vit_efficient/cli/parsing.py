@@ -17,7 +17,8 @@ MODELS = dict(
     required=True,
     metavar='NAME[:KEY=VALUE,…]',
     help='names as in timm.create_model; options of the attention, such as keep_ratio=1/16, and arguments of '
-    'timm.create_model, such as patch_embed=dct,patch_keep=8; the first is what the others are compared to',
+    'timm.create_model (patch_embed=dct); convert:NAME:ATTENTION[,KEY=VALUE,…] is one that is converted, '
+    'in all blocks or those that layers=6-11 says; the first is what the others are compared to',
 )
 IMG_SIZES = dict(nargs='+', type=int, default=[224], metavar='PX', help='sides of square images (default: 224)')
 
