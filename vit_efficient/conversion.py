@@ -149,6 +149,7 @@ def vit_converted(
     base: str | None = None,
     attention: blocks.AttentionSpec = 'full',
     attention_kwargs: dict[str, Any] | None = None,
+    layers: int | Iterable[int] | None = None,
     patch_embed: str = 'conv',
     **kwargs,
 ) -> nn.Module:
@@ -162,6 +163,6 @@ def vit_converted(
         model = model_entrypoint(base)(pretrained=False, **arguments)
         if patch_embed == 'dct':
             convert_patch_embed(model, **options)
-        return convert(model, attention, **(attention_kwargs or {}))
+        return convert(model, attention, layers, **(attention_kwargs or {}))
 
     return build_model(build, 'vit_converted', pretrained, **kwargs)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tests.data.trees import write_tree
-from tests.train.recipes import ROOT, TINY, tiny_recipe
+from tests.train.recipes import ROOT, TINY, assert_same_predictions, tiny_recipe
 from vit_efficient.train import distributed, load_model, train
 from vit_efficient.train import run as running
 from vit_efficient.train.checkpoint import load_checkpoint
@@ -129,8 +129,7 @@ def test_how_the_work_is_shared_changes_nothing_but_rounding(data, tmp_path):
         assert one['progress']['updates'] == 25
         for other in others:
             assert_close(one, state_of(tmp_path / f'{name}-{other}'), f'{name}-{other}')
-            tables = [(tmp_path / f'{name}-{which}/predictions.csv').read_text() for which in ('one', other)]
-            assert tables[0] == tables[1]
+            assert_same_predictions(tmp_path / f'{name}-one', tmp_path / f'{name}-{other}')
             models = [load_model(tmp_path / f'{name}-{which}').state_dict() for which in ('one', other)]
             assert_close(dict(models[0]), dict(models[1]), f'{name}-{other}')
 

@@ -21,7 +21,7 @@ from vit_efficient.grid import PatchGrid, plain_sizes
 from vit_efficient.models import blocks
 from vit_efficient.models.patch_convolution import use_products
 from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
-from vit_efficient.utils.checks import as_sides, plain_integers
+from vit_efficient.utils.checks import as_sides, multiples_around, plain_integers
 from vit_efficient.utils.compat import feature_indices
 from vit_efficient.utils.errors import UserError
 
@@ -35,7 +35,7 @@ def check_image_size(height, width, patch_size: tuple[int, int]) -> None:
         if type(size) is int and size % patch:
             raise UserError(
                 f'image {side} {size} is not a multiple of the patch size {patch}; '
-                f'use {size // patch * patch} or {(size // patch + 1) * patch}, or dynamic_img_pad=True to pad'
+                f'use {multiples_around(size, patch)}, or dynamic_img_pad=True to pad'
             )
 
 

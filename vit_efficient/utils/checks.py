@@ -76,6 +76,12 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     return f'; did you mean {close[0]}?' if close else ''
 
 
+def multiples_around(size: int, side: int) -> str:
+    """'504 or 518', the multiples of a side, above 0, that are next to a size which is none."""
+    below = size // side * side
+    return ' or '.join(str(multiple) for multiple in (below, below + side) if multiple)
+
+
 def check_options(owner: str, given: Iterable[str], known: Collection[str], has: str = '') -> None:
     """Raises a UserError for the first option that its owner does not have, with the nearest one that it has.
 
