@@ -107,6 +107,7 @@ class TestLayers:
             (dict(attention='dct', layers=[0, 3]), 'got 3'),
             (dict(attention='dct', layers=[0, -3]), 'twice'),
             (dict(attention='dct', layers=['0']), "got '0'"),
+            (dict(attention='dct', layers=torch.tensor(0)), r'several, got tensor\(0\)'),
             (dict(attention=['dct', 'full']), 'lists 2 layers'),
             (dict(attention=['full', 'full', ('dct', dict(keep_ratio=0))]), 'keep_ratio=0'),
         ],

@@ -1,6 +1,7 @@
 """Exported graphs compute what the model computes, run by PyTorch and by onnxruntime."""
 
 import contextlib
+import json
 
 import pytest
 import timm
@@ -72,6 +73,49 @@ def test_to_a_program_of_pytorch(arguments, tmp_path):
     program = torch.export.load(tmp_path / 'vit.pt2').module()
     x = torch.randn(5, 3, 56, 104)
     torch.testing.assert_close(program(x), model.eval()(x))
+
+
+ABOUT = {
+    'input_size': [3, 56, 104],
+    'mean': [0.25, 0.5, 0.75],
+    'std': [0.5, 0.5, 0.5],
+    'interpolation': 'bicubic',
+    'crop_pct': 1.0,
+    'crop_mode': 'squash',
+    'labels': ['ant', 'bée', 'cat', 'dog', 'eel'],
+}
+
+
+def labelled():
+    """A model that says of its input and outputs what `ABOUT` has, but for the way images are cut."""
+    model = build('dct', {})
+    own = {name: tuple(ABOUT[name]) for name in ('mean', 'std')} | {'interpolation': 'bicubic', 'crop_pct': 0.9}
+    model.pretrained_cfg = model.pretrained_cfg | own | {'label_names': ABOUT['labels']}
+    return model, {'crop_pct': 1.0, 'crop_mode': 'squash'}
+
+
+@pytest.mark.parametrize('fixed_batch', [0, 2])
+def test_names_and_metadata_of_onnx(fixed_batch, tmp_path):
+    pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model, preprocessing = labelled()
+    export_model(model, tmp_path / 'vit.onnx', (3, 56, 104), fixed_batch, preprocessing)
+    session = onnxruntime.InferenceSession(str(tmp_path / 'vit.onnx'), providers=['CPUExecutionProvider'])
+    (images,), (logits,), batch = session.get_inputs(), session.get_outputs(), fixed_batch or 'batch'
+    assert (images.name, images.shape) == ('images', [batch, 3, 56, 104])
+    assert (logits.name, logits.shape) == ('logits', [batch, 5])
+    found = session.get_modelmeta().custom_metadata_map
+    assert {name: json.loads(value) for name, value in found.items()} == ABOUT
+
+
+def test_metadata_of_a_program_of_pytorch(tmp_path):
+    model, preprocessing = labelled()
+    export_model(model, tmp_path / 'vit.pt2', (3, 56, 104), preprocessing=preprocessing)
+    torch.export.load(tmp_path / 'vit.pt2', extra_files=(files := {'metadata.json': ''}))
+    assert json.loads(files['metadata.json']) == ABOUT
+    export_model(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), tmp_path / 'linear.pt2', (3, 2, 2))
+    torch.export.load(tmp_path / 'linear.pt2', extra_files=files)
+    assert json.loads(files['metadata.json']) == {'input_size': [3, 2, 2]}
 
 
 def test_what_only_a_program_of_pytorch_can_do(tmp_path):
@@ -164,7 +208,9 @@ def test_each_module_stays_in_its_mode(size, tmp_path):
 
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
     model = build('dct', {})
-    monkeypatch.setattr('vit_efficient.export._write_program', lambda program, path: lambda x: x.mean() + model(x))
+    monkeypatch.setattr(
+        'vit_efficient.export._write_program', lambda program, path, metadata: lambda x: x.mean() + model(x)
+    )
     with pytest.raises(ValueError, match='computes something else'):
         export_model(model, tmp_path / 'vit.pt2', (3, 56, 104))
     assert not list(tmp_path.iterdir())
@@ -180,5 +226,7 @@ def test_by_command(tmp_path, capsys):
     resized = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True, img_size=(64, 80)).eval()
     x = torch.randn(4, 3, 64, 80)
     torch.testing.assert_close(program(x), resized(x))
+    torch.export.load(out, extra_files=(files := {'metadata.json': ''}))
+    assert json.loads(files['metadata.json'])['input_size'] == [3, 64, 80]
     assert main(['export', str(tmp_path / 'model'), '--out', str(tmp_path / 'vit.tflite')]) == 2
     assert 'must end in .onnx or .pt2' in capsys.readouterr().err

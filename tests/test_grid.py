@@ -2,6 +2,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from vit_efficient import PatchGrid
 
@@ -17,7 +18,21 @@ def test_frozen():
 
 
 @pytest.mark.parametrize(
-    'arguments', [(0, 3), (3, -1), (3, 3, -1), (2.0, 3), ('3', 3), (True, 3), (None, 3), (3, np.float64(3))]
+    'arguments',
+    [
+        (0, 3),
+        (3, -1),
+        (3, 3, -1),
+        (2.0, 3),
+        ('3', 3),
+        (True, 3),
+        (None, 3),
+        (3, np.float64(3)),
+        (np.int64(-3), 3),
+        (3, 3, np.int32(-1)),
+        (torch.tensor(-3), 3),
+        (3, torch.tensor(3)),
+    ],
 )
 def test_bad_sizes(arguments):
     with pytest.raises(ValueError, match='an integer of at least . in a PatchGrid, got'):

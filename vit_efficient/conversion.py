@@ -52,7 +52,7 @@ def convert(
     """
     _check_convertible(model)
     depth = len(model.blocks)
-    indices = list(range(depth)) if layers is None else [layers] if is_integer(layers) else list(layers)
+    indices = list(range(depth)) if layers is None else _indices(layers)
     for i in indices:
         if not is_integer(i, -depth) or i >= depth:
             raise UserError(f'layers: the model has blocks 0 … {depth - 1}, got {i!r}')
@@ -119,6 +119,13 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
     return model
 
 
+def _indices(layers: int | Iterable[int]) -> list:
+    try:
+        return [layers] if is_integer(layers) else list(layers)
+    except TypeError as error:  # a tensor without axes is iterable, it says
+        raise UserError(f'layers must be an index of a block, or several, got {layers!r}') from error
+
+
 def _check_convertible(model: nn.Module) -> None:
     """Raises UserError, naming the module, if `convert` cannot serve the model."""
     if type(model) not in {*MODELS, *MODELS.values()}:
@@ -142,6 +149,7 @@ def vit_converted(
     base: str | None = None,
     attention: blocks.AttentionSpec = 'full',
     attention_kwargs: dict[str, Any] | None = None,
+    layers: int | Iterable[int] | None = None,
     patch_embed: str = 'conv',
     **kwargs,
 ) -> nn.Module:
@@ -155,6 +163,6 @@ def vit_converted(
         model = model_entrypoint(base)(pretrained=False, **arguments)
         if patch_embed == 'dct':
             convert_patch_embed(model, **options)
-        return convert(model, attention, **(attention_kwargs or {}))
+        return convert(model, attention, layers, **(attention_kwargs or {}))
 
     return build_model(build, 'vit_converted', pretrained, **kwargs)

@@ -1,14 +1,20 @@
 """Models as graphs that run without this package: PyTorch's exported programs (.pt2), and ONNX (.onnx).
 
 What is written has been run and compared with the model: a graph that computes something else is an error, not a file.
+
+With it goes what its input has to be, and what its outputs mean: `input_size`, `mean`, `std`, `interpolation`,
+`crop_pct`, `crop_mode` and `labels`, as far as they are known, each as JSON: in an ONNX file's metadata (onnxruntime's
+`get_modelmeta().custom_metadata_map`), and in a .pt2's metadata.json (`torch.export.load(…, extra_files=…)`).
 """
 
 import contextlib
 import io
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +24,24 @@ from vit_efficient.models.truncation import has_windows
 from vit_efficient.utils.checks import as_integer, is_integer
 from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.files import replacing
+from vit_efficient.utils.modes import evaluating
 from vit_efficient.utils.packages import import_optional
 
 SUFFIXES = ('.onnx', '.pt2')
 TOLERANCE = 1e-4  # of the largest output
+# What the graph's tensors and the axis of images are called.
+INPUT, OUTPUT, BATCH = 'images', 'logits', 'batch'
+METADATA = 'metadata.json'  # within a .pt2
+_PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
-def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int, int], fixed_batch: int = 0) -> float:
+def export_model(
+    model: nn.Module,
+    path: str | Path,
+    input_size: tuple[int, int, int],
+    fixed_batch: int = 0,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> float:
     """Exports a model in evaluation mode, for one image size and any number of images.
 
     Args:
@@ -33,6 +50,7 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
         path: Ends in .onnx or .pt2.
         input_size: Channels, height and width of what the model takes.
         fixed_batch: Images of a batch; 0 leaves their number open.
+        preprocessing: Entries of timm's `pretrained_cfg`, such as mean and std, that are not as the model's says.
 
     Returns:
         The largest difference between what the graph and the model compute from random images, as a share of the
@@ -68,11 +86,9 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
     for batch in (fixed_batch,) if fixed_batch else (2, 3):  # exported with the first, compared with all
         x = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(batch))
         examples.append(x.to(like.device, like.dtype))
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
+    with evaluating(model):
         expected = [_output(model, x) for x in examples]
-        shapes = None if fixed_batch else ({0: torch.export.Dim('batch')},)
+        shapes = None if fixed_batch else ({0: torch.export.Dim(BATCH)},)
         try:
             with _quiet():
                 program = torch.export.export(model, (examples[0],), dynamic_shapes=shapes)
@@ -80,7 +96,8 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
         except Exception as error:
             raise UserError(f'export: {type(model).__name__} cannot be exported: {_reason(error)}') from error
         with replacing(path) as temporary:
-            run = (_write_onnx if path.suffix == '.onnx' else _write_program)(program, temporary)
+            write = _write_onnx if path.suffix == '.onnx' else _write_program
+            run = write(program, temporary, _metadata(model, input_size, preprocessing or {}))
             found = [run(x) for x in examples]
             scale = max(y.abs().max().item() for y in expected)
             differences = [(a - b).abs().max().item() for a, b in zip(found, expected, strict=True)]
@@ -90,9 +107,6 @@ def export_model(model: nn.Module, path: str | Path, input_size: tuple[int, int,
                     f'export: the graph computes something else than the model, by {difference:.2g} of its largest '
                     f'output (allowed: {TOLERANCE:g}); nothing was written'
                 )
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return difference
 
 
@@ -115,16 +129,25 @@ def _output(model: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def _write_program(program: torch.export.ExportedProgram, path: Path):
+def _metadata(model: nn.Module, input_size: tuple[int, int, int], preprocessing: Mapping[str, Any]) -> dict[str, str]:
+    """What goes with the graph, each value as JSON."""
+    config = {**(getattr(model, 'pretrained_cfg', None) or {}), **preprocessing}
+    known = {'input_size': [int(side) for side in input_size], **{name: config.get(name) for name in _PREPROCESSING}}
+    known['labels'] = config.get('label_names')
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in known.items() if value is not None}
+
+
+def _write_program(program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str]):
     program.example_inputs = None  # they would be in the file
     stream = io.BytesIO()
-    torch.export.save(program, stream)
+    values = {name: json.loads(value) for name, value in metadata.items()}
+    torch.export.save(program, stream, extra_files={METADATA: json.dumps(values, ensure_ascii=False)})
     path.write_bytes(stream.getvalue())
     stream.seek(0)
     return torch.export.load(stream).module()
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path):
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str]):
     import_optional('onnxscript', 'export to ONNX needs', 'onnx')  # PyTorch's exporter does
     onnxruntime = import_optional('onnxruntime', 'export to ONNX needs', 'onnx')
     gib = sum(tensor.nbytes for tensor in program.state_dict.values()) / 2**30
@@ -132,12 +155,28 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path):
         raise UserError(f'export: the weights are {gib:.1f} GiB, one ONNX file holds less than 2; export to .pt2')
     try:
         with _quiet():
-            torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
+            names = dict(input_names=[INPUT], output_names=[OUTPUT])
+            graph = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)
+            _name_batch(graph.model.graph)
+            graph.model.metadata_props.update(metadata)
+            graph.save(path, external_data=False)
     except Exception as error:  # of the exporter, with a page of text
         raise UserError(f'export: ONNX cannot have this model: {_reason(error)}') from error
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0]).to(x.device)
+    return lambda x: torch.from_numpy(session.run(None, {INPUT: x.cpu().numpy()})[0]).to(x.device)
+
+
+def _name_batch(graph: Any) -> None:
+    """Gives the open axis of images, which the exporter calls by PyTorch's symbol, its name wherever it stands."""
+    (images,) = graph.inputs
+    symbol = images.shape[0]
+    if isinstance(symbol, int):
+        return
+    values = [images, *(value for node in graph.all_nodes() for value in node.outputs)]
+    for shape in (value.shape for value in values if value.shape is not None):
+        for axis, side in enumerate(shape):
+            if side == symbol:
+                shape[axis] = BATCH
 
 
 def _reason(error: BaseException) -> str:

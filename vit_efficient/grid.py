@@ -10,7 +10,7 @@ import torch
 
 from vit_efficient.utils.checks import as_integer
 
-SYMBOLS = (torch.SymInt, torch.fx.Proxy, torch.Tensor)  # of torch.export, FX and torch.jit.trace
+SYMBOLS = (torch.SymInt, torch.fx.Proxy)  # of torch.export and FX
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class PatchGrid:
         for name, least in (('height', 1), ('width', 1), ('prefix', 0)):
             value = getattr(self, name)
             # Sizes that are symbols (torch.export, FX) are taken as they are: comparing them would fix their value.
+            # Those of a jit trace are tensors.
             if (type(value) is int and value >= least) or isinstance(value, SYMBOLS):
+                continue
+            if torch.is_tensor(value) and torch.jit.is_tracing():
                 continue
             what = f'an integer of at least {least} in a PatchGrid'
             object.__setattr__(self, name, as_integer(name, value, least, what))

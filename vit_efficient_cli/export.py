@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> None:
 
     saved = SavedModel(args.model, img_size=args.img_size)
     try:
-        difference = export_model(saved.model, args.out, saved.input_shape, args.batch_size)
+        preprocessing = saved.preprocessing.as_dict()
+        difference = export_model(saved.model, args.out, saved.input_shape, args.batch_size, preprocessing)
     except ImportError as error:
         raise UserError(str(error)) from error
     images, shape = args.batch_size or 'any number of', '×'.join(map(str, saved.input_shape))

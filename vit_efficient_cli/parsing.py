@@ -16,7 +16,8 @@ MODELS = dict(
     required=True,
     metavar='NAME[:KEY=VALUE,…]',
     help='names as in timm.create_model; options of the attention, such as keep_ratio=1/16, and arguments of '
-    'timm.create_model, such as patch_embed=dct,patch_keep=8; the first is what the others are compared to',
+    'timm.create_model (patch_embed=dct); convert:NAME:ATTENTION[,KEY=VALUE,…] is one that is converted, '
+    'in all blocks or those that layers=6-11 says; the first is what the others are compared to',
 )
 MODEL = 'run or model folder'  # what paths must be, in errors
 RECIPE = '; `vit-efficient recipe list` shows those that come with the package'

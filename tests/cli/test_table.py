@@ -3,6 +3,7 @@ import json
 
 import pytest
 import timm
+import torch
 
 from vit_efficient.flops import count_flops
 from vit_efficient.utils.options import parse_spec
@@ -102,3 +103,35 @@ def test_flops_of_a_model_of_coefficients(capsys):
 def test_flops_of_a_convolutional_model_with_wrong_arguments(capsys):
     assert main(['table', 'flops', '--models', 'resnet18:patch_embed=dct']) != 0
     assert 'resnet18: ' in (error := capsys.readouterr().err) and "'patch_embed'" in error
+
+
+def test_flops_of_converted_models_and_sizes_that_do_not_fit(capsys):
+    base = 'vit_small_patch14_dinov2'
+    specs = [base, f'convert:{base}:dct,keep_ratio=1/4', 'vit_full_small']
+    command = ['table', 'flops', '--models', *specs, '--img-sizes', '224', '512', '518']
+    assert main([*command, '--format', 'json']) == 0
+    rows = {(row['model'], row['img_size']): row for row in json.loads(capsys.readouterr().out)}
+    for size in (224, 518):
+        with torch.device('meta'):
+            model = timm.create_model(base, img_size=size)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        assert [rows[spec, size]['parameters_m'] for spec in specs[:2]] == [count / 1e6] * 2
+        assert rows[specs[1], size]['ratio'] == rows[specs[1], size]['gmacs'] / rows[base, size]['gmacs'] < 0.8
+        assert rows[specs[1], size]['mlp_gmacs'] == rows[base, size]['mlp_gmacs']
+    for spec in specs[:2]:
+        row = rows[spec, 512]
+        assert 'not a multiple of the patch size 14' in row['error'] and 'use 504 or 518' in row['error']
+        assert {row[key] for key in row if key not in ('model', 'img_size', 'error')} == {None}
+    # There is a third model at that size, and none that it could be compared with; at others there is one.
+    assert rows['vit_full_small', 512]['gmacs'] > 0 and rows['vit_full_small', 512]['ratio'] is None
+    assert 'not a multiple of the patch size 16' in rows['vit_full_small', 518]['error']
+
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert f'\n- {base} at 512 px: img_size=512 is not a multiple of the patch size 14' in text
+    assert 'Parameters: with the position embeddings of each size.\n' in text and 'error' not in text
+    cells = next(line for line in text.splitlines() if line.startswith(f'| {base}') and ' 512 ' in line).split('|')[3:]
+    assert {cell.strip() for cell in cells if cell} == {'–'}
+
+    assert main(['table', 'flops', '--models', 'vit_full_small', base, '--img-sizes', '512']) == 2
+    assert f'{base} at 512 px: img_size=512 is not' in capsys.readouterr().err

@@ -21,6 +21,8 @@ from vit_efficient.data import (
     create_loader,
     iterate,
 )
+from vit_efficient.data.files.images import UnfitImage
+from vit_efficient.utils.packages import MissingPackage
 
 
 def samples_of(dataset, transform=None, num_classes=3, **options):
@@ -311,6 +313,14 @@ def test_files_of_any_data_set_are_skipped_and_faults_of_others_are_not(tmp_path
     for item, message in misfits:
         with pytest.raises(ValueError, match=message):
             samples_of(Failing(item), on_error='skip')[0, 0]
+    for error in (
+        MissingPackage('TIFFs are read by tifffile'),
+        UnfitImage('a volume'),
+        OSError(24, 'Too many open files'),
+        OSError(12, 'Cannot allocate memory'),
+    ):
+        with pytest.raises(ValueError, match=f'^sample 0: .*{str(error)[-15:]}$'):
+            samples_of(Failing(error), on_error='skip')[0, 0]
     with pytest.raises(KeyError):
         samples_of(Failing(KeyError('a slip in the code')), on_error='skip')[0, 0]
     with pytest.raises(ValueError, match="on_error must be one of error, skip, got on_error='ignore'"):

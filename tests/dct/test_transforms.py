@@ -322,6 +322,8 @@ class TestModes:
         (lambda: dct.dct(torch.zeros(4), 0), 'size=0'),
         (lambda: dct.dct(torch.zeros(4), 5), 'size=5'),
         (lambda: dct.dct(torch.zeros(4), 2.5), 'size must be an integer'),
+        (lambda: dct.dct(torch.zeros(4), np.float32(2)), 'size must be an integer'),
+        (lambda: dct.dct(torch.zeros(4), torch.tensor(2)), 'size must be an integer'),
         (lambda: dct.idct(torch.zeros(4), 3), 'size=3'),
         (lambda: dct.resample(torch.zeros(4, 4), (0, 2)), 'size=0'),
         (lambda: dct.dct(torch.zeros(4), 2, dim=1), 'dim=1'),

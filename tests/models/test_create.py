@@ -1,8 +1,11 @@
 """Models by one line of text: whose option a key is, and what is said of one that is nobody's."""
 
 import pytest
+import timm
 import torch
 
+import vit_efficient
+from vit_efficient.benchmark import ModelCandidate
 from vit_efficient.models import create_from_spec, input_size
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.options import parse_spec, parse_value
@@ -27,6 +30,7 @@ def create(spec, img_size=None, **factory):
         ('vit_linformer_tiny:num_tokens=9,sharing=headwise,qk_norm=True', 'linformer', dict(sharing='headwise')),
         ('vit_full_tiny:attention=nystrom,num_landmarks=4', 'nystrom', dict(num_landmarks=4)),
         ('vit_converted:base=vit_tiny_patch16_224,attention=pool,num_tokens=4', 'pool', dict(num_tokens=4)),
+        ('convert:vit_tiny_patch16_224:pool,num_tokens=4', 'pool', dict(num_tokens=4)),
     ],
 )
 def test_options_of_the_attention(spec, name, options):
@@ -37,6 +41,42 @@ def test_options_of_the_attention(spec, name, options):
         return
     ((mechanism, found),) = create(spec, 64).attention_spec()
     assert mechanism == name and found == {**found, **options}
+
+
+@pytest.mark.parametrize(
+    'layers, converted',
+    [
+        ('', range(12)),
+        (',layers=6-11', range(6, 12)),
+        (',layers=-1', [11]),
+        (',layers=[0,-2,-1]', [0, 10, 11]),
+        (',layers=[0-2,11]', [0, 1, 2, 11]),
+    ],
+)
+def test_converted_models(layers, converted):
+    """They are the base model with other attentions: its classes, its size, its parameters."""
+    base = 'vit_small_patch14_dinov2'  # without a head, for 518 px
+    with torch.device('meta'):
+        model = create(f'convert:{base}:dct,keep_ratio=1/16{layers}')
+        converted_by_hand = vit_efficient.convert(timm.create_model(base), 'dct', list(converted), keep_ratio=1 / 16)
+        timms = timm.create_model(base)
+    assert model.attention_spec() == converted_by_hand.attention_spec()
+    assert [i for i, (name, _) in enumerate(model.attention_spec()) if name == 'dct'] == list(converted)
+    assert model.num_classes == 0 and model.patch_embed.img_size == (518, 518)
+    shapes = {name: tensor.shape for name, tensor in timms.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+
+
+def test_arguments_of_converted_models():
+    spec = 'flash/convert:vit_small_patch14_dinov2.lvd142m:dct,reg_tokens=4,num_classes=7,depth=2,domain=frequency'
+    name, options = parse_spec(spec)
+    assert name == 'flash/convert:vit_small_patch14_dinov2.lvd142m:dct'
+    model = ModelCandidate(name, options).build(28, device='meta')  # as benchmarks build it
+    assert (model.num_reg_tokens, model.num_classes, len(model.blocks)) == (4, 7, 2)
+    assert [options['domain'] for _, options in model.attention_spec()] == ['frequency'] * 2
+    with torch.device('meta'):
+        model = create('convert:vit_tiny_patch16_224:dct,patch_embed=dct,patch_keep=8', 32)
+    assert model.patch_embed.truncation == [(8, 8)] * 3
 
 
 def test_arguments_of_timm():
@@ -69,8 +109,20 @@ def test_models_are_built_for_an_image_size_where_they_have_one(name):
         ("vit_dct_tiny:keep_ratio=.5,attention_kwargs={'keep_ratio':1}", 'keep_ratio=0.5 beside'),
         ('vit_dct_tiny:keep_ratio=.5,keep_ratio=1', 'keep_ratio is given twice'),
         ('vit_dct_tiny:img_size=64', 'img_size=64 must not be among'),
-        ('vit_dct_tiny:patch_size=7', '32 is not a multiple of the patch size 7'),
-        ('vit_tiny_patch16_224:patch_size=7', 'img_size=32 is not a multiple of the patch size 7'),
+        ('vit_dct_tiny:patch_size=7', '32 is not a multiple of the patch size 7; use 28 or 35'),
+        ('vit_dct_tiny:patch_size=64', '32 is not a multiple of the patch size 64; use 64,'),
+        ('convert:vit_tiny_patch16_224', 'expected convert:BASE:ATTENTION'),
+        ('convert::dct', 'expected convert:BASE:ATTENTION'),
+        ('convert:vit_tiny_patch16_224:dct:keep_ratio=1', 'expected convert:BASE:ATTENTION'),
+        ('convert:vit_tiny_patch16_24:dct', "no model 'vit_tiny_patch16_24'; did you mean vit_tiny_patch16_224?"),
+        ('convert:vit_tiny_patch16_224:dtc', "unknown attention 'dtc'"),
+        ('convert:vit_tiny_patch16_224:dct,keep_ration=1', "no option 'keep_ration'; did you mean keep_ratio?"),
+        ('convert:vit_tiny_patch16_224:dct,base=vit_tiny_patch16_224', 'give it once'),
+        ('convert:vit_tiny_patch16_224:dct,layers=11-6', 'layers must be blocks, such as 6-11, .* got layers=11-6'),
+        ('convert:vit_tiny_patch16_224:dct,layers=6-12', 'the model has blocks 0 … 11, got 12'),
+        ('convert:swin_tiny_patch4_window7_224:dct', 'cannot convert a SwinTransformer'),
+        ('convert:resnet18:dct', 'timm cannot build convert:resnet18:dct'),
+        ('vit_tiny_patch16_224:patch_size=7', 'img_size=32 is not a multiple of the patch size 7 of .*; use 28 or 35$'),
         ('vit_tiny_patch16_224:deth=3', "timm cannot build vit_tiny_patch16_224: .*'deth'"),
         ('resnet18:patch_embed=dct', "timm cannot build resnet18: .*'patch_embed'"),
         ('vit_dct_tiny:global_pool=some', 'timm cannot build vit_dct_tiny'),

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -179,6 +180,28 @@ class TestImageSizes:
         model.set_input_size(patch_size=(4, 4))
         assert model(torch.randn(2, 3, 56, 104)).shape == (2, 5)
 
+    def test_sizes_of_numpy(self, tmp_path):
+        one, other = np.int64(64), np.int64(40)
+        model = build(img_size=(one, one), patch_size=(np.int64(8), np.int64(8)))
+        model.set_input_size((one, other), np.int64(8))
+        vit_efficient.save_model(model, tmp_path)  # as JSON, which has plain integers
+        assert vit_efficient.models.load_model(tmp_path).patch_embed.img_size == (64, 40)
+        model.set_input_size(other)
+        assert vit_efficient.kept_tokens(model) == vit_efficient.kept_tokens(model, other) == [1 + 4, 1 + 4]
+        wrong = np.int64(41)
+        for use in (build, lambda img_size: vit_efficient.kept_tokens(model, img_size), model.set_input_size):
+            with pytest.raises(vit_efficient.utils.errors.UserError, match='height 41 is not a multiple'):
+                use(img_size=(wrong, other))
+
+    @pytest.mark.parametrize('size', [64.0, True, -64, np.int64(-64), 0, (64, 64, 3), '64', torch.tensor(64)])
+    def test_sizes_that_are_none(self, size):
+        model = build()
+        for use in (model.set_input_size, lambda img_size: vit_efficient.kept_tokens(model, img_size)):
+            with pytest.raises(
+                vit_efficient.utils.errors.UserError, match='img_size must be a positive integer or a p'
+            ):
+                use(img_size=size)
+
     def test_kept_tokens(self):
         assert vit_efficient.kept_tokens(build('full')) == [65, 65]
         assert vit_efficient.kept_tokens(build('dct', dict(keep_ratio=1 / 4))) == [17, 17]
@@ -240,6 +263,15 @@ class TestFeatures:
             out = extractor(x)
             assert torch.equal(out['logits'], model(x))
             assert out['block'].shape == (2, size[0] * size[1] // 64 + 1, 32)
+
+    def test_fx_without_gradients(self, variant):
+        """Bit for bit: where evaluation has operations of its own, the graph has them too."""
+        model = build(*variant)
+        extractor = create_feature_extractor(model, ['head'])
+        x = torch.randn(2, 3, 64, 64)
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                assert torch.equal(extractor(x)['head'], model(x))
 
     @pytest.mark.parametrize('trace', [torch.fx.symbolic_trace, lambda m: torchvision_extractor(m, ['head'])])
     def test_fx_by_other_tracers(self, variant, trace):

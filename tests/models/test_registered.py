@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import timm
+import torch
 
 from vit_efficient.models import SIZES
 
@@ -94,3 +95,11 @@ def test_entry_points_say_what_they_are(size):
         entry.__name__ == f'vit_dct_{size}_dctpatch32'
         and f"ViT-{size.capitalize()}/32 with attention 'dct'" in entry.__doc__
     )
+
+
+@pytest.mark.parametrize('name', timm.list_models('vit_*_tiny*', module='registered'))
+def test_configs_name_layers_that_there_are(name):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    state = model.state_dict()
+    assert f'{model.default_cfg["first_conv"]}.weight' in state and f'{model.default_cfg["classifier"]}.weight' in state

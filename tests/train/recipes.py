@@ -1,10 +1,12 @@
 """A recipe for the tests: a model of a few thousand weights, random draws of every kind; and runs of any recipe."""
 
+import csv
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from vit_efficient.train import Config, load_recipe, train
@@ -60,3 +62,14 @@ def train_on_one_and_two_processes(recipe, tmp_path, batch_size) -> None:
         [*launch, str(tmp_path / '2.yaml')], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+def assert_same_predictions(one, other):
+    """Those of two runs that share out their batches differently: alike, but for the rounding of probabilities."""
+    ours, theirs = (list(csv.DictReader((folder / 'predictions.csv').open())) for folder in (one, other))
+    rounded = [[key for key in row if key.endswith('probability')] for row in (ours[0], theirs[0])]
+    assert rounded[0] == rounded[1] != []
+    for a, b in zip(ours, theirs, strict=True):
+        shares = [[float(row.pop(key)) for key in rounded[0]] for row in (a, b)]
+        assert shares[0] == pytest.approx(shares[1], abs=1e-4)
+    assert ours == theirs

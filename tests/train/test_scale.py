@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tests.data.trees import write_tree
-from tests.train.recipes import ROOT, TINY, tiny_recipe
+from tests.train.recipes import ROOT, TINY, assert_same_predictions, tiny_recipe
 from vit_efficient.train import distributed, load_model, train
 from vit_efficient.train import run as running
 from vit_efficient.train.checkpoint import load_checkpoint
@@ -129,8 +129,7 @@ def test_how_the_work_is_shared_changes_nothing_but_rounding(data, tmp_path):
         assert one['progress']['updates'] == 25
         for other in others:
             assert_close(one, state_of(tmp_path / f'{name}-{other}'), f'{name}-{other}')
-            tables = [(tmp_path / f'{name}-{which}/predictions.csv').read_text() for which in ('one', other)]
-            assert tables[0] == tables[1]
+            assert_same_predictions(tmp_path / f'{name}-one', tmp_path / f'{name}-{other}')
             models = [load_model(tmp_path / f'{name}-{which}').state_dict() for which in ('one', other)]
             assert_close(dict(models[0]), dict(models[1]), f'{name}-{other}')
 
@@ -220,6 +219,28 @@ def test_gpus_talk_by_two_backends(monkeypatch):
     monkeypatch.setattr(distributed.dist, 'init_process_group', lambda backend, timeout: asked.append(backend))
     with distributed.processes():
         assert asked == ['cpu:gloo,cuda:nccl']
+
+
+@pytest.mark.parametrize('variable', ['2', '1', None])
+def test_a_process_group_that_is_there_is_used_whatever_the_environment_says(monkeypatch, variable):
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    if variable:
+        monkeypatch.setenv('WORLD_SIZE', variable)
+    for name, value in (('is_initialized', True), ('get_rank', 1), ('get_world_size', 2)):
+        monkeypatch.setattr(distributed.dist, name, lambda value=value: value)
+    with distributed.processes('cpu') as team:
+        assert (team.rank, team.world_size) == (1, 2)
+
+
+def test_processes_of_another_launcher_keep_their_gpus(monkeypatch):
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    for name, value in (('is_available', True), ('current_device', 3), ('set_device', None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for name, value in (('is_initialized', True), ('get_rank', 1), ('get_world_size', 2)):
+        monkeypatch.setattr(distributed.dist, name, lambda value=value: value)
+    monkeypatch.setattr(distributed, 'choose_device', lambda _, local_rank: torch.device('cuda', local_rank))
+    with distributed.processes() as team:
+        assert team.device.index == 3
 
 
 class Two(Processes):

@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
 
-from tests.train.recipes import TINY, train_on_one_and_two_processes
+from tests.train.recipes import TINY, assert_same_predictions, train_on_one_and_two_processes
 from tests.train.test_trainer import assert_same_run, fail, stop_after
 from vit_efficient.data import EpochSampler, EvalTransform, MegapixelMnist, Preprocessing, Samples, create_loader
 from vit_efficient.train import Config, evaluate, load_model, train
@@ -146,12 +146,16 @@ def test_evaluation(name):
             pairs += zip(target.flatten().tolist(), predicted.flatten().tolist(), strict=True)
             cells = [[maps[k][r][c] for k in range(11)] for r in range(12) for c in range(12)]
             patch_loss = np.mean([slow_loss(z, t, 0) for z, t in zip(cells, target.flatten(), strict=True)])
-            row = (i, 100 * (predicted == target).mean())
+            shares = [np.exp(z) / np.exp(z).sum() for z in cells]
+            classes = zip(predicted.flatten(), target.flatten(), strict=True)
+            probabilities = np.mean([(p[best], p[true]) for p, (best, true) in zip(shares, classes, strict=True)], 0)
+            row = (i, 100 * (predicted == target).mean(), *probabilities)
             if name == 'both':
                 best = logits[0].argmax().item()
                 right += best == label
                 patch_loss = slow_loss(logits[0].tolist(), label, 0) + 0.5 * patch_loss
-                row = (i, label, best, row[1])
+                share = np.exp(logits[0].numpy()) / np.exp(logits[0].numpy()).sum()
+                row = (i, label, best, share[best], share[label], *row[1:])
             losses.append(patch_loss)
             rows.append(row)
     shares = {}
@@ -164,8 +168,9 @@ def test_evaluation(name):
     assert found.patch_accuracy == pytest.approx(100 * np.mean([t == p for t, p in pairs]))
     assert found.top1 == (pytest.approx(100 * right / 7) if name == 'both' else None)
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
-    assert found.columns == ('index', *(['label', 'predicted'] if name == 'both' else []), 'patch_accuracy')
-    assert np.allclose(found.predictions, rows)
+    of_image = ['label', 'predicted', 'probability', 'label_probability'] if name == 'both' else []
+    assert found.columns == ('index', *of_image, 'patch_accuracy', 'patch_probability', 'patch_label_probability')
+    assert np.allclose(found.predictions, rows, rtol=1e-4)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -183,7 +188,11 @@ def test_a_run_of_both_leaves_everything_behind(tmp_path, capsys):
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     assert all(lines[-1][name] == result[name] for name in names)
     rows = list(csv.DictReader((folder / 'predictions.csv').open()))
-    assert list(rows[0]) == ['index', 'file', 'label', 'predicted', 'patch_accuracy']
+    of_image = ['label', 'label_name', 'predicted', 'predicted_name', 'probability', 'label_probability']
+    of_patches = ['patch_accuracy', 'patch_probability', 'patch_label_probability']
+    assert list(rows[0]) == ['index', 'file', *of_image, *of_patches]
+    names = [*'0123456789', 'none']
+    assert all(row[f'{kind}_name'] == names[int(row[kind])] for row in rows for kind in ('label', 'predicted'))
     assert [row['file'] for row in rows] == ['0', '1', '2', '3', '4']
     assert np.mean([float(row['patch_accuracy']) for row in rows]) == pytest.approx(result['patch_accuracy'])
     assert result['top1'] == 100 * np.mean([row['label'] == row['predicted'] for row in rows])
@@ -217,7 +226,9 @@ def test_patches_are_learned(tmp_path):
     assert (result['miou'], result['patch_accuracy']) == (100, 100)
     assert not {'top1', 'top5', 'foreground_miou'} & set(result)  # no class is called none
     header, *rows = (tmp_path / 'run/predictions.csv').read_text().splitlines()
-    assert header == 'index,file,patch_accuracy' and rows[3] == '3,3,100.0'
+    assert header == 'index,file,patch_accuracy,patch_probability,patch_label_probability'
+    index, file, accuracy, probability, of_label = rows[3].split(',')
+    assert (index, file, accuracy) == ('3', '3', '100.0') and 1 / 3 < float(probability) == float(of_label) <= 1
 
 
 def test_going_on_mid_epoch_gives_the_same_weights(tmp_path, monkeypatch):
@@ -270,8 +281,7 @@ def test_two_processes_reach_the_weights_of_one(tmp_path):
     one, two = (json.loads((tmp_path / count / 'result.json').read_text()) for count in '12')
     for name in ('top1', 'foreground_miou', 'miou', 'patch_accuracy'):
         assert one[name] == pytest.approx(two[name])
-    one, two = ((tmp_path / count / 'predictions.csv').read_text() for count in '12')
-    assert one == two
+    assert_same_predictions(tmp_path / '1', tmp_path / '2')
 
 
 def test_a_run_from_before_a_key_existed_goes_on(tmp_path):

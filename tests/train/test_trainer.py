@@ -71,6 +71,10 @@ def assert_same_run(one, other):
     assert ours == theirs
 
 
+def near(text):
+    return pytest.approx(float(text), abs=1e-6)
+
+
 def test_a_run_leaves_everything_behind(data, tmp_path):
     config = tiny_recipe(data, tmp_path / 'run')
     result = train(config)
@@ -93,8 +97,11 @@ def test_a_run_leaves_everything_behind(data, tmp_path):
     assert model.pretrained_cfg['label_names'] == ['c0', 'c1', 'c2']
     samples = Samples(ImageTree(data / 'val'), EvalTransform(Preprocessing.of(model)), 3, 3)
     found = evaluate(model, create_loader(samples, EpochSampler(6, shuffle=False), 4))
-    assert found.predictions == [(int(r['index']), int(r['label']), int(r['predicted'])) for r in rows]
-    assert found.top5 == 100
+    assert found.predictions == [
+        (int(r['index']), int(r['label']), int(r['predicted']), near(r['probability']), near(r['label_probability']))
+        for r in rows
+    ]
+    assert found.top5 is None and 'top5' not in result  # of three classes
     # What is saved is what was evaluated: the average of the weights.
     state = load_checkpoint(folder / 'checkpoint.pt')
     assert same(dict(model.state_dict()), dict(state['ema']))

@@ -37,6 +37,29 @@ def test_the_state_of_the_working_folder_is_told(folder):
     assert describe_environment(torch.device('cpu'))['working_git'] == {**state, 'changed': True}
 
 
+def test_a_package_installed_inside_a_repository_is_not_of_its_commit(folder, monkeypatch):
+    """Its file is ignored there; where git knows it, as in a clone, the commit is its own."""
+
+    def git(*arguments):
+        identity = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+        subprocess.run(['git', *identity, *arguments], check=True, capture_output=True)
+
+    installed = folder / 'env' / 'vit_efficient' / 'utils' / 'environment.py'
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    (folder / '.gitignore').write_text('env\n')
+    git('init')
+    git('add', '.gitignore')
+    git('commit', '-m', 'one')
+    monkeypatch.setattr(environment_module, '__file__', str(installed))
+    found = describe_environment(torch.device('cpu'))
+    assert found['git'] is None and len(found['working_git']['commit']) == 40
+    git('add', '--force', str(installed))
+    git('commit', '-m', 'two')
+    found = describe_environment(torch.device('cpu'))
+    assert found['git'] == found['working_git'] and found['git']['changed'] is False
+
+
 def test_the_command_repeats_what_runs(folder):
     """Run by a shell, it gives itself again."""
     script = folder / 'a script.py'

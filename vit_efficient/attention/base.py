@@ -12,6 +12,7 @@ from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, as_integer, check_options
 from vit_efficient.utils.compat import own_names, own_parameters
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.modes import keeping_modes
 from vit_efficient.utils.options import write_options
 
 _TIMM_ARGUMENTS = argument_names(Attention)[0]
@@ -74,7 +75,8 @@ class GridAttention(Attention):
         new._configure(mechanism, options)
         if isinstance(attention, GridAttention):
             new._keep_additions(attention)
-        return new.train(attention.training)
+        with keeping_modes(attention):  # what both have in common stays in its own
+            return new.train(attention.training)
 
     def _keep_additions(self, attention: 'GridAttention') -> None:
         given = attention.added_state(keep_vars=True)

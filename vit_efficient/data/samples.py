@@ -10,14 +10,17 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vit_efficient.data.config import ON_ERROR
-from vit_efficient.data.files.images import ImageTooLarge, to_array
+from vit_efficient.data.files.images import EXHAUSTED, UnfitImage, to_array
 from vit_efficient.data.files.jpeg import QuantizedJpeg
 from vit_efficient.data.preprocessing import PixelTransform
 from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.packages import MissingPackage
 
 # What data sets raise where a file is damaged or gone; PIL has the last two as well.
 _READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError)
+# And what of it is not the file's fault.
+_NO_DAMAGE = (UnfitImage, MissingPackage)
 
 
 def class_names(dataset: Dataset) -> list[str] | None:
@@ -51,7 +54,8 @@ class Samples(Dataset):
     device that computes with them. With `check_target` it is (tensor, label, target, index), the target (rows, columns)
     being the class of each patch.
     With `on_error` skip it is Unreadable if the data set cannot read the sample. One that is read and does not fit the
-    model (label, channels, type, range, target), or that PIL refuses for its size, is an error all the same.
+    model (label, channels, type, range, target), or is whole and refused (its size, a missing package), and what the
+    system has run out of, is an error all the same.
 
     Args:
         dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`), or a
@@ -107,9 +111,10 @@ class Samples(Dataset):
         except _READ_ERRORS as error:
             where = self._where(index)
             what = ' '.join(str(error).removeprefix(f'{where}: ').split()) or type(error).__name__
-            if self.on_error == 'skip' and not isinstance(error, ImageTooLarge):
+            damaged = not isinstance(error, _NO_DAMAGE) and getattr(error, 'errno', None) not in EXHAUSTED
+            if self.on_error == 'skip' and damaged:
                 return Unreadable(index, f'{where}: {what}')
-            way_out = '' if isinstance(error, ImageTooLarge) else '; on_error=skip goes on without it'
+            way_out = '; on_error=skip goes on without it' if damaged else ''
             raise UserError(f'{where}: {what}{way_out}') from error
         try:
             truth = [self._label(label)]

@@ -28,7 +28,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from vit_efficient.dct.bases import basis, is_capturing, is_eager, is_lasting, memo, product_step
-from vit_efficient.grid import plain_sizes, smaller
+from vit_efficient.grid import SYMBOLS, plain_sizes, smaller
 from vit_efficient.utils.checks import is_integer, is_pair
 from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
@@ -179,12 +179,13 @@ def _checked_sizes(kind: str, n, size) -> tuple:
         size = n
     elif type(size) is not int and is_integer(size):  # of NumPy; a symbol is no integer
         size = int(size)
-    if type(size) is int and type(n) is int:
+    if type(size) is not int:
+        if not isinstance(size, SYMBOLS):
+            raise UserError(f'{kind}: size must be an integer, got {size=!r}')
+    elif type(n) is int:
         low, high = {'dct': (1, n), 'idct': (n, math.inf), 'resample': (1, math.inf)}[kind]
         if not low <= size <= high:
             raise UserError(f'{kind}: size must lie in {low} … {high} for an axis of {n}, got {size=}')
-    elif isinstance(size, (float, str, bool)):
-        raise UserError(f'{kind}: size must be an integer, got {size=!r}')
     return n, size
 
 

@@ -1,10 +1,12 @@
 """Models by one line of text: `NAME[:KEY=VALUE,…]`, such as `vit_dct_small:keep_ratio=1/16,patch_embed=dct`.
 
 A key is an option of the attention where the model's attention has such an option; any other one is an argument of
-`timm.create_model`.
+`timm.create_model`. `convert:BASE:ATTENTION[,KEY=VALUE,…]` is the timm model BASE, converted: in all of its blocks, or
+in those that `layers` says, such as `layers=6-11` or `layers=[0,-2,-1]`.
 """
 
 import inspect
+import re
 from typing import Any
 
 import timm
@@ -16,7 +18,7 @@ from torch import nn
 from vit_efficient.attention import get_attention
 from vit_efficient.compress import get_compressor
 from vit_efficient.models.vit import EfficientVisionTransformer
-from vit_efficient.utils.checks import argument_names, check_options, nearest
+from vit_efficient.utils.checks import argument_names, check_options, is_integer, multiples_around, nearest
 from vit_efficient.utils.errors import UserError, is_bug_of_plugin, one_line
 
 # Arguments of timm.create_model that stand in no signature.
@@ -27,7 +29,7 @@ def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = 
     """A model by its name and one set of options, those of its attention and those of timm.create_model.
 
     Args:
-        name: A model of timm.
+        name: A model of timm, or `convert:BASE:ATTENTION`.
         options: As `utils.options.parse_spec` reads them. `attention_kwargs` may hold those of the attention, too.
         img_size: Side of square images, in pixels. A model that takes any size is built as it is.
         **factory: device and dtype.
@@ -36,30 +38,69 @@ def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = 
         UserError: If there is no such model or option, an option is given twice, the image size is among the options,
             the patches do not divide the image, or timm refuses an argument.
     """
-    arguments = _arguments(name, options)
+    entry, own = _entry_point(name, options)
+    arguments = _arguments(name, options) | own
     if img_size is not None:
         if 'img_size' in options:
             raise UserError(
                 f'img_size={options["img_size"]!r} must not be among the options of {name}; sizes are given apart '
                 '(--img-sizes)'
             )
-        if _takes_img_size(name, arguments):
+        if _takes_img_size(name, entry, arguments):
             arguments['img_size'] = img_size
-    model = _create(name, arguments | factory)
+    model = _create(name, entry, arguments | factory)
     embedding = getattr(model, 'patch_embed', None)
     if img_size is not None and isinstance(embedding, PatchEmbed) and not embedding.dynamic_img_pad:
         for side in embedding.patch_size:
             if img_size % side:
-                raise UserError(f'{img_size=} is not a multiple of the patch size {side} of {name}')
+                instead = multiples_around(img_size, side)
+                raise UserError(f'{img_size=} is not a multiple of the patch size {side} of {name}; use {instead}')
     return model
 
 
 def attention_of(name: str, options: dict[str, Any]) -> Any:
     """The `attention` that a model is built with, given these options; None where timm alone builds it."""
-    if not timm.is_model(name):
-        raise UserError(f'timm knows no model {name!r}{nearest(name, timm.list_models())}')
-    parameter = inspect.signature(model_entrypoint(name)).parameters.get('attention')
-    return None if parameter is None else options.get('attention', parameter.default)
+    entry, own = _entry_point(name, options)
+    parameter = inspect.signature(model_entrypoint(entry)).parameters.get('attention')
+    return None if parameter is None else (options | own).get('attention', parameter.default)
+
+
+def _entry_point(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What timm calls a model, and the arguments that its name stands for."""
+    kind, _, converted = name.partition(':')
+    base, _, attention = converted.partition(':')
+    known = base if kind == 'convert' else name
+    if not timm.is_model(known):
+        raise UserError(f'timm knows no model {known!r}{nearest(known, timm.list_models())}')
+    if kind != 'convert':
+        return name, {}
+    for key, given in (('base', base), ('attention', attention)):
+        if key in options:
+            raise UserError(f'{name} is given {key}={options[key]!r} beside {given}: give it once')
+    arguments = {'base': base, 'attention': attention}
+    config = timm.get_pretrained_cfg(base)
+    if config is not None:  # vit_converted has defaults of its own
+        of_base = {'num_classes': config.num_classes, 'img_size': config.input_size[1:]}
+        arguments |= {key: value for key, value in of_base.items() if key not in options}
+    if 'layers' in options:
+        arguments['layers'] = _layers(options['layers'])
+    return 'vit_converted', arguments
+
+
+def _layers(value: Any) -> list[int] | None:
+    """The blocks that a spec names: an index, a range such as '6-11', or a list of them; all for None."""
+    if value is None:
+        return None
+    indices = []
+    for part in value if isinstance(value, (list, tuple)) else [value]:
+        ends = re.fullmatch(r'(\d+)-(\d+)', part) if isinstance(part, str) else None
+        if ends and int(ends[1]) <= int(ends[2]):
+            indices += range(int(ends[1]), int(ends[2]) + 1)
+        elif is_integer(part):
+            indices.append(part)
+        else:
+            raise UserError(f'layers must be blocks, such as 6-11, 3 or [0,-2,-1], got layers={value}')
+    return indices
 
 
 def _arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +110,8 @@ def _arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f'attention_kwargs of {name} must be a mapping of options to values, got {given!r}')
     if attention is None:  # which arguments it takes, only a call can tell
         return dict(options)
-    functions = (model_entrypoint(name), EfficientVisionTransformer, VisionTransformer, timm.create_model)
+    entry, _ = _entry_point(name, options)
+    functions = (model_entrypoint(entry), EfficientVisionTransformer, VisionTransformer, timm.create_model)
     of_model = {*_OF_BUILDER, *(argument for function in functions for argument in argument_names(function)[0])}
     of_attention, takes_others = _attention_options(attention, given | options)
     if not takes_others:
@@ -96,19 +138,19 @@ def _attention_options(attention: Any, options: dict[str, Any]) -> tuple[list[st
     return names + more, takes_others
 
 
-def _takes_img_size(name: str, arguments: dict[str, Any]) -> bool:
-    config = timm.get_pretrained_cfg(name)
+def _takes_img_size(name: str, entry: str, arguments: dict[str, Any]) -> bool:
+    config = timm.get_pretrained_cfg(entry)
     if config is not None and config.fixed_input_size:
         return True
     # Of other models timm does not say it, the class does.
     with torch.device('meta'):
-        model = _create(name, {**arguments, 'pretrained': False, 'checkpoint_path': ''})
+        model = _create(name, entry, {**arguments, 'pretrained': False, 'checkpoint_path': ''})
     return 'img_size' in inspect.signature(type(model)).parameters
 
 
-def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+def _create(name: str, entry: str, arguments: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(name, **arguments)
+        return timm.create_model(entry, **arguments)
     except UserError:
         raise
     # timm's models check their arguments in many ways, or not at all.

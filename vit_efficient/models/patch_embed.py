@@ -25,6 +25,7 @@ from vit_efficient.grid import plain_sizes
 from vit_efficient.models.patch_kernels import YCBCR, kernel_to_weight, split_channels, truncated, weight_to_kernel
 from vit_efficient.utils.checks import check_choice, check_flag, is_integer, is_pair
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.modes import keeping_modes
 
 Keep = int | Sequence[int | Sequence[int]] | None
 
@@ -342,7 +343,8 @@ def _filled(new: PatchEmbed, layer: nn.Module, weight: Tensor, old: PatchEmbed, 
             layer.bias.copy_(source.bias)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(getattr(source, name).requires_grad)
-    return new.train(old.training)
+    with keeping_modes(old):  # of the norm that both have
+        return new.train(old.training)
 
 
 def _layout(embedding: PatchEmbed, layer: nn.Module) -> dict[str, Any]:

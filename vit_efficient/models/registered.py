@@ -9,9 +9,10 @@ from torch import nn
 from vit_efficient.attention import on_register
 from vit_efficient.models.blocks import AttentionSpec
 from vit_efficient.models.checkpoints import checkpoint_filter_fn
+from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.models.vit import EfficientVisionTransformer
-from vit_efficient.utils.checks import is_integer
-from vit_efficient.utils.compat import model_args, set_model_args
+from vit_efficient.utils.checks import plain_integers
+from vit_efficient.utils.compat import keep_first_layer, model_args, set_model_args
 
 SIZES = {
     'tiny': dict(embed_dim=192, depth=12, num_heads=3),
@@ -45,7 +46,7 @@ default_cfgs = {}  # where timm looks for them
 
 def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     """timm's builder, for registered and converted models alike. NumPy's integers become Python's, which timm wants."""
-    kwargs = {key: int(value) if is_integer(value) else value for key, value in kwargs.items()}
+    kwargs = {key: plain_integers(value) for key, value in kwargs.items()}
     if pretrained:
         config = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         if not (config.has_weights or config.state_dict):
@@ -57,6 +58,8 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
 
     def build(**arguments) -> nn.Module:
         model = model_cls(**arguments)
+        if isinstance(model.patch_embed, DctPatchEmbed):
+            keep_first_layer(model)
         # What rebuilds it: the arguments of the entry point too, and not only those of create_model.
         recorded = {**model_args(model), **arguments}
         set_model_args(model, {key: value for key, value in recorded.items() if key not in ('device', 'dtype')})
@@ -93,7 +96,8 @@ def _register(mechanism: str, size: str, suffix: str) -> None:
 
     entry_point.__name__ = entry_point.__qualname__ = variant
     entry_point.__doc__ = description.format(size=size.capitalize(), attention=mechanism)
-    default_cfgs.update(generate_default_cfgs({variant: DEFAULT_CFG}))
+    config = {**DEFAULT_CFG, 'first_conv': 'patch_embed.linear'} if suffix == '_dctpatch32' else DEFAULT_CFG
+    default_cfgs.update(generate_default_cfgs({variant: config}))
     register_model(entry_point)
 
 

@@ -21,6 +21,7 @@ from vit_efficient.grid import PatchGrid, plain_sizes
 from vit_efficient.models import blocks
 from vit_efficient.models.patch_convolution import use_products
 from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
+from vit_efficient.utils.checks import as_sides, multiples_around, plain_integers
 from vit_efficient.utils.compat import feature_indices
 from vit_efficient.utils.errors import UserError
 
@@ -34,8 +35,13 @@ def check_image_size(height, width, patch_size: tuple[int, int]) -> None:
         if type(size) is int and size % patch:
             raise UserError(
                 f'image {side} {size} is not a multiple of the patch size {patch}; '
-                f'use {size // patch * patch} or {(size // patch + 1) * patch}, or dynamic_img_pad=True to pad'
+                f'use {multiples_around(size, patch)}, or dynamic_img_pad=True to pad'
             )
+
+
+def _pixels(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width, plain ints, of an argument that is a side or both."""
+    return to_2tuple(as_sides(name, value, '(height, width)'))
 
 
 class GridForward:
@@ -109,7 +115,8 @@ class GridForward:
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
     ) -> None:
         """As timm's; weights that are maps over the patch grid follow it. What raises a UserError changes nothing."""
-        pair = [(v, v) if isinstance(v, int) else v for v in (img_size, patch_size)]
+        given = {'img_size': img_size, 'patch_size': patch_size}
+        pair = [None if v is None else _pixels(name, v) for name, v in given.items()]
         size, patch = pair[0] or self.patch_embed.img_size, pair[1] or self.patch_embed.patch_size
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*size, patch)
@@ -179,7 +186,7 @@ class EfficientVisionTransformer(GridForward, VisionTransformer):
         kwargs.setdefault('embed_layer', layer)
         super().__init__(*args, block_fn=kwargs.pop('block_fn', blocks.GridBlock), **kwargs)
         if not self.patch_embed.dynamic_img_pad:
-            check_image_size(*self.patch_embed.img_size, self.patch_embed.patch_size)
+            check_image_size(*plain_integers(self.patch_embed.img_size), self.patch_embed.patch_size)
         use_products(self.patch_embed)
         blocks.check_blocks(self)
         layers = blocks.attention_per_layer(attention, attention_kwargs, len(self.blocks))
@@ -206,7 +213,7 @@ def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     """
     if not isinstance(model, GridForward):
         raise UserError(f'{type(model).__name__} is not a model of vit_efficient; convert() makes it one')
-    size = to_2tuple(model.patch_embed.img_size if img_size is None else img_size)
+    size = model.patch_embed.img_size if img_size is None else _pixels('img_size', img_size)
     if not model.patch_embed.dynamic_img_pad:
         check_image_size(*size, model.patch_embed.patch_size)
     grid = PatchGrid(*model.patch_embed.dynamic_feat_size(size), prefix=model.num_prefix_tokens)

@@ -19,7 +19,7 @@ def compare_with_first(entries: Sequence[Entry]) -> str:
     """The tables of the comparison, with what they mean, and why some models are not in them."""
     first, *others = entries
     of_first = _predictions(first)
-    of_images, of_patches, remarks = [], [], []
+    of_images, of_patches, remarks, single = [], [], [], []
     for other in others:
         of_other = _predictions(other)
         pairs = [(of_first[seed], of_other[seed]) for seed in of_first if seed in of_other]
@@ -28,20 +28,34 @@ def compare_with_first(entries: Sequence[Entry]) -> str:
         elif any(_images(ours) != _images(theirs) for ours, theirs in pairs):
             remarks.append(f'{other.label} was measured on other validation images than {first.label}.\n')
         else:
+            single += [other.label] if len(pairs) == 1 else []
             columns = pairs[0][0][0]
             if 'predicted' in columns:
                 of_images.append({'model': other.label, **_compare_answers(pairs)})
             if 'patch_accuracy' in columns:
                 of_patches.append({'model': other.label, **_compare_patches(pairs)})
     parts = []
+    of_one_seed = _about_one_seed(single, len(others) - len(remarks))
     if of_images:
         about = 'Paired by image and seed. p: exact McNemar test, pairs of all seeds pooled. Interval: bootstrap over '
-        about += 'images, each with all its seeds.'
+        about += f'images, each with all its seeds.{of_one_seed}'
         parts.append(f'{_table(f"against {first.label}", of_images)}\n{about}\n')
     if of_patches:
         about = 'Share of patches that are right, paired by image and seed. Interval: bootstrap over images.'
+        about += of_one_seed
         parts.append(f'{_table(f"patches, against {first.label}", of_patches)}\n{about}\n')
     return '\n'.join(parts) + ''.join(remarks)
+
+
+def _about_one_seed(labels: Sequence[str], compared: int) -> str:
+    """What is to be said of comparisons of a single seed; '' without such."""
+    if not labels:
+        return ''
+    which = '' if len(labels) == compared else f' of {", ".join(labels)}'
+    return (
+        f' A single seed{which}: p and interval are over images only, for these very weights; what another seed would '
+        'give, which may well differ by more, they do not tell.'
+    )
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> str:

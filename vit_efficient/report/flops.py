@@ -18,6 +18,7 @@ _KEYS = {role: f'{role.replace(" ", "_")}_gmacs' for role in ROLES}
 COLUMNS = [Column('model'), Column('img_size', 'px'), Column('parameters_m', 'parameters (M)', 2), Column('tokens')]
 COLUMNS += [Column('gmacs', 'GMACs', 3), Column('ratio', '÷ first', 3), Column('attention_gmacs', 'in attention', 3)]
 COLUMNS += [Column(key, role, 3) for role, key in _KEYS.items()]
+_ERROR = Column('error')
 
 
 def flops_table(
@@ -28,6 +29,9 @@ def flops_table(
 ) -> str:
     """The table as text, by image size; the first model is what the others are compared with.
 
+    The cells of a model that cannot be had at a size, such as one whose patches do not divide it, are empty; why, the
+    text below the table says, and in CSV and JSON a column `error`.
+
     Args:
         specs: Models, each `NAME[:KEY=VALUE,…]` (see `models.create`).
         img_sizes: Sides of square images, in pixels.
@@ -36,7 +40,7 @@ def flops_table(
         format: One of `report.table.FORMATS`.
 
     Raises:
-        UserError: If a model or an option is unknown, or a model cannot be had at a size.
+        UserError: If a model or an option is unknown, or a model can be had at none of the sizes.
     """
     sizes = [as_integer('--img-sizes', size) for size in img_sizes]
     models = []
@@ -46,25 +50,53 @@ def flops_table(
         models.append((spec, name, options if exact else {**(attention_kwargs or {}), **options}))
     rows, expected = [], {}  # the latter: models whose cost depends on the data
     for size in sizes:
-        first = None
+        of_size = []
         for spec, name, options in models:
+            row = dict(model=spec, img_size=size)
             try:
                 with torch.device('meta'):
                     model = create_from_spec(name, options, size)
-                count = count_flops(model, input_size(model, size))
+                row |= _costs(model, size)
             except UserError as error:
-                raise UserError(f'{spec} at {size} px: {error}') from error
-            first = first or count.total
-            if any(getattr(module, 'cost_depends_on_data', False) for module in model.modules()):
-                expected[spec] = None
-            parameters = sum(p.numel() for p in model.parameters())
-            row = dict(model=spec, img_size=size, parameters_m=parameters / 1e6, tokens=_tokens(model))
-            row |= dict(gmacs=count.total / 1e9, ratio=count.total / first, attention_gmacs=count.attention / 1e9)
-            rows.append(row | {_KEYS[role]: macs / 1e9 for role, macs in count.by_role.items()})
-    text = Table(COLUMNS, rows).render(format)
-    if format == 'markdown' and expected:
-        text += f'\nIn expectation, as if all leaves held as many patches: {", ".join(expected)}.\n'
-    return text
+                row['error'] = str(error)
+            else:
+                if any(getattr(module, 'cost_depends_on_data', False) for module in model.modules()):
+                    expected[spec] = None
+            of_size.append(row)
+        first = of_size[0].get('gmacs')
+        rows += [row | {'ratio': row['gmacs'] / first} if first and 'gmacs' in row else row for row in of_size]
+    for spec in specs:
+        errors = [row.get('error') for row in rows if row['model'] == spec]
+        if all(errors):
+            raise UserError(f'{spec} at {sizes[0]} px: {errors[0]}')
+    failed = [row for row in rows if 'error' in row]
+    if format != 'markdown':
+        return Table([*COLUMNS, *([_ERROR] if failed else [])], rows).render(format)
+    shown = [{key: value for key, value in row.items() if key != 'error'} for row in rows]
+    notes = [''.join(f'- {row["model"]} at {row["img_size"]:,} px: {row["error"]}.\n' for row in failed)]
+    if _counts_differ(rows):
+        notes.append('Parameters: with the position embeddings of each size.\n')
+    if expected:
+        notes.append(f'In expectation, as if all leaves held as many patches: {", ".join(expected)}.\n')
+    return '\n'.join([Table(COLUMNS, shown).render(), *filter(None, notes)])
+
+
+def _costs(model: nn.Module, size: int) -> dict[str, Any]:
+    """What a model's row says of it at an image size, but for what the others cost."""
+    count = count_flops(model, input_size(model, size))
+    parameters = sum(p.numel() for p in model.parameters())
+    row = dict(parameters_m=parameters / 1e6, tokens=_tokens(model), gmacs=count.total / 1e9)
+    row['attention_gmacs'] = count.attention / 1e9
+    return row | {_KEYS[role]: macs / 1e9 for role, macs in count.by_role.items()}
+
+
+def _counts_differ(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether a model has other numbers of parameters at other sizes."""
+    counts: dict[str, set[float]] = {}
+    for row in rows:
+        if 'error' not in row:
+            counts.setdefault(row['model'], set()).add(row['parameters_m'])
+    return any(len(found) > 1 for found in counts.values())
 
 
 def _tokens(model: nn.Module) -> int | None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vit_efficient.utils.device import choose_device
+from vit_efficient.utils.modes import evaluating
 from vit_efficient.utils.precision import autocast, real_dtype
 
 # A process that waits longer for another gives up. Without torchrun, which ends the others when one dies, nothing else
@@ -84,13 +85,12 @@ def talking_device(device: torch.device) -> torch.device:
 def has_unused_parameters(model: nn.Module, images: Tensor, amp: str = 'none') -> bool:
     """Whether some parameters get no gradient from the logits of images (B, C, H, W), for which DDP would wait.
 
-    The model is run in eval mode, with the products of `amp`, and left in the mode that it was in.
+    The model is run in eval mode, with the products of `amp`, and left in the modes that it was in.
     """
-    was_training = model.training
-    with autocast(images.device, amp):
-        logits = model.eval()(images)
-    logits.sum().backward()
-    model.train(was_training)
+    with evaluating(model):
+        with autocast(images.device, amp):
+            logits = model(images)
+        logits.sum().backward()
     unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     model.zero_grad()
     return unused
@@ -102,18 +102,20 @@ def processes(device: str = 'auto') -> Iterator[Processes]:
 
     Tensors on GPUs go over NCCL, all else, which is what runs are steered by, over gloo.
 
-    A process group that is there already is used, as by scripts that train more than once. `device` is auto (a GPU
-    where there is one), or a name that torch.device knows.
+    A process group that is there already is used, however it was made, as by scripts that train more than once.
+    `device` is auto (a GPU where there is one), or a name that torch.device knows; the number of the GPU, where it has
+    none, is torchrun's LOCAL_RANK or, in processes that were started in another way, that of the current device.
     """
-    world_size = int(os.environ.get('WORLD_SIZE', 1))
-    chosen = choose_device(device, local_rank=int(os.environ.get('LOCAL_RANK', 0)))
+    made = dist.is_available() and dist.is_initialized()  # by the caller, who also ends it
+    current = torch.cuda.current_device() if made and torch.cuda.is_available() else 0
+    chosen = choose_device(device, local_rank=int(os.environ.get('LOCAL_RANK', current)))
     if chosen.type == 'cuda':
         torch.cuda.set_device(chosen)
-    if world_size == 1:
-        yield Processes(chosen)
-        return
-    if dist.is_initialized():  # by the caller, who also ends it
+    if made:
         yield Processes(chosen, dist.get_rank(), dist.get_world_size())
+        return
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        yield Processes(chosen)
         return
     dist.init_process_group('cpu:gloo,cuda:nccl' if chosen.type == 'cuda' else 'gloo', timeout=TIMEOUT)
     try:

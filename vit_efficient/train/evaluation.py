@@ -18,6 +18,7 @@ from vit_efficient.data import iterate
 from vit_efficient.train.distributed import Processes
 from vit_efficient.train.tasks import Task
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.modes import evaluates
 from vit_efficient.utils.precision import autocast, real_dtype
 
 # The accuracies, in percent, in the order in which they are shown.
@@ -37,10 +38,12 @@ class Evaluation:
     loss: float  # mean cross-entropy, without label smoothing
     images: int  # of those that could be read, if others are skipped
     images_per_second: float  # of the whole loop, loading included, over all processes
-    columns: tuple[str, ...] = field(repr=False)  # of predictions: index; label, predicted class; patch_accuracy
+    # Of predictions: index; label, predicted class, the probabilities of the latter and of the former; of patches, the
+    # accuracy, and the means over them of these probabilities.
+    columns: tuple[str, ...] = field(repr=False)
     predictions: list[tuple[int | float, ...]] = field(repr=False)  # for every image, by index
     top1: float | None = None  # images whose label is the first of the classes
-    top5: float | None = None  # or among the first five
+    top5: float | None = None  # or among the first five; None with no more than five classes, of which it says nothing
     # Intersection over union of the patches of each class, all images together, averaged over the classes that occur
     # in targets or predictions; without the class none, and with it.
     foreground_miou: float | None = None
@@ -73,6 +76,7 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
 
 # Not inference_mode: the memory into which it gathers a sharded model could not be written to outside of it.
 @torch.no_grad()
+@evaluates
 def evaluate(
     model: nn.Module,
     loader: DataLoader,
@@ -85,8 +89,8 @@ def evaluate(
     """Measures a model.
 
     Args:
-        model: Images (B, C, H, W) -> logits, as the task reads them. It is put in eval mode, and back as it was. If it
-            is sharded, all processes of the run must call.
+        model: Images (B, C, H, W) -> logits, as the task reads them. It is put in eval mode, and each
+            module of it back as it was. If it is sharded, all processes of the run must call.
         loader: From `create_loader`; or any that gives batches (images, labels, indices), of patch tasks (images,
             labels, targets, indices). Every process reads its own part.
         processes: Where the work is shared; by default, the model's device alone.
@@ -96,15 +100,13 @@ def evaluate(
         after_batch: Called after every batch, as often in all processes.
 
     Returns:
-        The same Evaluation in every process. With fewer than six classes top-5 is 100 %.
+        The same Evaluation in every process.
 
     Raises:
         UserError: If there are no images that can be read, or one of them is corrupt and not to be skipped.
     """
     processes = processes or Processes(next(model.parameters()).device)
     task = task or Task()
-    was_training = model.training
-    model.eval()
     device, found, losses, top5 = processes.device, [], [], []
     confusion: Tensor | int = 0
     skipped: dict[int, str] = {}
@@ -124,20 +126,25 @@ def evaluate(
         losses.append(len(images) * task.loss(logits, truth, F.cross_entropy).to(real_dtype(device)))
         columns = [indices.clone()]  # not what a loader process shares: each would hold a file open
         if task.of_images:
+            labels_B1, shares_BK = truth[0][:, None], images_BK.softmax(1)
             best = images_BK.topk(min(5, images_BK.shape[1])).indices
-            top5.append((best == truth[0][:, None]).sum())
+            if images_BK.shape[1] > 5:
+                top5.append((best == labels_B1).sum())
             columns += [truth[0].clone(), best[:, 0]]
+            columns += [shares_BK.gather(1, classes)[:, 0] for classes in (best[:, :1], labels_B1)]
         if task.of_patches:
             predicted_BHW = patches_BKHW.argmax(1)
             confusion = confusion + confusion_matrix(predicted_BHW, truth[1], patches_BKHW.shape[1])
             columns.append(100 * (predicted_BHW == truth[1]).to(real_dtype(device)).mean((1, 2)))
+            shares_BKHW = patches_BKHW.softmax(1)
+            for classes in (predicted_BHW, truth[1]):
+                columns.append(shares_BKHW.gather(1, classes[:, None]).mean((1, 2, 3)))
         found.append(columns)
     lists = [torch.cat(column).tolist() for column in zip(*found, strict=True)]
     rows: list[tuple[int | float, ...]] = list(zip(*lists, strict=True))
-    total_loss, right5 = (sum(torch.stack(values).tolist()) if values else 0 for values in (losses, top5))
+    total_loss, right5 = (sum(torch.stack(values).tolist()) if values else None for values in (losses, top5))
     confusion = confusion.cpu() if isinstance(confusion, Tensor) else confusion
     seconds = time.perf_counter() - start
-    model.train(was_training)
     parts = processes.gather((rows, right5, total_loss, confusion, seconds, list(skipped.items())))
     rows_of, top5_of, loss_of, confusion_of, seconds_of, skipped_of = zip(*parts, strict=True)
     rows, skipped = sorted(chain(*rows_of)), dict(sorted(chain(*skipped_of)))
@@ -147,13 +154,14 @@ def evaluate(
     count = len(rows)
     columns, accuracies = ['index'], {}
     if task.of_images:
-        columns += ['label', 'predicted']
+        columns += ['label', 'predicted', 'probability', 'label_probability']
         accuracies['top1'] = 100 * sum(label == predicted for _, label, predicted, *_ in rows) / count
-        accuracies['top5'] = 100 * sum(top5_of) / count
+        if any(right is not None for right in top5_of):
+            accuracies['top5'] = 100 * sum(filter(None, top5_of)) / count
     if task.of_patches:
-        columns.append('patch_accuracy')
+        columns += ['patch_accuracy', 'patch_probability', 'patch_label_probability']
         accuracies.update(_patch_accuracies(sum(confusion_of), task.none))
-    loss, rate = sum(loss_of) / count, count / max(seconds_of)
+    loss, rate = sum(filter(None, loss_of)) / count, count / max(seconds_of)
     return Evaluation(loss, count, rate, tuple(columns), rows, skipped=skipped, **accuracies)
 
 

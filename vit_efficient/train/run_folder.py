@@ -181,17 +181,18 @@ class RunFolder:
         save_model(model, self.path / name, classes if classes and len(classes) == model.num_classes else None)
 
     def write_result(
-        self, result: dict[str, Any], evaluation: Evaluation, filename: Callable[[int], str], skipped: Sequence[str]
+        self,
+        result: dict[str, Any],
+        evaluation: Evaluation,
+        filename: Callable[[int], str],
+        skipped: Sequence[str],
+        classes: Sequence[str] | None,
     ) -> dict[str, Any]:
         """Writes predictions, what was skipped and, last, the result with the environment, which is returned.
 
         The result tells that the run is complete. `filename` names images of the validation set.
         """
-        table = io.StringIO(newline='')
-        writer = csv.writer(table, lineterminator='\n')
-        writer.writerow(['index', 'file', *evaluation.columns[1:]])
-        writer.writerows([index, filename(index), *prediction] for index, *prediction in evaluation.predictions)
-        write_text(self.path / PREDICTIONS, table.getvalue())
+        write_text(self.path / PREDICTIONS, predictions_table(evaluation, filename, classes))
         reasons = [('training', each) for each in skipped] + [
             ('validation', each) for each in evaluation.skipped.values()
         ]
@@ -200,6 +201,26 @@ class RunFolder:
         result = {**result, 'environment': self.environment}
         write_json(self.path / RESULT, result)
         return result
+
+
+def predictions_table(
+    evaluation: Evaluation, filename: Callable[[int], str], classes: Sequence[str] | None = None
+) -> str:
+    """A line of CSV for each image; beside each class its name, where they have names."""
+    named = ('label', 'predicted') if classes else ()
+    rows = []
+    for index, *values in evaluation.predictions:
+        row: dict[str, Any] = {'index': index, 'file': filename(index)}
+        for column, value in zip(evaluation.columns[1:], values, strict=True):
+            row[column] = round(value, 6) if column.endswith('probability') else value
+            if column in named:
+                row[f'{column}_name'] = classes[value] if value < len(classes) else ''
+        rows.append(row)
+    table = io.StringIO(newline='')
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()
 
 
 def _load_newest(folder: Path, team: Processes) -> tuple[Path, dict[str, Any]]:

@@ -279,4 +279,5 @@ class Trainer:
         self.folder.save_model(model, experiment)
         result = describe_result(experiment, progress, model, evaluation)
         skipped = [reason for _, reason in sorted(progress.skipped.items())]
-        return self.folder.write_result(result, evaluation, experiment.feed.val_samples.filename, skipped)
+        filename = experiment.feed.val_samples.filename
+        return self.folder.write_result(result, evaluation, filename, skipped, experiment.classes)

@@ -44,6 +44,13 @@ def as_sides(name: str, value: Any, pair: str = '(h, w)') -> int | tuple[int, in
     raise UserError(f'{name} must be a positive integer or a pair {pair} of them, got {name}={value!r}')
 
 
+def plain_integers(value: Any) -> Any:
+    """A value with integers of NumPy, it or those in a tuple or list, as plain ints; anything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(plain_integers(each) for each in value) if type(value) in (tuple, list) else value
+    return int(value) if is_integer(value) else value
+
+
 def as_share(name: str, value: Any) -> float:
     """A share, above 0 and at most 1, as a plain float."""
     if not (is_real(value) and 0 < value <= 1):
@@ -67,6 +74,12 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     """'; did you mean …?' with the name that is nearest to one that is not known; empty if none is near."""
     close = difflib.get_close_matches(str(name), [str(each) for each in known], n=1)
     return f'; did you mean {close[0]}?' if close else ''
+
+
+def multiples_around(size: int, side: int) -> str:
+    """'504 or 518', the multiples of a side, above 0, that are next to a size which is none."""
+    below = size // side * side
+    return ' or '.join(str(multiple) for multiple in (below, below + side) if multiple)
 
 
 def check_options(owner: str, given: Iterable[str], known: Collection[str], has: str = '') -> None:

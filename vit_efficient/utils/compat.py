@@ -31,6 +31,11 @@ def set_model_args(model: nn.Module, arguments: dict[str, Any]) -> None:
     model._model_args = arguments
 
 
+def keep_first_layer(model: nn.Module) -> None:
+    """Tells timm that the model's own checkpoint filter fits its first layer to the channels of the images."""
+    model._traits = {**getattr(model, '_traits', {}), 'first_conv': None}
+
+
 def save_model_config(model: nn.Module, path: str | PathLike, arguments: dict[str, Any], **more: Any) -> None:
     """Writes the config.json of timm's `local-dir:` layout, with the arguments of the entry point and with `more`."""
     from timm.models._hub import save_config_for_hf  # timm's public save_for_hf writes the weights too, into a folder

@@ -47,7 +47,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         'sdpa': sdpa_order(device) if device.type == 'cuda' else None,
         'cudnn': torch.backends.cudnn.version() if device.type == 'cuda' else None,
         'variables': {name: os.environ[name] for name in sorted(os.environ) if _VARIABLES.fullmatch(name)},
-        'git': _git_state(Path(__file__).parent),
+        'git': _git_state(Path(__file__).parent, Path(__file__).name),
         'working_git': _git_state(Path.cwd()),
         'command': _command(),
     }
@@ -80,14 +80,19 @@ def _command() -> str:
     return f'cd {shlex.quote(str(Path.cwd()))} && {shlex.join(command)}'
 
 
-def _git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of a folder's repository and whether it has changes; None where it is not a git checkout."""
+def _git_state(folder: Path, file: str = '') -> dict[str, Any] | None:
+    """Commit of a folder's repository and whether it has changes; None where it is not a git checkout.
+
+    Nor is it where git does not know the `file` in it: a package that is installed inside of another repository.
+    """
 
     def git(*arguments: str) -> str:
         command = ['git', '-C', str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
+        if file:
+            git('ls-files', '--error-unmatch', file)
         return {'commit': git('rev-parse', 'HEAD'), 'changed': bool(git('status', '--porcelain', '-uno'))}
     except (OSError, subprocess.SubprocessError):
         return None

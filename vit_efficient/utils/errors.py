@@ -29,3 +29,9 @@ def is_bug_of_plugin(error: BaseException) -> bool:
     """Whether code took part in an error that is neither ours, nor a library's, nor Python's."""
     packages = {frame.f_globals.get('__name__', '').partition('.')[0] for frame, _ in walk_tb(error.__traceback__)}
     return not packages <= _LIBRARIES | sys.stdlib_module_names
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether it was raised in code of this package, and is for no user to mend: a bug of ours."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return frame.f_globals.get('__name__', '').startswith('vit_efficient') and not isinstance(error, UserError)

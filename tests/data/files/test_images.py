@@ -1,5 +1,7 @@
 import re
 import struct
+import sys
+import types
 import zlib
 
 import cv2
@@ -10,6 +12,7 @@ from PIL import Image
 
 from tests.data.trees import pixels
 from vit_efficient.data import read_image, to_array
+from vit_efficient.data.files import images
 
 
 def load(path, in_chans):
@@ -185,6 +188,48 @@ def test_pages_that_are_cut_off_are_missed(tmp_path, share):
     (tmp_path / 'image.tif').write_bytes(data[: int(share * len(data))])
     with pytest.raises(ValueError, match=r'image\.tif: not a readable image'):
         load(tmp_path / 'image.tif', 5)
+
+
+@pytest.mark.parametrize(('photometric', 'channels'), [('minisblack', 2), ('minisblack', 5), ('rgb', 4), ('rgb', 6)])
+def test_a_tiff_that_does_not_say_what_its_samples_are_has_channels(tmp_path, photometric, channels):
+    image, path = pixels(0, (20, 24, channels)), tmp_path / 'image.tif'
+    tifffile.imwrite(path, image, photometric=photometric, planarconfig='contig', metadata=None)
+    with tifffile.TiffFile(path, mode='r+b') as file:  # the tag becomes a private one, of which nobody knows
+        tag = file.pages.first.tags['ExtraSamples']
+        file.filehandle.seek(tag.offset)
+        file.filehandle.write((65000).to_bytes(2, 'little'))
+    with tifffile.TiffFile(path) as file:
+        assert file.pages.first.extrasamples == ()
+    assert np.array_equal(load(path, channels), image)
+
+
+def test_slips_of_ours_are_not_damage(tmp_path, monkeypatch):
+    def slip(data):
+        return ()[0]
+
+    Image.fromarray(pixels(0, (20, 24))).save(tmp_path / 'image.tif')
+    slip = types.FunctionType(slip.__code__, vars(images))  # as if it stood in that module
+    monkeypatch.setattr(images, '_read_tiff', slip)
+    with pytest.raises(IndexError):
+        images.read_image(tmp_path / 'image.tif')
+
+
+@pytest.mark.parametrize('package', ['tifffile', 'imagecodecs'])
+def test_packages_that_are_missing_are_no_damage(tmp_path, monkeypatch, package):
+    path = tmp_path / 'image.tif'
+    tifffile.imwrite(path, pixels(0, (20, 24, 5)), photometric='minisblack', planarconfig='contig')
+    if package == 'tifffile':
+        monkeypatch.setitem(sys.modules, 'tifffile', None)
+        expected = "TIFFs are read by the tifffile package, which is not installed: pip install 'vit-efficient[train]'"
+    else:
+
+        def asarray(self):
+            raise ValueError("<COMPRESSION.LZMA: 34925> requires the 'imagecodecs' package")
+
+        monkeypatch.setattr(tifffile.TiffPageSeries, 'asarray', asarray)
+        expected = rf'{path}: tifffile reads its compression with the imagecodecs package only \(.*LZMA.*pip install'
+    with pytest.raises(ValueError, match=expected.replace('[train]', r'\[train\]')):
+        images.read_image(path)
 
 
 def test_a_tiff_of_volumes_is_named(tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vit_efficient.attention.treeformer.tc import TreeAttention
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def find_leaves(model: nn.Module, images: Tensor) -> dict[int, Leaves]:
     """The leaves that patches fall into, of each layer that has trees.
 
     Args:
-        model: A registered or converted ViT, which is run in evaluation mode and left in the mode it was in.
+        model: A registered or converted ViT, which is run in evaluation mode; each of its modules is left in
+            the mode it was in.
         images: (B, C, H, W), preprocessed, on the model's device.
 
     Returns:
@@ -60,13 +62,11 @@ def find_leaves(model: nn.Module, images: Tensor) -> dict[int, Leaves]:
     def note(layer: int, attention: TreeAttention, args: tuple[Tensor, PatchGrid]) -> None:
         found[layer] = Leaves(*attention.leaves(*args), args[1], 2**attention.tree.height)
 
-    was_training = model.training
-    with ExitStack() as hooks:
+    with evaluating(model), ExitStack() as hooks:
         for layer, block in enumerate(model.blocks):
             if isinstance(block.attn, TreeAttention):
                 hooks.callback(block.attn.register_forward_pre_hook(partial(note, layer)).remove)
-        hooks.callback(model.train, was_training)
-        model.eval()(images)
+        model(images)
     return found
 
 

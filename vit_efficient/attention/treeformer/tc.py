@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from timm.layers import register_notrace_function
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,6 +73,8 @@ class TreeAttention(GridAttention):
             )
 
 
+# A leaf for FX as a whole: which products are taken through the tree is known when the graph runs.
+@register_notrace_module
 @register_attention('treeformer_tc')
 class TreeMeanAttention(TreeAttention):
     """TC-Attention: a patch takes means of values over the nodes that it passes in a tree.

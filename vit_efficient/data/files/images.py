@@ -1,5 +1,6 @@
 """Reading images: grey, RGB and many-channel, 8-bit, 16-bit and floating point."""
 
+import errno
 import io
 from pathlib import Path
 from typing import BinaryIO
@@ -8,11 +9,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vit_efficient.utils.compat import pil_decoder_arguments
-from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.errors import UserError, is_own
+from vit_efficient.utils.packages import MissingPackage, import_optional
 
 EXTENSIONS = ('.bmp', '.jpeg', '.jpg', '.npy', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 _NPY_MAGIC = b'\x93NUMPY'
 _TIFF_MAGIC = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # of either byte order; + is BigTIFF
+# What the system lacks, whatever the file.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in PIL
 # How far floating-point samples may lie outside [0, 1]: at an edge, and at a corner, OpenCV's bicubic resampling
 # overshoots by 1/9 of the step, and by (10/9)² - 1 = 0.23. Pixels in 0…255 and normalised ones lie further out.
@@ -27,8 +31,9 @@ class WithAlpha(np.ndarray):
     """Pixels (H, W, C) whose last channel is alpha, as the mode of a PIL image or the header of a deep file says."""
 
 
-class ImageTooLarge(UserError):
-    """An image has more pixels than PIL decodes. It is no damage: under `on_error` skip, too, it is an error."""
+class UnfitImage(UserError):
+    """A file is whole and not read, such as one of more pixels than PIL decodes, a volume, or a compression for which a
+    package is missing. It is no damage: under `on_error` skip, too, it is an error."""
 
 
 def name_of(source: str | Path | BinaryIO) -> str:
@@ -40,9 +45,12 @@ def read_bytes(source: str | Path | BinaryIO) -> bytes:
     """What is in a file or a stream; a UserError if it cannot be read."""
     try:
         return Path(source).read_bytes() if isinstance(source, str | Path) else source.read()
+    except OSError as error:
+        if error.errno in EXHAUSTED:
+            raise
+        raise UserError(f'{name_of(source)}not a readable image ({error.strerror or error})') from error
     except Exception as error:  # of a stream, whatever its library raises
-        reason = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
-        raise UserError(f'{name_of(source)}not a readable image ({reason})') from error
+        raise UserError(f'{name_of(source)}not a readable image ({type(error).__name__}: {error})') from error
 
 
 def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
@@ -57,7 +65,8 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
         A PIL image if the file is a photograph of 8 bits, else an array: as stored (`.npy`), or (H, W) or (H, W, C).
 
     Raises:
-        UserError: If it cannot be decoded, naming the file; `ImageTooLarge` if that is for PIL's limit alone.
+        UserError: If it cannot be decoded, naming the file; `UnfitImage` if it is whole nevertheless, MissingPackage if
+            what reads it is not installed.
     """
     data, prefix = read_bytes(source), name_of(source)
     try:
@@ -74,12 +83,18 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image | np.ndarray:
         raise UserError(f'{prefix}not a readable image (unknown format)') from error
     except Image.DecompressionBombError as error:
         most, reason = f'{2 * Image.MAX_IMAGE_PIXELS:,}', str(error).rstrip('.')
-        raise ImageTooLarge(
+        raise UnfitImage(
             f'{prefix}PIL decodes at most {most} pixels, twice PIL.Image.MAX_IMAGE_PIXELS ({reason}); raise that in a '
             'script of your own, store the image smaller, or as .npy; data.decode=scaled reads large JPEGs'
         ) from error
+    except MissingPackage:
+        raise
+    except UnfitImage as error:
+        raise UnfitImage(f'{prefix}{error}') from error
     # PIL, OpenCV and NumPy raise all kinds of errors on damaged files: SyntaxError, struct.error, EOFError, …
     except Exception as error:
+        if is_own(error):
+            raise
         raise UserError(f'{prefix}not a readable image ({type(error).__name__}: {error})') from error
 
 
@@ -112,40 +127,45 @@ def _decode_deep(image: Image.Image, data: bytes) -> np.ndarray:
 
 def _decode_by_opencv(data: bytes) -> np.ndarray:
     """(H, W), or (H, W, C) with colours in the order of RGB."""
-    import cv2
-
+    cv2 = import_optional('cv2', 'deep and compressed images are read by', 'train', 'opencv-python-headless')
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
-        raise UserError('a layout that OpenCV cannot read; store it as .npy')
+        raise UserError('damaged, or of a layout that OpenCV cannot read; store it as .npy')
     return pixels[..., [2, 1, 0, 3][: pixels.shape[2]]] if pixels.ndim == 3 else pixels
 
 
 def _read_tiff(data: bytes) -> np.ndarray | None:
     """(H, W) or (H, W, C), with all channels; None for a photograph of 8 bits, which PIL knows how to convert."""
-    from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFile
-
-    with TiffFile(io.BytesIO(data)) as file:
+    tifffile = import_optional('tifffile', 'TIFFs are read by', 'train')
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        if not file.series:
+            raise UserError('it has no pages')
         page, series, pages = file.pages.first, file.series[0], len(file.pages)
         single = len(series.pages) == 1
         # Each page says where the next one is, and the last one 0; tifffile goes without pages that are not there.
         if data[file.pages.next_page_offset :][:4] != bytes(4):
             raise UserError(f'it is cut off after {pages} pages')
-        # PIL takes any second sample for alpha.
-        plain = page.samplesperpixel == 1 or page.photometric != PHOTOMETRIC.MINISBLACK or page.extrasamples[0]
-        if single and page.bitspersample <= 8 and page.samplesperpixel <= 4 and plain:
+        # PIL takes any second sample for alpha. One of which the file does not tell what it is is a channel.
+        told = any(page.extrasamples[:1])
+        plain = page.samplesperpixel == 1 or page.photometric != tifffile.PHOTOMETRIC.MINISBLACK or told
+        if single and np.max(page.bitspersample) <= 8 and page.samplesperpixel <= 4 and plain:
             return None
         if series.ndim > 3 or not {'Y', 'X'} <= set(series.axes):
-            raise UserError(f'its pages and planes have shape {series.shape}; store it as .npy (H, W, C)')
+            raise UnfitImage(f'its pages and planes have shape {series.shape}; store it as .npy (H, W, C)')
         try:
             pixels = np.moveaxis(series.asarray(), (series.axes.index('Y'), series.axes.index('X')), (0, 1))
         except ValueError as error:
             # LZW and other compressions are a large package of their own; OpenCV has them, for what is laid out as RGB.
-            plain = single and page.planarconfig == 1 and page.samplesperpixel in (1, 3, 4)
-            if not plain or 'imagecodecs' not in str(error):
+            if 'imagecodecs' not in str(error):
                 raise
+            if not (single and page.planarconfig == 1 and page.samplesperpixel in (1, 3, 4)):
+                raise UnfitImage(
+                    f'tifffile reads its compression with the imagecodecs package only ({error}): pip install '
+                    'imagecodecs, or store it uncompressed'
+                ) from error
             pixels = _decode_by_opencv(data)
         # Grey or RGB, and an alpha by which it is not multiplied.
-        alpha = page.samplesperpixel in (2, 4) and page.extrasamples == (EXTRASAMPLE.UNASSALPHA,)
+        alpha = page.samplesperpixel in (2, 4) and page.extrasamples == (tifffile.EXTRASAMPLE.UNASSALPHA,)
         return pixels.view(WithAlpha) if alpha else pixels
 
 
