@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
 from PIL import Image
 
@@ -32,15 +33,16 @@ SMALL_MODEL = dict(embed_dim=24, num_heads=2)  # of every ViT that a block of Py
 SMALLER_STILL = {'docs/export.md': dict(depth=2)}
 TRAIN = """
     model.args.img_size=32 model.args.embed_dim=16 model.args.num_heads=2 model.args.depth=2 model.args.patch_size=16
-    data.batch_size=4 grad_accum=1 data.workers=0 data.eval_batch_size=null sched.epochs=1 sched.warmup_epochs=0 stages=[]
-    device=cpu amp=none compile=false threads=1
+    data.batch_size=4 grad_accum=1 data.workers=0 data.eval_batch_size=null
+    sched.epochs=1 sched.warmup_epochs=0 stages=[] device=cpu amp=none compile=false threads=1
 """
+BENCHMARK = '--rounds 1 --no-memory --device cpu --dtype float32'
 SMALLER = {
     'train': TRAIN,
     'evaluate': '--device cpu',
     'table accuracy': f'{TRAIN} --seeds 0',
-    'benchmark layer': '--tokens 64 --dim 32 --heads 2 --rounds 1 --no-memory --device cpu --dtype float32',
-    'benchmark model': '--models vit_full_tiny vit_dct_tiny --img-sizes 32 --batch-size 2 --rounds 1 --no-memory --device cpu --dtype float32',
+    'benchmark layer': f'--tokens 64 --dim 32 --heads 2 {BENCHMARK}',
+    'benchmark model': f'--models vit_full_tiny vit_dct_tiny --img-sizes 32 --batch-size 2 {BENCHMARK}',
     'table flops': '--img-sizes 224',
     'plot': '',
     'leaves': '',
@@ -106,7 +108,7 @@ def here(prepared, tmp_path, monkeypatch) -> Iterator[Path]:
 
 @pytest.mark.filterwarnings('ignore:Overwriting vit_:UserWarning')  # README.md and a page may add the same attention
 @pytest.mark.parametrize('page', [page for page in PAGES if blocks(page, 'python')])
-def test_python(page, here, monkeypatch):
+def test_python(page, here, monkeypatch, capsys):
     """All blocks of a page in order, in one namespace, without a download."""
     create = timm.create_model
 
@@ -119,6 +121,29 @@ def test_python(page, here, monkeypatch):
     names: dict = {'__name__': '__main__'}
     for block in blocks(page, 'python'):
         exec(compile(block, page, 'exec'), names)
+    AFTERWARDS.get(page, lambda names, said: None)(names, capsys.readouterr().out)
+
+
+def readme_has_counted_and_added(names: dict, said: str) -> None:
+    assert 'GMACs' in said
+    assert names['model'](torch.zeros(1, 3, 224, 224)).shape == (1, 1000)  # of the mechanism that it adds
+
+
+def convert_has_saved(names: dict, said: str) -> None:
+    saved = timm.create_model('local-dir:my_vit', pretrained=True)
+    assert [name for name, _ in saved.attention_spec()] == ['full'] * 6 + ['dct'] * 6
+
+
+def features_are_maps(names: dict, said: str) -> None:
+    assert [tuple(x.shape[2:]) for x in names['maps']] == [(74, 74)] * 3
+    assert 'graphs are of CUDA' in said
+
+
+AFTERWARDS = {
+    'README.md': readme_has_counted_and_added,
+    'docs/convert.md': convert_has_saved,
+    'docs/features.md': features_are_maps,
+}
 
 
 @pytest.mark.filterwarnings('ignore:Overwriting vit_:UserWarning')
@@ -155,7 +180,12 @@ def run(words: list[str], capsys) -> None:
         load_recipe(words[1], words[2:])  # as it stands
         more += [] if 'resume=auto' in words else ['resume=restart']
     status = main([*plugin, *words, *more])
-    assert status == 0, f'{shlex.join(words)}: {capsys.readouterr().err}'
+    said = capsys.readouterr()
+    assert status == 0, f'{shlex.join(words)}: {said.err}'
+    if kind == 'table flops' and '--out' not in words:
+        models = words[words.index('--models') + 1 :]
+        models = models[: next((i for i, word in enumerate(models) if word.startswith('--')), None)]
+        assert all(f'| {model} ' in said.out for model in models)
 
 
 def check_torchrun(words: list[str]) -> None:
