@@ -18,9 +18,9 @@ from PIL import Image
 from tests.data.shards import write_saved, write_shards
 from tests.data.trees import write_tree
 from vit_efficient.attention import registry
-from vit_efficient.cli import main
 from vit_efficient.compress import base as compressors
 from vit_efficient.train import hooks, load_recipe
+from vit_efficient_cli import main
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md')), *sorted(ROOT.glob('docs/api/*.md'))]
@@ -40,7 +40,8 @@ SMALLER = {
     'evaluate': '--device cpu',
     'table accuracy': f'{TRAIN} --seeds 0',
     'benchmark layer': '--tokens 64 --dim 32 --heads 2 --rounds 1 --no-memory --device cpu --dtype float32',
-    'benchmark model': '--models vit_full_tiny vit_dct_tiny --img-sizes 32 --batch-size 2 --rounds 1 --no-memory --device cpu --dtype float32',
+    'benchmark model': '--models vit_full_tiny vit_dct_tiny --img-sizes 32 --batch-size 2 --rounds 1 --no-memory '
+    '--device cpu --dtype float32',
     'table flops': '--img-sizes 224',
     'plot': '',
     'leaves': '',
