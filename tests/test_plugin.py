@@ -1,15 +1,15 @@
 """A package outside this repository: an attention, a compressor and a training hook, used as ours are."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from tests.data.trees import write_tree
+from tests.processes import run_python
 from tests.train.recipes import TINY, tiny_recipe
 from vit_efficient.train.recipe import to_yaml
 
+CLI = ('-m', 'vit_efficient')
 PLUGIN = '''
 import torch
 from torch import nn
@@ -128,16 +128,11 @@ def plugged(tmp_path_factory):
     return folder
 
 
-def python(folder, *arguments):
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def test_it_is_registered_counted_saved_and_loaded(plugged):
     (plugged / 'use.py').write_text(USE)
     counts = {
-        name: (roles, kept) for name, roles, kept in map(json.loads, python(plugged, 'use.py').stdout.splitlines())
+        name: (roles, kept)
+        for name, roles, kept in map(json.loads, run_python('use.py', folder=plugged).stdout.splitlines())
     }
     tokens, dim, patches = 7, 192, 6
     roles, kept = counts['plugged_mean']
@@ -154,22 +149,23 @@ def test_it_is_trained_resumed_and_evaluated(plugged, tmp_path):
     config = tiny_recipe(data, tmp_path / 'run', plugins=['plugged'], hooks={'plugged_norm': {'strength': 0.01}})
     config.model.name, config.model.args = 'vit_plugged_rows_tiny', {**TINY, 'attention_kwargs': {'rows': 2}}
     (plugged / 'recipe.yaml').write_text(to_yaml(config))
-    command = ['-m', 'vit_efficient']
-    python(plugged, *command, 'train', 'recipe.yaml', 'checkpoint_steps=5')
+    run_python(*CLI, 'train', 'recipe.yaml', 'checkpoint_steps=5', folder=plugged)
     result = json.loads((tmp_path / 'run/result.json').read_text())
     assert result['plugged_norm'] == {'steps': 12}
     lines = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').open()]
     assert [line['steps'] for line in lines if line['kind'] == 'plugged_norm'] == [6, 12]
     # The run knows its plug-in: a process that is told nothing of it measures the saved model.
-    said = python(plugged, *command, 'evaluate', str(tmp_path / 'run'), '--data', f'{data}/val').stdout
+    said = run_python(*CLI, 'evaluate', str(tmp_path / 'run'), '--data', f'{data}/val', folder=plugged).stdout
     assert f'top-1 {result["top1"]:.2f} %' in said
     # What a hook remembers goes on with the run.
     for name in ('result.json', 'checkpoint.pt'):
         (tmp_path / 'run' / name).unlink()
-    python(plugged, *command, 'train', 'recipe.yaml', 'checkpoint_steps=5', 'checkpoint_keep=9', 'resume=restart')
+    run_python(
+        *CLI, 'train', 'recipe.yaml', 'checkpoint_steps=5', 'checkpoint_keep=9', 'resume=restart', folder=plugged
+    )
     for name in ('result.json', 'checkpoint.pt', 'checkpoint-12.pt'):
         (tmp_path / 'run' / name).unlink()
-    python(plugged, *command, 'train', 'recipe.yaml', 'checkpoint_steps=5', 'resume=auto')
+    run_python(*CLI, 'train', 'recipe.yaml', 'checkpoint_steps=5', 'resume=auto', folder=plugged)
     again = json.loads((tmp_path / 'run/result.json').read_text())
     assert again['plugged_norm'] == {'steps': 12} and again['top1'] == result['top1']
 
@@ -178,8 +174,7 @@ def test_a_hook_that_is_not_there_is_named(plugged, tmp_path):
     config = tiny_recipe(write_tree(tmp_path / 'data'), tmp_path / 'run', hooks={'plugged_nrom': {}})
     config.plugins = ['plugged']
     (plugged / 'wrong.yaml').write_text(to_yaml(config))
-    command = [sys.executable, '-m', 'vit_efficient', 'train', 'wrong.yaml']
-    done = subprocess.run(command, cwd=plugged, capture_output=True, text=True, timeout=300)
+    done = run_python(*CLI, 'train', 'wrong.yaml', folder=plugged, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "has no option 'plugged_nrom'; did you mean plugged_norm?" in done.stderr
     assert not (tmp_path / 'run').exists()

@@ -1,13 +1,12 @@
 """The models that timm knows by name follow the register of attentions."""
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import timm
 import torch
 
+from tests.processes import run_python
 from vit_efficient.models import SIZES
 
 # A user's own package: it knows nothing of timm, of FLOPs or of files.
@@ -82,9 +81,7 @@ def test_an_attention_of_the_user_is_a_model_of_timm(tmp_path):
     """Registered after the package is imported: built, counted, saved and read back like those that it comes with."""
     (tmp_path / 'mean.py').write_text(MEAN)
     (tmp_path / 'use.py').write_text(textwrap.dedent(USE))
-    code = f'import sys; sys.path[:0] = {[str(tmp_path), *sys.path]!r}; import use'
-    run = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run = run_python('use.py', folder=tmp_path)
     assert run.stdout.splitlines()[-1] == 'done' and '| vit_mean_tiny:weight=1/4 ' in run.stdout
 
 

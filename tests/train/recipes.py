@@ -1,19 +1,14 @@
 """A recipe for the tests: a model of a few thousand weights, random draws of every kind; and runs of any recipe."""
 
 import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.processes import ROOT, torchrun
 from vit_efficient.train import Config, load_recipe, train
 from vit_efficient.train.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, SchedConfig
 from vit_efficient.train.recipe import to_yaml
-
-ROOT = Path(__file__).parents[2]
 
 # Of this repository; those that others extend name no model.
 ALL = sorted(ROOT.glob('recipes/**/*.yaml'))
@@ -56,12 +51,7 @@ def train_on_one_and_two_processes(recipe, tmp_path, batch_size) -> None:
         if count == 1:
             train(config)
     (tmp_path / '2.yaml').write_text(to_yaml(config))
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'tools/train.py']
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [*launch, str(tmp_path / '2.yaml')], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun('tools/train.py', tmp_path / '2.yaml')
 
 
 def assert_same_predictions(one, other):

@@ -6,17 +6,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import zipfile
 from collections import namedtuple
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.data.trees import write_tree
+from tests.processes import taking, torchrun
 from tests.train.recipes import ROOT, TINY, tiny_recipe, train_on_one_and_two_processes
 from tests.train.test_trainer import assert_same_run, fail, same
 from vit_efficient.data import EpochSampler
@@ -61,22 +59,11 @@ def stop_at(monkeypatch, update, action=fail):
     monkeypatch.setattr(Trainer, 'update', stopping)
 
 
-@contextmanager
-def taken(path):
-    """A file that another process has taken."""
-    take = 'import sys; from vit_efficient.utils.files import lock; lock(sys.argv[1]); print(flush=True); input()'
-    take = take.replace('lock(sys', 'file = lock(sys')
-    with subprocess.Popen([sys.executable, '-c', take, path], cwd=ROOT, stdin=-1, stdout=-1, text=True) as other:
-        other.stdout.readline()
-        yield
-        other.kill()
-
-
 @pytest.mark.parametrize('resume', ['never', 'auto', 'restart'])
 def test_a_folder_is_of_one_run_at_a_time(data, tmp_path, resume):
     folder = tmp_path / 'run'
     folder.mkdir()
-    with taken(folder / '.lock'), pytest.raises(ValueError, match='output=.*/run: another process trains there; wait'):
+    with taking(folder / '.lock'), pytest.raises(ValueError, match='output=.*/run: another process trains there; wait'):
         train(tiny_recipe(data, folder, resume=resume))
     assert [path.name for path in folder.iterdir()] == ['.lock']
     assert train(tiny_recipe(data, folder, resume=resume))['steps'] == 12
@@ -495,13 +482,9 @@ def test_all_processes_leave_out_the_same_updates(data, tmp_path, parallel):
     config.model.args, config.loss = dict(TINY), LossConfig(0.1)
     config.optim.opt, config.data.batch_size = 'sgd', 2
     (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command = [*launch, 'tests/train/poisoned.py', str(tmp_path / 'recipe.yaml')]
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    ranks = torchrun('tests/train/poisoned.py', tmp_path / 'recipe.yaml')
     files = ', '.join(files_of(data, 3)[2:])
-    assert f'left out: the loss is nan at update 3 (epoch 0), images {files}\n' in done.stderr
+    assert f'left out: the loss is nan at update 3 (epoch 0), images {files}\n' in ranks[0].stderr + ranks[1].stderr
     result = json.loads((tmp_path / 'run/result.json').read_text())
     assert (result['steps'], result['nonfinite']) == (12, 1)
     command = result['environment']['command']

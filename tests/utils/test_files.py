@@ -1,8 +1,6 @@
-import subprocess
-import sys
-
 import pytest
 
+from tests.processes import taking
 from vit_efficient.utils import files
 from vit_efficient.utils.files import lock, write_text
 
@@ -31,24 +29,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 needs_locks = pytest.mark.skipif(
     not hasattr(files, 'fcntl'), reason='Windows has no fcntl, whose locks end with a process'
 )
-TAKE = (
-    'import sys; from vit_efficient.utils.files import lock; '
-    'file = lock(sys.argv[1]); print(bool(file), flush=True); input()'
-)
 
 
 @needs_locks
 def test_a_file_is_taken_by_one_process_as_long_as_it_lives(tmp_path):
     path = tmp_path / '.lock'
     ours = lock(path)
-    with subprocess.Popen([sys.executable, '-c', TAKE, path], stdin=-1, stdout=-1, text=True) as other:
-        assert other.stdout.readline() == 'False\n'
-        other.kill()
+    with taking(path) as (given, _):
+        assert not given
     ours.close()
-    with subprocess.Popen([sys.executable, '-c', TAKE, path], stdin=-1, stdout=-1, text=True) as other:
-        assert other.stdout.readline() == 'True\n' and lock(path) is None
+    with taking(path) as (given, other):
+        assert given and lock(path) is None
         other.kill()
-        other.wait()
+        other.join()
         assert lock(path)
 
 

@@ -32,10 +32,12 @@ assert main(['table', 'flops', '--models', 'vit_dct_tiny', '--img-sizes', '64'])
 layer = ['benchmark', 'layer', '--attentions', 'dct', '--tokens', '16', '--dim', '16', '--heads', '2', '--rounds', '1']
 assert main([*layer, '--no-memory']) == 0
 Image.new('RGB', (8, 8)).save('image.png')
+Image.new('I;16', (8, 8)).save('image.tif')
 open('recipe.yaml', 'w').write('model: {name: vit_dct_tiny}')
 for command in (
     ['train', 'recipe.yaml'],
     ['truncate', 'image.png'],
+    ['truncate', 'image.tif'],
     [*layer, '--out', 'table.md'],
 ):
     assert main(command) == 2
@@ -59,6 +61,7 @@ def test_the_extra_is_named_by_what_needs_it(said):
     expected = [
         ('vit-efficient train: error: recipes are read with', 'omegaconf'),
         ('vit-efficient truncate: error: plots are drawn with', 'matplotlib'),
+        ('vit-efficient truncate: error: TIFFs are read by', 'tifffile'),
         ('vit-efficient benchmark: error: the plot beside --out is drawn with', 'matplotlib'),
         ('images are augmented by', 'albumentations'),
         ('images are augmented by', 'albumentations'),
