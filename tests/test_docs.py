@@ -20,6 +20,7 @@ from tests.data.shards import write_saved, write_shards
 from tests.data.trees import write_tree
 from vit_efficient.attention import registry
 from vit_efficient.compress import base as compressors
+from vit_efficient.models import save_model
 from vit_efficient.train import hooks, load_recipe
 from vit_efficient_cli import main
 
@@ -32,7 +33,8 @@ FENCE = re.compile(r'^```(\S*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 SMALL_MODEL = dict(embed_dim=24, num_heads=2)  # of every ViT that a block of Python creates
 SMALLER_STILL = {'docs/export.md': dict(depth=2)}
 TRAIN = """
-    model.args.img_size=32 model.args.embed_dim=16 model.args.num_heads=2 model.args.depth=2 model.args.patch_size=16
+    model.args.pretrained=false model.args.img_size=32 model.args.patch_size=16
+    model.args.embed_dim=16 model.args.num_heads=2 model.args.depth=2
     data.batch_size=4 grad_accum=1 data.workers=0 data.eval_batch_size=null
     sched.epochs=1 sched.warmup_epochs=0 stages=[] device=cpu amp=none compile=false threads=1
 """
@@ -83,6 +85,8 @@ def prepared(tmp_path_factory) -> Path:
     Image.open(tree / 'train/c0/0.png').resize((320, 240)).save(folder / 'photo.jpg')
     ignored = shutil.ignore_patterns('*.csv', '*.png', '*.md', '*.py')
     shutil.copytree(ROOT / 'recipes', folder / 'recipes', ignore=ignored)
+    plain = timm.create_model('vit_small_patch16_224', embed_dim=16, num_heads=2, depth=2)
+    save_model(plain, folder / 'plain')
     data = [f'data.{split}={folder}/images/{split}' for split in ('train', 'val')]
     for run, name in (('mine', 'vit_dct_tiny'), ('trees', 'vit_treeformer_tc_tiny')):
         arguments = [f'output={folder}/runs/{run}', f'model.name={name}', *data, *TRAIN.split()]
