@@ -7,11 +7,13 @@ import pickle
 import pytest
 import timm
 import torch
+from timm.layers import create_feature_extractor
 from timm.models import save_for_hf
 from torch import nn
 
 import vit_efficient
-from vit_efficient import convert, save_model
+from vit_efficient import convert, convert_patch_embed, save_model
+from vit_efficient.utils.errors import UserError
 
 SMALL = dict(embed_dim=48, depth=3, num_heads=3, num_classes=5)
 # Plain; layer scale; registers without class embedding and with layer scale; pre-norm and other activations; attention
@@ -124,18 +126,57 @@ class TestWhatIsNotServed:
     @pytest.mark.parametrize(
         ('name', 'message'),
         [
-            ('eva02_tiny_patch14_224', 'Eva.*[Rr]otary'),
-            ('swin_tiny_patch4_window7_224', 'SwinTransformer'),
-            ('resnet18', 'ResNet'),
-            ('vit_base_patch16_rpn_224', r'blocks\.0.*ResPostBlock'),
-            ('vit_base_patch16_rope_224', 'Eva'),
-            ('vit_base_patch16_xp_224', r'blocks\.0.*ParallelScalingBlock'),
+            (
+                'eva02_tiny_patch14_224',
+                r'Eva: it has rotary positions \(rope, RotaryEmbeddingCat\).*vit_base_patch14_dinov2',
+            ),
+            ('vit_base_patch16_rope_224', 'Eva: it has rotary positions'),
+            ('vit_small_patch16_dinov3', 'Eva: it has rotary positions'),
+            ('deepseek_vit_412m', r'rotary positions \(encoder\.rope'),
+            ('eva_giant_patch14_224', r'attention, blocks\.0\.attn, is not .*EvaAttention'),
+            ('beit_base_patch16_224', r'relative position bias \(blocks\.0\.attn\.relative_position_bias_table\)'),
+            ('vit_relpos_base_patch16_224', r'relative position bias \(blocks\.0\.attn\.rel_pos\)'),
+            ('samvit_base_patch16', r'relative position bias \(blocks\.0\.attn\.rel_pos_h\)'),
+            ('naflexvit_base_patch16_gap', 'NaFlexVit: NaFlex batches.*use_naflex=True'),
+            ('swin_tiny_patch4_window7_224', r'SwinTransformer: .*several grids.*4, 8, 16, 32.*layers\.0 to layers\.3'),
+            ('pit_ti_224', 'several grids.*8, 16, 32'),
+            ('crossvit_tiny_240', 'several grids.*12, 17'),
+            ('resnet18', 'ResNet: it is not a vision transformer'),
+            ('convnext_atto', 'ConvNeXt: it is not a vision transformer'),
+            ('mixer_s16_224', 'MlpMixer: it is not a vision transformer'),
+            ('xcit_nano_12_p16_224', r'attention, blocks\.0\.attn, is not .*XCA;'),
+            ('cait_xxs24_224', r'attention, blocks\.0\.attn, is not .*TalkingHeadAttn'),
+            ('vit_base_patch16_rpn_224', r'blocks\.0.*ResPostBlock is a post-norm block'),
+            ('vit_base_patch16_xp_224', r'blocks\.0.*ParallelScalingBlock is a parallel block'),
+            ('vit_small_patch16_18x2_224', r'blocks\.0.*ParallelThingsBlock is a parallel block'),
+            ('vit_dlittle_patch16_reg1_gap_256', r'blocks\.0\.attn.*DiffAttention is differential attention'),
         ],
     )
-    def test_the_module_is_named(self, name, message):
+    def test_the_module_and_the_reason_are_named(self, name, message):
         with torch.device('meta'):
             model = timm.create_model(name)
-        with pytest.raises(ValueError, match=message):
+        for change in (lambda model: convert(model, 'dct'), convert_patch_embed):
+            with pytest.raises(UserError, match=f'cannot convert .*{message}'):
+                change(model)
+
+    @pytest.mark.parametrize(
+        ('wrap', 'message'),
+        [
+            (lambda vit: nn.Sequential(vit, nn.ReLU()), r"VisionTransformer as its 0; .*get_submodule\('0'\)"),
+            (lambda vit: nn.ModuleDict({'trunk': nn.Sequential(vit)}), r'VisionTransformer as its trunk\.0'),
+            (nn.DataParallel, 'convert the model before'),
+            (torch.fx.symbolic_trace, 'traced graph.*before it is traced'),
+            (lambda vit: create_feature_extractor(vit, ['norm']), 'traced graph'),
+            (
+                lambda vit: type('Mine', (timm.models.VisionTransformer,), {})(**SMALL, img_size=64),
+                'Mine: it is a class der',
+            ),
+            (lambda vit: 'vit_tiny_patch16_224', 'str: it is not an nn.Module; create the model first'),
+        ],
+    )
+    def test_wrappers_that_are_not_seen_through(self, wrap, message):
+        model = wrap(build('vit_tiny_patch16_224'))
+        with pytest.raises(UserError, match=message):
             convert(model, 'dct')
 
     def test_patch_dropout(self):
@@ -143,12 +184,37 @@ class TestWhatIsNotServed:
         with pytest.raises(ValueError, match=r'patch_drop_rate=0\.5'):
             convert(model, 'dct')
 
-    def test_features_only_is_converted_through_its_model(self):
-        wrapper = timm.create_model('vit_tiny_patch16_224', **SMALL, img_size=64, features_only=True)
-        with pytest.raises(ValueError, match=r'\.model'):
-            convert(wrapper, 'dct')
-        convert(wrapper.model, 'dct')
-        assert wrapper(torch.randn(1, 3, 64, 64))[-1].shape == (1, 48, 4, 4)
+
+class TestWrappers:
+    """They are converted through, and are what comes back."""
+
+    @pytest.mark.parametrize('feature_cls', ['getter', 'hook'])
+    def test_features_only(self, feature_cls):
+        arguments = dict(features_only=True, feature_cls=feature_cls, out_indices=(0, 1))
+        wrapper = build('vit_tiny_patch16_224', **arguments)
+        x = torch.randn(2, 3, 64, 64)
+        before = wrapper(x)
+        assert convert(wrapper, 'dct', layers=[1], keep_ratio=0.25) is wrapper
+        after = wrapper(x)
+        assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+        assert [y.shape for y in after] == [y.shape for y in before]
+        vit = next(wrapper.children())
+        assert vit.attention_spec()[1][0] == 'dct'
+        convert(wrapper, 'full')
+        assert torch.equal(wrapper(x)[1], before[1])
+        assert convert_patch_embed(wrapper) is wrapper and isinstance(vit.patch_embed, vit_efficient.DctPatchEmbed)
+
+    def test_compiled(self):
+        """What was compiled before is compiled anew."""
+        model = build('vit_tiny_patch16_224')
+        compiled = torch.compile(model, backend='eager')
+        x = image(model)
+        before = compiled(x)
+        for name in ('dct', 'pool', 'linformer'):
+            assert convert(compiled, name) is compiled
+            assert torch.equal(compiled(x), model(x)) and not torch.equal(compiled(x), before)
+        convert(compiled, 'full')
+        assert torch.equal(compiled(x), before)
 
 
 class TestDisk:

@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import timm
-from timm.models import VisionTransformer, generate_default_cfgs, model_entrypoint, register_model
-from timm.models.deit import VisionTransformerDistilled
+from timm.models import generate_default_cfgs, model_entrypoint, register_model
 from torch import nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
@@ -14,16 +13,10 @@ from vit_efficient.models.patch_convolution import use_products
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
-from vit_efficient.models.vit import EfficientVisionTransformer, EfficientVisionTransformerDistilled
+from vit_efficient.models.served import MODELS, served_model
 from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.compat import model_args, set_model_args
 from vit_efficient.utils.errors import UserError
-
-# A class of timm's, and ours that adds the grid to its forward pass and nothing to its state.
-MODELS = {
-    VisionTransformer: EfficientVisionTransformer,
-    VisionTransformerDistilled: EfficientVisionTransformerDistilled,
-}
 
 
 def convert(
@@ -38,7 +31,8 @@ def convert(
     the same way. Other layers keep the attention they have. `convert(model, 'full')` is the way back.
 
     Args:
-        model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), or one converted before.
+        model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), or one converted before; also in the
+            wrapper that `features_only=True` or `torch.compile` puts around it.
         attention: A registered attention's name, or (name, options), or a list with one of these for each of `layers`.
         layers: Indices of the blocks to convert, negative ones from the end; all by default.
         **options: Of a single attention, such as `keep_ratio`.
@@ -47,10 +41,10 @@ def convert(
         The model itself.
 
     Raises:
-        UserError: If the model, or a layer of it, has parts that cannot be served (rotary positions, windows), a name,
-            option or index is wrong. The model is then as it was.
+        UserError: If the model, or a layer of it, has parts that cannot be served (rotary positions, windows): it names
+            the module and the reason. Or if a name, option or index is wrong. The model is then as it was.
     """
-    _check_convertible(model)
+    whole, model = model, served_model(model)
     depth = len(model.blocks)
     indices = list(range(depth)) if layers is None else _indices(layers)
     for i in indices:
@@ -86,7 +80,7 @@ def convert(
         config['architecture'] = 'vit_converted'
         model.pretrained_cfg = model.default_cfg = config
     set_model_args(model, model_arguments(model))
-    return model
+    return whole
 
 
 def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep = None, **options) -> nn.Module:
@@ -106,7 +100,7 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
     Raises:
         UserError: If the model cannot be served, or an option is out of range. The model is then as it was.
     """
-    _check_convertible(model)
+    whole, model = model, served_model(model)
     patch_embed_layer(patch_embed, keep, **options)
     embedding = model.patch_embed
     if isinstance(embedding, DctPatchEmbed):
@@ -116,7 +110,7 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
     convert(model, 'full', layers=[])
     model.patch_embed = embedding
     set_model_args(model, model_arguments(model))
-    return model
+    return whole
 
 
 def _indices(layers: int | Iterable[int]) -> list:
@@ -124,20 +118,6 @@ def _indices(layers: int | Iterable[int]) -> list:
         return [layers] if is_integer(layers) else list(layers)
     except TypeError as error:  # a tensor without axes is iterable, it says
         raise UserError(f'layers must be an index of a block, or several, got {layers!r}') from error
-
-
-def _check_convertible(model: nn.Module) -> None:
-    """Raises UserError, naming the module, if `convert` cannot serve the model."""
-    if type(model) not in {*MODELS, *MODELS.values()}:
-        raise UserError(
-            f'cannot convert a {type(model).__name__}: the models served are timm VisionTransformers (plain, DeiT, '
-            'DINOv2, CLIP, SigLIP). Rotary positions, windows and hierarchies are not served yet; a features_only '
-            'wrapper is converted through its .model'
-        )
-    try:
-        blocks.check_blocks(model)
-    except UserError as error:
-        raise UserError(f'cannot convert {error}') from None
 
 
 default_cfgs = generate_default_cfgs({'vit_converted': DEFAULT_CFG})

@@ -69,7 +69,7 @@ def means(x_HWD: Tensor, kept: tuple) -> Tensor:
         outer = x_HWD.shape[:-3]
         x_BDHW = x_HWD.reshape(-1, *x_HWD.shape[-3:]).permute(0, 3, 1, 2)
         y_BDhw = F.avg_pool2d(x_BDHW, (height // kept[0], width // kept[1]))
-        return y_BDhw.permute(0, 2, 3, 1).unflatten(0, outer)
+        return y_BDhw.permute(0, 2, 3, 1).reshape(*outer, *kept, x_HWD.shape[-1])
     return _transform(x_HWD, _means, (-3, -2), kept)
 
 

@@ -73,18 +73,29 @@ class Maps(nn.Module):
         return follow(weight, tuple(self.weight.shape[-2:]))
 
 
+def _check_heads(x: Tensor, weight: Tensor) -> None:
+    """Raises UserError if every head has weights of its own (the first axis), and x has other heads or none."""
+    heads = weight.shape[0]
+    if heads > 1 and (x.ndim < 3 or x.shape[-3] != heads):
+        raise UserError(
+            f"with sharing='none' each of {heads} heads has a projection: it takes (…, {heads}, N, D), got "
+            f'{tuple(x.shape)}'
+        )
+
+
 @torch.fx.wrap
 @register_notrace_function
 def project(x: Tensor, weight: Tensor, height, width) -> Tensor:
     """E x; a leaf for FX, because the matrix is resampled where the image has another size.
 
     Args:
-        x: (…, N, D); (B, H, N, D) where every head has a matrix.
+        x: (…, N, D); (…, H, N, D) where every head has a matrix.
         weight: (1 or H, k, Y, X).
 
     Returns:
         (…, k, D)
     """
+    _check_heads(x, weight)
     matrices = follow(weight, (height, width)).flatten(-2)
     return matrices @ x if weight.shape[0] > 1 else along(x, -2, matrices[0])
 
@@ -123,11 +134,14 @@ def kernel_size(height, width, budget: budgets.Budget) -> tuple:
 
 @torch.fx.wrap
 @register_notrace_function
-def convolve(x_BHND: Tensor, weight: Tensor, height, width, budget: budgets.Budget) -> Tensor:
-    """Depthwise, kernel and stride alike, zeros beyond the grid: (B, H, N, D) → (B, H, k, D).
+def convolve(x: Tensor, weight: Tensor, height, width, budget: budgets.Budget) -> Tensor:
+    """Depthwise, kernel and stride alike, zeros beyond the grid: (…, H, N, D) → (…, H, k, D).
 
     A leaf for FX, because the kernel (1 or H, D, y, x) is resampled where the image has another size.
     """
+    _check_heads(x, weight)
+    outer = x.shape[:-2]
+    x_BHND = x if x.ndim == 4 else x.reshape(math.prod(outer[:-1]), *outer[-1:] or (1,), *x.shape[-2:])
     size = kernel_size(height, width, budget)
     weight = follow(weight, size)
     heads = x_BHND.shape[1]
@@ -135,7 +149,8 @@ def convolve(x_BHND: Tensor, weight: Tensor, height, width, budget: budgets.Budg
     x_BCYX = F.pad(x_BCYX, (0, -width % size[1], 0, -height % size[0]))
     kernel = weight.expand(heads, -1, -1, -1).flatten(0, 1)[:, None]
     y_BCyx = F.conv2d(x_BCYX, kernel, stride=size, groups=kernel.shape[0])
-    return y_BCyx.flatten(2).unflatten(1, (heads, -1)).mT
+    y_BHkD = y_BCyx.flatten(2).unflatten(1, (heads, -1)).mT
+    return y_BHkD if x.ndim == 4 else y_BHkD.reshape(*outer, *y_BHkD.shape[-2:])
 
 
 class Conv(Maps):
