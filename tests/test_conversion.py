@@ -185,6 +185,69 @@ class TestWhatIsNotServed:
             convert(model, 'dct')
 
 
+class TestWhatIsAdded:
+    """It starts so that the outputs of a trained model change as little as they can, or it is said."""
+
+    @pytest.mark.parametrize('sharing', ['none', 'headwise', 'key-value', 'layerwise'])
+    def test_linformer_starts_as_pooling(self, sharing, caplog):
+        pooled, plain = (build('vit_tiny_patch16_224', img_size=(64, 96)) for _ in range(2))
+        convert(pooled, 'pool', num_tokens=(2, 3), count_bias=False)
+        assert not caplog.text
+        convert(plain, 'linformer', num_tokens=6, sharing=sharing)
+        x = image(plain)
+        torch.testing.assert_close(plain(x), pooled(x), atol=1e-4, rtol=1e-4)
+        assert caplog.text.count('projections, which start as the means of cells') == 1 and 'fine-tune' in caplog.text
+
+    @pytest.mark.parametrize('projection', ['linear', 'conv'])
+    def test_with_as_many_tokens_as_patches_it_is_exact(self, projection):
+        model = build('vit_tiny_patch16_224', img_size=(64, 96))
+        x = image(model)
+        expected = model(x)
+        convert(model, 'linformer', num_tokens=24, projection=projection)
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+
+    def test_projections_that_are_kept_stay_as_they_are(self, caplog):
+        model = timm.create_model('vit_linformer_tiny', **SMALL, img_size=64, attention_kwargs=dict(num_tokens=4))
+        weights = [model.get_parameter(f'blocks.{i}.attn.compress.down.weight') for i in range(3)]
+        before = [weight.clone() for weight in weights]
+        assert 0.2 < before[0].std() < 0.3  # the published start, 1 / sqrt(16)
+        convert(model, 'linformer', layers=[1], num_tokens=4)
+        assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)) and not caplog.text
+
+    def test_plain_weights_in_a_linformer(self):
+        options = dict(num_tokens=4)
+        plain = build('vit_tiny_patch16_224')
+        overlay = dict(state_dict=plain.state_dict(), num_classes=5)
+        arguments = dict(**SMALL, img_size=64, pretrained=True, pretrained_cfg_overlay=overlay)
+        loaded = timm.create_model('vit_linformer_tiny', **arguments, attention_kwargs=options).eval()
+        x = image(plain)
+        assert torch.equal(loaded(x), convert(plain, 'linformer', **options)(x))
+
+    def test_trees_are_said_to_be_untrained(self, caplog):
+        convert(build('vit_tiny_patch16_224'), 'treeformer_tc')
+        assert caplog.text.count('trees, which start at random: no checkpoint has them; fine-tune') == 1
+
+    @pytest.mark.parametrize(
+        ('attention', 'options'),
+        [('dct', dict(keep_ratio=1, local=3)), ('nystrom', dict(num_landmarks=16, pinv='exact', residual_kernel=3))],
+    )
+    def test_convolutions_start_at_nothing(self, attention, options, caplog):
+        model = build('vit_tiny_patch16_224')
+        x = image(model)
+        expected = model(x)
+        convert(model, attention, **options)
+        torch.testing.assert_close(model(x), expected, atol=2e-3, rtol=2e-3)
+        assert not caplog.text
+
+    def test_a_saved_model_is_loaded_without_a_word(self, tmp_path, caplog):
+        model = convert(build('vit_tiny_patch16_224'), 'linformer', num_tokens=4)
+        save_model(model, tmp_path)
+        caplog.clear()
+        loaded = vit_efficient.models.load_model(tmp_path).eval()
+        x = image(model)
+        assert torch.equal(loaded(x), model(x)) and not caplog.text
+
+
 class TestWrappers:
     """They are converted through, and are what comes back."""
 

@@ -1,5 +1,6 @@
 """Swap the attention of a timm ViT that you already have, keeping its weights."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +19,8 @@ from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.compat import model_args, set_model_args
 from vit_efficient.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def convert(
     model: nn.Module, attention: blocks.AttentionSpec, layers: int | Iterable[int] | None = None, **options
@@ -29,6 +32,9 @@ def convert(
 
     The model becomes an `EfficientVisionTransformer`, as a registered one is: it trains, compiles, exports and saves in
     the same way. Other layers keep the attention they have. `convert(model, 'full')` is the way back.
+
+    What a mechanism adds starts so that outputs change as little as they can: convolutions at zero, Linformer's
+    projections as means of cells of the patch grid. A warning is logged where they, or trees, have to be trained.
 
     Args:
         model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), or one converted before; also in the
@@ -44,7 +50,23 @@ def convert(
         UserError: If the model, or a layer of it, has parts that cannot be served (rotary positions, windows): it names
             the module and the reason. Or if a name, option or index is wrong. The model is then as it was.
     """
-    whole, model = model, served_model(model)
+    vit = served_model(model)
+    before = set(vit.parameters())
+    swap_attentions(vit, attention, layers, **options)
+    notes = set()
+    for module in vit.modules():
+        start = getattr(module, 'start_in_trained', None)
+        if start and not before.issuperset(module.parameters(recurse=False)):
+            notes.add(start())
+    if notes:
+        logger.warning(f'convert adds {", and ".join(sorted(notes))}: no checkpoint has them; fine-tune the model')
+    return model
+
+
+def swap_attentions(
+    model: nn.Module, attention: blocks.AttentionSpec, layers: int | Iterable[int] | None = None, **options
+) -> None:
+    """As `convert`, of a model that is served; what a mechanism adds starts as in a model that is trained with it."""
     depth = len(model.blocks)
     indices = list(range(depth)) if layers is None else _indices(layers)
     for i in indices:
@@ -80,7 +102,6 @@ def convert(
         config['architecture'] = 'vit_converted'
         model.pretrained_cfg = model.default_cfg = config
     set_model_args(model, model_arguments(model))
-    return whole
 
 
 def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep = None, **options) -> nn.Module:
@@ -107,7 +128,7 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
         embedding = embedding.to_conv()
     if patch_embed == 'dct':
         embedding = DctPatchEmbed.from_conv(embedding, keep, **options)
-    convert(model, 'full', layers=[])
+    swap_attentions(model, 'full', layers=[])
     model.patch_embed = embedding
     set_model_args(model, model_arguments(model))
     return whole
@@ -142,6 +163,7 @@ def vit_converted(
         model = model_entrypoint(base)(pretrained=False, **arguments)
         if patch_embed == 'dct':
             convert_patch_embed(model, **options)
-        return convert(model, attention, **(attention_kwargs or {}))
+        swap_attentions(served_model(model), attention, **(attention_kwargs or {}))
+        return model
 
     return build_model(build, 'vit_converted', pretrained, **kwargs)

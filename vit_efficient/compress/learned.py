@@ -11,8 +11,10 @@ classifies an image and its enlargement alike.
 Letters: B batch, H heads, N = Y × X patches, k kept, D channels of a head.
 """
 
+import logging
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 
 from vit_efficient import dct
 from vit_efficient.compress import budget as budgets
+from vit_efficient.compress import cells
 from vit_efficient.compress.base import Compressor, register_compressor
 from vit_efficient.compress.pool import Down
 from vit_efficient.dct.bases import along
@@ -29,6 +32,8 @@ from vit_efficient.grid import PatchGrid, plain_sizes
 from vit_efficient.utils.checks import as_sides, check_choice, is_integer, is_pair
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
+
+logger = logging.getLogger(__name__)
 
 PROJECTIONS = ('linear', 'mean', 'max', 'conv')
 SHARING = ('none', 'headwise', 'key-value', 'layerwise')
@@ -112,6 +117,17 @@ class Linear(Maps):
         # Keys and values keep their scale, as those of independent patches.
         nn.init.normal_(self.weight, std=math.prod(self.weight.shape[-2:]) ** -0.5)
 
+    def means(self) -> Tensor:
+        """What the weight is beside weights that were trained with exact attention: the means of k cells."""
+        rows, *size = self.weight.shape[1:]
+        return cells.whole_cells(rows, *size).to(self.weight).expand_as(self.weight)
+
+    def start_in_trained(self) -> str:
+        """Pooling is a linear projection too, and the one that is known to change little."""
+        with torch.no_grad():
+            self.weight.copy_(self.means())
+        return 'projections, which start as the means of cells of the patch grid'
+
     def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
         return project(x, self.weight, grid.height, grid.width)
 
@@ -122,6 +138,14 @@ class Linear(Maps):
     def extra_repr(self) -> str:
         matrices, rows, height, width = self.weight.shape
         return f'matrices={matrices}, num_tokens={rows}, grid_size=({height}, {width})'
+
+
+@lru_cache
+def _say_if_many(rows: int, num_patches: int) -> None:
+    """Logs it once for each case."""
+    logger.warning(
+        f'num_tokens={rows} is more than the {num_patches} patches that there are: exact attention is cheaper'
+    )
 
 
 @torch.fx.wrap
@@ -249,6 +273,8 @@ class LearnedCompressor(Compressor):
         if projection == 'linear':
             k = budgets.kept_count(*grid_size, self.budget) if num_tokens is None else self.budget.num_tokens
             self.budget = budgets.Budget(num_tokens=k)
+            if k > math.prod(grid_size):
+                _say_if_many(k, math.prod(grid_size))
             made = [Linear(each, k, grid_size, device=device, dtype=dtype) for _ in range(ways)]
         elif projection == 'conv':
             made = [Conv(each, head_dim, grid_size, self.budget, axes, device=device, dtype=dtype) for _ in range(ways)]
