@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention
 from vit_efficient.compress.base import Compressor
-from vit_efficient.compress.learned import Linear, Maps
+from vit_efficient.compress.maps import Linear, Maps
 from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.utils.errors import UserError
 
