@@ -9,10 +9,12 @@ import timm
 import torch
 from timm.layers import create_feature_extractor
 from timm.models import save_for_hf
+from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 
 import vit_efficient
 from vit_efficient import convert, convert_patch_embed, save_model
+from vit_efficient.models import compile_blocks
 from vit_efficient.utils.errors import UserError
 
 SMALL = dict(embed_dim=48, depth=3, num_heads=3, num_classes=5)
@@ -164,7 +166,12 @@ class TestWhatIsNotServed:
         [
             (lambda vit: nn.Sequential(vit, nn.ReLU()), r"VisionTransformer as its 0; .*get_submodule\('0'\)"),
             (lambda vit: nn.ModuleDict({'trunk': nn.Sequential(vit)}), r'VisionTransformer as its trunk\.0'),
-            (nn.DataParallel, 'convert the model before'),
+            (nn.DataParallel, 'convert the model before it is wrapped'),
+            (
+                vit_efficient.graphed,
+                'GraphedModel: it has a VisionTransformer as its model; .*anew what was captured',
+            ),
+            (lambda vit: FeatureGraphNet(vit, (0, 1)), 'FeatureGraphNet: it is a traced graph'),
             (torch.fx.symbolic_trace, 'traced graph.*before it is traced'),
             (lambda vit: create_feature_extractor(vit, ['norm']), 'traced graph'),
             (
@@ -278,6 +285,16 @@ class TestWrappers:
             assert torch.equal(compiled(x), model(x)) and not torch.equal(compiled(x), before)
         convert(compiled, 'full')
         assert torch.equal(compiled(x), before)
+
+    def test_compiled_by_blocks(self):
+        model = build('vit_tiny_patch16_224')
+        x = image(model)
+        expected = [model(x), convert(copy.deepcopy(model), 'dct')(x)]
+        compile_blocks(model, backend='eager')
+        torch.testing.assert_close(model(x), expected[0])
+        convert(model, 'dct')
+        torch.testing.assert_close(model(x), expected[1], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(expected[0], expected[1], atol=1e-2)
 
 
 class TestDisk:

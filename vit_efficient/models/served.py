@@ -24,6 +24,7 @@ SERVED = {*MODELS, *MODELS.values()}
 _ATTENTION = re.compile(r'Attention|Attn|MH\w*A$|MSA|MLA|XCA|GPSA')
 _ROTARY = re.compile(r'Rotary|Rope')
 _RELATIVE = re.compile(r'rel_pos|relative_position|attention_bias|position_bias')
+_TRACED = 'it is a traced graph, whose operations are fixed; convert the model before it is traced'
 _OTHERS = "such as 'vit_base_patch16_224', 'deit3_base_patch16_224' or 'vit_base_patch14_dinov2'"
 
 
@@ -51,10 +52,10 @@ def _why_not(model: nn.Module) -> str:
     """The reason why a model that is none of `SERVED` cannot be converted, and the way out where there is one."""
     if not isinstance(model, nn.Module):
         return 'it is not an nn.Module; create the model first, by timm.create_model'
-    if isinstance(model, (torch.fx.GraphModule, torch.jit.ScriptModule)) or _first(model, torch.fx.GraphModule):
-        return 'it is a traced graph, whose operations are fixed; convert the model before it is traced'
+    if isinstance(model, (torch.fx.GraphModule, torch.jit.ScriptModule)):
+        return _TRACED
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return 'it knows the parameters it was given, and not those that an attention adds; convert the model before it'
+        return 'it would not know the parameters that an attention adds; convert the model before it is wrapped'
     if _is_sharded(model):
         return 'its parameters are sharded; convert the model before it is sharded'
     if isinstance(model, VisionTransformer):
@@ -66,8 +67,10 @@ def _why_not(model: nn.Module) -> str:
         if type(module) in SERVED:
             return (
                 f'it has a {type(module).__name__} as its {name}; convert that, in place: '
-                f'convert(model.get_submodule({name!r}), …)'
+                f'convert(model.get_submodule({name!r}), …), and make anew what was captured of it'
             )
+    if any(isinstance(module, torch.fx.GraphModule) for module in model.modules()):
+        return _TRACED
     for reason in (_no_attention, _grids, _naflex, _rotary, _relative):
         if said := reason(model):
             return said
@@ -82,10 +85,6 @@ def _is_sharded(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     return isinstance(model, (FSDPModule, FullyShardedDataParallel))
-
-
-def _first(model: nn.Module, kind: type) -> nn.Module | None:
-    return next((module for module in model.modules() if isinstance(module, kind)), None)
 
 
 def _named(model: nn.Module, fits: Callable[[str, nn.Module], bool]):
