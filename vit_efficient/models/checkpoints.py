@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention
 from vit_efficient.compress.base import Compressor
-from vit_efficient.compress.learned import Maps
+from vit_efficient.compress.maps import Linear, Maps
 from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.utils.errors import UserError
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's filter for ViT checkpoints. What a mechanism adds to them follows the image size; what a checkpoint does
-    not have starts as it is in the model."""
+    not have starts as it is in the model; Linformer's projections beside weights of a plain ViT, as means of cells."""
     state_dict = _filter_like_timm(state_dict, model)
     for name, module in model.named_modules():
         own = module.state_dict(prefix=f'{name}.') if isinstance(module, Compressor) else {}
@@ -28,6 +28,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     for name, module in model.named_modules():
         if isinstance(module, Maps) and f'{name}.weight' in state_dict:
             state_dict[f'{name}.weight'] = module.adapt(state_dict[f'{name}.weight'])
+        elif isinstance(module, Linear):
+            state_dict[f'{name}.weight'] = module.means()
+    for name, module in model.named_modules():
         if isinstance(module, GridAttention):
             state_dict = module.added_state(prefix=f'{name}.') | state_dict
         elif name == 'shared':

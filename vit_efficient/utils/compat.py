@@ -50,6 +50,18 @@ def feature_indices(depth: int, indices: int | Sequence[int] | None) -> tuple[li
     return feature_take_indices(depth, indices)
 
 
+def held_model(wrapper: nn.Module) -> nn.Module | None:
+    """The model that a wrapper of timm's `features_only` or of `torch.compile` calls as it stands; None of others.
+
+    What is compiled is compiled again where the classes of modules have changed.
+    """
+    from timm.models._features import FeatureGetterNet, FeatureHookNet
+
+    places = {FeatureGetterNet: 'model', FeatureHookNet: 'body', torch._dynamo.OptimizedModule: '_orig_mod'}
+    place = places.get(type(wrapper))
+    return None if place is None else getattr(wrapper, place)
+
+
 def without_recompile_limit() -> AbstractContextManager:
     """A context in which `torch.compile` compiles as often as there are shapes, classes or options."""
     return torch._dynamo.config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
