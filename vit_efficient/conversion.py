@@ -4,7 +4,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import timm
-from timm.models import VisionTransformer, generate_default_cfgs, model_entrypoint, register_model
+from timm.models import (
+    VisionTransformer,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    model_entrypoint,
+    register_model,
+)
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
@@ -157,4 +163,7 @@ def vit_converted(
             convert_patch_embed(model, **options)
         return convert(model, attention, **(attention_kwargs or {}))
 
+    if not kwargs.get('pretrained_cfg'):  # what images and classes it is for, it has from its base
+        config = get_pretrained_cfg(base).to_dict(remove_source=True)
+        kwargs['pretrained_cfg'] = {**config, 'architecture': 'vit_converted', 'custom_load': False}
     return build_model(build, 'vit_converted', pretrained, **kwargs)

@@ -21,6 +21,9 @@ class ModelConfig:
     name: str = key('', 'as in timm.create_model', SET)
     args: dict[str, Any] = key({}, 'its keyword arguments')
     init_from: str = key('', 'weights to start from: a model or run folder, or a checkpoint file of timm')
+    attention: str = key('', 'that its layers change to once its weights are there, as by `convert`; none: all stay')
+    attention_kwargs: dict[str, Any] = key({}, 'options of that attention')
+    layers: list[int] | None = key(None, 'blocks that change, negative ones counted from the end; null: all')
 
 
 @dataclass

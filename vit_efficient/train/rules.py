@@ -46,6 +46,11 @@ def validate(config: Config) -> None:
         raise UserError(
             f'truncation.budget={config.truncation.budget:g} has no effect without a penalty; set truncation.penalty'
         )
+    if not config.model.attention and (config.model.attention_kwargs or config.model.layers is not None):
+        raise UserError(
+            'model.attention_kwargs or model.layers are set, and no model.attention to give them to; options of the '
+            "model's own attention are model.args.attention_kwargs"
+        )
     _check_teacher(config)
     if config.stages:
         _check_stages(config)
