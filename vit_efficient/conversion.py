@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import timm
-from timm.models import generate_default_cfgs, model_entrypoint, register_model
+from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
 from torch import nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
@@ -167,4 +167,7 @@ def vit_converted(
         swap_attentions(served_model(model), attention, layers, **(attention_kwargs or {}))
         return model
 
+    if not kwargs.get('pretrained_cfg'):  # what images and classes it is for, it has from its base
+        config = get_pretrained_cfg(base).to_dict(remove_source=True)
+        kwargs['pretrained_cfg'] = {**config, 'architecture': 'vit_converted', 'custom_load': False}
     return build_model(build, 'vit_converted', pretrained, **kwargs)

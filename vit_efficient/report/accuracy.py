@@ -22,7 +22,7 @@ from vit_efficient.report.runs import Entry, check_runs, open_runs, train_missin
 from vit_efficient.report.table import Column, Table
 from vit_efficient.train import load_model
 from vit_efficient.train.recipe import default_output
-from vit_efficient.utils.device import choose_device
+from vit_efficient.utils.device import choose_device, limit_threads
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_text
 
@@ -74,8 +74,7 @@ def accuracy_table(
     accuracies = [name for name in parts.ACCURACIES if all(name in result for result in results)]
     config = entries[0].configs[0]
     device = choose_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    limit_threads(config.threads)
     speeds, about_speed = measure_speeds([entry.saved for entry in entries], device)
     rows = [
         measure(entry, accuracies) | {'images_per_second': speed, 'speed_ratio': speed / speeds[0]}

@@ -43,6 +43,13 @@ def save_model_config(model: nn.Module, path: str | PathLike, arguments: dict[st
     save_config_for_hf(model, path, model_config=more, model_args=arguments)
 
 
+def saved_model_config(folder: str | PathLike) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """pretrained_cfg, architecture and arguments in the config.json of timm's `local-dir:` layout, of any version."""
+    from timm.models._hub import load_model_config_from_path
+
+    return load_model_config_from_path(folder)
+
+
 def feature_indices(depth: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
     """timm's reading of `indices` in `forward_intermediates`: those of `depth` blocks, and the last of them."""
     from timm.models._features import feature_take_indices
