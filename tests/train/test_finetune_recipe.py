@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
+from vit_efficient.cli import main
 
 from tests.data.trees import write_tree
 from tests.train.recipes import ROOT
-from vit_efficient.cli import main
 from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.train import load_model
 

@@ -5,11 +5,11 @@ import re
 import shlex
 
 import pytest
+from vit_efficient.cli import main
 
 from tests.data.trees import write_tree
 from tests.train.recipes import tiny_recipe
 from tests.train.test_trainer import assert_same_run, fail, stop_after
-from vit_efficient.cli import main
 from vit_efficient.train import train
 from vit_efficient.train.config import StageConfig
 from vit_efficient.train.recipe import to_yaml
