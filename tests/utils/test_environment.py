@@ -81,7 +81,15 @@ def test_the_command_of_several_processes_is_that_of_torchrun(folder, monkeypatc
 
 
 def test_one_line_names_what_changes_times(monkeypatch):
-    changing = ['THP_MEM_ALLOC_ENABLE', 'MALLOC_ARENA_MAX', 'OMP_NUM_THREADS', 'MKL_DYNAMIC', 'KMP_AFFINITY']
+    changing = [
+        'THP_MEM_ALLOC_ENABLE',
+        'MALLOC_ARENA_MAX',
+        'OMP_NUM_THREADS',
+        'OMP_WAIT_POLICY',
+        'GOMP_SPINCOUNT',
+        'MKL_DYNAMIC',
+        'KMP_AFFINITY',
+    ]
     changing += ['TORCH_CUDNN_SDPA_DEPRIORITIZED', 'CUDA_LAUNCH_BLOCKING', 'CUBLAS_WORKSPACE_CONFIG']
     changing += ['PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_ALLOC_CONF', 'TORCHINDUCTOR_FREEZING']
     others = ['PYTORCH_JIT', 'NO_MALLOC_HERE', 'CUDA_VERSION', 'CUDNN_VERSION', 'TORCHINDUCTOR_CACHE_DIR']
