@@ -1,6 +1,7 @@
 """The pictures of the README are drawn from the modules and the tables themselves."""
 
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,20 @@ def test_times_are_those_of_the_tables(tool):
     assert machine.startswith('NVIDIA H100') and ('dct', 16384, 0.1936) in times
     for _, found in (tool['times_of_cpu'](), (machine, times)):
         assert set(tool['LAYERS']) <= {name for name, _, _ in found}
+
+
+def test_plots_are_drawn_again_from_the_tables(tmp_path, capsys):
+    tool = runpy.run_path(str(ROOT / 'tools' / 'redraw.py'))
+    for name in ('benchmarks/layer.csv', 'mnist5k/results.csv', 'benchmarks/dct.csv'):
+        shutil.copy(ROOT / 'recipes' / name, tmp_path)
+    for name in ('layer.png', 'results.png'):  # others had no plot
+        (tmp_path / name).touch()
+    tool['main'](tmp_path)
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / 'layer.png'), str(tmp_path / 'results.png')]
+    for name in ('layer.png', 'results.png'):
+        with Image.open(tmp_path / name) as image:
+            assert image.width >= 1500
+    assert not (tmp_path / 'dct.png').exists()
+    stem, config = tool['recipe_of']('vit_dct_tiny (dct-51)', ROOT / 'recipes/megapixel_mnist/truncation')
+    assert (stem, config.model.name) == ('dct-51', 'vit_dct_tiny')
+    assert tool['recipe_of']('vit_dct_tiny', ROOT / 'recipes/mnist5k') is None
