@@ -119,7 +119,7 @@ def test_accuracy_stage_by_stage(trained, recipes, tmp_path, capsys):
     head = next(i for i, cells in enumerate(table) if cells[0].strip() == 'stage by stage')
     rows = [[cell.strip() for cell in cells] for cells in table[head + 2 : head + 5]]
     assert [row[:3] for row in rows] == [
-        ['vit_full_tiny (staged)', 'as built', '1'],
+        ['vit_full_tiny → treeformer_tf', 'as built', '1'],
         ['', 'treeformer_tc', '1'],
         ['', 'treeformer_tf', '2'],
     ]
@@ -132,7 +132,9 @@ def test_accuracy_stage_by_stage(trained, recipes, tmp_path, capsys):
         models.append(timm.create_model(f'vit_{name}_tiny', **size, attention_kwargs={'tree_height': 2}))
     counts = [count_flops(model, (1, 16, 16)) for model in models]
     assert [row[3:5] for row in rows] == [[f'{n / 1e9:.4f}' for n in (c.total, c.attention)] for c in counts]
-    remark = 'vit_full_tiny (staged): GMACs as if all leaves held as many patches; as 12 validation images fall into'
+    remark = (
+        'vit_full_tiny → treeformer_tf: GMACs as if all leaves held as many patches; as 12 validation images fall into'
+    )
     assert remark in (tmp_path / 'results.md').read_text()
 
 

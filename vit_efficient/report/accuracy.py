@@ -75,7 +75,7 @@ def accuracy_table(
     entries = open_runs(recipes, overrides, seeds or (), runs)
     remarks = check_runs(entries)
     train_missing(entries)
-    names = [entry.results[0]['model'] for entry in entries]
+    names = [parts.model_title(entry.results[0]['model'], entry.saved.model) for entry in entries]
     for entry, name in zip(entries, names, strict=True):
         entry.label = name if names.count(name) == 1 else f'{name} ({entry.recipe.stem})'
     results = [result for entry in entries for result in entry.results]

@@ -6,12 +6,16 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from vit_efficient.data import input_shape
 from vit_efficient.flops import count_flops
+from vit_efficient.models.create import attention_of
+from vit_efficient.models.vit import GridForward
 from vit_efficient.report.runs import Entry
 from vit_efficient.report.table import Column, Table
 from vit_efficient.train.stages import list_stages, model_at_stages
+from vit_efficient.utils.compat import model_args
 from vit_efficient.utils.environment import describe_environment, one_line
 
 # The accuracies of a table: what a column is called, and an axis of the plot.
@@ -20,7 +24,43 @@ ACCURACIES = {
     'foreground_miou': ('foreground mIoU (%)', 'mIoU without the class none (%)'),
     'miou': ('mIoU (%)', 'mIoU (%)'),
 }
+CONVERTED = 'vit_converted'  # any model of timm, converted
 COSTS = [Column('gmacs', 'GMACs', 4), Column('attention_gmacs', 'in attention', 4)]
+
+
+def model_title(name: str, model: nn.Module) -> str:
+    """What a table calls a trained model: 'vit_tiny_patch16_224 → dct in 6-11' where attentions are not the name's.
+
+    Args:
+        name: That of the recipe. Of a model folder, and of what stands for any converted model, the title has the name
+            of the architecture.
+        model: As it was saved, at the end of all stages.
+    """
+    if name.startswith('local-dir:') or name == CONVERTED:
+        architecture = model.pretrained_cfg['architecture']
+        name = model_args(model)['base'] if architecture == CONVERTED else architecture
+    if not isinstance(model, GridForward):
+        return name
+    own, layers = attention_of(name, {}) or 'full', {}
+    for i, (attention, _) in enumerate(model.attention_spec()):
+        layers.setdefault(attention, []).append(i)
+    became = [
+        attention + (f' in {_ranges(indices)}' if len(indices) < len(model.blocks) else '')
+        for attention, indices in layers.items()
+        if attention != own
+    ]
+    return f'{name} → {", ".join(became)}' if became else name
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Ascending numbers as text: '0, 6-11'."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and runs[-1][-1] == i - 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ', '.join(f'{run[0]}-{run[-1]}' if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def accuracy_columns(accuracies: Sequence[str]) -> list[Column]:
