@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export NO_ALBUMENTATIONS_UPDATE := 1
+# Threads that wait for each other by turning take the core that another process has.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: table table-seeds test docs lint clean
 

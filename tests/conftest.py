@@ -1,11 +1,14 @@
 import logging
 import os
+from functools import partial
 
 # albumentations would ask the network for a newer version of itself.
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 
 import pytest
 import torch
+
+from vit_efficient.benchmark import timing
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +20,14 @@ def _seeded():
 def _said(caplog):
     """What the package has to say is in `caplog.text`."""
     caplog.set_level(logging.INFO, 'vit_efficient')
+
+
+@pytest.fixture
+def short_clocks(monkeypatch):
+    """Benchmarks measure all that they do, but not for long: a second of products before and after each block."""
+    turns, rate = timing.take_turns, timing.matmul_rate
+    monkeypatch.setattr(timing, 'take_turns', partial(turns, seconds=0.01))
+    monkeypatch.setattr(timing, 'matmul_rate', lambda dtype, device, **_: rate(dtype, device, side=256, seconds=0.01))
 
 
 def pytest_collection_modifyitems(items):

@@ -7,11 +7,15 @@ import pickle
 import pytest
 import timm
 import torch
+from timm.layers import create_feature_extractor
 from timm.models import save_for_hf
+from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 
 import vit_efficient
-from vit_efficient import convert, save_model
+from vit_efficient import convert, convert_patch_embed, save_model
+from vit_efficient.models import compile_blocks
+from vit_efficient.utils.errors import UserError
 
 SMALL = dict(embed_dim=48, depth=3, num_heads=3, num_classes=5)
 # Plain; layer scale; registers without class embedding and with layer scale; pre-norm and other activations; attention
@@ -124,18 +128,62 @@ class TestWhatIsNotServed:
     @pytest.mark.parametrize(
         ('name', 'message'),
         [
-            ('eva02_tiny_patch14_224', 'Eva.*[Rr]otary'),
-            ('swin_tiny_patch4_window7_224', 'SwinTransformer'),
-            ('resnet18', 'ResNet'),
-            ('vit_base_patch16_rpn_224', r'blocks\.0.*ResPostBlock'),
-            ('vit_base_patch16_rope_224', 'Eva'),
-            ('vit_base_patch16_xp_224', r'blocks\.0.*ParallelScalingBlock'),
+            (
+                'eva02_tiny_patch14_224',
+                r'Eva: it has rotary positions \(rope, RotaryEmbeddingCat\).*vit_base_patch14_dinov2',
+            ),
+            ('vit_base_patch16_rope_224', 'Eva: it has rotary positions'),
+            ('vit_small_patch16_dinov3', 'Eva: it has rotary positions'),
+            ('deepseek_vit_412m', r'rotary positions \(encoder\.rope'),
+            ('eva_giant_patch14_224', r'attention, blocks\.0\.attn, is not .*EvaAttention'),
+            ('beit_base_patch16_224', r'relative position bias \(blocks\.0\.attn\.relative_position_bias_table\)'),
+            ('vit_relpos_base_patch16_224', r'relative position bias \(blocks\.0\.attn\.rel_pos\)'),
+            ('samvit_base_patch16', r'relative position bias \(blocks\.0\.attn\.rel_pos_h\)'),
+            ('naflexvit_base_patch16_gap', 'NaFlexVit: NaFlex batches.*use_naflex=True'),
+            ('swin_tiny_patch4_window7_224', r'SwinTransformer: .*several grids.*4, 8, 16, 32.*layers\.0 to layers\.3'),
+            ('pit_ti_224', 'several grids.*8, 16, 32'),
+            ('crossvit_tiny_240', 'several grids.*12, 17'),
+            ('resnet18', 'ResNet: it is not a vision transformer'),
+            ('convnext_atto', 'ConvNeXt: it is not a vision transformer'),
+            ('mixer_s16_224', 'MlpMixer: it is not a vision transformer'),
+            ('xcit_nano_12_p16_224', r'attention, blocks\.0\.attn, is not .*XCA;'),
+            ('cait_xxs24_224', r'attention, blocks\.0\.attn, is not .*TalkingHeadAttn'),
+            ('vit_base_patch16_rpn_224', r'blocks\.0.*ResPostBlock is a post-norm block'),
+            ('vit_base_patch16_xp_224', r'blocks\.0.*ParallelScalingBlock is a parallel block'),
+            ('vit_small_patch16_18x2_224', r'blocks\.0.*ParallelThingsBlock is a parallel block'),
+            ('vit_dlittle_patch16_reg1_gap_256', r'blocks\.0\.attn.*DiffAttention is differential attention'),
         ],
     )
-    def test_the_module_is_named(self, name, message):
+    def test_the_module_and_the_reason_are_named(self, name, message):
         with torch.device('meta'):
             model = timm.create_model(name)
-        with pytest.raises(ValueError, match=message):
+        for change in (lambda model: convert(model, 'dct'), convert_patch_embed):
+            with pytest.raises(UserError, match=f'cannot convert .*{message}'):
+                change(model)
+
+    @pytest.mark.parametrize(
+        ('wrap', 'message'),
+        [
+            (lambda vit: nn.Sequential(vit, nn.ReLU()), r"VisionTransformer as its 0; .*get_submodule\('0'\)"),
+            (lambda vit: nn.ModuleDict({'trunk': nn.Sequential(vit)}), r'VisionTransformer as its trunk\.0'),
+            (nn.DataParallel, 'convert the model before it is wrapped'),
+            (
+                vit_efficient.graphed,
+                'GraphedModel: it has a VisionTransformer as its model; .*anew what was captured',
+            ),
+            (lambda vit: FeatureGraphNet(vit, (0, 1)), 'FeatureGraphNet: it is a traced graph'),
+            (torch.fx.symbolic_trace, 'traced graph.*before it is traced'),
+            (lambda vit: create_feature_extractor(vit, ['norm']), 'traced graph'),
+            (
+                lambda vit: type('Mine', (timm.models.VisionTransformer,), {})(**SMALL, img_size=64),
+                'Mine: it is a class der',
+            ),
+            (lambda vit: 'vit_tiny_patch16_224', 'str: it is not an nn.Module; create the model first'),
+        ],
+    )
+    def test_wrappers_that_are_not_seen_through(self, wrap, message):
+        model = wrap(build('vit_tiny_patch16_224'))
+        with pytest.raises(UserError, match=message):
             convert(model, 'dct')
 
     def test_patch_dropout(self):
@@ -143,12 +191,110 @@ class TestWhatIsNotServed:
         with pytest.raises(ValueError, match=r'patch_drop_rate=0\.5'):
             convert(model, 'dct')
 
-    def test_features_only_is_converted_through_its_model(self):
-        wrapper = timm.create_model('vit_tiny_patch16_224', **SMALL, img_size=64, features_only=True)
-        with pytest.raises(ValueError, match=r'\.model'):
-            convert(wrapper, 'dct')
-        convert(wrapper.model, 'dct')
-        assert wrapper(torch.randn(1, 3, 64, 64))[-1].shape == (1, 48, 4, 4)
+
+class TestWhatIsAdded:
+    """It starts so that the outputs of a trained model change as little as they can, or it is said."""
+
+    @pytest.mark.parametrize('sharing', ['none', 'headwise', 'key-value', 'layerwise'])
+    def test_linformer_starts_as_pooling(self, sharing, caplog):
+        pooled, plain = (build('vit_tiny_patch16_224', img_size=(64, 96)) for _ in range(2))
+        convert(pooled, 'pool', num_tokens=(2, 3), count_bias=False)
+        assert not caplog.text
+        convert(plain, 'linformer', num_tokens=6, sharing=sharing)
+        x = image(plain)
+        torch.testing.assert_close(plain(x), pooled(x), atol=1e-4, rtol=1e-4)
+        assert caplog.text.count('projections, which start as the means of cells') == 1 and 'fine-tune' in caplog.text
+
+    @pytest.mark.parametrize('projection', ['linear', 'conv'])
+    def test_with_as_many_tokens_as_patches_it_is_exact(self, projection):
+        model = build('vit_tiny_patch16_224', img_size=(64, 96))
+        x = image(model)
+        expected = model(x)
+        convert(model, 'linformer', num_tokens=24, projection=projection)
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+
+    def test_projections_that_are_kept_stay_as_they_are(self, caplog):
+        model = timm.create_model('vit_linformer_tiny', **SMALL, img_size=64, attention_kwargs=dict(num_tokens=4))
+        weights = [model.get_parameter(f'blocks.{i}.attn.compress.down.weight') for i in range(3)]
+        before = [weight.clone() for weight in weights]
+        assert 0.2 < before[0].std() < 0.3  # the published start, 1 / sqrt(16)
+        convert(model, 'linformer', layers=[1], num_tokens=4)
+        assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)) and not caplog.text
+
+    def test_plain_weights_in_a_linformer(self):
+        options = dict(num_tokens=4)
+        plain = build('vit_tiny_patch16_224')
+        overlay = dict(state_dict=plain.state_dict(), num_classes=5)
+        arguments = dict(**SMALL, img_size=64, pretrained=True, pretrained_cfg_overlay=overlay)
+        loaded = timm.create_model('vit_linformer_tiny', **arguments, attention_kwargs=options).eval()
+        x = image(plain)
+        assert torch.equal(loaded(x), convert(plain, 'linformer', **options)(x))
+
+    def test_trees_are_said_to_be_untrained(self, caplog):
+        convert(build('vit_tiny_patch16_224'), 'treeformer_tc')
+        assert caplog.text.count('trees, which start at random: no checkpoint has them; fine-tune') == 1
+
+    @pytest.mark.parametrize(
+        ('attention', 'options'),
+        [('dct', dict(keep_ratio=1, local=3)), ('nystrom', dict(num_landmarks=16, pinv='exact', residual_kernel=3))],
+    )
+    def test_convolutions_start_at_nothing(self, attention, options, caplog):
+        model = build('vit_tiny_patch16_224')
+        x = image(model)
+        expected = model(x)
+        convert(model, attention, **options)
+        torch.testing.assert_close(model(x), expected, atol=2e-3, rtol=2e-3)
+        assert not caplog.text
+
+    def test_a_saved_model_is_loaded_without_a_word(self, tmp_path, caplog):
+        model = convert(build('vit_tiny_patch16_224'), 'linformer', num_tokens=4)
+        save_model(model, tmp_path)
+        caplog.clear()
+        loaded = vit_efficient.models.load_model(tmp_path).eval()
+        x = image(model)
+        assert torch.equal(loaded(x), model(x)) and not caplog.text
+
+
+class TestWrappers:
+    """They are converted through, and are what comes back."""
+
+    @pytest.mark.parametrize('feature_cls', ['getter', 'hook'])
+    def test_features_only(self, feature_cls):
+        arguments = dict(features_only=True, feature_cls=feature_cls, out_indices=(0, 1))
+        wrapper = build('vit_tiny_patch16_224', **arguments)
+        x = torch.randn(2, 3, 64, 64)
+        before = wrapper(x)
+        assert convert(wrapper, 'dct', layers=[1], keep_ratio=0.25) is wrapper
+        after = wrapper(x)
+        assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+        assert [y.shape for y in after] == [y.shape for y in before]
+        vit = next(wrapper.children())
+        assert vit.attention_spec()[1][0] == 'dct'
+        convert(wrapper, 'full')
+        assert torch.equal(wrapper(x)[1], before[1])
+        assert convert_patch_embed(wrapper) is wrapper and isinstance(vit.patch_embed, vit_efficient.DctPatchEmbed)
+
+    def test_compiled(self):
+        """What was compiled before is compiled anew."""
+        model = build('vit_tiny_patch16_224')
+        compiled = torch.compile(model, backend='eager')
+        x = image(model)
+        before = compiled(x)
+        for name in ('dct', 'pool', 'linformer'):
+            assert convert(compiled, name) is compiled
+            assert torch.equal(compiled(x), model(x)) and not torch.equal(compiled(x), before)
+        convert(compiled, 'full')
+        assert torch.equal(compiled(x), before)
+
+    def test_compiled_by_blocks(self):
+        model = build('vit_tiny_patch16_224')
+        x = image(model)
+        expected = [model(x), convert(copy.deepcopy(model), 'dct')(x)]
+        compile_blocks(model, backend='eager')
+        torch.testing.assert_close(model(x), expected[0])
+        convert(model, 'dct')
+        torch.testing.assert_close(model(x), expected[1], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(expected[0], expected[1], atol=1e-2)
 
 
 class TestDisk:

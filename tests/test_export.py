@@ -12,7 +12,7 @@ import vit_efficient
 from vit_efficient.export import export_model
 from vit_efficient_cli import main
 
-SMALL = dict(embed_dim=32, depth=2, num_heads=2, num_classes=5, img_size=(56, 104), patch_size=8)
+SMALL = dict(embed_dim=32, depth=1, num_heads=2, num_classes=5, img_size=(56, 104), patch_size=8)
 VARIANTS = [
     ('full', {}),
     ('dct', {}),

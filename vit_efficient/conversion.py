@@ -1,11 +1,11 @@
 """Swap the attention of a timm ViT that you already have, keeping its weights."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import timm
-from timm.models import VisionTransformer, generate_default_cfgs, model_entrypoint, register_model
-from timm.models.deit import VisionTransformerDistilled
+from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
 from torch import nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
@@ -14,16 +14,12 @@ from vit_efficient.models.patch_convolution import use_products
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
-from vit_efficient.models.vit import EfficientVisionTransformer, EfficientVisionTransformerDistilled
+from vit_efficient.models.served import MODELS, served_model
 from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.compat import model_args, set_model_args
 from vit_efficient.utils.errors import UserError
 
-# A class of timm's, and ours that adds the grid to its forward pass and nothing to its state.
-MODELS = {
-    VisionTransformer: EfficientVisionTransformer,
-    VisionTransformerDistilled: EfficientVisionTransformerDistilled,
-}
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -37,8 +33,12 @@ def convert(
     The model becomes an `EfficientVisionTransformer`, as a registered one is: it trains, compiles, exports and saves in
     the same way. Other layers keep the attention they have. `convert(model, 'full')` is the way back.
 
+    What a mechanism adds starts so that outputs change as little as they can: convolutions at zero, Linformer's
+    projections as means of cells of the patch grid. A warning is logged where they, or trees, have to be trained.
+
     Args:
-        model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), or one converted before.
+        model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), or one converted before; also in the
+            wrapper that `features_only=True` or `torch.compile` puts around it.
         attention: A registered attention's name, or (name, options), or a list with one of these for each of `layers`.
         layers: Indices of the blocks to convert, negative ones from the end; all by default.
         **options: Of a single attention, such as `keep_ratio`.
@@ -47,10 +47,26 @@ def convert(
         The model itself.
 
     Raises:
-        UserError: If the model, or a layer of it, has parts that cannot be served (rotary positions, windows), a name,
-            option or index is wrong. The model is then as it was.
+        UserError: If the model, or a layer of it, has parts that cannot be served (rotary positions, windows): it names
+            the module and the reason. Or if a name, option or index is wrong. The model is then as it was.
     """
-    _check_convertible(model)
+    vit = served_model(model)
+    before = set(vit.parameters())
+    swap_attentions(vit, attention, layers, **options)
+    notes = set()
+    for module in vit.modules():
+        start = getattr(module, 'start_in_trained', None)
+        if start and not before.issuperset(module.parameters(recurse=False)):
+            notes.add(start())
+    if notes:
+        logger.warning(f'convert adds {", and ".join(sorted(notes))}: no checkpoint has them; fine-tune the model')
+    return model
+
+
+def swap_attentions(
+    model: nn.Module, attention: blocks.AttentionSpec, layers: int | Iterable[int] | None = None, **options
+) -> None:
+    """As `convert`, of a model that is served; what a mechanism adds starts as in a model that is trained with it."""
     depth = len(model.blocks)
     indices = list(range(depth)) if layers is None else _indices(layers)
     for i in indices:
@@ -86,7 +102,6 @@ def convert(
         config['architecture'] = 'vit_converted'
         model.pretrained_cfg = model.default_cfg = config
     set_model_args(model, model_arguments(model))
-    return model
 
 
 def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep = None, **options) -> nn.Module:
@@ -106,17 +121,17 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
     Raises:
         UserError: If the model cannot be served, or an option is out of range. The model is then as it was.
     """
-    _check_convertible(model)
+    whole, model = model, served_model(model)
     patch_embed_layer(patch_embed, keep, **options)
     embedding = model.patch_embed
     if isinstance(embedding, DctPatchEmbed):
         embedding = embedding.to_conv()
     if patch_embed == 'dct':
         embedding = DctPatchEmbed.from_conv(embedding, keep, **options)
-    convert(model, 'full', layers=[])
+    swap_attentions(model, 'full', layers=[])
     model.patch_embed = embedding
     set_model_args(model, model_arguments(model))
-    return model
+    return whole
 
 
 def _indices(layers: int | Iterable[int]) -> list:
@@ -124,20 +139,6 @@ def _indices(layers: int | Iterable[int]) -> list:
         return [layers] if is_integer(layers) else list(layers)
     except TypeError as error:  # a tensor without axes is iterable, it says
         raise UserError(f'layers must be an index of a block, or several, got {layers!r}') from error
-
-
-def _check_convertible(model: nn.Module) -> None:
-    """Raises UserError, naming the module, if `convert` cannot serve the model."""
-    if type(model) not in {*MODELS, *MODELS.values()}:
-        raise UserError(
-            f'cannot convert a {type(model).__name__}: the models served are timm VisionTransformers (plain, DeiT, '
-            'DINOv2, CLIP, SigLIP). Rotary positions, windows and hierarchies are not served yet; a features_only '
-            'wrapper is converted through its .model'
-        )
-    try:
-        blocks.check_blocks(model)
-    except UserError as error:
-        raise UserError(f'cannot convert {error}') from None
 
 
 default_cfgs = generate_default_cfgs({'vit_converted': DEFAULT_CFG})
@@ -163,6 +164,10 @@ def vit_converted(
         model = model_entrypoint(base)(pretrained=False, **arguments)
         if patch_embed == 'dct':
             convert_patch_embed(model, **options)
-        return convert(model, attention, layers, **(attention_kwargs or {}))
+        swap_attentions(served_model(model), attention, layers, **(attention_kwargs or {}))
+        return model
 
+    if not kwargs.get('pretrained_cfg'):  # what images and classes it is for, it has from its base
+        config = get_pretrained_cfg(base).to_dict(remove_source=True)
+        kwargs['pretrained_cfg'] = {**config, 'architecture': 'vit_converted', 'custom_load': False}
     return build_model(build, 'vit_converted', pretrained, **kwargs)

@@ -14,8 +14,9 @@ from torch import nn
 import vit_efficient
 from vit_efficient import PatchGrid, create_attention, dct
 from vit_efficient.attention import swap_attention
-from vit_efficient.compress import learned
 from vit_efficient.compress.budget import Budget, kept_grid
+from vit_efficient.compress.learned import SHARING
+from vit_efficient.compress.maps import Maps, follow
 
 from .reference import cells, linformer
 from .test_compressed import EVERYTHING, assert_same, randomised
@@ -80,7 +81,7 @@ def check(grid, project_with, batch=2, **options):
 
 
 class TestAgainstEquations:
-    @pytest.mark.parametrize('sharing', learned.SHARING)
+    @pytest.mark.parametrize('sharing', SHARING)
     @pytest.mark.parametrize('prefix', (0, 5))
     @pytest.mark.parametrize('grid', ((7, 13), (1, 9)))
     def test_linear(self, sharing, grid, prefix):
@@ -91,7 +92,7 @@ class TestAgainstEquations:
     def test_linear_with_norms_and_gates(self, sharing, extra):
         check(PatchGrid(7, 13, 1), project_linear, batch=1, sharing=sharing, num_tokens=8, **extra)
 
-    @pytest.mark.parametrize('sharing', learned.SHARING)
+    @pytest.mark.parametrize('sharing', SHARING)
     @pytest.mark.parametrize('prefix', (0, 5))
     @pytest.mark.parametrize('grid', ((7, 13), (8, 4)))
     def test_conv(self, sharing, grid, prefix):
@@ -139,7 +140,7 @@ def test_public_implementation(sharing):
     assert_same(ours(x, PatchGrid(7, 13)), theirs(x), [x], 1e-9)
 
 
-@pytest.mark.parametrize('sharing', learned.SHARING)
+@pytest.mark.parametrize('sharing', SHARING)
 @pytest.mark.parametrize('prefix', (0, 1, 5))
 def test_identity_is_exact_attention(sharing, prefix):
     exact = Attention(48, 4, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm)
@@ -342,15 +343,15 @@ class TestImageSize:
     @pytest.mark.parametrize('size', [(12, 20), (7, 13), (14, 26), (5, 4)])
     def test_sums_are_kept(self, size):
         maps = torch.randn(3, 9, 7, 13, dtype=torch.float64)
-        assert torch.allclose(learned.follow(maps, size).sum((-2, -1)), maps.sum((-2, -1)))
+        assert torch.allclose(follow(maps, size).sum((-2, -1)), maps.sum((-2, -1)))
 
     def test_products_with_enlarged_images_are_kept(self):
         maps, image = torch.randn(9, 7, 13, dtype=torch.float64), torch.randn(7, 13, dtype=torch.float64)
-        larger = learned.follow(maps, (12, 20))
+        larger = follow(maps, (12, 20))
         assert torch.allclose((larger * dct.resample(image, (12, 20))).sum((-2, -1)), (maps * image).sum((-2, -1)))
-        assert torch.allclose(learned.follow(larger, (7, 13)), maps)
+        assert torch.allclose(follow(larger, (7, 13)), maps)
 
-    @pytest.mark.parametrize('options', [dict(sharing=s) for s in learned.SHARING] + [dict(projection='conv')], ids=str)
+    @pytest.mark.parametrize('options', [dict(sharing=s) for s in SHARING] + [dict(projection='conv')], ids=str)
     def test_attention_of_enlarged_tokens(self, options):
         """Of tokens enlarged without new frequencies, all see what they saw: their outputs are those, enlarged."""
         attention = create_attention(
@@ -384,16 +385,16 @@ class TestImageSize:
         assert not maps.weight.requires_grad and maps.weight.dtype == torch.bfloat16
         assert maps.adapt(torch.randn(1, 5, 3, 4, dtype=torch.float16)).dtype == torch.float16
 
-    @pytest.mark.parametrize('sharing', learned.SHARING)
+    @pytest.mark.parametrize('sharing', SHARING)
     def test_set_input_size(self, sharing):
         model, dynamic = (build(dict(num_tokens=9, sharing=sharing), dynamic_img_size=d) for d in (False, True))
         model.set_input_size((96, 128))
-        maps = [m.weight for m in model.modules() if isinstance(m, learned.Maps)]
+        maps = [m.weight for m in model.modules() if isinstance(m, Maps)]
         assert all(weight.shape[-2:] == (12, 16) and weight.requires_grad for weight in maps)
         x = torch.randn(2, 3, 96, 128)
         assert (model(x) - dynamic(x)).abs().max() < 1e-5
 
-    @pytest.mark.parametrize('options', [dict(sharing=s) for s in learned.SHARING] + [dict(projection='conv')], ids=str)
+    @pytest.mark.parametrize('options', [dict(sharing=s) for s in SHARING] + [dict(projection='conv')], ids=str)
     def test_checkpoint_of_another_size(self, options, tmp_path):
         """What timm does for position embeddings is done for the maps."""
         small = build(dict(num_tokens=16, **options))
@@ -418,11 +419,11 @@ class TestImageSize:
 
     def test_resampled_in_float32_at_least(self):
         maps = torch.randn(3, 9, 8, 8)
-        expected = learned.follow(maps, (12, 10))
+        expected = follow(maps, (12, 10))
         with torch.autocast('cpu', torch.bfloat16):
-            assert torch.equal(learned.follow(maps, (12, 10)), expected)
+            assert torch.equal(follow(maps, (12, 10)), expected)
         half = maps.bfloat16()
-        assert torch.equal(learned.follow(half, (12, 10)), learned.follow(half.float(), (12, 10)).bfloat16())
+        assert torch.equal(follow(half, (12, 10)), follow(half.float(), (12, 10)).bfloat16())
 
     def test_a_size_that_is_refused_changes_nothing(self):
         model = build(dict(projection='conv', num_tokens=(6, 6)))

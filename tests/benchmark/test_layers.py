@@ -18,6 +18,7 @@ from vit_efficient.benchmark import (
 )
 from vit_efficient.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('short_clocks')
 CPU = torch.device('cpu')
 SMALL = LayerSetting(dim=16, num_heads=2)
 

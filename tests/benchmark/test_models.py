@@ -9,6 +9,7 @@ from vit_efficient import count_flops
 from vit_efficient.benchmark import ModelCandidate, ModelSetting, benchmark_models, matmul_rate
 from vit_efficient_cli import main
 
+pytestmark = pytest.mark.usefixtures('short_clocks')
 TINY = dict(patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3)
 MODELS = [
     ModelCandidate('vit_tiny_patch16_224', TINY),

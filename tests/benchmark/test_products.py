@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit_efficient import list_attentions
 from vit_efficient.benchmark import EXACT, Candidate, LayerSetting, benchmark_layer, layers, products_of
 
+pytestmark = pytest.mark.usefixtures('short_clocks')
 SETTING = LayerSetting(dim=24, num_heads=2, batch_size=2, prefix=1)
 
 

@@ -1,7 +1,9 @@
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vit_efficient import PatchGrid, create_attention
 from vit_efficient.compress.budget import Budget, kept_count, kept_grid
 
 SIDES = st.integers(1, 60)
@@ -48,3 +50,24 @@ def test_pair():
 def test_neither():
     with pytest.raises(ValueError, match='one of keep_ratio and num_tokens'):
         Budget()
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'message'),
+    [
+        ('dct', dict(num_tokens=9999), 'num_tokens=9999 is more than the 15 patches that there are: all are kept'),
+        ('dct1d', dict(num_tokens=9998), 'num_tokens=9998 is more than the 15 patches that there are: all are kept'),
+        ('pool', dict(keep_ratio=1e-9), 'keep_ratio=1e-09 of 15 patches is less than one: one is kept'),
+        ('nystrom', dict(num_landmarks=9997), 'num_landmarks=9997 is more than the 15 patches'),
+        ('linformer', dict(num_tokens=9996, grid_size=(3, 5)), 'num_tokens=9996 is more than the 15 patches'),
+        ('pool', dict(num_tokens=15), ''),
+        ('pool', dict(keep_ratio=1 / 15), ''),
+    ],
+)
+def test_what_cannot_be_kept_to_is_said_once(name, options, message, caplog):
+    for _ in range(2):
+        attention = create_attention(name, 12, 2, **options)
+        for _ in range(2):
+            attention(torch.randn(1, 15, 12), PatchGrid(3, 5))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == bool(message) and all(message in text for text in said)

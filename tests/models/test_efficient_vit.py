@@ -50,6 +50,11 @@ NO_GRAPH = [  # what they do depends on the data
 ]
 
 
+def one_of_each(name, options):
+    """The arguments of a model of as few blocks as there are different ones: graphs grow with each."""
+    return dict(name=name, options=options, depth=2 if options.get('sharing') == 'layerwise' else 1)
+
+
 def build(name='dct', options=None, **arguments):
     torch.manual_seed(0)
     return timm.create_model(f'vit_{name}_tiny', attention_kwargs=options or {}, **{**SMALL, **arguments}).eval()
@@ -363,7 +368,7 @@ class TestModes:
     def test_compile_at_changing_sizes(self, graph_variant):
         """Sizes become symbols from the second on."""
         torch.compiler.reset()
-        model = build(*graph_variant, dynamic_img_size=True, depth=1)
+        model = build(**one_of_each(*graph_variant), dynamic_img_size=True)
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
         for size in ((64, 64), (56, 104), (88, 40)):
             x = torch.randn(2, 3, *size)
@@ -371,7 +376,7 @@ class TestModes:
 
     def test_compiled_training_step(self, graph_variant):
         torch.compiler.reset()
-        model = build(*graph_variant).train()
+        model = build(**one_of_each(*graph_variant)).train()
         torch.compile(model, fullgraph=True, backend='aot_eager')(self.x).square().sum().backward()
         compiled = [p.grad for p in model.parameters()]
         model.zero_grad()
@@ -379,11 +384,11 @@ class TestModes:
         assert all(close(a, p.grad, 1e-4) for a, p in zip(compiled, model.parameters(), strict=True))
 
     def test_export(self, graph_variant):
-        model = build(*graph_variant)
+        model = build(**one_of_each(*graph_variant))
         assert close(torch.export.export(model, (self.x,)).module()(self.x), model(self.x))
 
     def test_export_with_open_image_size(self, graph_variant):
-        model = build(*graph_variant, dynamic_img_size=True)
+        model = build(**one_of_each(*graph_variant), dynamic_img_size=True)
         height, width = (torch.export.Dim(name, min=7, max=64) for name in ('height', 'width'))
         program = torch.export.export(model, (self.x,), dynamic_shapes={'x': {2: 8 * height, 3: 8 * width}})
         for size in ((64, 64), (56, 104), (104, 200)):

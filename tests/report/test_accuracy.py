@@ -11,7 +11,10 @@ from PIL import Image
 from vit_efficient.flops import count_flops
 from vit_efficient.report import accuracy as table_accuracy
 from vit_efficient.report import evaluation
+from vit_efficient.report.accuracy import line_labels
 from vit_efficient.report.runs import folder_of_run
+from vit_efficient.train import Config
+from vit_efficient.train.config import ModelConfig
 from vit_efficient_cli import main
 
 RECIPE = """
@@ -379,3 +382,20 @@ def test_accuracy_compares_only_answers_to_the_same_images(trained, recipes, tmp
         path.write_text(whole)
     out = capsys.readouterr().out
     assert 'other validation images' in out and 'McNemar' not in out
+
+
+def test_a_line_joins_budgets_and_nothing_else():
+    """Not the attention at another image size, from other epochs, or of another place."""
+
+    def recipe(name, place='x', keep_ratio=0.25, img_size=224, epochs=1, seed=0):
+        options = dict(place=place, keep_ratio=keep_ratio)
+        config = Config(recipe=name, output=name, seed=seed)
+        config.model = ModelConfig('vit_dct_tiny', args=dict(img_size=img_size, attention_kwargs=options))
+        config.sched.epochs = epochs
+        return name, config
+
+    recipes = [recipe('a-16', keep_ratio=1 / 16), recipe('a-4', seed=1), recipe('a-long', epochs=2)]
+    recipes += [recipe('a-half', img_size=112), recipe('kv', 'kv'), recipe('kv-16', 'kv', 1 / 16), None]
+    labels = line_labels([str(i) for i in range(7)], recipes)
+    assert labels == ['a', 'a', 'a-long', 'a-half', 'kv, kv-16', 'kv, kv-16', '6']
+    assert line_labels(['x', 'y'], recipes[1:3]) == ['x', 'y']  # nothing to join: as in the table

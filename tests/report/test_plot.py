@@ -1,8 +1,12 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
+from skimage.color import rgb2lab
 
-from vit_efficient.report.plot import Panel, Point, plot_accuracy
+from vit_efficient.report.plot import COLOURS, Panel, Point, line_style, log_axis, log_ticks, plot_accuracy
 
 
 @pytest.mark.parametrize(('rows', 'models'), [(1, 2), (2, 23), (1, 1)])
@@ -34,3 +38,44 @@ def test_plot_refuses_what_a_logarithm_cannot_show(tmp_path):
         panel = Panel([Point('a', 0.0, 90)], 'images per second')
         plot_accuracy([[Panel([Point('a', 1.0, 90)]), panel]], tmp_path / 'plot.png')
     assert not list(tmp_path.iterdir())
+
+
+def test_colours_are_told_apart():
+    """From each other, and from the black and white that are taken: 2.3 is what can just be noticed."""
+    found = [line_style(number)['color'] for number in range(len(COLOURS))]
+    assert len(set(found)) == len(COLOURS) >= 16
+    hexes = [*found, '#000000', '#FFFFFF']
+    colours = [rgb2lab(np.array([int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)])) for code in hexes]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(colours, 2)) > 20
+    looks = [tuple(line_style(number).values()) for number in range(3 * len(COLOURS))]
+    assert len(set(looks)) == len(looks)
+
+
+@pytest.mark.parametrize(
+    'low, high, ticks',
+    [
+        (0.9, 2e4, [1, 10, 100, 1000, 1e4]),
+        (40, 500, [50, 100, 200, 500]),
+        (2.2e3, 8e4, [5e3, 1e4, 2e4, 5e4]),
+        (1.4, 3.2, [1.5, 2, 3]),
+        (0.0105, 0.0168, [0.012, 0.014, 0.016]),
+        (1e-9, 1e9, [1e-9, 1e-6, 1e-3, 1, 1e3, 1e6, 1e9]),
+    ],
+)
+def test_ticks_of_logarithmic_axes(low, high, ticks):
+    found = log_ticks(low, high)
+    assert found == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize('values', [(2400, 61000), (0.0087, 0.0089), (3, 3), (1e-4, 5e6)])
+def test_labels_of_logarithmic_axes(values):
+    """At least three, plain numbers, and none without."""
+    axes = Figure().subplots()
+    axes.plot(values, values)
+    axes.set(xscale='log', yscale='log')
+    for axis in (axes.xaxis, axes.yaxis):
+        log_axis(axis)
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        assert len(labels) > 2 and not any('e' in label or '$' in label for label in labels)
+        assert [float(label.replace(',', '')) for label in labels] == pytest.approx(list(axis.get_ticklocs()))
+        assert not len(axis.get_minorticklocs())

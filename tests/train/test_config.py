@@ -3,7 +3,7 @@ import pytest
 from tests.train.recipes import ALL, load_any
 from vit_efficient.train import load_recipe
 from vit_efficient.train.recipe import to_yaml
-from vit_efficient.train.rules import validate
+from vit_efficient.train.rules import validate, without_effect
 
 
 @pytest.fixture
@@ -122,3 +122,27 @@ def test_the_folder_of_a_run_is_that_of_its_recipe(path, folder, tmp_path):
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_text('model: {name: any}')
     assert load_recipe(tmp_path / path).output == folder
+
+
+def test_keys_without_effect_are_named(recipe):
+    assert without_effect(load_recipe(recipe)) == ''
+    cases = {
+        'sched.min_lr=1e-4': 'sched.sched=none',
+        'sched.warmup_lr=1e-4': 'sched.sched=none',
+        'sched.warmup_epochs=1': 'sched.sched=none',
+        'loss.patch_weight=2.0': 'task=classification',
+        'ema.warmup=True': 'ema.decay=0',
+        'distill.temperature=2.0': 'distill.kind=hard',
+        'data.root=x': 'no data.dataset',
+        'data.augment.crop_ratio=[0.5, 2.0]': 'data.augment.crop_scale=null',
+        'data.augment.rand_magnitude=3.0': 'data.augment.rand_ops=0',
+        'data.augment.dct_truncate_ratio=[0.5, 1.0]': 'data.augment.dct_truncate=0',
+    }
+    idle = ['data.augment.crop_scale=null', 'data.augment.rand_ops=0', 'distill.kind=hard', 'distill.teacher=any']
+    for key, reason in cases.items():
+        beside = [*idle, 'sched.sched=none'] if 'sched' in key else idle
+        config = load_recipe(recipe, [*beside, key])
+        text = f'{key} ({reason})'.replace('1e-4', '0.0001').replace('warmup_epochs=1 ', 'warmup_epochs=1.0 ')
+        assert without_effect(config) == text
+    with pytest.raises(ValueError, match=r"distill.weights must be empty for distill.teacher=\S+, a folder, .*got 'x'"):
+        load_recipe(recipe, [f'distill.teacher={recipe.parent}', 'distill.weights=x'])

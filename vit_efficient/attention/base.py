@@ -147,7 +147,7 @@ class GridAttention(Attention):
 
     def check_call(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
         """Raises the errors of `forward`, of a mechanism that can have no mask."""
-        check_tokens(self.title, x.shape[1], grid.height, grid.width, grid.prefix, attn_mask, is_causal)
+        check_tokens(self.title, x.shape, grid.height, grid.width, grid.prefix, attn_mask, is_causal)
 
     def heads(self, projected: Tensor) -> Tensor:
         """The heads of queries, keys and values, or of some of them: (B, N, parts · C) → (B, N, parts, H, D)"""
@@ -224,8 +224,11 @@ class FullAttention(GridAttention):
 
 @torch.fx.wrap
 @register_notrace_function
-def check_tokens(title: str, num_tokens, height, width, prefix, attn_mask, is_causal) -> None:
+def check_tokens(title: str, shape, height, width, prefix, attn_mask, is_causal) -> None:
     """Raises the errors of `GridAttention.forward`; a leaf for FX, because a traced mask is never None."""
+    if len(shape) != 3:
+        raise UserError(f'{title} takes x as (B, N, C), got {tuple(shape)}')
+    num_tokens = shape[1]
     known = type(num_tokens) is type(height) is type(width) is int
     if attn_mask is None and not is_causal and known and num_tokens == prefix + height * width:
         return

@@ -120,7 +120,7 @@ class CompressedAttention(GridAttention):
 
     def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if self.of_block:
-            check_kept(self.title, x.shape[1], self.num_attended(grid), attn_mask, is_causal)
+            check_kept(self.title, x.shape, self.num_attended(grid), attn_mask, is_causal)
             return self.proj_drop(self.proj(self._among_kept(x, grid)))
         self.check_call(x, grid, attn_mask, is_causal)
         if self.place == 'x':
@@ -234,9 +234,10 @@ class CompressedAttention(GridAttention):
 # A leaf for FX, to which nothing is None.
 @torch.fx.wrap
 @register_notrace_function
-def check_kept(title: str, num_tokens, kept, attn_mask: Tensor | None, is_causal: bool) -> None:
+def check_kept(title: str, shape, kept, attn_mask: Tensor | None, is_causal: bool) -> None:
     """Raises the errors of `CompressedAttention.forward` at place 'block'."""
-    check_tokens(title, kept, 1, kept, 0, attn_mask, is_causal)
+    check_tokens(title, shape, 1, shape[1], 0, attn_mask, is_causal)
+    num_tokens = shape[1]
     if type(num_tokens) is int and type(kept) is int and num_tokens != kept:
         raise UserError(
             f"{title} at place='block' attends among the {kept} tokens that its block keeps, and was "

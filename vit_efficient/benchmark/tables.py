@@ -11,7 +11,7 @@ import torch
 
 from vit_efficient.benchmark.layers import PASSES
 from vit_efficient.benchmark.timing import check_request, slope
-from vit_efficient.report.plot import line_style
+from vit_efficient.report.plot import line_style, log_axis, tidy
 from vit_efficient.report.table import Column, Table
 from vit_efficient.utils.files import save_figure, write_text
 from vit_efficient.utils.packages import needing
@@ -184,7 +184,6 @@ def plot_times(rows: Sequence[dict[str, Any]], path: str | Path, size: str = 'to
     """
     with needing('train', 'plots are drawn with'):
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
     first = rows[0][name] if rows else ''
     rows = [row for row in rows if row['milliseconds'] is not None]
@@ -200,14 +199,11 @@ def plot_times(rows: Sequence[dict[str, Any]], path: str | Path, size: str = 'to
             points = sorted((r[size], r['milliseconds']) for r in rows if (r['work'], r[name]) == (work, label))
             if points:
                 handles[label] = axes.plot(*zip(*points, strict=True), label=label, **style)[0]
-        axes.set(xscale='log', yscale='log', title=work, xlabel={'tokens': 'N', 'img_size': 'px'}[size])
-        axes.set_xticks(sorted({row[size] for row in rows}))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
-        axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # none over more than a decade
-        axes.grid(which='both', alpha=0.25)
-        axes.spines[['top', 'right']].set_visible(False)
+        axes.set(xscale='log', yscale='log', title=work)
+        tidy(axes, {'tokens': 'N', 'img_size': 'px'}[size])
+    for axes in panels[: len(works)]:  # which share their limits, known now
+        log_axis(axes.xaxis, sorted({row[size] for row in rows}))
+        log_axis(axes.yaxis)
     panels[0].set_ylabel('ms')
     # The legend from the slowest down, as the lines end on the right.
     ends = {row[name]: (row[size], row['milliseconds']) for row in sorted(rows, key=lambda r: r[size])}

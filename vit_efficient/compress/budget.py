@@ -1,5 +1,6 @@
 """How many tokens a compressor keeps, whichever it is: its budget, and what that allows, by `vit_efficient.grid`."""
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,6 +11,8 @@ from vit_efficient.grid import fraction_of, larger, scaled_grid, smaller
 from vit_efficient.utils.checks import as_share, as_sides
 from vit_efficient.utils.compat import assume
 from vit_efficient.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,5 +111,27 @@ def _kept_count(height, width, budget: Budget) -> int:
 
 
 # Each layer asks for both, on each call.
-_kept_grid_once = lru_cache(maxsize=4096)(_kept_grid)
-_kept_count_once = lru_cache(maxsize=4096)(_kept_count)
+
+
+@lru_cache(maxsize=4096)
+def _kept_grid_once(height: int, width: int, budget: Budget) -> tuple[int, int]:
+    say_if_odd(height * width, budget)
+    return _kept_grid(height, width, budget)
+
+
+@lru_cache(maxsize=4096)
+def _kept_count_once(height: int, width: int, budget: Budget) -> int:
+    say_if_odd(height * width, budget)
+    return _kept_count(height, width, budget)
+
+
+@lru_cache(maxsize=4096)
+def say_if_odd(num_patches: int, budget: Budget) -> None:
+    """Logs, once for each case, a budget that cannot be kept to: of more tokens than there are, or of less than one."""
+    tokens, ratio = budget.num_tokens, budget.keep_ratio
+    if isinstance(tokens, int) and tokens > num_patches:
+        logger.warning(
+            f'{budget.argument}={tokens} is more than the {num_patches} patches that there are: all are kept'
+        )
+    elif ratio is not None and fraction_of(num_patches, ratio) < 1:
+        logger.warning(f'keep_ratio={ratio:g} of {num_patches} patches is less than one: one is kept')

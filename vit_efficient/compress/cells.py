@@ -69,8 +69,28 @@ def means(x_HWD: Tensor, kept: tuple) -> Tensor:
         outer = x_HWD.shape[:-3]
         x_BDHW = x_HWD.reshape(-1, *x_HWD.shape[-3:]).permute(0, 3, 1, 2)
         y_BDhw = F.avg_pool2d(x_BDHW, (height // kept[0], width // kept[1]))
-        return y_BDhw.permute(0, 2, 3, 1).unflatten(0, outer)
+        return y_BDhw.permute(0, 2, 3, 1).reshape(*outer, *kept, x_HWD.shape[-1])
     return _transform(x_HWD, _means, (-3, -2), kept)
+
+
+def whole_cells(count: int, height: int, width: int) -> Tensor:
+    """The means of exactly `count` cells that cover the grid, as maps: (count, height, width), float64.
+
+    The cells lie in rows of about equal height, some of one cell more than others. Beyond one cell for each patch,
+    they begin anew.
+    """
+    if count > height * width:
+        more = whole_cells(count - height * width, height, width)
+        return torch.cat([torch.eye(height * width, dtype=more.dtype).unflatten(1, (height, width)), more])
+    rows = min(max(1, round((count * height / width) ** 0.5), -(-count // width)), height, count)
+    maps = torch.zeros(count, height, width, dtype=torch.float64)
+    cells = iter(maps)
+    for row in range(rows):
+        columns = (row + 1) * count // rows - row * count // rows
+        across = slice(row * height // rows, (row + 1) * height // rows)
+        for column in range(columns):
+            next(cells)[across, column * width // columns : (column + 1) * width // columns] = 1
+    return maps / maps.sum((1, 2), keepdim=True)
 
 
 def largest(x_HWD: Tensor, kept: tuple) -> Tensor:

@@ -4,162 +4,32 @@ Source: Wang et al., "Linformer: Self-Attention with Linear Complexity", 2020, a
 v̄ = F v with E, F ∈ R^{k×N}; which of them are one and the same, a k for each layer, and mean, max and convolution as
 projections.
 
-Ours: a row of E is a map over the patch grid. At another image size it is resampled as one, band-limited and divided by
-the growth of its area. That keeps its sum, and its product with every image that holds no other frequencies; so a model
-classifies an image and its enlargement alike.
+Ours: a row of E is a map over the patch grid, which follows the image size (`vit_efficient.compress.maps`).
 
-Letters: B batch, H heads, N = Y × X patches, k kept, D channels of a head.
+Letters: L layers, H heads, N patches, k kept, D channels of a head.
 """
 
+import logging
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from vit_efficient import dct
 from vit_efficient.compress import budget as budgets
 from vit_efficient.compress.base import Compressor, register_compressor
+from vit_efficient.compress.maps import Conv, Linear, kernel_size
 from vit_efficient.compress.pool import Down
-from vit_efficient.dct.bases import along
-from vit_efficient.grid import PatchGrid, plain_sizes
+from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import as_sides, check_choice, is_integer, is_pair
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.precision import without_autocast
+
+logger = logging.getLogger(__name__)
 
 PROJECTIONS = ('linear', 'mean', 'max', 'conv')
 SHARING = ('none', 'headwise', 'key-value', 'layerwise')
-
-
-def follow(maps: Tensor, size: tuple) -> Tensor:
-    """Maps (…, Y, X) resampled to another size of their two last axes, band-limited; their sums stay the same."""
-    old = plain_sizes(maps.shape[-2:])
-    if all(type(side) is int for side in size) and old == tuple(size):
-        return maps
-    # Rounded once, at the end, and not to a type that autocast has for products.
-    exact = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    with without_autocast(maps):
-        resampled = dct.resample(exact, (size[0], size[1]), dims=(-2, -1))
-    return (resampled * (old[0] * old[1] / (size[0] * size[1]))).to(maps.dtype)
-
-
-class Maps(nn.Module):
-    """A way down with weights that are maps, the two last axes of `weight`."""
-
-    flop_role = 'transform'  # said here for those that the model owns, of which no compressor says it
-    weight: nn.Parameter
-
-    def follow(self, size: tuple[int, int]) -> None:
-        """Resamples the weight to maps of another size."""
-        if tuple(self.weight.shape[-2:]) != tuple(size):
-            with torch.no_grad():
-                self.weight = nn.Parameter(follow(self.weight, size), self.weight.requires_grad)
-
-    def adapt(self, weight: Tensor) -> Tensor:
-        """The weight of a checkpoint, made for another image size, as it fits here.
-
-        Raises:
-            UserError: If it has another number of rows.
-        """
-        if weight.shape[:-2] != self.weight.shape[:-2]:
-            raise UserError(
-                f'the checkpoint has Linformer projections {tuple(weight.shape)}, the model '
-                f'{tuple(self.weight.shape)}: only the two last axes, the patch grid, follow the image size; set '
-                'num_tokens and sharing as they were'
-            )
-        return follow(weight, tuple(self.weight.shape[-2:]))
-
-
-@torch.fx.wrap
-@register_notrace_function
-def project(x: Tensor, weight: Tensor, height, width) -> Tensor:
-    """E x; a leaf for FX, because the matrix is resampled where the image has another size.
-
-    Args:
-        x: (…, N, D); (B, H, N, D) where every head has a matrix.
-        weight: (1 or H, k, Y, X).
-
-    Returns:
-        (…, k, D)
-    """
-    matrices = follow(weight, (height, width)).flatten(-2)
-    return matrices @ x if weight.shape[0] > 1 else along(x, -2, matrices[0])
-
-
-class Linear(Maps):
-    """E: (…, N, D) → (…, k, D), (1 or H, k, Y, X)."""
-
-    def __init__(self, matrices: int, rows: int, grid_size: tuple[int, int], **kwargs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(matrices, rows, *grid_size, **kwargs))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        # Keys and values keep their scale, as those of independent patches.
-        nn.init.normal_(self.weight, std=math.prod(self.weight.shape[-2:]) ** -0.5)
-
-    def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
-        return project(x, self.weight, grid.height, grid.width)
-
-    def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:
-        sums = self.weight[0].sum((-2, -1))  # the same at every image size
-        return y + sums[:, None] * constant
-
-    def extra_repr(self) -> str:
-        matrices, rows, height, width = self.weight.shape
-        return f'matrices={matrices}, num_tokens={rows}, grid_size=({height}, {width})'
-
-
-@torch.fx.wrap
-@register_notrace_function
-def kernel_size(height, width, budget: budgets.Budget) -> tuple:
-    """The least kernel and stride that leaves no more than the budget of the grid: rounded up."""
-    h, w = budgets.kept_grid(height, width, budget)
-    return -(-height // h), -(-width // w)
-
-
-@torch.fx.wrap
-@register_notrace_function
-def convolve(x_BHND: Tensor, weight: Tensor, height, width, budget: budgets.Budget) -> Tensor:
-    """Depthwise, kernel and stride alike, zeros beyond the grid: (B, H, N, D) → (B, H, k, D).
-
-    A leaf for FX, because the kernel (1 or H, D, y, x) is resampled where the image has another size.
-    """
-    size = kernel_size(height, width, budget)
-    weight = follow(weight, size)
-    heads = x_BHND.shape[1]
-    x_BCYX = x_BHND.transpose(1, 2).flatten(2).mT.unflatten(2, (height, width))
-    x_BCYX = F.pad(x_BCYX, (0, -width % size[1], 0, -height % size[0]))
-    kernel = weight.expand(heads, -1, -1, -1).flatten(0, 1)[:, None]
-    y_BCyx = F.conv2d(x_BCYX, kernel, stride=size, groups=kernel.shape[0])
-    return y_BCyx.flatten(2).unflatten(1, (heads, -1)).mT
-
-
-class Conv(Maps):
-    """A depthwise convolution whose kernel is also its stride; it begins as the mean."""
-
-    def __init__(self, kernels: int, channels: int, grid_size: tuple, budget: budgets.Budget, axes: str, **kwargs):
-        super().__init__()
-        self.budget = budget
-        self.axes = axes
-        self.weight = nn.Parameter(torch.empty(kernels, channels, *self.kernel_size(*grid_size), **kwargs))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, 1 / math.prod(self.weight.shape[-2:]))
-
-    def kernel_size(self, height: int, width: int) -> tuple[int, int]:
-        return kernel_size(*budgets.sides(height, width, self.axes), self.budget)
-
-    def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
-        return convolve(x, self.weight, *budgets.sides(grid.height, grid.width, self.axes), self.budget)
-
-    def extra_repr(self) -> str:
-        kernels, channels, *size = self.weight.shape
-        return f'kernels={kernels}, channels={channels}, kernel_size={tuple(size)}'
 
 
 @register_compressor('learned')
@@ -234,6 +104,8 @@ class LearnedCompressor(Compressor):
         if projection == 'linear':
             k = budgets.kept_count(*grid_size, self.budget) if num_tokens is None else self.budget.num_tokens
             self.budget = budgets.Budget(num_tokens=k)
+            if k > math.prod(grid_size):
+                _say_if_many(k, math.prod(grid_size))
             made = [Linear(each, k, grid_size, device=device, dtype=dtype) for _ in range(ways)]
         elif projection == 'conv':
             made = [Conv(each, head_dim, grid_size, self.budget, axes, device=device, dtype=dtype) for _ in range(ways)]
@@ -296,3 +168,11 @@ def _tokens_at(num_tokens: Any, layer: int, depth: int, one_axis: bool) -> Any:
             raise UserError(f'num_tokens lists {len(num_tokens)} blocks, there are {depth}: {num_tokens}')
         return num_tokens[layer]
     return num_tokens
+
+
+@lru_cache
+def _say_if_many(rows: int, num_patches: int) -> None:
+    """Logs it once for each case."""
+    logger.warning(
+        f'num_tokens={rows} is more than the {num_patches} patches that there are: exact attention is cheaper'
+    )

@@ -17,6 +17,16 @@ LayerSpec = str | tuple[str, dict[str, Any]]  # a name, or a name and its option
 AttentionSpec = LayerSpec | Sequence[LayerSpec]  # of all layers, or of each
 
 
+# Blocks and attentions of timm, in messages.
+_KINDS = {
+    'ResPostBlock': 'a post-norm block, which normalises what attention and MLP add',
+    'ParallelScalingBlock': 'a parallel block, in which attention and MLP have one projection',
+    'ParallelThingsBlock': 'a parallel block, in which several attentions stand side by side',
+    'DiffParallelScalingBlock': 'a parallel block of differential attention',
+    'DiffAttention': 'differential attention, the difference of two',
+}
+
+
 class GridBlock(Block):
     """timm's pre-norm block, which hands the grid to its attention, or works on the tokens that this one keeps."""
 
@@ -56,9 +66,15 @@ def check_blocks(model: VisionTransformer) -> None:
     """Raises UserError, naming the module, if a block or its attention is not timm's plain one, or ours."""
     for i, block in enumerate(model.blocks):
         if type(block) not in (Block, GridBlock):
-            raise UserError(f'blocks.{i}: {type(block).__name__} is not the pre-norm Block of timm')
+            raise UserError(f'blocks.{i}: {_what_is(block)}, and not the pre-norm Block of timm')
         if type(block.attn) is not Attention and not isinstance(block.attn, GridAttention):
-            raise UserError(f'blocks.{i}.attn: {type(block.attn).__name__} is not the plain Attention of timm')
+            raise UserError(f'blocks.{i}.attn: {_what_is(block.attn)}, and not the plain Attention of timm')
+
+
+def _what_is(module: nn.Module) -> str:
+    """What a block or attention of timm is that is not the plain one."""
+    name = type(module).__name__
+    return f'{name} is {_KINDS.get(name, "another kind")}'
 
 
 def check_patch_dropout(model: VisionTransformer, layers: Sequence[tuple[str, dict]]) -> None:

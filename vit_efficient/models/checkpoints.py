@@ -1,5 +1,6 @@
 """Checkpoints of plain timm ViTs, loaded into every mechanism."""
 
+import logging
 from typing import Any
 
 from timm.models import adapt_input_conv
@@ -8,14 +9,16 @@ from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention
 from vit_efficient.compress.base import Compressor
-from vit_efficient.compress.learned import Maps
+from vit_efficient.compress.maps import Linear, Maps
 from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's filter for ViT checkpoints. What a mechanism adds to them follows the image size; what a checkpoint does
-    not have starts as it is in the model."""
+    not have starts as it is in the model; Linformer's projections beside weights of a plain ViT, as means of cells."""
     state_dict = _filter_like_timm(state_dict, model)
     for name, module in model.named_modules():
         own = module.state_dict(prefix=f'{name}.') if isinstance(module, Compressor) else {}
@@ -25,13 +28,27 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
                 f'the checkpoint lacks {", ".join(missing)} beside {", ".join(present)}: it '
                 "was made with other options of the attention; set them as they were, such as sharing='key-value'"
             )
+    begun = []
     for name, module in model.named_modules():
         if isinstance(module, Maps) and f'{name}.weight' in state_dict:
             state_dict[f'{name}.weight'] = module.adapt(state_dict[f'{name}.weight'])
+        elif isinstance(module, Linear):
+            state_dict[f'{name}.weight'] = module.means()
+    for name, module in model.named_modules():
         if isinstance(module, GridAttention):
-            state_dict = module.added_state(prefix=f'{name}.') | state_dict
+            added = module.added_state(prefix=f'{name}.')
         elif name == 'shared':
-            state_dict = module.state_dict(prefix='shared.') | state_dict
+            added = module.state_dict(prefix='shared.')
+        else:
+            continue
+        begun += sorted(added.keys() - state_dict.keys())
+        state_dict = added | state_dict
+    if begun:
+        logger.info(
+            'not in the weights, so as the attention begins: %s%s',
+            ', '.join(begun[:2]),
+            f' and {len(begun) - 2} more' * (len(begun) > 2),
+        )
     return state_dict
 
 

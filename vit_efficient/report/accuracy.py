@@ -1,9 +1,11 @@
 """`vit-efficient table accuracy`: recipes to runs, runs to a table, a comparison and a plot."""
 
+import json
 import logging
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.report.plot import Panel, Point, plot_accuracy
 from vit_efficient.report.runs import Entry, check_runs, open_runs, train_missing
 from vit_efficient.report.table import Column, Table
-from vit_efficient.train import load_model
+from vit_efficient.train import Config, load_model
 from vit_efficient.train.recipe import default_output
-from vit_efficient.utils.device import choose_device
+from vit_efficient.utils.device import choose_device, limit_threads
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_text
 
@@ -34,6 +36,12 @@ BATCH_PATCHES = 2**17
 ROUNDS = 9
 # For costs that depend on the data.
 COUNTED_IMAGES = 16
+# Keys of recipes that say how much of something a model takes, at any depth, and those that say which run it is.
+BUDGETS = (
+    *('keep_ratio', 'num_tokens', 'num_landmarks', 'num_features', 'window_size', 'tree_height'),
+    *('patch_keep', 'budget'),  # of coefficients, and of a learned truncation
+)
+OF_RUN = ('recipe', 'output', 'seed', 'resume')
 
 
 def accuracy_table(
@@ -45,7 +53,7 @@ def accuracy_table(
 ) -> str:
     """Trains what is not trained yet, and saves the table as results.md, results.csv and results.png.
 
-    In the plot a line joins the recipes of files called NAME-ANYTHING: the same attention with other budgets.
+    In the plot a line joins recipes that differ in nothing but a budget, such as the keep ratio.
 
     Args:
         recipes: YAML files; the first one is what the others are compared against.
@@ -74,8 +82,7 @@ def accuracy_table(
     accuracies = [name for name in parts.ACCURACIES if all(name in result for result in results)]
     config = entries[0].configs[0]
     device = choose_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    limit_threads(config.threads)
     speeds, about_speed = measure_speeds([entry.saved for entry in entries], device)
     rows = [
         measure(entry, accuracies) | {'images_per_second': speed, 'speed_ratio': speed / speeds[0]}
@@ -94,7 +101,8 @@ def accuracy_table(
     text = '\n'.join(part for part in sections if part)
     write_text(out / 'results.md', text)
     write_text(out / 'results.csv', table.render('csv'))
-    plot_accuracy(_panels(entries, rows, accuracies), out / 'results.png')
+    labels = line_labels([entry.label for entry in entries], [(e.recipe.stem, e.configs[0]) for e in entries])
+    plot_accuracy(panels_of(rows, labels, accuracies), out / 'results.png')
     logger.info('saved %s, results.csv, results.png', out / 'results.md')
     return text
 
@@ -166,13 +174,40 @@ def _columns(rows: Sequence[dict[str, Any]], accuracies: Sequence[str]) -> list[
     return [Column('model'), *costs, *speeds, *parts.accuracy_columns(accuracies), Column('seeds', seeds)]
 
 
-def _panels(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], accuracies: Sequence[str]) -> list[list[Panel]]:
-    """Accuracies against GMACs (for tasks of patches, those of attention) and against speed."""
+def line_labels(labels: Sequence[str], recipes: Sequence[tuple[str, Config] | None]) -> list[str]:
+    """What a plot calls each model: a line joins those of one name, which differ in nothing but a budget.
+
+    Args:
+        labels: What the table calls the models.
+        recipes: The name and content of each one's recipe; None where that is not known.
+    """
+    groups: dict[str, list[str]] = {}
+    keys = []
+    for label, recipe in zip(labels, recipes, strict=True):
+        keys.append(json.dumps(_without_budgets(asdict(recipe[1])), default=str) if recipe else label)
+        groups.setdefault(keys[-1], []).append(recipe[0] if recipe else label)
+    if len(groups) == len(labels):
+        return list(labels)
+    names = {}
+    for key, stems in groups.items():
+        of_all = {stem.rpartition('-')[0] for stem in stems}  # of NAME-BUDGET
+        name = of_all.pop() if len(stems) > 1 and len(of_all) == 1 else ''
+        names[key] = ', '.join(stems) if name in ('', *names.values()) else name
+    return [names[key] for key in keys]
+
+
+def _without_budgets(values: Any) -> Any:
+    """The keys of a recipe that say which model it is, and how it is trained."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_budgets(value) for key, value in values.items() if key not in (*BUDGETS, *OF_RUN)}
+
+
+def panels_of(rows: Sequence[dict[str, Any]], labels: Sequence[str], accuracies: Sequence[str]) -> list[list[Panel]]:
+    """Accuracies against GMACs (for tasks of patches, those of attention) and against speed, of the table's rows."""
     of_patches = 'miou' in accuracies
     costs = {'attention_gmacs': 'GMACs in attention per image'} if of_patches else {'gmacs': 'GMACs per image'}
     costs['images_per_second'] = 'images per second'
-    series = [entry.recipe.stem.partition('-')[0] for entry in entries]
-    labels = series if len(set(series)) < len(series) else [entry.label for entry in entries]
     shown = [name for name in accuracies if name != 'miou' or 'foreground_miou' not in accuracies]
 
     def points(cost: str, name: str) -> list[Point]:

@@ -1,5 +1,6 @@
 """How lines and images look in figures, and plots of accuracy against cost."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,45 @@ from vit_efficient.utils.packages import needing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
-# Okabe and Ito, "Color Universal Design", 2008: told apart with any colour vision; but for yellow, and for black, which
-# is kept for what the others are compared to. Markers differ as well.
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-_STYLES = ('-', '--', ':')  # one for each time around the colours
+# The first six are those of Okabe and Ito, "Color Universal Design", 2008, told apart with any colour vision; but for
+# yellow, and for black, which is kept for what the others are compared to. The others are as far from them and from
+# each other as so many can be. Markers differ as well, and the styles of lines: one for each time around the colours.
+COLOURS = (
+    *('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'),
+    *('#7B3294', '#8C510A', '#808000', '#E7298A', '#707070', '#66D17A', '#A6121F', '#2E2E8C', '#B8B800', '#B79CE0'),
+)
+_STYLES = ('-', '--', ':')
 _MARKERS = 'os^DvPX'
 
 
 def line_style(number: int, markers: bool = True) -> dict[str, Any]:
     """How matplotlib draws the line with this number, so that it is told apart from the others."""
-    style = dict(color=_COLOURS[number % len(_COLOURS)], linestyle=_STYLES[number // len(_COLOURS) % len(_STYLES)])
+    style = dict(color=COLOURS[number % len(COLOURS)], linestyle=_STYLES[number // len(COLOURS) % len(_STYLES)])
     return {**style, 'marker': _MARKERS[number % len(_MARKERS)]} if markers else style
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`, above 0, for a logarithmic axis: three to eight or so, each with a label."""
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) > 2:
+            return ticks[:: -(-len(ticks) // 8)]
+    return [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
+
+
+def log_axis(axis: 'Axis', ticks: Sequence[float] | None = None) -> None:
+    """Labels a logarithmic axis, whose limits stand, in plain numbers, with no ticks but those."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(ticks or log_ticks(*sorted(axis.get_view_interval()))))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.6g}' if value < 1e5 else f'{value:,.0f}'))
 
 
 def tidy(axes: 'Axes', x: str) -> None:
@@ -45,7 +73,7 @@ def show_image(axes: 'Axes', image: Tensor) -> None:
 class Point:
     """A model in a plot."""
 
-    label: str  # a line joins points of the same
+    label: str  # a line joins points of the same: one model with several budgets
     cost: float  # above 0
     accuracy: float  # in percent
     error: float | None = None  # half the length of the error bar, in points
@@ -91,8 +119,6 @@ def plot_accuracy(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
 
 def _draw(axes: 'Axes', panel: Panel, labels: Sequence[str]) -> list[Any]:
     """The points, with what the axes are; returns what stands for each label in a legend."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
     drawn = []
     for i, label in enumerate(labels):
         points = sorted((point for point in panel.points if point.label == label), key=lambda point: point.cost)
@@ -104,14 +130,8 @@ def _draw(axes: 'Axes', panel: Panel, labels: Sequence[str]) -> list[Any]:
         )
         drawn.append(line)
     axes.set_xscale('log')
-    costs = [point.cost for point in panel.points]
-    ratio = max(costs) / min(costs)
     axes.margins(x=0.08, y=0.15)
-    # Within a decade or two the powers of ten are too few marks to read.
-    subs = (1, 1.5, 2, 3, 5, 7) if ratio < 5 else (1, 2, 5) if ratio < 50 else (1,)
-    axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+    log_axis(axes.xaxis)
     axes.set_ylabel(panel.y)
     tidy(axes, panel.x)
     return drawn

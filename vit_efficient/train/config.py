@@ -21,6 +21,9 @@ class ModelConfig:
     name: str = key('', 'as in timm.create_model', SET)
     args: dict[str, Any] = key({}, 'its keyword arguments')
     init_from: str = key('', 'weights to start from: a model or run folder, or a checkpoint file of timm')
+    attention: str = key('', 'that its layers change to once its weights are there, as by `convert`; none: all stay')
+    attention_kwargs: dict[str, Any] = key({}, 'options of that attention')
+    layers: list[int] | None = key(None, 'blocks that change, negative ones counted from the end; null: all')
 
 
 @dataclass
@@ -131,7 +134,12 @@ class Config:
         resume=True,  # where both values lead to weights, these are the same
     )
     grad_checkpointing: bool = key(False, 'recompute activations instead of keeping them', resume=True)
-    threads: int | None = key(None, 'of PyTorch on the CPU; null: as many as it takes by itself', THREADS, resume=True)
+    threads: int | None = key(
+        None,
+        'of PyTorch on the CPU; fewer, if there are fewer cores or OMP_NUM_THREADS is lower; null: as many as it likes',
+        THREADS,
+        resume=True,
+    )
     log_every: int = key(50, 'updates', at_least(1), resume=True)
     eval_every: int = key(1, 'epochs; the last epoch is evaluated in any case', at_least(1), resume=True)
     checkpoint_every: int = key(1, 'epochs', at_least(1), resume=True)

@@ -144,16 +144,32 @@ def describe_scale(experiment: Experiment) -> str:
     )
 
 
-def describe_epoch(experiment: Experiment, progress: Progress, train_loss: float, evaluation: Evaluation) -> str:
-    """How far a run is, and how good, on one line."""
-    epochs, accuracies = experiment.config.sched.epochs, dict(evaluation.accuracies)
-    accuracies.pop('top5', None)
+def describe_start(experiment: Experiment, progress: Progress, folder: Path) -> str:
+    """Where a run goes on that has begun before, on one line."""
+    epochs = experiment.config.sched.epochs
+    epoch = min(progress.updates // experiment.updates_per_epoch + 1, epochs)
+    return f'going on in epoch {epoch}/{epochs}, after update {progress.updates}, with what is in {folder}'
+
+
+def train_loss(experiment: Experiment, progress: Progress) -> float:
+    """The mean loss of the updates that the epoch has taken."""
+    taken = experiment.updates_per_epoch - progress.epoch_nonfinite
+    return progress.loss_sum / taken if taken else math.nan
+
+
+def describe_epoch(experiment: Experiment, progress: Progress, evaluation: Evaluation | None = None) -> str:
+    """How far a run is and, where it has been evaluated, how good, on one line."""
+    epochs, measured, skipped = experiment.config.sched.epochs, '', ()
+    if evaluation:
+        accuracies, skipped = dict(evaluation.accuracies), evaluation.skipped
+        accuracies.pop('top5', None)
+        measured = f', val loss {evaluation.loss:.3f}, {describe(accuracies)}'
     to_go = epochs * experiment.updates_per_epoch - progress.updates
     left = tqdm.format_interval(progress.train_seconds / progress.updates * to_go)
-    counts = progress.epoch_skipped, len(evaluation.skipped)
+    counts = progress.epoch_skipped, len(skipped)
     return (
-        f'epoch {progress.epoch + 1}/{epochs}: train loss {train_loss:.3f}, val loss {evaluation.loss:.3f}, '
-        f'{describe(accuracies)}, {progress.train_seconds:.0f} s'
+        f'epoch {progress.epoch + 1}/{epochs}: train loss {train_loss(experiment, progress):.3f}{measured}, '
+        f'{progress.train_seconds:.0f} s'
         + (f', about {left} to go' if to_go else '')
         + ('; skipped {} training and {} validation images'.format(*counts) if any(counts) else '')
     )
@@ -162,9 +178,8 @@ def describe_epoch(experiment: Experiment, progress: Progress, train_loss: float
 def values_of_epoch(experiment: Experiment, state: TrainState, evaluation: Evaluation) -> dict[str, float]:
     """What is logged of an evaluation at the end of an epoch."""
     config, progress = experiment.config, state.progress
-    taken = experiment.updates_per_epoch - progress.epoch_nonfinite
     values = {
-        'train_loss': progress.loss_sum / taken if taken else math.nan,
+        'train_loss': train_loss(experiment, progress),
         'loss': evaluation.loss,
         **evaluation.accuracies,
         'lr': state.lr,

@@ -62,7 +62,10 @@ def _keep_rate_of_windows(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, config: SchedConfig, updates_per_epoch: int) -> Scheduler | None:
-    """timm's schedule of the learning rate, stepped by updates and as long as the training; None for `sched` none."""
+    """timm's schedule of the learning rate, stepped by updates and as long as the training; None for `sched` none.
+
+    The rates of layers (`layer_decay`) are the schedule's affair in timm; without one, they are set here, once.
+    """
     try:
         options = {name: getattr(config, name) for name in ('warmup_epochs', 'warmup_lr', 'min_lr')}
         options |= {'num_epochs': config.epochs, 'step_on_epochs': False, 'updates_per_epoch': updates_per_epoch}
@@ -71,6 +74,9 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: SchedConfig, upda
         raise _refused('sched.sched', config.sched, config.args, error) from error
     if scheduler is None and config.sched != 'none':  # what older timm gives for an unknown name
         raise UserError(f'sched.sched={config.sched}: timm knows no such schedule')
+    if scheduler is None:
+        for group in optimizer.param_groups:
+            group['lr'] *= group.get('lr_scale', 1.0)
     if epochs != config.epochs:
         raise UserError(f'sched.args make a schedule of {epochs} epochs; set sched.epochs to that, without them')
     return scheduler

@@ -1,6 +1,7 @@
 """What a recipe must fulfil: each key its range, and the keys together what they ask of each other."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from vit_efficient.train.config import Config, DistillConfig
@@ -46,6 +47,11 @@ def validate(config: Config) -> None:
         raise UserError(
             f'truncation.budget={config.truncation.budget:g} has no effect without a penalty; set truncation.penalty'
         )
+    if not config.model.attention and (config.model.attention_kwargs or config.model.layers is not None):
+        raise UserError(
+            'model.attention_kwargs or model.layers are set, and no model.attention to give them to; options of the '
+            "model's own attention are model.args.attention_kwargs"
+        )
     _check_teacher(config)
     if config.stages:
         _check_stages(config)
@@ -59,6 +65,28 @@ def validate(config: Config) -> None:
     if data.decode == 'coefficients':
         reason = 'they can be cropped by whole patches, flipped and mixed (mixup), no more'
         _require(config, _ON_COEFFICIENTS, f'data.decode=coefficients: {reason}')
+
+
+def without_effect(config: Config) -> str:
+    """The keys that have been given another value than the default, and do nothing beside the others; '' if none."""
+    values, defaults, augment = flatten(config), flatten(Config()), config.data.augment
+    idle = {
+        'sched.sched=none': config.sched.sched == 'none' and ('sched.warmup_epochs', 'sched.warmup_lr', 'sched.min_lr'),
+        f'task={config.task}': config.task != 'both' and ('loss.patch_weight',),
+        'ema.decay=0': not config.ema.decay and ('ema.warmup',),
+        'distill.kind=hard': config.distill.kind == 'hard' and ('distill.temperature',),
+        'no data.dataset': not config.data.dataset and ('data.root',),
+        'data.augment.crop_scale=null': augment.crop_scale is None and ('data.augment.crop_ratio',),
+        'data.augment.rand_ops=0': not augment.rand_ops and ('data.augment.rand_magnitude',),
+        'data.augment.dct_truncate=0': not augment.dct_truncate and ('data.augment.dct_truncate_ratio',),
+    }
+    found = [
+        f'{key}={values[key]} ({reason})'
+        for reason, keys in idle.items()
+        for key in keys or ()
+        if values[key] != defaults[key]
+    ]
+    return ', '.join(found)
 
 
 def _require(config: Config, required: dict[str, Any], reason: str) -> None:
@@ -86,6 +114,11 @@ def _check_teacher(config: Config) -> None:
         if config.distill != DistillConfig():
             raise UserError('distill has options, and no teacher; set distill.teacher')
         return
+    if config.distill.weights and Path(config.distill.teacher).is_dir():
+        raise UserError(
+            f'distill.weights must be empty for distill.teacher={config.distill.teacher}, a folder, which has its own; '
+            f'got {config.distill.weights!r}'
+        )
     values = flatten(config)
     for name, allowed in (('task', ('classification',)), ('data.decode', ('pixels', 'scaled'))):
         if values[name] not in allowed:

@@ -1,5 +1,6 @@
 """From a recipe to a trained model: the parts of a run, one after the other, and what is tried before them."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,15 +16,18 @@ from vit_efficient.train.distributed import Processes, processes
 from vit_efficient.train.experiment import Experiment
 from vit_efficient.train.interrupts import Interrupts
 from vit_efficient.train.optim import try_learning
-from vit_efficient.train.rules import validate
+from vit_efficient.train.rules import validate, without_effect
 from vit_efficient.train.run_folder import RunFolder, reading
 from vit_efficient.train.sharding import shard
 from vit_efficient.train.state import TrainState
 from vit_efficient.train.trainer import Trainer
 from vit_efficient.utils.compat import without_recompile_limit
+from vit_efficient.utils.device import limit_threads
 from vit_efficient.utils.errors import UserError, first_line, is_bug_of_plugin
 from vit_efficient.utils.packages import import_plugins
 from vit_efficient.utils.precision import autocast
+
+logger = logging.getLogger(__name__)
 
 TRIED_IMAGES = 100  # at most, of each set, until one can be read
 
@@ -54,11 +58,12 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
             with nothing written.
     """
     validate(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    limit_threads(config.threads)
     import_plugins(config.plugins)
     with Interrupts() as stop, processes(config.device) as team:
         experiment = Experiment.build(config, team, train_set, val_set)
+        if idle := without_effect(config):
+            logger.info('without effect: %s', idle)
         folder = RunFolder(config.output, team)
         state = TrainState(experiment)
         with _naming_rank(team):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -125,14 +126,28 @@ class RunFolder:
         path, state = _load_newest(self.path, self.team)
         with reading(path):
             saved = _identity(state['identity'], experiment)
+        longer = _is_longer(experiment, saved)
         for key, ours in experiment.identity.items():
             theirs = saved.get(key)
-            if theirs != json.loads(json.dumps(ours)):
+            if theirs != json.loads(json.dumps(ours)) and not (longer and key == 'sched.epochs'):
+                if key == 'sched.epochs' and ours > theirs:
+                    raise UserError(self._how_to_lengthen(path, theirs, experiment.config))
                 raise UserError(
                     f'{path} was written with {key}={theirs!r}, this run has {key}={ours!r}; set it back, or start '
                     'another run with output=… (resume=restart replaces this one)'
                 )
-        return self.result if self.is_finished else None, (path, state)
+        return self.result if self.is_finished and not longer else None, (path, state)
+
+    def _how_to_lengthen(self, checkpoint: Path, epochs: int, config: Config) -> str:
+        longer = config.sched.epochs
+        start = self.path if self.is_finished else checkpoint
+        keys = [f'model.init_from={start}', f'output={self.path}-longer', f'sched.epochs={longer - epochs}']
+        command = shlex.join(['vit-efficient', 'train', config.recipe or 'RECIPE', *keys])
+        return (
+            f'{checkpoint} was written with sched.epochs={epochs}, this run has sched.epochs={longer}: its '
+            'learning rates would have been others from the start (but for sched.sched=none, without stages); set it '
+            f'back, or train {longer - epochs} epochs more, with a schedule of their own, from its weights: {command}'
+        )
 
     @contextmanager
     def open(self, experiment: Experiment, state: TrainState, stop: Interrupts) -> Iterator[SilentLog]:
@@ -242,12 +257,19 @@ def _begin(folder: Path, experiment: Experiment, state: TrainState) -> None:
     if config.resume == 'restart':
         for path in list_checkpoints(folder):
             path.unlink()
-        for name in (RESULT, SKIPPED, METRICS, PREDICTIONS):
+        for name in (SKIPPED, METRICS, PREDICTIONS):
             (folder / name).unlink(missing_ok=True)
         for name in (MODEL, BEST, TENSORBOARD):
             shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / RESULT).unlink(missing_ok=True)  # of a run that goes on beyond its end
     write_text(folder / RECIPE, to_yaml(config))
     write_json(folder / ENVIRONMENT, experiment.environment())
+
+
+def _is_longer(experiment: Experiment, saved: dict[str, Any]) -> bool:
+    """Whether a run is an earlier one with more epochs, whose updates so far are the same: it has no schedule."""
+    config = experiment.config
+    return config.sched.sched == 'none' and not config.stages and saved['sched.epochs'] < config.sched.epochs
 
 
 def _identity(saved: dict[str, Any], experiment: Experiment) -> dict[str, Any]:

@@ -153,6 +153,7 @@ class TrainState:
         """What a checkpoint holds, whole, however weights are split; of sharded ones in the first process only."""
         return {
             'identity': json.loads(json.dumps(self.experiment.identity)),
+            'preprocessing': json.loads(json.dumps(self.experiment.preprocessing.as_dict())),
             'progress': asdict(self.progress),
             'hooks': {hook.name: remembered(hook) for hook in self.experiment.hooks},
             'model': sharding.model_state(self.model),

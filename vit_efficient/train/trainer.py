@@ -32,6 +32,7 @@ from vit_efficient.train.log import (
     describe_epoch,
     describe_result,
     describe_scale,
+    describe_start,
     used_memory,
     values_of_epoch,
 )
@@ -65,6 +66,8 @@ class Trainer:
         try:
             self.stop.obey()
             self.log.say(describe_scale(experiment))
+            if state.progress.updates:
+                self.log.say(describe_start(experiment, state.progress, self.folder.path))
             self._begin_stage()
             evaluation, model = self.epochs(), state.evaluated
             for hook in experiment.hooks:
@@ -91,6 +94,8 @@ class Trainer:
             if stage_ends or (progress.epoch + 1) % config.eval_every == 0:
                 evaluation = self.evaluate()
                 self._keep_best(evaluation)
+            else:
+                self.log.say(describe_epoch(self.experiment, progress))
             if progress.epoch + 1 == config.sched.epochs:
                 return evaluation
             if stage_ends:
@@ -252,7 +257,7 @@ class Trainer:
             for kind, line in {'val': values, **measured}.items():
                 if line:
                     self.log.write(kind, progress.epoch, progress.updates, line)
-        self.log.say(describe_epoch(experiment, progress, values['train_loss'], evaluation))
+        self.log.say(describe_epoch(experiment, progress, evaluation))
         return evaluation
 
     def _begin_stage(self) -> None:

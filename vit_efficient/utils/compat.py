@@ -43,11 +43,30 @@ def save_model_config(model: nn.Module, path: str | PathLike, arguments: dict[st
     save_config_for_hf(model, path, model_config=more, model_args=arguments)
 
 
+def saved_model_config(folder: str | PathLike) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """pretrained_cfg, architecture and arguments in the config.json of timm's `local-dir:` layout, of any version."""
+    from timm.models._hub import load_model_config_from_path
+
+    return load_model_config_from_path(folder)
+
+
 def feature_indices(depth: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
     """timm's reading of `indices` in `forward_intermediates`: those of `depth` blocks, and the last of them."""
     from timm.models._features import feature_take_indices
 
     return feature_take_indices(depth, indices)
+
+
+def held_model(wrapper: nn.Module) -> nn.Module | None:
+    """The model that a wrapper of timm's `features_only` or of `torch.compile` calls as it stands; None of others.
+
+    What is compiled is compiled again where the classes of modules have changed.
+    """
+    from timm.models._features import FeatureGetterNet, FeatureHookNet
+
+    places = {FeatureGetterNet: 'model', FeatureHookNet: 'body', torch._dynamo.OptimizedModule: '_orig_mod'}
+    place = places.get(type(wrapper))
+    return None if place is None else getattr(wrapper, place)
 
 
 def without_recompile_limit() -> AbstractContextManager:

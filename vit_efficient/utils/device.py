@@ -1,5 +1,6 @@
 """The device that a command or a run computes on, and what is asked of a tensor's."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,3 +53,15 @@ def choose_device(name: str = 'auto', key: str = 'device', local_rank: int = 0) 
     except Exception as error:  # each backend has its own way to say that it is not there
         raise UserError(f'{key}={name}: PyTorch finds no {device} here; use another, or {key}=cpu') from error
     return device
+
+
+def limit_threads(most: int | None) -> None:
+    """Has PyTorch take at most so many threads on the CPU: no more than there are cores, or OMP_NUM_THREADS says.
+
+    None leaves it as it is. Threads beyond the cores wait for each other by turning, each in the other's time.
+    """
+    if most is None:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or most
+    said = os.environ.get('OMP_NUM_THREADS', '').partition(',')[0].strip()  # a number for each level of nesting
+    torch.set_num_threads(min(most, cores, int(said) if said.isdecimal() and int(said) else most))

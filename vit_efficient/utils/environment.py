@@ -21,7 +21,7 @@ _PACKAGES = ('torch', 'torchvision', 'timm', 'albumentations', 'numpy', 'omegaco
 #: What changes times and memory from outside, if it is set: threads, allocators, compilers, and which kernels a GPU
 #: runs, and when. (PyTorch sets the folder of the compiler's cache itself.)
 _VARIABLES = re.compile(
-    r'THP_MEM_ALLOC_ENABLE|LD_PRELOAD|OMP_NUM_THREADS|(MALLOC|MKL|KMP)_.*|PYTORCH_.*ALLOC.*'
+    r'THP_MEM_ALLOC_ENABLE|LD_PRELOAD|OMP_(NUM_THREADS|WAIT_POLICY)|(MALLOC|MKL|KMP)_.*|PYTORCH_.*ALLOC.*'
     r'|TORCHINDUCTOR_(?!CACHE_DIR).*|TORCH_(CUDNN|BLAS|ALLOW_TF32)_.*|NVIDIA_TF32_OVERRIDE|CUBLAS(LT)?_WORKSPACE.*'
     r'|CUDA_(LAUNCH_BLOCKING|MODULE_LOADING|DEVICE_MAX_CONNECTIONS)'
 )

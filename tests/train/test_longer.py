@@ -1,0 +1,92 @@
+"""A line for each epoch, where a run goes on, and runs that are to be longer than they were."""
+
+import logging
+import re
+import shlex
+
+import pytest
+from vit_efficient.cli import main
+
+from tests.data.trees import write_tree
+from tests.train.recipes import tiny_recipe
+from tests.train.test_trainer import assert_same_run, fail, stop_after
+from vit_efficient.train import train
+from vit_efficient.train.config import StageConfig
+from vit_efficient.train.recipe import to_yaml
+from vit_efficient.train.run_folder import RunFolder
+from vit_efficient.train.trainer import Trainer
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp('data'))
+
+
+def recipe(data, output, epochs, **options):
+    config = tiny_recipe(data, output, **options)
+    config.sched.sched, config.sched.epochs = 'none', epochs
+    return config
+
+
+def test_each_epoch_has_a_line_and_a_run_says_where_it_goes_on(data, tmp_path, caplog, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        update = Trainer.update
+        patch.setattr(
+            Trainer, 'update', lambda self, _: fail() if self.state.progress.updates == 9 else update(self, _)
+        )
+        train(recipe(data, tmp_path / 'run', 3, eval_every=3, checkpoint_steps=1))
+    said = [record.message for record in caplog.records if record.levelno == logging.INFO]
+    assert [line.partition(':')[0] for line in said if line.startswith('epoch')] == ['epoch 1/3']
+    assert not any('going on' in line for line in said)
+    caplog.clear()
+    train(recipe(data, tmp_path / 'run', 3, eval_every=3, checkpoint_steps=1, resume='auto'))
+    said = [record.message for record in caplog.records]
+    assert f'going on in epoch 2/3, after update 9, with what is in {tmp_path}/run' in said
+    second, third = (line for line in said if line.startswith('epoch'))
+    assert re.fullmatch(r'epoch 2/3: train loss \d\.\d{3}, \d+ s, about \S+ to go', second)
+    assert re.match(r'epoch 3/3: train loss \d\.\d{3}, val loss \d\.\d{3}, top-1', third)
+
+
+def test_a_run_without_a_schedule_is_lengthened(data, tmp_path, monkeypatch):
+    train(recipe(data, tmp_path / 'long', 3))
+    train(recipe(data, tmp_path / 'run', 1))
+    # Interrupted on its way, it is a run that has not finished.
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        stop_after(patch, 2, fail)
+        train(recipe(data, tmp_path / 'run', 3, resume='auto', checkpoint_steps=1))
+    assert not RunFolder(tmp_path / 'run').is_finished
+    result = train(recipe(data, tmp_path / 'run', 3, resume='auto'))
+    assert (result['epochs'], result['steps']) == (3, 18)
+    assert_same_run(tmp_path / 'long', tmp_path / 'run')
+    with pytest.raises(ValueError, match=r'was written with sched.epochs=3, this run has sched.epochs=2; set it back'):
+        train(recipe(data, tmp_path / 'run', 2, resume='auto'))
+
+
+@pytest.mark.parametrize('finished', [True, False])
+def test_a_schedule_that_cannot_be_lengthened_names_the_command_that_goes_on(
+    data, tmp_path, monkeypatch, finished, capsys
+):
+    config = tiny_recipe(data, tmp_path / 'a run', resume='auto')
+    (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
+    with monkeypatch.context() as patch:
+        if not finished:
+            patch.setattr('vit_efficient.train.trainer.Trainer.finish', lambda *_: {})
+        assert main(['train', str(tmp_path / 'recipe.yaml')]) == 0
+    capsys.readouterr()
+    assert main(['train', str(tmp_path / 'recipe.yaml'), 'sched.epochs=5']) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    command = shlex.split(error[error.index('vit-efficient train ', error.index('from its weights')) :])
+    source = tmp_path / 'a run' / ('' if finished else 'checkpoint.pt')
+    assert command[3:] == [f'model.init_from={source}', f'output={tmp_path}/a run-longer', 'sched.epochs=3']
+    assert main(command[1:]) == 0
+    assert RunFolder(tmp_path / 'a run-longer').result['epochs'] == 3
+
+
+def test_stages_are_not_lengthened(data, tmp_path):
+    for epochs in (2, 4):
+        config = recipe(data, tmp_path / 'run', epochs, resume='auto')
+        config.sched.warmup_epochs, config.stages = 0, [StageConfig(1), StageConfig(epochs - 1)]
+        if epochs == 2:
+            train(config)
+    with pytest.raises(ValueError, match='was written with'):
+        train(config)
