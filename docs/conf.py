@@ -33,6 +33,7 @@ napoleon_use_rtype = False
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'none'  # they stand in the signature
 autodoc_preserve_defaults = True
+autodoc_default_options = {'exclude-members': 'extra_repr'}
 
 SECTIONS = ('Args:', 'Returns:', 'Raises:', 'Yields:', 'Attributes:')
 
@@ -48,6 +49,8 @@ def mark_examples(app, what, name, obj, options, lines: list[str]) -> None:
             marked += ['::', '']
         # Arguments that share a description, such as "keep, **options:", are emphasis without an end to it.
         marked.append(line if in_example else re.sub(r'(?<![\w*`])(\*{1,2})(?=\w)', lambda m: '\\*' * len(m[1]), line))
+    if what in ('attribute', 'property'):  # or napoleon takes what stands before a colon for a type
+        marked = ['..', '', *marked]
     lines[:] = marked
 
 
@@ -63,7 +66,14 @@ def write_keys(app, docname: str, source: list[str]) -> None:
         text += [f'\n## {group}\n', '| key | type | default | range | resumes | meaning |', '| --- ' * 6 + '|']
         for row in rows:
             default = json.dumps(row['default'], ensure_ascii=False)
-            cells = [f'`{row["key"]}`', row['type'], f'`{default}`', row['range'], row['resume'], row['help']]
+            cells = [
+                f'`{row["key"]}`',
+                row['type'],
+                f'`{default}`',
+                row['range'],
+                'yes' if row['resume'] else 'no',
+                row['help'],
+            ]
             text.append('| ' + ' | '.join(str(cell).replace('|', '\\|').replace('*', '\\*') for cell in cells) + ' |')
     source[0] = source[0].replace('<!-- the keys -->', '\n'.join(text))
 

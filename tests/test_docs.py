@@ -159,8 +159,8 @@ def test_commands(page, here, capsys, monkeypatch):
     Path('my_package.py').write_text(first)  # where a page calls what it shows a package
     for words in commands(page):
         if words[0] == 'vit-efficient':
-            if page != 'README.md':  # writing ONNX takes seconds; docs/export.md does it in Python
-                words = [re.sub(r'\.onnx$', '.pt2', word) for word in words]
+            # Writing ONNX takes seconds; docs/export.md does it in Python.
+            words = [re.sub(r'\.onnx$', '.pt2', word) for word in words]
             run(words[1:], capsys)
         elif words[0] in CHECKS:
             CHECKS[words[0]](words[1:])
