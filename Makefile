@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: table table-seeds test lint clean
+.PHONY: table table-seeds test quick lint clean
 
 MNIST5K := $(patsubst %,recipes/mnist5k/%.yaml,full dct dct1d)
 MNIST5K_OTHERS := $(patsubst %,recipes/mnist5k/%.yaml,linformer pool subsample nystrom performer window)
@@ -20,6 +20,9 @@ table-seeds: $(READY)  ## the table that is committed: all mechanisms, three see
 
 test: $(READY)  ## a process for each core, one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
+quick: $(READY)  ## those that neither compile nor start processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m 'not compiled and not subprocess and not distributed'
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -54,6 +54,7 @@ def run_onnx(path, x):
 @pytest.mark.parametrize(
     'name, options', VARIANTS, ids=lambda v: v if isinstance(v, str) else '-'.join(map(str, v.values()))
 )
+@pytest.mark.compiled
 def test_to_onnx(name, options, tmp_path, capfd):
     pytest.importorskip('onnxscript')
     model = build(name, options)
@@ -66,6 +67,7 @@ def test_to_onnx(name, options, tmp_path, capfd):
 
 
 @pytest.mark.parametrize('arguments', [{}, dict(patch_embed='dct', patch_keep=[4, 2, 2], patch_color='ycbcr')])
+@pytest.mark.compiled
 def test_to_a_program_of_pytorch(arguments, tmp_path):
     model = build('dct', {}, **arguments)
     assert export_model(model, tmp_path / 'vit.pt2', (3, 56, 104)) <= 1e-6
@@ -74,11 +76,13 @@ def test_to_a_program_of_pytorch(arguments, tmp_path):
     torch.testing.assert_close(program(x), model.eval()(x))
 
 
+@pytest.mark.compiled
 def test_what_only_a_program_of_pytorch_can_do(tmp_path):
     model = build('nystrom', dict(num_landmarks=(2, 3), pinv='exact'))
     assert export_model(model, tmp_path / 'vit.pt2', (3, 56, 104)) <= 1e-5
 
 
+@pytest.mark.compiled
 def test_an_error_of_the_exporter_to_onnx(tmp_path):
     """It has pages of text."""
     pytest.importorskip('onnxscript')
@@ -87,6 +91,7 @@ def test_an_error_of_the_exporter_to_onnx(tmp_path):
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.compiled
 def test_a_fixed_batch(tmp_path):
     model = build('dct', {})
     export_model(model, tmp_path / 'vit.pt2', (3, 56, 104), fixed_batch=1)
@@ -143,6 +148,7 @@ def test_an_exact_pseudo_inverse(tmp_path, untraced):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.compiled
 def test_a_model_of_another_dtype(dtype, tmp_path):
     model = build('dct', {}).to(dtype)
     assert export_model(model, tmp_path / 'vit.pt2', (3, 56, 104)) <= 1e-6
@@ -152,6 +158,7 @@ def test_a_model_of_another_dtype(dtype, tmp_path):
 
 
 @pytest.mark.parametrize('size', [(3, 56, 104), (3, 64, 64)])
+@pytest.mark.compiled
 def test_each_module_stays_in_its_mode(size, tmp_path):
     model = build('dct', {})
     model.blocks[0].eval()
@@ -162,6 +169,7 @@ def test_each_module_stays_in_its_mode(size, tmp_path):
     assert (tmp_path / 'vit.pt2').exists() == (size == (3, 56, 104))
 
 
+@pytest.mark.compiled
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
     model = build('dct', {})
     monkeypatch.setattr('vit_efficient.export._write_program', lambda program, path: lambda x: x.mean() + model(x))
@@ -170,6 +178,7 @@ def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.compiled
 def test_by_command(tmp_path, capsys):
     model = build('dct', {})
     vit_efficient.save_model(model, tmp_path / 'model')

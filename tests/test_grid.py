@@ -5,6 +5,8 @@ import pytest
 
 from vit_efficient import PatchGrid
 
+pytestmark = pytest.mark.once
+
 
 def test_counts():
     grid = PatchGrid(7, 13, prefix=5)

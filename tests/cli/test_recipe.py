@@ -7,6 +7,8 @@ import pytest
 from vit_efficient.cli import main
 from vit_efficient.train import config
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch):

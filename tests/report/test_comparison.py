@@ -4,6 +4,8 @@ from scipy.stats import binomtest
 
 from vit_efficient.report.comparison import compare, mcnemar
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(('b', 'c'), [(0, 0), (1, 0), (5, 5), (3, 14), (30, 61), (900, 1100), (20, 3000)])
 def test_mcnemar_against_scipy(b, c):

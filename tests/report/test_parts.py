@@ -1,9 +1,13 @@
 from pathlib import Path
 
+import pytest
+
 from vit_efficient.report.parts import explanation
 from vit_efficient.report.runs import Entry
 from vit_efficient.train import Config
 from vit_efficient.utils.files import write_json
+
+pytestmark = pytest.mark.once
 
 
 def test_how_many_images_were_skipped(tmp_path):

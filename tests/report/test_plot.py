@@ -4,6 +4,8 @@ from PIL import Image
 
 from vit_efficient.report.plot import Panel, Point, plot_accuracy
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(('rows', 'models'), [(1, 2), (2, 23), (1, 1)])
 def test_plot(rows, models, tmp_path):

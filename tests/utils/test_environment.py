@@ -37,6 +37,7 @@ def test_the_state_of_the_working_folder_is_told(folder):
     assert describe_environment(torch.device('cpu'))['working_git'] == {**state, 'changed': True}
 
 
+@pytest.mark.subprocess
 def test_the_command_repeats_what_runs(folder):
     """Run by a shell, it gives itself again."""
     script = folder / 'a script.py'

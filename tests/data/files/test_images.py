@@ -11,6 +11,8 @@ from PIL import Image
 from tests.data.trees import pixels
 from vit_efficient.data import read_image, to_array
 
+pytestmark = pytest.mark.once
+
 
 def load(path, in_chans):
     return to_array(read_image(path), in_chans)
