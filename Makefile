@@ -7,7 +7,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 # Threads wait for each other by turning; beyond a moment, that takes the core that another process would have.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: table table-seeds test docs lint clean
+.PHONY: table table-seeds test quick docs lint clean
 
 MNIST5K := $(patsubst %,recipes/mnist5k/%.yaml,full dct dct1d)
 MNIST5K_OTHERS := $(patsubst %,recipes/mnist5k/%.yaml,linformer pool subsample nystrom performer window)
@@ -21,7 +21,10 @@ table-seeds: $(READY)  ## the table that is committed: all mechanisms, three see
 	$(BIN)/vit-efficient table accuracy $(MNIST5K) $(MNIST5K_OTHERS) --seeds 0 1 2 --runs runs/mnist5k --out recipes/mnist5k
 
 test: $(READY)  ## a process for each core, one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+quick: $(READY)  ## those that neither compile nor start processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m 'not compiled and not subprocess and not distributed'
 
 docs: $(READY)  ## as HTML, in docs/_build; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build

@@ -55,6 +55,7 @@ def run_onnx(path, x):
 @pytest.mark.parametrize(
     'name, options', VARIANTS, ids=lambda v: v if isinstance(v, str) else '-'.join(map(str, v.values()))
 )
+@pytest.mark.compiled
 def test_to_onnx(name, options, tmp_path, capfd):
     pytest.importorskip('onnxscript')
     model = build(name, options)
@@ -67,6 +68,7 @@ def test_to_onnx(name, options, tmp_path, capfd):
 
 
 @pytest.mark.parametrize('arguments', [{}, dict(patch_embed='dct', patch_keep=[4, 2, 2], patch_color='ycbcr')])
+@pytest.mark.compiled
 def test_to_a_program_of_pytorch(arguments, tmp_path):
     model = build('dct', {}, **arguments)
     assert export_model(model, tmp_path / 'vit.pt2', (3, 56, 104)) <= 1e-6
@@ -94,6 +96,7 @@ def labelled():
     return model, {'crop_pct': 1.0, 'crop_mode': 'squash'}
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize('fixed_batch', [0, 2])
 def test_names_and_metadata_of_onnx(fixed_batch, tmp_path):
     pytest.importorskip('onnxscript')
@@ -108,6 +111,7 @@ def test_names_and_metadata_of_onnx(fixed_batch, tmp_path):
     assert {name: json.loads(value) for name, value in found.items()} == ABOUT
 
 
+@pytest.mark.compiled
 def test_metadata_of_a_program_of_pytorch(tmp_path):
     model, preprocessing = labelled()
     export_model(model, tmp_path / 'vit.pt2', (3, 56, 104), preprocessing=preprocessing)
@@ -118,11 +122,13 @@ def test_metadata_of_a_program_of_pytorch(tmp_path):
     assert json.loads(files['metadata.json']) == {'input_size': [3, 2, 2]}
 
 
+@pytest.mark.compiled
 def test_what_only_a_program_of_pytorch_can_do(tmp_path):
     model = build('nystrom', dict(num_landmarks=(2, 3), pinv='exact'))
     assert export_model(model, tmp_path / 'vit.pt2', (3, 56, 104)) <= 1e-5
 
 
+@pytest.mark.compiled
 def test_an_error_of_the_exporter_to_onnx(tmp_path):
     """It has pages of text."""
     pytest.importorskip('onnxscript')
@@ -131,6 +137,7 @@ def test_an_error_of_the_exporter_to_onnx(tmp_path):
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.compiled
 def test_a_fixed_batch(tmp_path):
     model = build('dct', {})
     export_model(model, tmp_path / 'vit.pt2', (3, 56, 104), fixed_batch=1)
@@ -187,6 +194,7 @@ def test_an_exact_pseudo_inverse(tmp_path, untraced):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.compiled
 def test_a_model_of_another_dtype(dtype, tmp_path):
     model = build('dct', {}).to(dtype)
     assert export_model(model, tmp_path / 'vit.pt2', (3, 56, 104)) <= 1e-6
@@ -196,6 +204,7 @@ def test_a_model_of_another_dtype(dtype, tmp_path):
 
 
 @pytest.mark.parametrize('size', [(3, 56, 104), (3, 64, 64)])
+@pytest.mark.compiled
 def test_each_module_stays_in_its_mode(size, tmp_path):
     model = build('dct', {})
     model.blocks[0].eval()
@@ -206,6 +215,7 @@ def test_each_module_stays_in_its_mode(size, tmp_path):
     assert (tmp_path / 'vit.pt2').exists() == (size == (3, 56, 104))
 
 
+@pytest.mark.compiled
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
     model = build('dct', {})
     monkeypatch.setattr(
@@ -216,6 +226,7 @@ def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.compiled
 def test_by_command(tmp_path, capsys):
     model = build('dct', {})
     vit_efficient.save_model(model, tmp_path / 'model')

@@ -6,6 +6,8 @@ import torch
 
 from vit_efficient import PatchGrid
 
+pytestmark = pytest.mark.once
+
 
 def test_counts():
     grid = PatchGrid(7, 13, prefix=5)

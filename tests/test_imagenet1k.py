@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 FOLDER = Path(__file__).parent.parent / 'recipes/imagenet1k'
 IMAGES = 1_281_167
 

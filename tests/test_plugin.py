@@ -128,6 +128,7 @@ def plugged(tmp_path_factory):
     return folder
 
 
+@pytest.mark.subprocess
 def test_it_is_registered_counted_saved_and_loaded(plugged):
     (plugged / 'use.py').write_text(USE)
     counts = {
@@ -144,6 +145,7 @@ def test_it_is_registered_counted_saved_and_loaded(plugged):
     assert roles['attention products'] == 2 * 2 * tokens * tokens * dim
 
 
+@pytest.mark.subprocess
 def test_it_is_trained_resumed_and_evaluated(plugged, tmp_path):
     data = write_tree(tmp_path / 'data')
     config = tiny_recipe(data, tmp_path / 'run', plugins=['plugged'], hooks={'plugged_norm': {'strength': 0.01}})
@@ -170,6 +172,7 @@ def test_it_is_trained_resumed_and_evaluated(plugged, tmp_path):
     assert again['plugged_norm'] == {'steps': 12} and again['top1'] == result['top1']
 
 
+@pytest.mark.subprocess
 def test_a_hook_that_is_not_there_is_named(plugged, tmp_path):
     config = tiny_recipe(write_tree(tmp_path / 'data'), tmp_path / 'run', hooks={'plugged_nrom': {}})
     config.plugins = ['plugged']

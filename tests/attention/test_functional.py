@@ -68,6 +68,7 @@ def test_after_an_error_all_are_enabled(monkeypatch):
 
 
 @pytest.mark.parametrize('masks', (False, True))
+@pytest.mark.compiled
 def test_compiled_as_one_graph(monkeypatch, masks):
     monkeypatch.setattr(device, 'HOSTS', ())
     q, k, v = tensors(5)

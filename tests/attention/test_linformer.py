@@ -225,6 +225,7 @@ class TestLayerwise:
             assert not torch.equal(copied(self.x), model(self.x))
             assert model.shared.weight.abs().max() > 0
 
+    @pytest.mark.compiled
     def test_compiled(self):
         torch.compiler.reset()
         model = self.model()

@@ -361,6 +361,7 @@ class TestModule:
             loaded.load_state_dict(attention.state_dict(), assign=assign)
             assert torch.equal(loaded(self.x, self.grid), attention(self.x, self.grid))
 
+    @pytest.mark.compiled
     def test_compiled_under_autocast(self):
         torch.compiler.reset()
         attention = create_attention('nystrom', 12, 3)

@@ -500,6 +500,7 @@ class TestModule:
             copied.redraw_features()
             assert not torch.equal(copied(self.x, self.grid), attention(self.x, self.grid))
 
+    @pytest.mark.compiled
     def test_compiled_code_sees_redrawn_features(self):
         torch.compiler.reset()
         attention = create_attention('performer', 12, 3)

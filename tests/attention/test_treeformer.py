@@ -419,6 +419,7 @@ class TestModule:
             error = (y - expected).abs().amax(dim=2) / expected.abs().max()
             assert y.isfinite().all() and error.median() <= 2e-2
 
+    @pytest.mark.compiled
     def test_folded_graphs(self):
         """Compiled and exported without gradients: the projections go through the tree there too."""
         attention = create_attention('treeformer_tc', 12, 3, tree_height=3).eval()

@@ -268,6 +268,7 @@ class TestOpenSizes:
         return OnImage(randomised(create_attention('window', 12, 3, **options)))
 
     @pytest.mark.parametrize('strict', [False, True])
+    @pytest.mark.compiled
     def test_export(self, window_size, shift, strict):
         model = self.model(window_size, shift)
         sides = {i: torch.export.Dim(name, min=7, max=64) for i, name in ((1, 'height'), (2, 'width'))}
@@ -277,6 +278,7 @@ class TestOpenSizes:
             x = torch.randn(2, *size, 12, dtype=torch.float64)
             assert (program(x) - model(x)).abs().max() <= 1e-9
 
+    @pytest.mark.compiled
     def test_compile(self, window_size, shift):
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()

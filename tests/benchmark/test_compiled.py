@@ -19,6 +19,8 @@ from vit_efficient.benchmark import (
     timing,
 )
 
+pytestmark = pytest.mark.once
+
 CPU = torch.device('cpu')
 TINY = dict(patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3)
 

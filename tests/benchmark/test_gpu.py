@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'recipes/benchmarks/gpu.py'
 
@@ -26,6 +28,8 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / 'rows.jsonl').read_text().splitlines()]
 
 
+@pytest.mark.compiled
+@pytest.mark.subprocess
 def test_all_parts_run_tiny(tmp_path):
     command = [sys.executable, str(SCRIPT), '--out', str(tmp_path), '--device', 'cpu', '--tiny']
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'NO_ALBUMENTATIONS_UPDATE': '1'}

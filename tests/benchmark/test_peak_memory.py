@@ -38,10 +38,12 @@ def _killed():
 
 
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the peak cannot be reset')
+@pytest.mark.subprocess
 def test_a_known_allocation():
     assert peak_in_child(_allocating) / MB == pytest.approx(300, abs=5)
 
 
+@pytest.mark.subprocess
 def test_a_layer():
     # Forward, without gradients: x stays an input; q, k, v (3), what is attended (1), its projection (1).
     setting = LayerSetting(dim=1024, num_heads=16)
@@ -50,6 +52,7 @@ def test_a_layer():
     assert peak_in_child(make) == pytest.approx(5 * n * 1024 * 4, rel=0.15)
 
 
+@pytest.mark.subprocess
 def test_what_fails_says_why():
     with pytest.raises(RuntimeError, match='^ValueError: does not work$'):
         peak_in_child(_failing)

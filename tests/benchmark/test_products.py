@@ -73,6 +73,7 @@ def test_other_packages():
         benchmark_layer([Candidate(names[0], dict(heads_of=16))], [64], SETTING)
 
 
+@pytest.mark.compiled
 def test_compiled_layers():
     setting = LayerSetting(24, 2, compiled=True)
     (block, _) = benchmark_layer([Candidate('dct')], [64], setting, rounds=1, memory=False)

@@ -11,6 +11,8 @@ import torch
 from vit_efficient.benchmark import Shared, compare, slope, take_turns, timing
 from vit_efficient.benchmark.peak_memory import Killed
 
+pytestmark = pytest.mark.once
+
 CPU = torch.device('cpu')
 
 

@@ -10,7 +10,7 @@ from vit_efficient.benchmark import Candidate, LayerSetting, layers, timing
 from vit_efficient.flops import count_flops
 from vit_efficient_cli import main
 
-pytestmark = pytest.mark.usefixtures('short_clocks')
+pytestmark = [pytest.mark.usefixtures('short_clocks'), pytest.mark.once]
 SMALL = ['--dim', '32', '--heads', '2', '--rounds', '2']
 FAST = [*SMALL, '--tokens', '36', '91', '--no-memory']
 

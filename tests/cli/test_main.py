@@ -59,6 +59,7 @@ def test_interrupts(plot, capsys):
         main(['plot', '--debug'])
 
 
+@pytest.mark.subprocess
 def test_a_reader_that_has_gone():
     """As `head` does, it ends the command, which has nothing to say to that. Other pipes that break are errors."""
     code = (

@@ -11,6 +11,8 @@ from vit_efficient_cli import main
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch):

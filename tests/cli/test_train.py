@@ -224,6 +224,7 @@ def test_evaluate_refuses_a_device_that_is_not_there(trained, data, capsys):
         assert f'device={device}' in line
 
 
+@pytest.mark.subprocess
 def test_sigterm_ends_with_one_line(recipe, tmp_path):
     root = Path(__file__).parents[2]
     command = [sys.executable, 'tools/train.py', str(recipe), 'sched.epochs=100000', 'eval_every=100000']

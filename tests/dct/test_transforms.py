@@ -223,6 +223,7 @@ class TestModes:
                 dct.dct(x, size)
 
     @pytest.mark.parametrize('function', [Resize(), lambda x: dct.dct(x, 3, 1)])
+    @pytest.mark.compiled
     def test_compiled_under_autocast(self, function, monkeypatch):
         """One dtype and one way, compiled or not; and bases are not built in each call."""
         monkeypatch.setattr(transforms, 'FFT_FROM', {torch.float32: 1, torch.bfloat16: 10**9})
@@ -249,6 +250,7 @@ class TestModes:
             ways.append(step[-1] is None)
         assert ways == [False, True]
 
+    @pytest.mark.compiled
     def test_compile(self):
         torch.compiler.reset()
         model = torch.compile(Resize(), fullgraph=True, backend='aot_eager')
@@ -260,6 +262,7 @@ class TestModes:
             x = torch.randn(shape)
             assert torch.equal(traced(x), Resize()(x))
 
+    @pytest.mark.compiled
     def test_export(self):
         program = torch.export.export(Resize(), (self.x,))
         assert torch.allclose(program.module()(self.x), Resize()(self.x), atol=1e-6)

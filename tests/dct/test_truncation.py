@@ -161,6 +161,7 @@ class TestOptions:
         gradient = torch.func.grad(lambda x: truncate(x).square().sum())(x)
         assert torch.allclose(gradient, 2 * truncate(x), atol=1e-5)
 
+    @pytest.mark.compiled
     def test_traces(self, order, block, recwarn):
         class Truncate(nn.Module):
             def forward(self, x):
@@ -189,6 +190,7 @@ class TestOptions:
 
 
 @pytest.mark.parametrize(('block', 'order'), [(None, 'zigzag'), ((4, 6), 'square')])
+@pytest.mark.compiled
 def test_compile(block, order):
     def both(x):
         options = dict(block=block, ratio=0.3, order=order)

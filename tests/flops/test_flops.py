@@ -370,6 +370,7 @@ def test_distances_multiply_matrices():
         count_flops(Distances(), (3, 64, 8))
 
 
+@pytest.mark.subprocess
 def test_large_at_4096_px_takes_seconds_and_little_memory():
     code = (
         'import time, timm\n'
@@ -389,6 +390,7 @@ def test_large_at_4096_px_takes_seconds_and_little_memory():
     assert float(seconds) < 20 and int(peak) < 2e9
 
 
+@pytest.mark.subprocess
 def test_importing_it_loads_neither_fvcore_nor_matplotlib():
     modules = 'sys, vit_efficient.flops, vit_efficient.report.table'
     code = f"import {modules}; print({{'fvcore', 'matplotlib'}} & set(sys.modules))"

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from vit_efficient.models import compile_blocks
 from vit_efficient.utils.compat import without_recompile_limit
 
+pytestmark = pytest.mark.compiled
 TINY = {'img_size': 32, 'patch_size': 8, 'embed_dim': 24, 'num_heads': 2, 'num_classes': 5}
 
 

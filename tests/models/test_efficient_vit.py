@@ -114,6 +114,7 @@ class TestRegistry:
         with pytest.raises(RuntimeError, match=r'No pretrained weights exist for vit_dct_tiny.*convert'):
             timm.create_model('vit_dct_tiny', pretrained=True)
 
+    @pytest.mark.subprocess
     def test_import_is_light(self):
         code = 'import timm, sys; before = set(sys.modules); import vit_efficient; print(*set(sys.modules) - before)'
         imported = subprocess.check_output([sys.executable, '-c', code], text=True).split()
@@ -355,6 +356,7 @@ class TestModes:
         model.float().load_state_dict(build(*variant).state_dict())
         assert torch.equal(model(self.x), expected)
 
+    @pytest.mark.compiled
     def test_compile_without_breaks(self, graph_variant):
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
@@ -365,6 +367,7 @@ class TestModes:
             assert close(compiled(x), model(x))
         assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2
 
+    @pytest.mark.compiled
     def test_compile_at_changing_sizes(self, graph_variant):
         """Sizes become symbols from the second on."""
         torch.compiler.reset()
@@ -374,6 +377,7 @@ class TestModes:
             x = torch.randn(2, 3, *size)
             assert close(compiled(x), model(x))
 
+    @pytest.mark.compiled
     def test_compiled_training_step(self, graph_variant):
         torch.compiler.reset()
         model = build(**one_of_each(*graph_variant)).train()
@@ -383,10 +387,12 @@ class TestModes:
         model(self.x).square().sum().backward()
         assert all(close(a, p.grad, 1e-4) for a, p in zip(compiled, model.parameters(), strict=True))
 
+    @pytest.mark.compiled
     def test_export(self, graph_variant):
         model = build(**one_of_each(*graph_variant))
         assert close(torch.export.export(model, (self.x,)).module()(self.x), model(self.x))
 
+    @pytest.mark.compiled
     def test_export_with_open_image_size(self, graph_variant):
         model = build(**one_of_each(*graph_variant), dynamic_img_size=True)
         height, width = (torch.export.Dim(name, min=7, max=64) for name in ('height', 'width'))
@@ -402,6 +408,7 @@ class TestModes:
         assert close(traced(self.x[:1]), model(self.x[:1]), 1e-6)
 
     @pytest.mark.parametrize('variant', NO_GRAPH, ids=name_of)
+    @pytest.mark.compiled
     def test_no_graph(self, variant):
         model = build(*variant)
         for make in (

@@ -194,6 +194,7 @@ def test_flops_by_both_engines():
 @pytest.mark.parametrize(
     'options', [dict(patch_keep=7), dict(patch_keep=[8, 4, 4], patch_color='ycbcr', patch_window=True)]
 )
+@pytest.mark.compiled
 def test_compiles_and_exports(dynamic, options):
     torch.compiler.reset()  # what was compiled for another size would make this one's sizes symbols
     size = {**SMALL, 'depth': 1}

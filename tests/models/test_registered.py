@@ -77,6 +77,7 @@ print('done')
 """
 
 
+@pytest.mark.subprocess
 def test_an_attention_of_the_user_is_a_model_of_timm(tmp_path):
     """Registered after the package is imported: built, counted, saved and read back like those that it comes with."""
     (tmp_path / 'mean.py').write_text(MEAN)

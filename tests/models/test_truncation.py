@@ -174,6 +174,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize('domain', ['space', 'frequency'])
+@pytest.mark.compiled
 def test_compiles_exports_and_saves(domain, tmp_path):
     from vit_efficient import save_model
 

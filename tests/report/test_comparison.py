@@ -12,6 +12,8 @@ from vit_efficient.train.evaluation import Evaluation
 from vit_efficient.train.run_folder import predictions_table
 from vit_efficient.utils.files import write_text
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(('b', 'c'), [(0, 0), (1, 0), (5, 5), (3, 14), (30, 61), (900, 1100), (20, 3000)])
 def test_mcnemar_against_scipy(b, c):

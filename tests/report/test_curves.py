@@ -10,6 +10,8 @@ from vit_efficient.report.curves import known_values, plot_curves, points_of
 from vit_efficient.train.log import read_metrics
 from vit_efficient_cli import main
 
+pytestmark = pytest.mark.once
+
 
 def write_run(folder, epochs=3, per_epoch=4, extra=''):
     folder.mkdir(parents=True)

@@ -6,6 +6,8 @@ from tests.attention.test_leaves import small_model
 from vit_efficient.attention.treeformer.leaves import find_leaves
 from vit_efficient.report.leaves import plot_leaves
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize('channels', [1, 3, 5])
 def test_drawing(tmp_path, channels):

@@ -9,6 +9,8 @@ from vit_efficient.report.runs import Entry
 from vit_efficient.train import Config
 from vit_efficient.utils.files import write_json
 
+pytestmark = pytest.mark.once
+
 
 def test_how_many_images_were_skipped(tmp_path):
     result = {'val_images': 9, 'environment': {}}

@@ -8,6 +8,8 @@ from skimage.color import rgb2lab
 
 from vit_efficient.report.plot import COLOURS, Panel, Point, line_style, log_axis, log_ticks, plot_accuracy
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(('rows', 'models'), [(1, 2), (2, 23), (1, 1)])
 def test_plot(rows, models, tmp_path):

@@ -7,6 +7,8 @@ import pytest
 
 from vit_efficient.report.table import Column, Table
 
+pytestmark = pytest.mark.once
+
 TABLE = Table(
     [Column('model'), Column('gmacs', 'GMACs', 2), Column('top1', 'top-1', 1, spread='std'), Column('std'), 'seed'],
     [

@@ -5,6 +5,8 @@ from vit_efficient.train import load_recipe
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.rules import validate, without_effect
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def recipe(tmp_path):

@@ -297,6 +297,7 @@ def test_repeats_share_the_batch_and_differ(photographs, tmp_path, monkeypatch):
     assert len(set(whole.tolist())) == 12
 
 
+@pytest.mark.distributed
 def test_two_processes_see_the_same_repeats_and_sizes(photographs, tmp_path):
     options = shards_of(photographs, tmp_path / 'data')
 

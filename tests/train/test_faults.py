@@ -60,6 +60,7 @@ def stop_at(monkeypatch, update, action=fail):
 
 
 @pytest.mark.parametrize('resume', ['never', 'auto', 'restart'])
+@pytest.mark.subprocess
 def test_a_folder_is_of_one_run_at_a_time(data, tmp_path, resume):
     folder = tmp_path / 'run'
     folder.mkdir()
@@ -211,6 +212,7 @@ def test_the_best_model_is_kept(data, tmp_path, monkeypatch):
     assert main(['evaluate', f'{tmp_path}/run/best', '--data', f'{data}/val', '--device', 'cpu']) == 0
 
 
+@pytest.mark.distributed
 def test_two_processes_keep_the_best_model_of_shared_weights(data, tmp_path):
     def recipe(output):
         config = tiny_recipe(data, output, parallel='fsdp', checkpoint_best=True, checkpoint_keep=2)
@@ -476,6 +478,7 @@ def test_too_many_in_a_row_end_the_run(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+@pytest.mark.distributed
 def test_all_processes_leave_out_the_same_updates(data, tmp_path, parallel):
     """One process alone meets what is not finite; with it or without, all end with the same weights."""
     config = tiny_recipe(data, tmp_path / 'run', on_nonfinite='skip', parallel=parallel, clip_grad=1.0)

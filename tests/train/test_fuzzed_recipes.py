@@ -18,6 +18,8 @@ from vit_efficient.train.trainer import Trainer
 from vit_efficient.utils.errors import UserError
 from vit_efficient_cli import main
 
+pytestmark = pytest.mark.once
+
 ODD = (
     *(None, True, -1, 0, 1.5, 10**12, 10**400, -math.inf, math.inf, math.nan),
     *('', 'fast', '1e-3', 'é\n', '${seed}', '${nothing}', '${', '???', '0x'),

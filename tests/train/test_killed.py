@@ -11,10 +11,13 @@ from tests.train.test_trainer import assert_same_run
 from vit_efficient.train import train
 from vit_efficient.train.recipe import to_yaml
 
+pytestmark = pytest.mark.once
+
 KILLS = 20
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+@pytest.mark.subprocess
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
     data = write_tree(tmp_path / 'data')
 

@@ -143,6 +143,7 @@ def test_going_on_mid_epoch_makes_no_difference(data, tmp_path, monkeypatch, sto
     assert texts[0] == texts[1]
 
 
+@pytest.mark.distributed
 def test_two_processes_count_together(data, tmp_path):
     train_on_one_and_two_processes(lambda output: recipe(data, output), tmp_path, batch_size=10)
     first, second = met(data, size=30)

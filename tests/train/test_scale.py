@@ -82,6 +82,8 @@ def assert_close(ours, theirs, path='state'):
         assert ours == (pytest.approx(theirs, abs=1e-10) if isinstance(ours, float) else theirs), path
 
 
+@pytest.mark.compiled
+@pytest.mark.distributed
 def test_how_the_work_is_shared_changes_nothing_but_rounding(data, tmp_path):
     """With plain SGD, and with all that learns and draws; stopped here, and gone on with there."""
     makers = {'plain': plain, 'drawn': recipe, 'staged': staged}
@@ -160,6 +162,8 @@ def started(config):
 
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='needs /proc')
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_the_end_of_one_process_is_the_end_of_the_run(data, tmp_path):
     config = recipe(data, tmp_path / 'run', parallel='fsdp', checkpoint_steps=1)
     config.sched.epochs, config.eval_every = 100_000, 100_000
@@ -255,6 +259,7 @@ def test_learned_truncations_are_not_shared_out(data, tmp_path, monkeypatch):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.distributed
 def test_optimisers_that_do_not_take_shared_weights_are_named(data, tmp_path):
     config = recipe(data, tmp_path / 'run', parallel='fsdp')
     config.optim.opt = 'adafactor'

@@ -272,6 +272,7 @@ def test_training_sees_what_evaluation_sees(tmp_path):
     assert experiment.task.grid == (6, 6)
 
 
+@pytest.mark.distributed
 def test_two_processes_reach_the_weights_of_one(tmp_path):
     train_on_one_and_two_processes(
         lambda output: patch_recipe(output, sched=SchedConfig(epochs=1, warmup_epochs=1)), tmp_path, batch_size=4

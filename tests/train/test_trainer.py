@@ -378,6 +378,7 @@ def test_what_is_copied_ahead_is_not_part_of_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('grad_checkpointing', [False, True])
+@pytest.mark.compiled
 def test_what_is_compiled_computes_and_logs_the_same(data, tmp_path, monkeypatch, grad_checkpointing):
     """Training, evaluation, the average of weights, and the leaves of trees, which are seen from outside of a block."""
 

@@ -60,6 +60,7 @@ def test_a_package_installed_inside_a_repository_is_not_of_its_commit(folder, mo
     assert found['git'] == found['working_git'] and found['git']['changed'] is False
 
 
+@pytest.mark.subprocess
 def test_the_command_repeats_what_runs(folder):
     """Run by a shell, it gives itself again."""
     script = folder / 'a script.py'

@@ -4,6 +4,8 @@ from tests.processes import taking
 from vit_efficient.utils import files
 from vit_efficient.utils.files import lock, write_text
 
+pytestmark = pytest.mark.once
+
 
 def test_folders_are_made_and_files_replaced(tmp_path):
     path = tmp_path / 'new' / 'a.txt'
@@ -32,6 +34,7 @@ needs_locks = pytest.mark.skipif(
 
 
 @needs_locks
+@pytest.mark.subprocess
 def test_a_file_is_taken_by_one_process_as_long_as_it_lives(tmp_path):
     path = tmp_path / '.lock'
     ours = lock(path)

@@ -9,6 +9,8 @@ from vit_efficient.utils.options import parse_value
 from vit_efficient.utils.packages import import_plugins
 from vit_efficient_cli import main
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(
     ('text', 'value'),

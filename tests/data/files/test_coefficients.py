@@ -6,6 +6,8 @@ from tests.data.jpegs import MODES, decode, jpeg, patch_dct, photograph, pil_jpe
 from vit_efficient.data import CoefficientTransform, PatchCoefficients, Preprocessing, read_coefficients, read_quantized
 from vit_efficient.data.files.coefficients import Window, regroup
 
+pytestmark = pytest.mark.once
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Coefficients reach p / std, some 140 for p = 32; the bound is that of single precision.
 BOUND = 1e-4

@@ -14,6 +14,8 @@ from tests.data.trees import pixels
 from vit_efficient.data import read_image, to_array
 from vit_efficient.data.files import images
 
+pytestmark = pytest.mark.once
+
 
 def load(path, in_chans):
     return to_array(read_image(path), in_chans)

@@ -9,6 +9,8 @@ from tests.data.jpegs import MODES, jpeg, photograph, pil_jpeg
 from vit_efficient.data import ReducedReader, read_image, read_quantized
 from vit_efficient.data.files.jpeg import QuantizedReader
 
+pytestmark = pytest.mark.once
+
 
 def stored(tmp_path, data, name='image.jpg'):
     path = tmp_path / name
