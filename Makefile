@@ -19,10 +19,10 @@ table-seeds: $(READY)  ## the table that is committed: all mechanisms, three see
 	$(BIN)/vit-efficient table accuracy $(MNIST5K) $(MNIST5K_OTHERS) --seeds 0 1 2 --runs runs/mnist5k --out recipes/mnist5k
 
 test: $(READY)  ## a process for each core, one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 quick: $(READY)  ## those that neither compile nor start processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m 'not compiled and not subprocess and not distributed'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m 'not compiled and not subprocess and not distributed'
 
 lint: $(READY)
 	$(BIN)/ruff check .
