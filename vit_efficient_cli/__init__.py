@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f'vit_efficient_cli.{name}')
             module.add_arguments(command)
     args = parser.parse_args(argv)
+    if args.command != 'benchmark':  # which times what PyTorch does by itself
+        _share_cores()
     logger, lines = logging.getLogger('vit_efficient'), _Lines()
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)
@@ -71,6 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def is_first_process() -> bool:
     """Whether this is the process that prints, under torchrun."""
     return os.environ.get('RANK', '0') == '0'
+
+
+def _share_cores() -> None:
+    """Has threads of OpenMP that wait for each other sleep after a moment: by turning they would take the core that
+    another process has, and those who they wait for wait for it. It counts where PyTorch is not imported yet."""
+    if 'OMP_WAIT_POLICY' not in os.environ:
+        os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 
 class _Version(argparse.Action):

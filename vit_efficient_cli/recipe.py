@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument('name', help='as `recipe list` has it, such as images or mnist5k/dct')
     show.set_defaults(call=_show)
 
-    about = 'copy a recipe, with those that it extends, or a folder of recipes'
+    about = 'copy recipes, with those that they extend, or folders of them'
     copy = commands.add_parser('copy', help=about, description=about)
-    copy.add_argument('name', help='as `recipe list` has it, such as images or mnist5k')
-    folder = 'that takes their place (default: recipes); a file that is there and differs is kept, and nothing copied'
-    copy.add_argument('folder', nargs='?', type=Path, default=Path('recipes'), help=folder)
+    copy.add_argument('names', nargs='+', metavar='name', help='as `recipe list` has it, such as images or mnist5k')
+    folder = 'that they are copied to (default: recipes); where a file is there and differs, nothing is copied'
+    copy.add_argument('--to', type=Path, default=Path('recipes'), metavar='FOLDER', help=folder)
     copy.set_defaults(call=_copy)
 
     about = 'list the keys of recipes: their types, defaults and ranges, and whether a run may go on with another value'
@@ -52,11 +52,11 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _copy(args: argparse.Namespace) -> None:
-    paths = needed_by(find_shipped(args.name))
-    copies = {path: args.folder / path.relative_to(shipped_folder()) for path in paths}
+    paths = [path for name in args.names for path in needed_by(find_shipped(name))]
+    copies = {path: args.to / path.relative_to(shipped_folder()) for path in paths}
     for path, copy in copies.items():
         if copy.exists() and copy.read_bytes() != path.read_bytes():
-            raise FileExistsError(f'{copy} is there and differs; remove it, or name a folder to copy to')
+            raise FileExistsError(f'{copy} is there and differs; remove it, or name another folder by --to')
     for path, copy in copies.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())

@@ -101,10 +101,10 @@ def test_a_copy_has_what_it_extends(name, copied, tmp_path, monkeypatch, capsys)
 
 
 def test_a_folder_is_copied_and_nothing_overwritten(tmp_path, capsys):
-    command = ['recipe', 'copy', 'mnist5k', str(tmp_path)]
+    command = ['recipe', 'copy', 'mnist5k', 'images', '--to', str(tmp_path)]
     assert main(command) == 0
     copied = {path.relative_to(tmp_path) for path in tmp_path.rglob('*') if path.is_file()}
-    assert {Path('mnist5k/prepare.py'), Path('mnist5k/treeformer/tc.yaml')} <= copied
+    assert {Path('images.yaml'), Path('mnist5k/prepare.py'), Path('mnist5k/treeformer/tc.yaml')} <= copied
     assert main(command) == 0  # the same again
     (tmp_path / 'mnist5k' / 'dct.yaml').write_text('mine: 1')
     (tmp_path / 'mnist5k' / 'base.yaml').unlink()

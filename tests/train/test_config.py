@@ -25,6 +25,26 @@ def test_recipes_extend_and_are_overridden(recipe):
     assert config.output == f'runs/{recipe.parent.name}/dct'
 
 
+@pytest.mark.parametrize(
+    ('overrides', 'attention', 'options'),
+    [
+        ([], 'dct', {'keep_ratio': 0.25}),
+        (['model.attention_kwargs.place=kv'], 'dct', {'keep_ratio': 0.25, 'place': 'kv'}),
+        (['model.attention=dct'], 'dct', {'keep_ratio': 0.25}),
+        (['model.attention=full'], 'full', {}),
+        (['model.attention_kwargs.num_tokens=16', 'model.attention=linformer'], 'linformer', {'num_tokens': 16}),
+    ],
+)
+def test_another_attention_drops_the_options_of_the_one_before(recipe, overrides, attention, options):
+    model = '{name: vit_tiny_patch16_224, attention: dct, attention_kwargs: {keep_ratio: 1/4}}'
+    recipe.write_text(f'model: {model}\n')
+    config = load_recipe(recipe, overrides)
+    assert (config.model.attention, config.model.attention_kwargs) == (attention, options)
+    above = recipe.with_name('above.yaml')
+    above.write_text('extends: dct.yaml\nmodel: {attention: window, attention_kwargs: {window_size: 4}}\n')
+    assert load_recipe(above).model.attention_kwargs == {'window_size': 4}
+
+
 def test_the_resolved_recipe_reads_back(recipe, tmp_path):
     config = load_recipe(recipe)
     (tmp_path / 'resolved.yaml').write_text(to_yaml(config))

@@ -28,7 +28,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: The YAML file.
-        overrides: `key=value` with dots in the key; the value is YAML.
+        overrides: `key=value` with dots in the key; the value is YAML. Another `model.attention` than the recipe's
+            comes without its options.
 
     Raises:
         UserError: For a file that cannot be read, an unknown key, or a value of the wrong type or out of its range.
@@ -37,7 +38,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = OmegaConf.structured(Config)
     for layer_path, layer in _layers(path):
         config = _merge(config, layer, str(layer_path))
-    for override in overrides:
+    # One that names another attention goes first, since it drops the options of the one before.
+    for override in sorted(overrides, key=lambda override: not override.startswith('model.attention=')):
         key, equals, _ = override.partition('=')
         if not equals or not key:
             raise UserError(f'command line: expected key=value, got {override!r}')
@@ -95,6 +97,9 @@ def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, An
 
 def _merge(config: Any, layer: Any, source: str) -> Any:
     layer = OmegaConf.create(_checked(Config(), OmegaConf.to_container(layer), source))
+    attention = config.model.attention
+    if layer.get('model', {}).get('attention', attention) != attention:
+        config.model.attention_kwargs = {}
     try:
         return OmegaConf.merge(config, layer)
     except (ConfigKeyError, ConfigAttributeError) as error:
