@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(recipe, tmp_path, caps
 
 
 def test_a_missing_recipe(recipe, tmp_path, capsys):
-    line = error_of(capsys, 'train', tmp_path / 'nothing.yaml')
+    line = error_of(capsys, 'train', 'nothing.yaml')
     assert 'nothing.yaml: no such recipe; `vit-efficient recipe list` shows those that come' in line
     line = error_of(capsys, 'train', tmp_path / 'tinny.yaml')
     assert 'tinny.yaml: no such recipe; did you mean' in line and 'tiny.yaml?' in line

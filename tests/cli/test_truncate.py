@@ -82,7 +82,7 @@ def test_of_one_pixel_everything_is_kept(value, tmp_path, capsys):
         (['image.png', '--keep', 'all'], "got 'all'"),
         (['image.png', '--block', '0'], 'block must be a positive integer.*got block=0'),
         (['image.png', '--out', 'out.xyz'], "Format 'xyz' is not supported"),
-        (['none.png'], r'none\.png: not a readable image'),
+        (['none.png'], r'none\.png: no such image'),
         (['text.png'], r'text\.png: not a readable image'),
         (['bright.npy'], r'bright\.npy: floating-point samples must lie in \[0, 1\]'),
     ],

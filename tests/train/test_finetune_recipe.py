@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
-from vit_efficient.cli import main
+from vit_efficient_cli import main
 
 from tests.data.trees import write_tree
 from tests.train.recipes import ROOT

@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from vit_efficient.cli import main
+from vit_efficient_cli import main
 
 from tests.data.trees import write_tree
 from tests.train.recipes import tiny_recipe

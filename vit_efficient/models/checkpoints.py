@@ -28,7 +28,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
                 f'the checkpoint lacks {", ".join(missing)} beside {", ".join(present)}: it '
                 "was made with other options of the attention; set them as they were, such as sharing='key-value'"
             )
-    begun = []
+    given, begun = set(state_dict), []
     for name, module in model.named_modules():
         if isinstance(module, Maps) and f'{name}.weight' in state_dict:
             state_dict[f'{name}.weight'] = module.adapt(state_dict[f'{name}.weight'])
@@ -41,7 +41,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             added = module.state_dict(prefix='shared.')
         else:
             continue
-        begun += sorted(added.keys() - state_dict.keys())
+        begun += sorted(added.keys() - given)
         state_dict = added | state_dict
     if begun:
         logger.info(
