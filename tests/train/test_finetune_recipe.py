@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
-from vit_efficient_cli import main
 
 from tests.data.trees import write_tree
 from tests.train.recipes import ROOT
 from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.train import load_model
+from vit_efficient_cli import main
 
 RECIPE = str(ROOT / 'recipes/finetune.yaml')
 # A size that runs in seconds, of a model that is as small.

@@ -5,7 +5,6 @@ import re
 import shlex
 
 import pytest
-from vit_efficient_cli import main
 
 from tests.data.trees import write_tree
 from tests.train.recipes import tiny_recipe
@@ -15,6 +14,7 @@ from vit_efficient.train.config import StageConfig
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.train.trainer import Trainer
+from vit_efficient_cli import main
 
 
 @pytest.fixture(scope='module')
