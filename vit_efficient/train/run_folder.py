@@ -142,7 +142,7 @@ class RunFolder:
         longer = config.sched.epochs
         start = self.path if self.is_finished else checkpoint
         keys = [f'model.init_from={start}', f'output={self.path}-longer', f'sched.epochs={longer - epochs}']
-        command = shlex.join(['vit-efficient', 'train', config.recipe or 'RECIPE', *keys])
+        command = shlex.join(['vit-efficient', 'train', str(self.path / RECIPE), *keys])  # with all overrides
         return (
             f'{checkpoint} was written with sched.epochs={epochs}, this run has sched.epochs={longer}: its '
             'learning rates would have been others from the start (but for sched.sched=none, without stages); set it '
