@@ -128,7 +128,7 @@ class Linear(Maps):
 def kernel_size(height, width, budget: budgets.Budget) -> tuple:
     """The least kernel and stride that leaves no more than the budget of the grid: rounded up."""
     h, w = budgets.kept_grid(height, width, budget)
-    return -(-height // h), -(-width // w)
+    return (height + h - 1) // h, (width + w - 1) // w  # of negative symbols torch.export finds bounds for a minute
 
 
 @torch.fx.wrap
