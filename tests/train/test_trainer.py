@@ -151,6 +151,7 @@ def test_the_loader_leaves_signals_to_the_run(data, tmp_path, monkeypatch):
 
     config = tiny_recipe(data, tmp_path / 'run')
     config.data.workers, config.sched.epochs = 2, 1
+    monkeypatch.setattr('vit_efficient.data.batches.available_cores', lambda: 2)
     stop_after(monkeypatch, 3, terminate)
     assert train(config)['steps'] == 6
     gc.collect()

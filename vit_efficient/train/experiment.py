@@ -38,6 +38,7 @@ class Feed:
             raise UserError('the validation set is empty')
         part = {'rank': team.rank, 'world_size': team.world_size, 'block': keys.batch_size, 'repeats': keys.repeats}
         shards = data.shard_order(train_set, keys.mixed_shards)
+        self.workers = data.limit_workers(keys.workers, 'data.workers')
         self.sampler = data.EpochSampler(len(train_set), config.seed, **part, **shards)
         self.train_loader, self.val_loader = self._loaders()
 
@@ -51,8 +52,8 @@ class Feed:
         pin = team.device.type == 'cuda'
         order = data.EpochSampler(len(samples), shuffle=False, even=False, rank=team.rank, world_size=team.world_size)
         batch_size = keys.eval_batch_size or keys.batch_size
-        train = data.create_loader(self.train_samples, self.sampler, keys.batch_size, keys.workers, True, pin)
-        return train, data.create_loader(samples, order, batch_size, keys.workers, pin=pin)
+        train = data.create_loader(self.train_samples, self.sampler, keys.batch_size, self.workers, True, pin)
+        return train, data.create_loader(samples, order, batch_size, self.workers, pin=pin)
 
     def follow(self, model: nn.Module) -> None:
         """Gives what the model takes: a patch embedding that has been truncated takes fewer coefficients."""
