@@ -2,6 +2,7 @@ import pytest
 
 from tests.train.recipes import ALL, load_any
 from vit_efficient.train import load_recipe
+from vit_efficient.train.config import describe_keys
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.rules import validate, without_effect
 
@@ -43,6 +44,30 @@ def test_another_attention_drops_the_options_of_the_one_before(recipe, overrides
     above = recipe.with_name('above.yaml')
     above.write_text('extends: dct.yaml\nmodel: {attention: window, attention_kwargs: {window_size: 4}}\n')
     assert load_recipe(above).model.attention_kwargs == {'window_size': 4}
+
+
+@pytest.mark.parametrize(
+    ('recipe_has', 'overrides', 'init_from', 'args'),
+    [
+        ('args: {pretrained: true, depth: 2}', ['model.init_from=plain'], 'plain', {'depth': 2}),
+        ('args: {checkpoint_path: x}', ['model.args.depth=3', 'model.init_from=plain'], 'plain', {'depth': 3}),
+        ('init_from: plain', ['model.args.pretrained=true'], '', {'pretrained': True}),
+        ('init_from: plain', ['model.args.pretrained=false'], 'plain', {'pretrained': False}),
+        ('init_from: plain', ['model.args.checkpoint_path=x'], '', {'checkpoint_path': 'x'}),
+        # Given at once, both stay: `model_from_weights` says so.
+        ('args: {}', ['model.args.pretrained=true', 'model.init_from=x'], 'x', {'pretrained': True}),
+    ],
+)
+def test_weights_to_start_from_replace_those_of_the_recipe(recipe, recipe_has, overrides, init_from, args):
+    recipe.write_text(f'model: {{name: vit_tiny_patch16_224, {recipe_has}}}\n')
+    model = load_recipe(recipe, overrides).model
+    assert (model.init_from, model.args) == (init_from, args)
+
+
+def test_keys_whose_product_counts_say_so():
+    rows = {row['key']: row['resume'] for row in describe_keys()}
+    assert rows['data.batch_size'] == rows['grad_accum'] == 'while data.batch_size × grad_accum × processes stays'
+    assert (rows['seed'], rows['log_every']) == (False, True)
 
 
 def test_the_resolved_recipe_reads_back(recipe, tmp_path):
