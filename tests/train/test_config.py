@@ -1,3 +1,5 @@
+import shlex
+
 import pytest
 
 from tests.train.recipes import ALL, load_any
@@ -33,14 +35,16 @@ def test_recipes_extend_and_are_overridden(recipe):
         (['model.attention_kwargs.place=kv'], 'dct', {'keep_ratio': 0.25, 'place': 'kv'}),
         (['model.attention=dct'], 'dct', {'keep_ratio': 0.25}),
         (['model.attention=full'], 'full', {}),
+        (['model.attention=""'], '', {}),
         (['model.attention_kwargs.num_tokens=16', 'model.attention=linformer'], 'linformer', {'num_tokens': 16}),
     ],
 )
 def test_another_attention_drops_the_options_of_the_one_before(recipe, overrides, attention, options):
-    model = '{name: vit_tiny_patch16_224, attention: dct, attention_kwargs: {keep_ratio: 1/4}}'
+    model = '{name: vit_tiny_patch16_224, attention: dct, attention_kwargs: {keep_ratio: 1/4}, layers: [1]}'
     recipe.write_text(f'model: {model}\n')
     config = load_recipe(recipe, overrides)
     assert (config.model.attention, config.model.attention_kwargs) == (attention, options)
+    assert config.model.layers == ([1] if attention else None)
     above = recipe.with_name('above.yaml')
     above.write_text('extends: dct.yaml\nmodel: {attention: window, attention_kwargs: {window_size: 4}}\n')
     assert load_recipe(above).model.attention_kwargs == {'window_size': 4}
@@ -62,6 +66,21 @@ def test_weights_to_start_from_replace_those_of_the_recipe(recipe, recipe_has, o
     recipe.write_text(f'model: {{name: vit_tiny_patch16_224, {recipe_has}}}\n')
     model = load_recipe(recipe, overrides).model
     assert (model.init_from, model.args) == (init_from, args)
+
+
+@pytest.mark.parametrize(
+    ('recipe_has', 'override', 'keys'),
+    [
+        ('distill: {teacher: any, kind: hard}', 'distill.teacher=""', '\'distill.kind="soft"\''),
+        ('distill: {teacher: any, weight: 0.3}', 'distill.teacher=""', 'distill.weight=0.5'),
+        ('truncation: {penalty: 1, budget: 0.3}', 'truncation.penalty=0', 'truncation.budget=0'),
+    ],
+)
+def test_what_an_override_leaves_without_effect_comes_with_the_keys_that_remove_it(recipe, recipe_has, override, keys):
+    recipe.write_text(f'model: {{name: any}}\n{recipe_has}\n')
+    with pytest.raises(ValueError, match=f', or {keys}$'):
+        load_recipe(recipe, [override])
+    load_recipe(recipe, [override, *shlex.split(keys)])
 
 
 def test_keys_whose_product_counts_say_so():

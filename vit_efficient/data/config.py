@@ -85,7 +85,9 @@ class DataConfig:
         128, 'images per process and micro-batch', at_least(1), resume=f'while {IMAGES_PER_UPDATE} stays'
     )
     eval_batch_size: int | None = key(None, 'images per evaluation batch; null: batch_size', at_least(1), resume=True)
-    workers: int = key(4, 'loader processes; 0 loads in the training process', at_least(0), resume=True)
+    workers: int = key(
+        4, 'loader processes, at most one for each core; 0 loads in the training process', at_least(0), resume=True
+    )
     cache: bool = key(False, 'keep decoded images in memory (each worker its own)', resume=True)
     on_error: str = key(
         'error',

@@ -102,6 +102,7 @@ def _merge(config: Any, layer: Any, source: str) -> Any:
     attention, model = config.model.attention, layer.get('model', {})
     if model.get('attention', attention) != attention:
         config.model.attention_kwargs = {}
+        config.model.layers = config.model.layers if model['attention'] else None
     args = model.get('args') or {}
     if model.get('init_from'):
         config.model.args = {key: value for key, value in config.model.args.items() if key not in SOURCES}
