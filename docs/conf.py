@@ -71,7 +71,7 @@ def write_keys(app, docname: str, source: list[str]) -> None:
                 row['type'],
                 f'`{default}`',
                 row['range'],
-                'yes' if row['resume'] else 'no',
+                {True: 'yes', False: 'no'}.get(row['resume'], row['resume']),
                 row['help'],
             ]
             text.append('| ' + ' | '.join(str(cell).replace('|', '\\|').replace('*', '\\*') for cell in cells) + ' |')

@@ -109,7 +109,9 @@ def _end(command: str, error: BaseException) -> int:
         return 130  # as shells have it: 128 and the number of the signal
     if isinstance(error, BrokenPipeError) and _has_no_reader():
         return 141
-    print(f'{command}: error: {" ".join(str(error).splitlines()) or type(error).__name__}', file=sys.stderr)
+    of_file = getattr(error, 'filename', None) and error.strerror
+    said = f'{error.filename}: {error.strerror}' if of_file else str(error)
+    print(f'{command}: error: {" ".join(said.splitlines()) or type(error).__name__}', file=sys.stderr)
     return 2
 
 

@@ -13,7 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch-size', type=int, default=64, help='images per batch (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=0, help='loader processes (default: %(default)s)')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, … (default: %(default)s)')
-    parser.add_argument('--amp', choices=('none', 'bf16'), default='none', help='(default: %(default)s)')
+    as_run = "the type of matrix products (default: as the run's recipe says, else none)"
+    parser.add_argument('--amp', choices=('none', 'bf16'), help=as_run)
     about = "end at a file that cannot be read, or leave it out (default: as the run's recipe says, else error)"
     parser.add_argument('--on-error', choices=('error', 'skip'), help=about)
 
@@ -27,8 +28,8 @@ def run(args: argparse.Namespace) -> None:
     as_integer('--batch-size', args.batch_size)
     as_integer('--workers', args.workers, least=0)
     saved = SavedModel(args.model)
-    on_error = args.on_error or saved.config.data.on_error
-    found = evaluate_saved(saved, args.data, args.batch_size, args.workers, args.device, args.amp, on_error)
+    amp, on_error = args.amp or saved.config.amp, args.on_error or saved.config.data.on_error
+    found = evaluate_saved(saved, args.data, args.batch_size, args.workers, args.device, amp, on_error)
     if is_first_process():
         for reason in found.skipped.values():
             print(f'skipped: {reason}', file=sys.stderr)

@@ -75,10 +75,12 @@ class Parser(argparse.ArgumentParser):
         for arg in args[: args.index('--') if '--' in args else None]:
             option = arg.partition('=')[0]
             if option.startswith('--') and not any(known.startswith(option) for known in self.options):
-                super().error(f'unknown option {option}{nearest(option, self.options)}')
+                self.error(f'unknown option {option}{nearest(option, self.options)}')
 
     def error(self, message: str) -> NoReturn:
         if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             given, known = choice.groups()
             message += nearest(given, [name.strip('\'"') for name in known.split(', ')])
-        super().error(message)
+        if re.search(r'arguments are required: recipe\b', message, re.IGNORECASE):
+            message += RECIPE
+        self.exit(2, f'{self.prog}: error: {message} (see {self.prog} --help)\n')

@@ -18,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     about = 'print a recipe'
     show = commands.add_parser('show', help=about, description=about)
-    show.add_argument('name', help='as `recipe list` has it, such as images or mnist5k/dct')
+    show.add_argument('name', metavar='RECIPE', help='as `recipe list` has it, such as images or mnist5k/dct')
     show.set_defaults(call=_show)
 
     about = 'copy recipes, with those that they extend, or folders of them'
     copy = commands.add_parser('copy', help=about, description=about)
-    copy.add_argument('names', nargs='+', metavar='name', help='as `recipe list` has it, such as images or mnist5k')
+    copy.add_argument('names', nargs='+', metavar='RECIPE', help='as `recipe list` has it, such as images or mnist5k')
     folder = 'that they are copied to (default: recipes); where a file is there and differs, nothing is copied'
     copy.add_argument('--to', type=Path, default=Path('recipes'), metavar='FOLDER', help=folder)
     copy.set_defaults(call=_copy)
@@ -58,8 +58,11 @@ def _copy(args: argparse.Namespace) -> None:
         if copy.exists() and copy.read_bytes() != path.read_bytes():
             raise FileExistsError(f'{copy} is there and differs; remove it, or name another folder by --to')
     for path, copy in copies.items():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+        except OSError as error:
+            raise OSError(f'{copy} cannot be written: {error.strerror}; name another folder by --to') from error
         print(copy)
 
 

@@ -118,12 +118,26 @@ def test_messages_are_lines_of_the_first_process(plot, monkeypatch, capsys):
             'unknown option --batchsize; did you mean --batch-size?',
         ),
         (['table', 'accuracy', 'a.yaml', '--sedes', '3'], 'unknown option --sedes; did you mean --seeds?'),
+        (['train'], 'train: error: the following arguments are required: recipe; `vit-efficient recipe list` shows'),
+        (['recipe', 'copy'], 'the following arguments are required: RECIPE; `vit-efficient recipe list` shows'),
+        (['table', 'accuracy'], 'the following arguments are required: RECIPE; `vit-efficient recipe list` shows'),
+        (
+            ['plot'],
+            'vit-efficient plot: error: the following arguments are required: RUN (see vit-efficient plot --hel',
+        ),
     ],
 )
-def test_slips_are_answered_with_the_nearest(argv, message, capsys):
+def test_slips_are_answered_with_the_nearest_on_one_line(argv, message, capsys):
     with pytest.raises(SystemExit, match='2'):
         main(argv)
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and line.endswith(' --help)')
+
+
+def test_errors_of_the_system_name_the_file_and_what_is_wrong(plot, capsys):
+    plot(raising(PermissionError(13, 'Permission denied', 'a/b')))
+    assert main(['plot']) == 2
+    assert capsys.readouterr().err == 'vit-efficient plot: error: a/b: Permission denied\n'
 
 
 def test_options_may_be_shortened(plot):

@@ -114,6 +114,13 @@ def test_a_folder_is_copied_and_nothing_overwritten(tmp_path, capsys):
     assert not (tmp_path / 'mnist5k' / 'base.yaml').exists()
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    assert main(['recipe', 'copy', 'images', '--to', f'{tmp_path}/file']) == 2
+    expected = f'error: {tmp_path}/file/images.yaml cannot be written: File exists; name another folder by --to\n'
+    assert capsys.readouterr().err.endswith(expected)
+
+
 @pytest.mark.parametrize(
     ('command', 'message'),
     [

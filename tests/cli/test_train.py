@@ -12,7 +12,7 @@ import torch
 
 from tests.data.trees import write_tree
 from tests.train.recipes import tiny_recipe
-from vit_efficient.train import train
+from vit_efficient.train import Evaluation, train
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.recipe import to_yaml
@@ -100,6 +100,31 @@ def test_evaluate_goes_by_the_recipe_of_the_run(recipe, data, tmp_path, capsys, 
     assert main(['evaluate', str(tmp_path / 'best'), '--data', str(val), '--device', 'cpu']) == 0
 
 
+@pytest.mark.parametrize(('options', 'amp'), [([], 'bf16'), (['--amp', 'none'], 'none')])
+def test_evaluate_computes_as_the_run_did(trained, data, tmp_path, monkeypatch, options, amp):
+    folder = shutil.copytree(trained, tmp_path / 'run')
+    path = folder / 'recipe.yaml'
+    path.write_text(path.read_text().replace('amp: none', 'amp: bf16'))
+    found = []
+
+    def evaluate(model, loader, team, amp, task):
+        found.append(amp)
+        return Evaluation(0.0, 1, 1.0, (), [], top1=0.0)
+
+    monkeypatch.setattr('vit_efficient.report.evaluation.evaluate', evaluate)
+    assert main(['evaluate', str(folder), '--data', f'{data}/val', '--device', 'cpu', *options]) == 0
+    assert found == [amp]
+
+
+def test_the_last_line_of_a_run_tells_its_attention_and_weights(trained, recipe, tmp_path, capsys):
+    options = ['sched.epochs=1', f'model.init_from={trained}', f'output={tmp_path}/next']
+    assert main(['train', str(recipe), *options]) == 0
+    line = capsys.readouterr().out
+    assert f' s, with dct, from {trained}; see {tmp_path}/next' in line
+    result = json.loads((tmp_path / 'next/result.json').read_text())
+    assert (result['attention'][0], result['started_from']) == ('dct', str(trained))
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -176,7 +201,7 @@ def test_a_hand_written_config_tells_the_attention_too(trained, recipe, tmp_path
     folder = tmp_path / 'model'
     shutil.copytree(trained / 'model', folder)
     saved = json.loads((folder / 'config.json').read_text())
-    start = ['sched.epochs=1', f'model.init_from={folder}', f'output={tmp_path}/out']
+    start = ['sched.epochs=1', f'model.init_from={folder}', f'output={tmp_path}/out', 'resume=restart']
     ratio = ['model.args.attention_kwargs={keep_ratio: 0.5}']
     for attention in ({'attention': 'dct', 'attention_kwargs': {'keep_ratio': 0.5}}, {'attention': 'dct'}, {}):
         for key in ('attention', 'attention_kwargs'):
@@ -185,11 +210,11 @@ def test_a_hand_written_config_tells_the_attention_too(trained, recipe, tmp_path
         (folder / 'config.json').write_text(json.dumps(saved))
         equal, other = (ratio, []) if 'attention_kwargs' in attention else ([], ratio)
         assert 'was saved with attention=' in error_of(capsys, 'train', recipe, *start, *other)
-        assert main(['train', str(recipe), *start, *equal, 'resume=restart']) == 0
+        assert main(['train', str(recipe), *start, *equal]) == 0
         capsys.readouterr()
     saved['model_args'] = [1]
     (folder / 'config.json').write_text(json.dumps(saved))
-    assert 'model_args must be a mapping, got [1]' in error_of(capsys, 'train', recipe, *start, 'resume=restart')
+    assert 'model_args must be a mapping, got [1]' in error_of(capsys, 'train', recipe, *start)
 
 
 def test_a_saved_keep_ratio_may_be_said_again(data, recipe, tmp_path):

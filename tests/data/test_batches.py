@@ -1,5 +1,7 @@
 """Batches on their way to the device: bytes until they are there, one ahead of what is computed."""
 
+import logging
+
 import albumentations as A
 import numpy as np
 import pytest
@@ -17,10 +19,21 @@ from vit_efficient.data import (
     TrainTransform,
     create_loader,
     iterate,
+    limit_workers,
 )
 from vit_efficient.data.preprocessing import Normalization
 
 CPU = torch.device('cpu')
+
+
+def test_no_more_workers_than_cores(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, 'vit_efficient')
+    monkeypatch.setattr('vit_efficient.data.batches.available_cores', lambda: 2)
+    assert [limit_workers(workers, 'data.workers') for workers in (0, 2)] == [0, 2] and not caplog.records
+    assert limit_workers(8, 'data.workers') == 2
+    assert [record.message for record in caplog.records] == [
+        'data.workers=8: 2 load images, as many as there are cores'
+    ]
 
 
 def loader_of(dataset, transform=None, workers=0, **options):

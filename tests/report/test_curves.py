@@ -59,6 +59,21 @@ def test_runs_too_short_for_lines_of_updates_have_a_training_loss(tmp_path, monk
     assert [len(axes.lines) for axes in figures[1].axes] == [2, 1, 1]
 
 
+def test_short_and_equal_runs_are_seen(tmp_path, monkeypatch):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
+    runs = [write_run(tmp_path / name, epochs) for name, epochs in (('one', 1), ('a', 3), ('b', 3), ('long', 30))]
+    plot_curves(runs[:1], tmp_path / 'c.png', ['val/top1'])
+    low, high = figures[0].axes[0].get_xlim()
+    assert [tick for tick in figures[0].axes[0].get_xticks() if low <= tick <= high] == [1]
+    plot_curves(runs, tmp_path / 'd.png', ['val/top1'])
+    one, first, second, long = figures[1].axes[0].lines
+    assert all(line.get_marker() != 'None' for line in (one, first, second)) and long.get_marker() == 'None'
+    assert first.get_linewidth() >= second.get_linewidth() + 1 and first.get_markersize() > second.get_markersize()
+    plot_curves(runs[1:2], tmp_path / 'e.png', ['val/top1'])
+    assert all(tick == int(tick) for tick in figures[2].axes[0].get_xticks())
+
+
 FIRST_EPOCH = [{'kind': 'train', 'epoch': 0, 'step': step, 'loss': 5 - step} for step in (1, 2)]
 
 

@@ -1,7 +1,10 @@
+import shlex
+
 import pytest
 
 from tests.train.recipes import ALL, load_any
 from vit_efficient.train import load_recipe
+from vit_efficient.train.config import describe_keys
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.rules import validate, without_effect
 
@@ -32,17 +35,58 @@ def test_recipes_extend_and_are_overridden(recipe):
         (['model.attention_kwargs.place=kv'], 'dct', {'keep_ratio': 0.25, 'place': 'kv'}),
         (['model.attention=dct'], 'dct', {'keep_ratio': 0.25}),
         (['model.attention=full'], 'full', {}),
+        (['model.attention=""'], '', {}),
         (['model.attention_kwargs.num_tokens=16', 'model.attention=linformer'], 'linformer', {'num_tokens': 16}),
     ],
 )
 def test_another_attention_drops_the_options_of_the_one_before(recipe, overrides, attention, options):
-    model = '{name: vit_tiny_patch16_224, attention: dct, attention_kwargs: {keep_ratio: 1/4}}'
+    model = '{name: vit_tiny_patch16_224, attention: dct, attention_kwargs: {keep_ratio: 1/4}, layers: [1]}'
     recipe.write_text(f'model: {model}\n')
     config = load_recipe(recipe, overrides)
     assert (config.model.attention, config.model.attention_kwargs) == (attention, options)
+    assert config.model.layers == ([1] if attention else None)
     above = recipe.with_name('above.yaml')
     above.write_text('extends: dct.yaml\nmodel: {attention: window, attention_kwargs: {window_size: 4}}\n')
     assert load_recipe(above).model.attention_kwargs == {'window_size': 4}
+
+
+@pytest.mark.parametrize(
+    ('recipe_has', 'overrides', 'init_from', 'args'),
+    [
+        ('args: {pretrained: true, depth: 2}', ['model.init_from=plain'], 'plain', {'depth': 2}),
+        ('args: {checkpoint_path: x}', ['model.args.depth=3', 'model.init_from=plain'], 'plain', {'depth': 3}),
+        ('init_from: plain', ['model.args.pretrained=true'], '', {'pretrained': True}),
+        ('init_from: plain', ['model.args.pretrained=false'], 'plain', {'pretrained': False}),
+        ('init_from: plain', ['model.args.checkpoint_path=x'], '', {'checkpoint_path': 'x'}),
+        # Given at once, both stay: `model_from_weights` says so.
+        ('args: {}', ['model.args.pretrained=true', 'model.init_from=x'], 'x', {'pretrained': True}),
+    ],
+)
+def test_weights_to_start_from_replace_those_of_the_recipe(recipe, recipe_has, overrides, init_from, args):
+    recipe.write_text(f'model: {{name: vit_tiny_patch16_224, {recipe_has}}}\n')
+    model = load_recipe(recipe, overrides).model
+    assert (model.init_from, model.args) == (init_from, args)
+
+
+@pytest.mark.parametrize(
+    ('recipe_has', 'override', 'keys'),
+    [
+        ('distill: {teacher: any, kind: hard}', 'distill.teacher=""', '\'distill.kind="soft"\''),
+        ('distill: {teacher: any, weight: 0.3}', 'distill.teacher=""', 'distill.weight=0.5'),
+        ('truncation: {penalty: 1, budget: 0.3}', 'truncation.penalty=0', 'truncation.budget=0'),
+    ],
+)
+def test_what_an_override_leaves_without_effect_comes_with_the_keys_that_remove_it(recipe, recipe_has, override, keys):
+    recipe.write_text(f'model: {{name: any}}\n{recipe_has}\n')
+    with pytest.raises(ValueError, match=f', or {keys}$'):
+        load_recipe(recipe, [override])
+    load_recipe(recipe, [override, *shlex.split(keys)])
+
+
+def test_keys_whose_product_counts_say_so():
+    rows = {row['key']: row['resume'] for row in describe_keys()}
+    assert rows['data.batch_size'] == rows['grad_accum'] == 'while data.batch_size × grad_accum × processes stays'
+    assert (rows['seed'], rows['log_every']) == (False, True)
 
 
 def test_the_resolved_recipe_reads_back(recipe, tmp_path):

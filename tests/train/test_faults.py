@@ -422,7 +422,7 @@ def test_what_is_not_finite_never_reaches_the_weights(data, tmp_path, monkeypatc
     with pytest.raises(ValueError) as error:
         train(config)
     assert str(error.value) == (
-        f'{what} at update 2 (epoch 0), images {", ".join(files_of(data, 2))}; the weights are unchanged; '
+        f'{what} at update 3 (epoch 1), images {", ".join(files_of(data, 2))}; the weights are unchanged; '
         'on_nonfinite=skip goes on without it'
     )
     state = load_checkpoint(tmp_path / 'run/checkpoint.pt')
@@ -473,7 +473,7 @@ def test_an_epoch_without_an_update_has_no_loss(data, tmp_path, monkeypatch):
 def test_too_many_in_a_row_end_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, 'MAX_NONFINITE', 3)
     poison(monkeypatch, 1, 2, 4, 5, 6)
-    with pytest.raises(ValueError, match=r'at update 6 \(epoch 1\), images .*; with it, 3 updates in a row were left'):
+    with pytest.raises(ValueError, match=r'at update 7 \(epoch 2\), images .*; with it, 3 updates in a row were left'):
         train(tiny_recipe(data, tmp_path / 'run', on_nonfinite='skip'))
 
 
@@ -487,7 +487,7 @@ def test_all_processes_leave_out_the_same_updates(data, tmp_path, parallel):
     (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
     ranks = torchrun('tests/train/poisoned.py', tmp_path / 'recipe.yaml')
     files = ', '.join(files_of(data, 3)[2:])
-    assert f'left out: the loss is nan at update 3 (epoch 0), images {files}\n' in ranks[0].stderr + ranks[1].stderr
+    assert f'left out: the loss is nan at update 4 (epoch 1), images {files}\n' in ranks[0].stderr + ranks[1].stderr
     result = json.loads((tmp_path / 'run/result.json').read_text())
     assert (result['steps'], result['nonfinite']) == (12, 1)
     command = result['environment']['command']

@@ -44,7 +44,7 @@ def test_five_commands(tmp_path, monkeypatch, capsys, name, args, more, way):
     out, err = capsys.readouterr()
     top1 = float(re.search(r'top-1 ([\d.]+) %', out)[1])
     if way == 'folder':
-        assert 'model.args.pretrained: no effect beside model.init_from' in err
+        assert 'no effect' not in err
 
     assert main(['evaluate', str(run), '--data', f'{data}/val', '--device', 'cpu', '--amp', 'bf16']) == 0
     assert float(re.search(r'top-1 ([\d.]+) %', capsys.readouterr().out)[1]) == pytest.approx(top1, abs=0.01)

@@ -47,6 +47,32 @@ def test_each_epoch_has_a_line_and_a_run_says_where_it_goes_on(data, tmp_path, c
     assert re.match(r'epoch 3/3: train loss \d\.\d{3}, val loss \d\.\d{3}, top-1', third)
 
 
+def test_a_run_that_stops_at_the_end_of_an_epoch_goes_on_there(data, tmp_path, caplog, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        patch.setattr('vit_efficient.train.trainer.evaluate', lambda *_: fail())
+        train(recipe(data, tmp_path / 'run', 2))
+    caplog.clear()
+    train(recipe(data, tmp_path / 'run', 2, resume='auto'))
+    said = [record.message for record in caplog.records]
+    start = said.index(f'going on at the end of epoch 1/2, after update 6, with what is in {tmp_path}/run')
+    assert said[start + 1].startswith('epoch 1/2: ')
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'repeats', 'line'),
+    [
+        (4, 1, 'each epoch shows 24 of 24 training images'),
+        (10, 1, 'each epoch shows 20 of 24 training images; the others, which change from epoch to epoch, fill no up'),
+        (10, 3, 'each epoch shows 7 of 24 training images, 3 times each'),
+    ],
+)
+def test_a_run_says_how_many_images_an_epoch_shows(data, tmp_path, caplog, batch_size, repeats, line):
+    config = recipe(data, tmp_path / 'run', 1)
+    config.data.batch_size, config.data.repeats = batch_size, repeats
+    train(config)
+    assert any(record.message.startswith(line) for record in caplog.records)
+
+
 def test_a_run_without_a_schedule_is_lengthened(data, tmp_path, monkeypatch):
     train(recipe(data, tmp_path / 'long', 3))
     train(recipe(data, tmp_path / 'run', 1))
@@ -68,18 +94,20 @@ def test_a_schedule_that_cannot_be_lengthened_names_the_command_that_goes_on(
 ):
     config = tiny_recipe(data, tmp_path / 'a run', resume='auto')
     (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
+    overridden = ['optim.lr=0.002', 'model.args.depth=1']
     with monkeypatch.context() as patch:
         if not finished:
             patch.setattr('vit_efficient.train.trainer.Trainer.finish', lambda *_: {})
-        assert main(['train', str(tmp_path / 'recipe.yaml')]) == 0
+        assert main(['train', str(tmp_path / 'recipe.yaml'), *overridden]) == 0
     capsys.readouterr()
-    assert main(['train', str(tmp_path / 'recipe.yaml'), 'sched.epochs=5']) == 2
+    assert main(['train', str(tmp_path / 'recipe.yaml'), *overridden, 'sched.epochs=5']) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     command = shlex.split(error[error.index('vit-efficient train ', error.index('from its weights')) :])
     source = tmp_path / 'a run' / ('' if finished else 'checkpoint.pt')
     assert command[3:] == [f'model.init_from={source}', f'output={tmp_path}/a run-longer', 'sched.epochs=3']
     assert main(command[1:]) == 0
-    assert RunFolder(tmp_path / 'a run-longer').result['epochs'] == 3
+    longer = RunFolder(tmp_path / 'a run-longer')
+    assert (longer.result['epochs'], longer.config.optim.lr, longer.config.model.args['depth']) == (3, 0.002, 1)
 
 
 def test_stages_are_not_lengthened(data, tmp_path):

@@ -251,7 +251,7 @@ class Two(Processes):
 
 
 def test_learned_truncations_are_not_shared_out(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, 'processes', lambda _: nullcontext(Two()))
+    monkeypatch.setattr(running, 'processes', lambda _: nullcontext(Two((False, False))))
     config = recipe(data, tmp_path / 'run', parallel='fsdp')
     config.model = ModelConfig('vit_dct_tiny', {**TINY, 'attention_kwargs': {'learned': True}})
     with pytest.raises(ValueError, match='parallel must be ddp for a model that learns truncations, got fsdp'):

@@ -82,6 +82,8 @@ def test_a_run_leaves_everything_behind(data, tmp_path):
     assert json.loads((folder / 'result.json').read_text()) == result
     assert result['steps'] == 12
     assert (result['train_images'], result['val_images']) == (24, 6)
+    assert result['attention'][0] == 'dct' and result['attention'][1]['keep_ratio'] == 0.25
+    assert result['started_from'] is None
     assert result['environment'] == json.loads((folder / 'environment.json').read_text())
     assert (folder / 'recipe.yaml').read_text() == to_yaml(config)
     assert list((folder / 'tensorboard').iterdir())
@@ -151,6 +153,7 @@ def test_the_loader_leaves_signals_to_the_run(data, tmp_path, monkeypatch):
 
     config = tiny_recipe(data, tmp_path / 'run')
     config.data.workers, config.sched.epochs = 2, 1
+    monkeypatch.setattr('vit_efficient.data.batches.available_cores', lambda: 2)
     stop_after(monkeypatch, 3, terminate)
     assert train(config)['steps'] == 6
     gc.collect()
@@ -211,6 +214,25 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(data, tmp_path):
         train(config)
     config.resume, config.seed = 'restart', 1
     assert train(config)['seed'] == 1
+
+
+@pytest.mark.parametrize('key', ['seed', 'sched.epochs', 'classes'])
+def test_another_run_is_told_apart_before_anything_is_built_or_opened(data, tmp_path, monkeypatch, key):
+    config = tiny_recipe(data, tmp_path / 'run', resume='auto')
+    train(config)
+
+    def refuse(*_):
+        raise AssertionError('too early')
+
+    monkeypatch.setattr('vit_efficient.train.experiment.create_model', refuse)
+    if key == 'classes':
+        config.data.train = str(write_tree(tmp_path / 'two', classes=2) / 'train')
+    else:
+        monkeypatch.setattr('vit_efficient.data.create_dataset', refuse, raising=False)
+    config.sched.epochs += key == 'sched.epochs'
+    config.seed += key == 'seed'
+    with pytest.raises(ValueError, match=f'was written with {"training images" if key == "classes" else key}='):
+        train(config)
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def test_a_converted_model_is_saved_as_any(data, tmp_path):
     saved = json.loads((tmp_path / 'run/model/config.json').read_text())
     assert [name for name, _ in saved['model_args']['attention']] == ['full', 'treeformer_tc']
     assert [name for name, _ in load_model(tmp_path / 'run').attention_spec()] == ['full', 'treeformer_tc']
-    config.model.attention, config.model.attention_kwargs = 'nothing', {}
+    config.model.attention, config.model.attention_kwargs, config.resume = 'nothing', {}, 'restart'
     with pytest.raises(ValueError, match="model.attention=nothing: .*'nothing'"):
         train(config)
     config.model.attention = ''

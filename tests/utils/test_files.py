@@ -1,8 +1,10 @@
+import os
+
 import pytest
 
 from tests.processes import taking
 from vit_efficient.utils import files
-from vit_efficient.utils.files import lock, write_text
+from vit_efficient.utils.files import lock, replacing, write_text
 
 pytestmark = pytest.mark.once
 
@@ -13,6 +15,30 @@ def test_folders_are_made_and_files_replaced(tmp_path):
     write_text(path, 'é')
     assert path.read_text(encoding='utf-8') == 'é'
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no modes')
+@pytest.mark.parametrize(('umask', 'mode'), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_that_open_gives(tmp_path, umask, mode):
+    """Whatever their writer makes of them, as that of safetensors does."""
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / 'a.safetensors') as temporary:
+            assert not temporary.exists()  # which a link would not take
+            temporary.touch(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / 'a.safetensors').stat().st_mode & 0o777 == mode
+
+
+def test_a_folder_that_is_not_writable_is_named_by_the_file(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr('pathlib.Path.touch', refuse)
+    with pytest.raises(PermissionError) as error:
+        write_text(tmp_path / 'file.txt', 'new')
+    assert error.value.filename == str(tmp_path / 'file.txt')
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from typing import Any
 
 # Albumentations and OpenCV load with the modules that use them, so each name is imported when it is asked for.
 _NAMES = {
-    'batches': 'create_loader iterate',
+    'batches': 'create_loader iterate limit_workers',
     'config': 'AffineConfig AugmentConfig DataConfig SizeConfig',
     'files.coefficients': 'PatchCoefficients read_coefficients takes_coefficients',
     'files.images': 'read_image to_array',

@@ -1,5 +1,6 @@
 """Batches: samples put together in loader processes, and brought to the device, a batch ahead of the computation."""
 
+import logging
 import os
 import signal
 import threading
@@ -14,7 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from vit_efficient.data.samples import Samples, Unreadable
+from vit_efficient.utils.device import available_cores
 from vit_efficient.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class _Batch(NamedTuple):
@@ -43,6 +47,14 @@ def _collate(
     if not skip:
         return tensors
     return _Batch(tensors, {item.index: item.reason for item in items if isinstance(item, Unreadable)})
+
+
+def limit_workers(workers: int, key: str) -> int:
+    """So many loader processes, or as many as there are cores, which is said; `key` is where the number is from."""
+    cores = available_cores()
+    if workers > cores:
+        logger.info('%s=%d: %d load images, as many as there are cores', key, workers, cores)
+    return min(workers, cores)
 
 
 def create_loader(

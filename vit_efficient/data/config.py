@@ -5,6 +5,7 @@ from typing import Any
 
 from vit_efficient.utils.keys import BELOW_1, Range, at_least, between, key, one_of, section
 
+IMAGES_PER_UPDATE = 'data.batch_size × grad_accum × processes'
 ON_ERROR = ('error', 'skip')
 DECODE = ('pixels', 'scaled', 'coefficients')
 _RATIOS = Range('two ratios, 0 < least ≤ most', lambda v: len(v) == 2 and 0 < v[0] <= v[1])
@@ -80,9 +81,13 @@ class DataConfig:
         'coefficients: of JPEGs, undecoded, for a patch embedding that takes them; their patches are cropped at random',
         one_of(*DECODE),
     )
-    batch_size: int = key(128, 'images per process and micro-batch', at_least(1))
+    batch_size: int = key(
+        128, 'images per process and micro-batch', at_least(1), resume=f'while {IMAGES_PER_UPDATE} stays'
+    )
     eval_batch_size: int | None = key(None, 'images per evaluation batch; null: batch_size', at_least(1), resume=True)
-    workers: int = key(4, 'loader processes; 0 loads in the training process', at_least(0), resume=True)
+    workers: int = key(
+        4, 'loader processes, at most one for each core; 0 loads in the training process', at_least(0), resume=True
+    )
     cache: bool = key(False, 'keep decoded images in memory (each worker its own)', resume=True)
     on_error: str = key(
         'error',

@@ -54,7 +54,7 @@ def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = 
         for side in embedding.patch_size:
             if img_size % side:
                 instead = multiples_around(img_size, side)
-                raise UserError(f'{img_size=} is not a multiple of the patch size {side} of {name}; use {instead}')
+                raise UserError(f'{img_size=} is not a multiple of the patch size {side}; use {instead}')
     return model
 
 

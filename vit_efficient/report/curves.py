@@ -16,6 +16,7 @@ from vit_efficient.utils.packages import needing
 
 AXES = ('epoch', 'step', 'hours')
 TRAIN_LOSS = 'train/loss'
+FEW = 20  # points of a curve, which are marked
 DEFAULT_VALUES = (TRAIN_LOSS, 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou')
 
 Points = list[tuple[float, float]]
@@ -116,6 +117,7 @@ def _draw(curves: dict[str, dict[str, Points]], values: Sequence[str], against: 
     """Saves the figure of curves, by label and value."""
     with needing('train', 'plots are drawn with'):
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(1 + 4.5 * len(values), 4.5), dpi=150, layout='constrained')
     panels = figure.subplots(1, len(values), squeeze=False)[0]
@@ -124,7 +126,13 @@ def _draw(curves: dict[str, dict[str, Points]], values: Sequence[str], against: 
         for number, (label, points) in enumerate(curves.items()):
             if points[value]:
                 x, y = zip(*points[value], strict=True)
-                handles[label] = axes.plot(x, y, label=label, **line_style(number, False))[0]
+                # Lines lie on those before them, and are thinner, so that of equal ones each is seen.
+                width = 4 - 3 * number / (len(curves) - 1) if len(curves) > 1 else 1.5
+                style = dict(line_style(number, len(x) <= FEW), linewidth=width, markersize=2 * width + 2)
+                handles[label] = axes.plot(x, y, label=label, **style)[0]
+        low, high = axes.get_xlim()
+        if against != 'hours' and math.floor(high) >= low:  # else, there are but parts of an epoch
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_title(value)
         tidy(axes, against)
     figure.legend(handles.values(), handles, loc='outside lower center', ncols=min(4, len(handles)), frameon=False)

@@ -86,6 +86,7 @@ def evaluate_saved(
     task = Task.of(config.task, model, saved.preprocessing, classes, config.loss.patch_weight)
     with torch.no_grad():
         task.check_logits(model(torch.zeros(1, *saved.input_shape)))
+    workers = data.limit_workers(workers, '--workers')
     samples = saved.samples(dataset, on_error, check_target=task.check_target if task.of_patches else None)
     with processes(device) as team:
         sampler = data.EpochSampler(len(samples), shuffle=False, rank=team.rank, world_size=team.world_size, even=False)

@@ -109,8 +109,7 @@ def _check_reusable(config: Config) -> str:
     moved = [key for key in ('data.train', 'data.val') if key in differing]
     # Weights depend on the keys of the identity, what is measured on the images too. How an update is divided
     # depends on the processes, and folders move.
-    keys = [key for key in (*identity(config), 'data.val_args') if key not in UPDATE_KEYS]
-    for key in (*keys, *(moved if config.data.dataset else ())):
+    for key in (*identity(config), 'data.val_args', *(moved if config.data.dataset else ())):
         if key in differing:
             raise _other_run(config, saved, [key])
     total, had, asks = _images_per_update(run.result), _images_per_process(saved), _images_per_process(asked)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vit_efficient.data.config import DataConfig
+from vit_efficient.data.config import IMAGES_PER_UPDATE, DataConfig
 from vit_efficient.utils import keys
 from vit_efficient.utils.keys import BELOW_1, POSITIVE, SET, Range, at_least, between, key, one_of, section
 
@@ -124,7 +124,9 @@ class Config:
     compile: bool = key(False, 'whether the blocks of the model are compiled, in training and evaluation', resume=True)
     channels_last: bool = key(False, 'layout of images and convolutions in memory', resume=True)
     parallel: str = key('ddp', 'each process holds the weights, or a part of them', one_of('ddp', 'fsdp'), resume=True)
-    grad_accum: int = key(1, 'micro-batches of each process per update', at_least(1))
+    grad_accum: int = key(
+        1, 'micro-batches of each process per update', at_least(1), resume=f'while {IMAGES_PER_UPDATE} stays'
+    )
     clip_grad: float | None = key(None, 'largest norm of the gradient', POSITIVE)
     on_nonfinite: str = key(
         'error',
@@ -157,6 +159,6 @@ def describe_keys() -> list[dict[str, Any]]:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The keys on which the weights of a run depend, with their values."""
+    """The keys on which the weights of a run depend, with their values; not those whose product alone counts."""
     free = {name for name, item, _ in keys.walk(config) if item.metadata.get('resume')}
     return {name: value for name, value in keys.flatten(config).items() if name not in free}

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from vit_efficient import data
+from vit_efficient.data.config import IMAGES_PER_UPDATE
 from vit_efficient.train.build import create_model
 from vit_efficient.train.config import Config, identity
 from vit_efficient.train.distributed import Processes
@@ -18,7 +19,34 @@ from vit_efficient.train.tasks import Task
 from vit_efficient.utils.environment import describe_environment
 from vit_efficient.utils.errors import UserError, first_line
 
-IMAGES_PER_UPDATE = 'data.batch_size × grad_accum × processes'
+
+def open_data(config: Config, train_set: Dataset | None, val_set: Dataset | None) -> tuple[Dataset, Dataset]:
+    """Those that are given or else, by the recipe, `data.train` and `data.val`."""
+    keys = config.data
+    if train_set is None:
+        train_set = data.create_dataset(keys.train, keys.dataset, keys.root, 'data.train', keys.args)
+    if val_set is None:
+        val_set = data.create_dataset(keys.val, keys.dataset, keys.root, 'data.val', {**keys.args, **keys.val_args})
+    return train_set, val_set
+
+
+def images_per_update(config: Config, team: Processes) -> int:
+    return config.data.batch_size * config.grad_accum * team.world_size
+
+
+def identity_of_recipe(config: Config, team: Processes) -> dict[str, Any]:
+    """What the weights of a run depend on by its recipe, by name."""
+    return {**identity(config), IMAGES_PER_UPDATE: images_per_update(config, team)}
+
+
+def identity_of_data(train_set: Dataset) -> dict[str, Any]:
+    """What the weights of a run depend on by its training set, by name."""
+    digest = getattr(train_set, 'digest', None)
+    return {
+        'training images': len(train_set),
+        'training files': digest() if digest else None,
+        'classes': data.class_names(train_set),
+    }
 
 
 class Feed:
@@ -38,6 +66,7 @@ class Feed:
             raise UserError('the validation set is empty')
         part = {'rank': team.rank, 'world_size': team.world_size, 'block': keys.batch_size, 'repeats': keys.repeats}
         shards = data.shard_order(train_set, keys.mixed_shards)
+        self.workers = data.limit_workers(keys.workers, 'data.workers')
         self.sampler = data.EpochSampler(len(train_set), config.seed, **part, **shards)
         self.train_loader, self.val_loader = self._loaders()
 
@@ -51,8 +80,8 @@ class Feed:
         pin = team.device.type == 'cuda'
         order = data.EpochSampler(len(samples), shuffle=False, even=False, rank=team.rank, world_size=team.world_size)
         batch_size = keys.eval_batch_size or keys.batch_size
-        train = data.create_loader(self.train_samples, self.sampler, keys.batch_size, keys.workers, True, pin)
-        return train, data.create_loader(samples, order, batch_size, keys.workers, pin=pin)
+        train = data.create_loader(self.train_samples, self.sampler, keys.batch_size, self.workers, True, pin)
+        return train, data.create_loader(samples, order, batch_size, self.workers, pin=pin)
 
     def follow(self, model: nn.Module) -> None:
         """Gives what the model takes: a patch embedding that has been truncated takes fewer coefficients."""
@@ -82,10 +111,7 @@ class Experiment:
     ) -> 'Experiment':
         """Builds all of it, on `train_set` and `val_set` where they are given, else on `data.train` and `data.val`."""
         keys = config.data
-        if train_set is None:
-            train_set = data.create_dataset(keys.train, keys.dataset, keys.root, 'data.train', keys.args)
-        if val_set is None:
-            val_set = data.create_dataset(keys.val, keys.dataset, keys.root, 'data.val', {**keys.args, **keys.val_args})
+        train_set, val_set = open_data(config, train_set, val_set)
         classes = data.class_names(train_set)
         data.check_same_classes(classes, data.class_names(val_set), 'the training set', 'the validation set')
         model = create_model(config, classes).to(team.device, memory_format=_layout(config))
@@ -121,7 +147,7 @@ class Experiment:
 
     @property
     def images_per_update(self) -> int:
-        return self.config.data.batch_size * self.config.grad_accum * self.team.world_size
+        return images_per_update(self.config, self.team)
 
     @property
     def updates_per_epoch(self) -> int:
@@ -130,16 +156,7 @@ class Experiment:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What the weights of the run depend on, by name."""
-        train_set = self.feed.train_samples.dataset
-        digest = getattr(train_set, 'digest', None)
-        own = IMAGES_PER_UPDATE.split(' × ')  # which the product stands for
-        return {
-            **{key: value for key, value in identity(self.config).items() if key not in own},
-            IMAGES_PER_UPDATE: self.images_per_update,
-            'training images': len(train_set),
-            'training files': digest() if digest else None,
-            'classes': self.classes,
-        }
+        return identity_of_recipe(self.config, self.team) | identity_of_data(self.feed.train_samples.dataset)
 
     def environment(self) -> dict[str, Any]:
         """What the run runs on, and how an update is split among processes."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from vit_efficient.models import model_arguments
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.experiment import Experiment
 from vit_efficient.train.hooks import plain
@@ -144,11 +145,20 @@ def describe_scale(experiment: Experiment) -> str:
     )
 
 
+def describe_coverage(experiment: Experiment) -> str:
+    """How many of the training images an epoch shows, on one line."""
+    total, repeats = len(experiment.feed.train_samples), experiment.config.data.repeats
+    shown = -(-experiment.updates_per_epoch * experiment.images_per_update // repeats)
+    often = f', {repeats} times each' if repeats > 1 else ''
+    left = '; the others, which change from epoch to epoch, fill no update' if shown < total and repeats == 1 else ''
+    return f'each epoch shows {shown} of {total} training images{often}{left}'
+
+
 def describe_start(experiment: Experiment, progress: Progress, folder: Path) -> str:
     """Where a run goes on that has begun before, on one line."""
-    epochs = experiment.config.sched.epochs
-    epoch = min(progress.updates // experiment.updates_per_epoch + 1, epochs)
-    return f'going on in epoch {epoch}/{epochs}, after update {progress.updates}, with what is in {folder}'
+    epoch, epochs = progress.epoch + 1, experiment.config.sched.epochs
+    where = 'at the end of' if progress.updates == epoch * experiment.updates_per_epoch else 'in'
+    return f'going on {where} epoch {epoch}/{epochs}, after update {progress.updates}, with what is in {folder}'
 
 
 def train_loss(experiment: Experiment, progress: Progress) -> float:
@@ -197,11 +207,15 @@ def describe_result(
     experiment: Experiment, progress: Progress, model: nn.Module, evaluation: Evaluation
 ) -> dict[str, Any]:
     """What result.json holds of a run at its end, but for the environment."""
-    config = experiment.config
+    config, args = experiment.config, experiment.config.model.args
+    start = config.model.init_from or args.get('checkpoint_path') or ('pretrained' if args.get('pretrained') else None)
+    attention = model_arguments(model).get('attention')  # as config.json has it; None of models that timm alone builds
     result = {
         'recipe': config.recipe,
         'model': config.model.name,
-        'args': config.model.args,
+        'args': args,
+        'attention': json.loads(json.dumps(attention)),
+        'started_from': start,
         'seed': config.seed,
         'epochs': config.sched.epochs,
         'steps': progress.updates,

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 
 from vit_efficient.train.config import MAX_NUMBER, Config
 from vit_efficient.train.rules import validate
+from vit_efficient.train.same_attention import SOURCES
 from vit_efficient.utils.checks import nearest
 from vit_efficient.utils.errors import UserError, first_line, one_line
 from vit_efficient.utils.keys import element_of, flatten
@@ -29,7 +30,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: The YAML file.
         overrides: `key=value` with dots in the key; the value is YAML. Another `model.attention` than the recipe's
-            comes without its options.
+            comes without its options, and weights to start from (`model.init_from`, or `model.args.pretrained` or
+            `checkpoint_path`) come in the place of the recipe's.
 
     Raises:
         UserError: For a file that cannot be read, an unknown key, or a value of the wrong type or out of its range.
@@ -38,16 +40,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = OmegaConf.structured(Config)
     for layer_path, layer in _layers(path):
         config = _merge(config, layer, str(layer_path))
-    # One that names another attention goes first, since it drops the options of the one before.
-    for override in sorted(overrides, key=lambda override: not override.startswith('model.attention=')):
+    layer = OmegaConf.create()
+    for override in overrides:
         key, equals, _ = override.partition('=')
         if not equals or not key:
             raise UserError(f'command line: expected key=value, got {override!r}')
         try:
-            layer = OmegaConf.from_dotlist([override])
+            layer.merge_with_dotlist([override])
         except Exception as error:  # see `_layers`
             raise UserError(f'command line: {override!r} is not valid: {first_line(error)}') from error
-        config = _merge(config, layer, 'command line')
+    config = _merge(config, layer, 'command line')
     try:
         recipe = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -97,9 +99,15 @@ def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, An
 
 def _merge(config: Any, layer: Any, source: str) -> Any:
     layer = OmegaConf.create(_checked(Config(), OmegaConf.to_container(layer), source))
-    attention = config.model.attention
-    if layer.get('model', {}).get('attention', attention) != attention:
+    attention, model = config.model.attention, layer.get('model', {})
+    if model.get('attention', attention) != attention:
         config.model.attention_kwargs = {}
+        config.model.layers = config.model.layers if model['attention'] else None
+    args = model.get('args') or {}
+    if model.get('init_from'):
+        config.model.args = {key: value for key, value in config.model.args.items() if key not in SOURCES}
+    elif args.get('pretrained') or args.get('checkpoint_path'):
+        config.model.init_from = ''
     try:
         return OmegaConf.merge(config, layer)
     except (ConfigKeyError, ConfigAttributeError) as error:

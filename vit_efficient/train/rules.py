@@ -1,6 +1,8 @@
 """What a recipe must fulfil: each key its range, and the keys together what they ask of each other."""
 
+import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,8 @@ def validate(config: Config) -> None:
         )
     if config.truncation.budget and not config.truncation.penalty:
         raise UserError(
-            f'truncation.budget={config.truncation.budget:g} has no effect without a penalty; set truncation.penalty'
+            f'truncation.budget={config.truncation.budget:g} has no effect without a penalty; set truncation.penalty, '
+            'or truncation.budget=0'
         )
     if not config.model.attention and (config.model.attention_kwargs or config.model.layers is not None):
         raise UserError(
@@ -111,8 +114,11 @@ def _check_sizes(config: Config) -> None:
 
 def _check_teacher(config: Config) -> None:
     if not config.distill.teacher:
-        if config.distill != DistillConfig():
-            raise UserError('distill has options, and no teacher; set distill.teacher')
+        given, defaults = vars(config.distill), vars(DistillConfig())
+        idle = [f'distill.{key}={json.dumps(defaults[key])}' for key in given if given[key] != defaults[key]]
+        if idle:
+            without = ' '.join(map(shlex.quote, idle))
+            raise UserError(f'distill has options, and no teacher; set distill.teacher, or {without}')
         return
     if config.distill.weights and Path(config.distill.teacher).is_dir():
         raise UserError(

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from vit_efficient.data import Preprocessing
 from vit_efficient.train.config import Config
 from vit_efficient.train.distributed import Processes, processes
-from vit_efficient.train.experiment import Experiment
+from vit_efficient.train.experiment import Experiment, open_data
 from vit_efficient.train.interrupts import Interrupts
 from vit_efficient.train.optim import try_learning
 from vit_efficient.train.rules import validate, without_effect
@@ -61,19 +61,22 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
     limit_threads(config.threads)
     import_plugins(config.plugins)
     with Interrupts() as stop, processes(config.device) as team:
+        folder = RunFolder(config.output, team)
+        with _naming_rank(team):
+            earlier = folder.earlier(config)  # before anything is opened or built, which may take long, and a network
+        train_set, val_set = open_data(config, train_set, val_set)
+        if earlier:
+            with _naming_rank(team):
+                earlier.check_data(train_set)
+            if earlier.result is not None:
+                return earlier.result
         experiment = Experiment.build(config, team, train_set, val_set)
         if idle := without_effect(config):
             logger.info('without effect: %s', idle)
-        folder = RunFolder(config.output, team)
         state = TrainState(experiment)
-        with _naming_rank(team):
-            result, saved = folder.earlier(experiment)
-            if result is not None:
-                return result
-            if saved:
-                path, content = saved
-                with reading(path):
-                    state.load_state_dict(content)
+        if earlier:
+            with _naming_rank(team), reading(earlier.path):
+                state.load_state_dict(earlier.state)
         preflight(experiment, state)
         try:
             state.wrap()

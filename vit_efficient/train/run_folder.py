@@ -8,23 +8,27 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import Dataset
 
+from vit_efficient.data.config import IMAGES_PER_UPDATE
 from vit_efficient.models import save_model
 from vit_efficient.train.checkpoint import CHECKPOINT, check_room, list_checkpoints, load_newest, save_checkpoint
-from vit_efficient.train.config import Config, StageConfig, identity
+from vit_efficient.train.config import Config, StageConfig
 from vit_efficient.train.distributed import Processes
 from vit_efficient.train.evaluation import Evaluation
-from vit_efficient.train.experiment import IMAGES_PER_UPDATE, Experiment
+from vit_efficient.train.experiment import Experiment, identity_of_data, identity_of_recipe
 from vit_efficient.train.interrupts import Interrupts
 from vit_efficient.train.log import METRICS, TENSORBOARD, MetricsLog, SilentLog, read_metrics
 from vit_efficient.train.recipe import load_recipe, to_yaml
 from vit_efficient.train.state import TrainState
 from vit_efficient.utils.errors import UserError, is_bug_of_plugin, one_line
 from vit_efficient.utils.files import lock, remove_unfinished, write_json, write_text, writing
+from vit_efficient.utils.keys import flatten
 
 RECIPE = 'recipe.yaml'
 ENVIRONMENT = 'environment.json'
@@ -36,6 +40,19 @@ BEST = 'best'
 LOCK = '.lock'
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier process has left of a run."""
+
+    path: Path  # of the newest checkpoint that can be read
+    state: dict[str, Any]  # its content
+    result: dict[str, Any] | None  # of a run that is done
+
+    def check_data(self, train_set: Dataset) -> None:
+        """Raises UserError if that is another training set than the run's."""
+        _check_equal(self.path, self.state['identity'], identity_of_data(train_set))
 
 
 class RunFolder:
@@ -100,13 +117,13 @@ class RunFolder:
         """The lines of metrics.jsonl, as `train.log.read_metrics` reads them."""
         return read_metrics(self.path)
 
-    def earlier(self, experiment: Experiment) -> tuple[dict[str, Any] | None, tuple[Path, dict[str, Any]] | None]:
-        """What an earlier process has left of this run: its result, and the checkpoint to go on from with its file.
+    def earlier(self, config: Config) -> Earlier | None:
+        """What an earlier process has left of this run. Nothing is built, or opened but the folder, to tell.
 
         Raises:
             UserError: If the folder holds a run that `resume` does not allow to touch, or one of another recipe.
         """
-        checkpoints, resume = list_checkpoints(self.path), experiment.config.resume
+        checkpoints, resume = list_checkpoints(self.path), config.resume
         if len(set(self.team.gather((bool(checkpoints), self.is_finished)))) > 1:
             reason = 'some processes find a run there and some do not; all nodes must have one file system'
             raise UserError(f'output={self.path}: {reason}')
@@ -118,25 +135,22 @@ class RunFolder:
                 'starts another'
             )
         if resume == 'restart' or not (checkpoints or self.is_finished):
-            return None, None
+            return None
         if not checkpoints:
             raise UserError(
                 f'{self.path} holds a result and no checkpoint; resume=restart replaces it, output=… starts another'
             )
         path, state = _load_newest(self.path, self.team)
         with reading(path):
-            saved = _identity(state['identity'], experiment)
-        longer = _is_longer(experiment, saved)
-        for key, ours in experiment.identity.items():
-            theirs = saved.get(key)
-            if theirs != json.loads(json.dumps(ours)) and not (longer and key == 'sched.epochs'):
-                if key == 'sched.epochs' and ours > theirs:
-                    raise UserError(self._how_to_lengthen(path, theirs, experiment.config))
-                raise UserError(
-                    f'{path} was written with {key}={theirs!r}, this run has {key}={ours!r}; set it back, or start '
-                    'another run with output=… (resume=restart replaces this one)'
-                )
-        return self.result if self.is_finished and not longer else None, (path, state)
+            saved = _identity(state['identity'])
+            longer = saved['sched.epochs'] < config.sched.epochs
+        ours = identity_of_recipe(config, self.team)
+        if longer:
+            del ours['sched.epochs']
+        _check_equal(path, saved, ours)
+        if longer and (config.sched.sched != 'none' or config.stages):  # else, the updates so far are the same
+            raise UserError(self._how_to_lengthen(path, saved['sched.epochs'], config))
+        return Earlier(path, state, self.result if self.is_finished and not longer else None)
 
     def _how_to_lengthen(self, checkpoint: Path, epochs: int, config: Config) -> str:
         longer = config.sched.epochs
@@ -266,17 +280,22 @@ def _begin(folder: Path, experiment: Experiment, state: TrainState) -> None:
     write_json(folder / ENVIRONMENT, experiment.environment())
 
 
-def _is_longer(experiment: Experiment, saved: dict[str, Any]) -> bool:
-    """Whether a run is an earlier one with more epochs, whose updates so far are the same: it has no schedule."""
-    config = experiment.config
-    return config.sched.sched == 'none' and not config.stages and saved['sched.epochs'] < config.sched.epochs
+def _check_equal(checkpoint: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises UserError for the first of our values that is another one in a checkpoint; older ones do not tell all."""
+    for key, value in ours.items():
+        value = json.loads(json.dumps(value))  # as the checkpoint has it
+        theirs = saved.get(key, value)
+        if theirs != value:
+            raise UserError(
+                f'{checkpoint} was written with {key}={theirs!r}, this run has {key}={value!r}; set it back, or start '
+                'another run with output=… (resume=restart replaces this one)'
+            )
 
 
-def _identity(saved: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
-    """What a checkpoint says of its run, with what checkpoints of older versions do not say."""
-    saved = {**identity(Config()), **saved}
+def _identity(saved: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run's recipe, with what checkpoints of older versions do not say."""
+    saved = {**flatten(Config()), **saved}
     saved.setdefault(IMAGES_PER_UPDATE, saved['data.batch_size'] * saved['grad_accum'] * saved.get('processes', 1))
-    saved.setdefault('training files', experiment.identity['training files'])
     defaults = vars(StageConfig())
     saved['stages'] = [{**defaults, **stage} for stage in saved['stages']]
     return saved

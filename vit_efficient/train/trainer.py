@@ -29,6 +29,7 @@ from vit_efficient.train.hooks import plain
 from vit_efficient.train.interrupts import Interrupted, Interrupts
 from vit_efficient.train.log import (
     SilentLog,
+    describe_coverage,
     describe_epoch,
     describe_result,
     describe_scale,
@@ -66,6 +67,7 @@ class Trainer:
         try:
             self.stop.obey()
             self.log.say(describe_scale(experiment))
+            self.log.say(describe_coverage(experiment))
             if state.progress.updates:
                 self.log.say(describe_start(experiment, state.progress, self.folder.path))
             self._begin_stage()
@@ -221,7 +223,7 @@ class Trainer:
         filename = experiment.feed.train_samples.filename
         names = experiment.team.gather([filename(int(index)) for batch in suspects for index in batch])
         files = ', '.join(name for of_process in names for name in of_process)
-        message = f'{what} at update {progress.updates} (epoch {progress.epoch}), images {files}'
+        message = f'{what} at update {progress.updates + 1} (epoch {progress.epoch + 1}), images {files}'
         if experiment.config.on_nonfinite == 'error':
             raise UserError(f'{message}; the weights are unchanged; on_nonfinite=skip goes on without it')
         progress.nonfinite += 1

@@ -55,6 +55,11 @@ def choose_device(name: str = 'auto', key: str = 'device', local_rank: int = 0) 
     return device
 
 
+def available_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def limit_threads(most: int | None) -> None:
     """Has PyTorch take at most so many threads on the CPU: no more than there are cores, or OMP_NUM_THREADS says.
 
@@ -62,6 +67,5 @@ def limit_threads(most: int | None) -> None:
     """
     if most is None:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or most
     said = os.environ.get('OMP_NUM_THREADS', '').partition(',')[0].strip()  # a number for each level of nesting
-    torch.set_num_threads(min(most, cores, int(said) if said.isdecimal() and int(said) else most))
+    torch.set_num_threads(min(most, available_cores(), int(said) if said.isdecimal() and int(said) else most))

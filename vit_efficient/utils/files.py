@@ -27,15 +27,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; once that is done it takes the name of `path`.
 
     Whenever the process or the machine stops, the old file or the new one is there, whole. Missing folders are made.
+    It has the mode that `open` gives, whatever has written it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        temporary.unlink()
         yield temporary
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
+        temporary.chmod(mode)  # safetensors lets none but the owner read
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name != 'nt':  # Windows has no descriptors of folders, and needs none to make a rename durable

@@ -35,10 +35,13 @@ def one_of(*values: str) -> Range:
     return Range(f'{", ".join(values[:-1])} or {values[-1]}', lambda value: value in values)
 
 
-def key(default: Any = MISSING, help: str = '', within: Range | None = None, resume: bool = False, **options) -> Any:
+def key(
+    default: Any = MISSING, help: str = '', within: Range | None = None, resume: bool | str = False, **options
+) -> Any:
     """A field of a configuration, as `dataclasses.field`.
 
-    One with `resume` may change when a run goes on, because the weights depend on it by no more than rounding.
+    One with `resume` may change when a run goes on, because the weights depend on it by no more than rounding; a text
+    says on what condition.
     """
     if isinstance(default, list | dict):
         options['default_factory'], default = partial(copy, default), MISSING
