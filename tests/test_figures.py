@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 NUMBER = re.compile(r'\d+(?:,\d{3})*(?:\.\d+)?')
 
 
-def rows(path: Path) -> list[list[str]]:
-    lines = re.findall(r'^\|(.*)\|$', path.read_text(encoding='utf-8'), re.MULTILINE)
+def rows(text: str) -> list[list[str]]:
+    lines = re.findall(r'^\|(.*)\|$', text, re.MULTILINE)
     return [[cell.strip() for cell in line.split('|')] for line in lines]
 
 
@@ -27,17 +27,35 @@ def numbers(cell: str) -> list[tuple[float, float]]:
     return [(float(text) * unit, 0.5 * unit / 10**digits) for text, digits in found]
 
 
+def is_in(row: list[str], figures: list[tuple[float, float]]) -> bool:
+    """Whether all figures are numbers of a row, rounded."""
+    found = [number for cell in row for number in numbers(cell)]
+    return all(any(abs(figure - each) <= half + 1e-9 for each, _ in found) for figure, half in figures)
+
+
 @pytest.mark.parametrize('page', ['choosing', 'speed', 'treeformer'])
 def test_figures_are_measured(page):
-    """Each is, rounded, in a row of a table that the page links to, and that has a word of its own row's first cell."""
-    path = ROOT / f'docs/{page}.md'
-    links = set(re.findall(r'\]\(\.\./(recipes/[\w./-]+\.md)', path.read_text(encoding='utf-8')))
-    measured = [(words(row), row) for link in links for row in rows(ROOT / link)]
+    """Those of a row are in one row about the same, of a table that their section links to.
+
+    Where the first cell is a number, such as of patches, or a row sums up several, each figure is in a row of its own.
+    """
     checked = 0
-    for label, *cells in rows(path):
-        about = [each for known, row in measured if known & words([label]) for cell in row for each in numbers(cell)]
-        for cell in cells:
-            for figure, half in numbers(cell) if re.fullmatch(r'[\d.,–± ×s]+', cell) else ():
+    for section in re.split('^## ', (ROOT / f'docs/{page}.md').read_text(encoding='utf-8'), flags=re.MULTILINE):
+        links = re.findall(r'\]\(\.\./(recipes/[\w./-]+\.md)', section)
+        measured = [(words(row), row) for link in links for row in rows((ROOT / link).read_text(encoding='utf-8'))]
+        titles: list[str] = []
+        for label, *cells in rows(section):
+            figures = [numbers(cell) if re.fullmatch(r'[\d.,–± ×s]+', cell) else [] for cell in cells]
+            if not any(figures):
+                titles = titles if set(cells[0]) <= set('-: ') else cells
+                continue
+            by_title = label[0].isdigit()
+            several = by_title or label.count('`') > 2 or any(', ' in cell for cell in cells)
+            each = [(title, figure) for title, found in zip(titles, figures, strict=True) for figure in found]
+            groups = [(title, [figure]) for title, figure in each] if several else [('', [f for _, f in each])]
+            for title, group in groups:
+                about = [row for known, row in measured if known & words([label])]
+                about = [row for row in about if words([title]) & words(row)] if by_title else about
+                assert any(is_in(row, group) for row in about), f'{label}: {group}'
                 checked += 1
-                assert any(abs(figure - found) <= half + fine + 1e-9 for found, fine in about), f'{label}: {cell}'
     assert checked >= 5
