@@ -20,7 +20,9 @@ from tests.data.shards import write_saved, write_shards
 from tests.data.trees import write_tree
 from vit_efficient.attention import registry
 from vit_efficient.compress import base as compressors
+from vit_efficient.data import EvalTransform, read_image, to_array
 from vit_efficient.models import save_model
+from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.train import hooks, load_recipe
 from vit_efficient_cli import main
 
@@ -140,13 +142,33 @@ def convert_has_saved(names: dict, said: str) -> None:
 
 def features_are_maps(names: dict, said: str) -> None:
     assert [tuple(x.shape[2:]) for x in names['maps']] == [(74, 74)] * 3
+    assert all(names[crop].shape == (1, 3, 1036, 1036) for crop in ('middle', 'whole', 'framed'))
     assert 'graphs are of CUDA' in said
+
+
+def start_has_predicted(names: dict, said: str) -> None:
+    """What `vit-efficient evaluate` would, of the class that is most likely first."""
+    saved = SavedModel('runs/mine')
+    x = EvalTransform(saved.preprocessing)(to_array(read_image('photo.jpg'), 3))[None]
+    expected = saved.model(x).softmax(dim=1)[0]
+    torch.testing.assert_close(names['shares'], expected)
+    assert f'c{expected.argmax()}: {expected.max():.1%}\n' in said and said.count('%') == 3
+
+
+def exported_crops_as_evaluation(names: dict, said: str) -> None:
+    about = {name: value for name, value in names['metadata'].items() if name != 'labels'}
+    transform = timm.data.create_transform(is_training=False, **about)
+    with Image.open('photo.jpg') as photo:
+        expected = transform(photo.convert('RGB'))
+    assert abs(names['x'][0] - expected.numpy()).mean() < 0.02
 
 
 AFTERWARDS = {
     'README.md': readme_has_counted_and_added,
     'docs/convert.md': convert_has_saved,
+    'docs/export.md': exported_crops_as_evaluation,
     'docs/features.md': features_are_maps,
+    'docs/start.md': start_has_predicted,
 }
 
 

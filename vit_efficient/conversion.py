@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import timm
+import torch
 from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
 from torch import nn
 
@@ -161,7 +162,12 @@ def vit_converted(
         raise UserError(f"vit_converted: base must name a timm ViT, such as 'vit_base_patch16_224', got {base=}")
 
     def build(**arguments) -> nn.Module:
-        model = model_entrypoint(base)(pretrained=False, **arguments)
+        try:
+            model = model_entrypoint(base)(pretrained=False, **arguments)
+        except TypeError:  # it has no such argument, such as img_size, often because it is no ViT
+            with torch.device('meta'):
+                served_model(model_entrypoint(base)(pretrained=False))
+            raise
         if patch_embed == 'dct':
             convert_patch_embed(model, **options)
         swap_attentions(served_model(model), attention, layers, **(attention_kwargs or {}))

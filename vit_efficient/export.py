@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vit_efficient.attention import GridAttention
 from vit_efficient.models.truncation import has_windows
 from vit_efficient.utils.checks import as_integer, is_integer
+from vit_efficient.utils.compat import as_written
 from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.files import replacing
 from vit_efficient.utils.modes import evaluating
@@ -61,7 +62,7 @@ def export_model(
             graph computes something else.
         MissingPackage: If ONNX's packages are not installed.
     """
-    path = Path(path)
+    path, model = Path(path), as_written(model)
     if path.suffix not in SUFFIXES:
         raise UserError(f'export: the file must end in {" or ".join(SUFFIXES)}, got {path}')
     fixed_batch = as_integer('fixed_batch', fixed_batch, 0, '0 or a number of images')

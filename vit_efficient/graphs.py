@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_efficient.utils.checks import as_integer
-from vit_efficient.utils.compat import map_instances, own_buffers, own_parameters
+from vit_efficient.utils.compat import map_instances, own_buffers, own_parameters, unwrap
 from vit_efficient.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
@@ -216,8 +216,9 @@ def graphed(model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None
         max_sizes: How many sizes are captured; all others the model computes itself.
 
     Raises:
-        UserError: If example or max_sizes is of another kind.
+        UserError: If model, example or max_sizes is of another kind.
     """
+    next(unwrap(model))  # raises unless it is a model
     inputs = (example,) if isinstance(example, Tensor) else example
     if inputs is not None and not (isinstance(inputs, tuple) and all(isinstance(x, Tensor) for x in inputs)):
         raise UserError(f'example must be a tensor or a tuple of tensors, got {type(example).__name__}')

@@ -121,7 +121,7 @@ def test_models_are_built_for_an_image_size_where_they_have_one(name):
         ('convert:vit_tiny_patch16_224:dct,layers=11-6', 'layers must be blocks, such as 6-11, .* got layers=11-6'),
         ('convert:vit_tiny_patch16_224:dct,layers=6-12', 'the model has blocks 0 … 11, got 12'),
         ('convert:swin_tiny_patch4_window7_224:dct', 'cannot convert a SwinTransformer'),
-        ('convert:resnet18:dct', 'timm cannot build convert:resnet18:dct'),
+        ('convert:resnet18:dct', '^cannot convert a ResNet: it is not a vision transformer'),
         ('vit_tiny_patch16_224:patch_size=7', 'img_size=32 is not a multiple of the patch size 7; use 28 or 35$'),
         ('vit_tiny_patch16_224:deth=3', "timm cannot build vit_tiny_patch16_224: .*'deth'"),
         ('resnet18:patch_embed=dct', "timm cannot build resnet18: .*'patch_embed'"),

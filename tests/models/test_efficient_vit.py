@@ -222,6 +222,13 @@ class TestImageSizes:
         with pytest.raises(ValueError, match='60 is not a multiple of the patch size 8'):
             build().set_input_size(size)
 
+    @pytest.mark.parametrize('base', ['vit_full_tiny', 'vit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224'])
+    def test_another_size_names_the_way_out(self, base):
+        model = vit_efficient.convert(timm.create_model(base, **SMALL), 'dct')
+        for run in (model, model.forward_intermediates):
+            with pytest.raises(vit_efficient.utils.errors.UserError, match='width .* 72 .* 64; .* dynamic_img_size'):
+                run(torch.randn(1, 3, 64, 72))
+
 
 class TestFeatures:
     x = torch.randn(2, 3, 56, 104)

@@ -29,7 +29,7 @@ from vit_efficient.attention.functional import attend, bias_as_channel
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import as_integer
-from vit_efficient.utils.compat import attend_with_lse, has_flash_attention
+from vit_efficient.utils.compat import attend_with_lse, has_flash_attention, unwrap
 from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
@@ -101,6 +101,7 @@ def redraw_features(model: nn.Module, generator: torch.Generator | None = None) 
     Raises:
         UserError: If there is none.
     """
+    *_, model = unwrap(model)
     attentions = [module for module in model.modules() if isinstance(module, PerformerAttention)]
     if not attentions:
         raise UserError(f"{type(model).__name__} has no attention 'performer' whose features could be redrawn")

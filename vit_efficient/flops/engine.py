@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vit_efficient.flops.formulas import FORMULAS, FVCORE_IS_RIGHT, PRODUCTS, is_listed, register_flops, short_name
 from vit_efficient.flops.roles import ROLES, role_of
 from vit_efficient.utils.checks import as_integer, check_choice, is_integer
-from vit_efficient.utils.compat import OperatorMode
+from vit_efficient.utils.compat import OperatorMode, as_written
 from vit_efficient.utils.device import as_hosts
 from vit_efficient.utils.errors import UserError
 
@@ -87,8 +87,7 @@ def count_flops(
         UserError: If an argument is out of range, the model refuses the input, or an operator that multiplies
             matrices has no formula (`register_flops` gives it one).
     """
-    model = getattr(model, '_orig_mod', model)  # a compiled model runs the same operators as the module it wraps
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = as_written(model)
     if images is not None:
         if not isinstance(images, Tensor) or images.ndim != 4:
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from vit_efficient.utils.compat import unwrap
+
 
 def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
     """Compiles each block of a model, in place, and returns it; without `blocks`, the model as a whole.
@@ -13,10 +15,14 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
     the state dict stay as they are, and copies of the model are not compiled.
 
     Args:
-        model: Of timm, or ours.
+        model: Of timm, or ours, wrapped or not.
         **options: As of `torch.compile`.
+
+    Raises:
+        UserError: If it is not an nn.Module.
     """
-    blocks = getattr(model, 'blocks', None)
+    *_, inner = unwrap(model)
+    blocks = getattr(inner, 'blocks', None)
     for part in blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) and len(blocks) else [model]:
         part.compile(**options)
     return model

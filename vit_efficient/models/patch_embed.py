@@ -23,7 +23,7 @@ from vit_efficient import dct
 from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import plain_sizes
 from vit_efficient.models.patch_kernels import YCBCR, kernel_to_weight, split_channels, truncated, weight_to_kernel
-from vit_efficient.utils.checks import check_choice, check_flag, is_integer, is_pair
+from vit_efficient.utils.checks import check_choice, check_flag, is_integer, is_pair, multiples_around
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import keeping_modes
 
@@ -54,7 +54,7 @@ def _truncation(keep: Keep, patch_size: tuple[int, int], in_chans: int) -> list[
 # A leaf for FX, where sizes are not yet numbers.
 @torch.fx.wrap
 @register_notrace_function
-def _check_input(height, width, unit: tuple, built_for: tuple, padded: bool, kind: str) -> None:
+def check_input(height, width, unit: tuple, built_for: tuple, padded: bool, kind: str) -> None:
     """Raises UserError if images of pixels or coefficients are not of the size built for, or not of whole patches."""
     for side, size, step, wanted in zip(('height', 'width'), (height, width), unit, built_for, strict=True):
         if type(size) is not int:
@@ -65,7 +65,11 @@ def _check_input(height, width, unit: tuple, built_for: tuple, padded: bool, kin
                 'dynamic_img_size=True'
             )
         if size < 1 or (size % step and not padded):
-            raise UserError(f'the {side} of the input is {size} {kind}, which is not a multiple of {step} for a patch')
+            way_out = ', or dynamic_img_pad=True to pad' if kind == 'pixels' else ''
+            raise UserError(
+                f'the {side} of the input is {size} {kind}, which is not a multiple of {step} for a patch; '
+                f'use {multiples_around(size, step)}{way_out}'
+            )
 
 
 class PatchDct(nn.Module):
@@ -293,7 +297,7 @@ class DctPatchEmbed(PatchEmbed):
         unit = self.patch_size if self.input == 'pixels' else self.keep
         strict = self.strict_img_size and self.img_size is not None
         built_for = self.input_size(*self.img_size) if strict else (None, None)
-        _check_input(height, width, unit, built_for, self.dynamic_img_pad, self.input)
+        check_input(height, width, unit, built_for, self.dynamic_img_pad, self.input)
         if self.dynamic_img_pad:
             x = F.pad(x, (0, -width % unit[1], 0, -height % unit[0]))
         y = self.dct(x, self.patch_size, self.keep) if self.input == 'pixels' else _in_patches(x, self.keep)

@@ -15,7 +15,7 @@ from torch import nn
 
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed
 from vit_efficient.models.vit import GridForward
-from vit_efficient.utils.compat import model_args, save_model_config
+from vit_efficient.utils.compat import model_args, save_model_config, unwrap
 from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.files import replacing
 
@@ -24,13 +24,25 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     """The arguments with which its entry point builds this model as it stands.
 
     Args:
-        model: A registered or converted model; of other timm models, what timm recorded.
+        model: A registered or converted model, wrapped or not; of other timm models, what timm recorded.
 
     Raises:
-        UserError: If an attention in it is not a registered one, or it is timm's with a patch embedding of ours.
+        UserError: If an attention in it is not a registered one, it is timm's with a patch embedding of ours, or what
+            `features_only=True` has left of a model that is not ours.
     """
-    arguments, embedding = model_args(model), getattr(model, 'patch_embed', None)
+    parts = [*unwrap(model)]
+    arguments = {name: value for part in parts for name, value in model_args(part).items()}
+    features_only = arguments.pop('features_only', False)
+    for name in ('out_indices', 'feature_cls'):
+        arguments.pop(name, None)
+    model = parts[-1]
+    embedding = getattr(model, 'patch_embed', None)
     in_coefficients = isinstance(embedding, DctPatchEmbed)
+    if features_only and not isinstance(model, GridForward):
+        raise UserError(
+            'features_only=True leaves out parts of a timm model, and what is left could not be built again; save the '
+            "model built without it, and load that with features_only=True, or convert() it first, if only to 'full'"
+        )
     if not isinstance(model, GridForward):
         if in_coefficients:
             kind = type(model).__name__
@@ -74,7 +86,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequenc
     Both files are written before the first one takes its place: what can fail leaves the earlier model as it was.
 
     Args:
-        model: Built by `timm.create_model`, converted or not; compiled ones are saved as what they wrap.
+        model: Built by `timm.create_model`, converted or not; what is wrapped is saved as what the wrapper holds.
         folder: Made where it does not exist.
         label_names: Names of the classes, in order; they go into the config.
 
@@ -83,15 +95,15 @@ def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequenc
     """
     import safetensors.torch  # not needed to use a model
 
-    model = getattr(model, '_orig_mod', model)
-    if not getattr(model, 'pretrained_cfg', {}).get('architecture'):
-        raise UserError(f'{type(model).__name__} has no pretrained_cfg; build it with timm.create_model to save it')
+    *_, inner = unwrap(model)
+    if not getattr(inner, 'pretrained_cfg', {}).get('architecture'):
+        raise UserError(f'{type(inner).__name__} has no pretrained_cfg; build it with timm.create_model to save it')
     arguments = model_arguments(model)
     folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in inner.state_dict().items()}
     labels = {} if label_names is None else {'label_names': list(label_names)}
     with replacing(folder / 'config.json') as config_path, replacing(folder / 'model.safetensors') as weights_path:
-        save_model_config(model, config_path, arguments, **labels)
+        save_model_config(inner, config_path, arguments, **labels)
         safetensors.torch.save_file(tensors, weights_path)
 
 

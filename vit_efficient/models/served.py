@@ -10,7 +10,7 @@ from torch import nn
 
 from vit_efficient.models import blocks
 from vit_efficient.models.vit import EfficientVisionTransformer, EfficientVisionTransformerDistilled
-from vit_efficient.utils.compat import held_model
+from vit_efficient.utils.compat import DATA_PARALLEL, held_model
 from vit_efficient.utils.errors import UserError
 
 # A class of timm's, and ours that adds the grid to its forward pass and nothing to its state.
@@ -54,7 +54,7 @@ def _why_not(model: nn.Module) -> str:
         return 'it is not an nn.Module; create the model first, by timm.create_model'
     if isinstance(model, (torch.fx.GraphModule, torch.jit.ScriptModule)):
         return _TRACED
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+    if isinstance(model, DATA_PARALLEL):
         return 'it would not know the parameters that an attention adds; convert the model before it is wrapped'
     if _is_sharded(model):
         return 'its parameters are sharded; convert the model before it is sharded'

@@ -16,6 +16,7 @@ from vit_efficient.compress.budget import kept_grid
 from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import PatchGrid
 from vit_efficient.models.patch_embed import DctPatchEmbed
+from vit_efficient.utils.compat import DATA_PARALLEL, unwrap
 from vit_efficient.utils.errors import UserError
 
 # By the name of each part that learns a truncation: coefficients kept of each channel, or of the patch grid.
@@ -106,7 +107,7 @@ def freeze_truncation(model: nn.Module, sizes: Sizes | None = None) -> Sizes:
     (`set_input_size`).
 
     Args:
-        model: A registered or converted model.
+        model: A registered or converted model, wrapped or not.
         sizes: What an earlier call returned, instead of what this model has learned. Parts that it does not name are
             frozen to what they have learned.
 
@@ -117,6 +118,9 @@ def freeze_truncation(model: nn.Module, sizes: Sizes | None = None) -> Sizes:
         UserError: If no part of the model has a learned truncation, what was learned is not a number, or `sizes` names
             what is no such part or does not fit it. The model is then as it was.
     """
+    *wrappers, model = unwrap(model)
+    if any(isinstance(wrapper, DATA_PARALLEL) for wrapper in wrappers):
+        raise UserError('data parallelism would not know the new weights; freeze the model, then wrap it')
     if not has_windows(model):
         raise UserError('the model learns no truncation that could be frozen')
     parts = [*['patch_embed'] * _learns(model.patch_embed), *_layers(model)]

@@ -20,9 +20,9 @@ from vit_efficient.attention import layer_options, swap_attention
 from vit_efficient.grid import PatchGrid, plain_sizes
 from vit_efficient.models import blocks
 from vit_efficient.models.patch_convolution import use_products
-from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
+from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, check_input, patch_embed_layer
 from vit_efficient.utils.checks import as_sides, multiples_around, plain_integers
-from vit_efficient.utils.compat import feature_indices
+from vit_efficient.utils.compat import feature_indices, unwrap
 from vit_efficient.utils.errors import UserError
 
 
@@ -52,6 +52,8 @@ class GridForward:
         height, width = plain_sizes((x.shape[-2], x.shape[-1]))
         if isinstance(self.patch_embed, DctPatchEmbed):
             height, width = self.patch_embed.pixel_size(height, width)
+        elif getattr(self.patch_embed, 'strict_img_size', False):  # before timm's assertion, which names no way out
+            check_input(height, width, self.patch_embed.patch_size, self.patch_embed.img_size, True, 'pixels')
         if self.dynamic_img_size and not self.patch_embed.dynamic_img_pad:
             check_image_size(height, width, self.patch_embed.patch_size)
         grid = PatchGrid(*self.patch_embed.dynamic_feat_size((height, width)), prefix=self.num_prefix_tokens)
@@ -205,12 +207,13 @@ def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     """The number of keys each block's queries attend to, prefix tokens included.
 
     Args:
-        model: A registered or converted model.
+        model: A registered or converted model, wrapped or not.
         img_size: In pixels; that of the model by default.
 
     Raises:
         UserError: If the model is not one of ours, or the patches do not divide the image.
     """
+    *_, model = unwrap(model)
     if not isinstance(model, GridForward):
         raise UserError(f'{type(model).__name__} is not a model of vit_efficient; convert() makes it one')
     size = model.patch_embed.img_size if img_size is None else _pixels('img_size', img_size)

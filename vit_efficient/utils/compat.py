@@ -17,8 +17,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from vit_efficient.utils.errors import UserError
+
 #: The mode under which every operator passes one method, `__torch_dispatch__`.
 OperatorMode = TorchDispatchMode
+
+#: Wrappers of a model, as `module`, that share out its batches.
+DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def model_args(model: nn.Module) -> dict[str, Any]:
@@ -67,6 +72,25 @@ def held_model(wrapper: nn.Module) -> nn.Module | None:
     places = {FeatureGetterNet: 'model', FeatureHookNet: 'body', torch._dynamo.OptimizedModule: '_orig_mod'}
     place = places.get(type(wrapper))
     return None if place is None else getattr(wrapper, place)
+
+
+def unwrap(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and what it holds, as in `held_model` or as data parallelism does; the last one is no wrapper.
+
+    Raises:
+        UserError: If it is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f'model must be an nn.Module, such as timm.create_model returns, got {type(model).__name__}')
+    while model is not None:
+        yield model
+        model = model.module if isinstance(model, DATA_PARALLEL) else held_model(model)
+
+
+def as_written(model: nn.Module) -> nn.Module:
+    """The model without what compiles it, or shares out its batches: it computes the same. Raises as `unwrap`."""
+    wrappers = (torch._dynamo.OptimizedModule, *DATA_PARALLEL)
+    return next(part for part in unwrap(model) if not isinstance(part, wrappers))
 
 
 def without_recompile_limit() -> AbstractContextManager:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vit_efficient.attention.treeformer.tc import TreeAttention
 from vit_efficient.grid import PatchGrid
+from vit_efficient.utils.compat import unwrap
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import evaluating
 
@@ -43,8 +44,8 @@ def find_leaves(model: nn.Module, images: Tensor) -> dict[int, Leaves]:
     """The leaves that patches fall into, of each layer that has trees.
 
     Args:
-        model: A registered or converted ViT, which is run in evaluation mode; each of its modules is left in
-            the mode it was in.
+        model: A registered or converted ViT, wrapped or not, which is run in evaluation mode; each of its modules is
+            left in the mode it was in.
         images: (B, C, H, W), preprocessed, on the model's device.
 
     Returns:
@@ -53,6 +54,7 @@ def find_leaves(model: nn.Module, images: Tensor) -> dict[int, Leaves]:
     Raises:
         UserError: If no layer of the model has trees.
     """
+    *_, model = unwrap(model)
     if not has_trees(model):
         raise UserError(
             'no layer of the model has trees; they belong to the attentions treeformer_tc and treeformer_tf'
