@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 from functools import partial
@@ -34,3 +35,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker('cuda') and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason='needs a GPU'))
+
+
+def pytest_collection_finish():
+    # What is imported stays: a collection of garbage, of which runs in stages ask for several, need not look at it.
+    gc.freeze()

@@ -44,6 +44,14 @@ def staged_recipe(data, output, stages=STAGES, **options):
     return config
 
 
+@pytest.fixture(scope='module')
+def whole(data, tmp_path_factory):
+    """The run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp('run') / 'whole'
+    train(staged_recipe(data, folder))
+    return folder
+
+
 def attentions(model):
     return [block.attn.mechanism for block in model.blocks]
 
@@ -110,8 +118,7 @@ def test_trees_are_handed_over(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('stop', range(1, 24, 4))
-def test_going_on_inside_a_stage_gives_the_same_weights(data, tmp_path, monkeypatch, stop):
-    train(staged_recipe(data, tmp_path / 'whole'))
+def test_going_on_inside_a_stage_gives_the_same_weights(data, whole, tmp_path, monkeypatch, stop):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
         iterate, done = trainer.iterate, iter(range(24))
         patch.setattr(trainer, 'iterate', lambda *args: (fail() if next(done) == stop else b for b in iterate(*args)))
@@ -119,15 +126,14 @@ def test_going_on_inside_a_stage_gives_the_same_weights(data, tmp_path, monkeypa
     assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['updates'] == stop
     torch.rand(3)
     train(staged_recipe(data, tmp_path / 'parts', checkpoint_steps=1, resume='auto'))
-    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+    assert_same_run(whole, tmp_path / 'parts')
 
 
 @pytest.mark.parametrize(
     'owner, moment', [(Trainer, 'evaluate'), (TrainState, 'enter_stage'), (LeafOccupancy, 'begin_stage')]
 )
 @pytest.mark.parametrize('how', ['power', signal.SIGTERM])
-def test_going_on_between_stages_gives_the_same_weights(data, tmp_path, monkeypatch, owner, moment, how):
-    train(staged_recipe(data, tmp_path / 'whole'))
+def test_going_on_between_stages_gives_the_same_weights(data, whole, tmp_path, monkeypatch, owner, moment, how):
     with monkeypatch.context() as patch, pytest.raises((Interrupted, RuntimeError)):
         unpatched = getattr(owner, moment)
 
@@ -141,7 +147,7 @@ def test_going_on_between_stages_gives_the_same_weights(data, tmp_path, monkeypa
         train(staged_recipe(data, tmp_path / 'parts'))
     assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['updates'] == 12
     train(staged_recipe(data, tmp_path / 'parts', resume='auto'))
-    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+    assert_same_run(whole, tmp_path / 'parts')
 
 
 def test_a_first_stage_may_convert(data, tmp_path):

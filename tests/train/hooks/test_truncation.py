@@ -73,6 +73,14 @@ def freezing_recipe(data, output, **options):
     return config
 
 
+@pytest.fixture(scope='module')
+def whole(data, tmp_path_factory):
+    """The run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp('run') / 'whole'
+    train(freezing_recipe(data, folder))
+    return folder
+
+
 def test_a_stage_freezes_and_trains_on(data, tmp_path, caplog):
     result = train(freezing_recipe(data, tmp_path / 'run'))
     said = caplog.text
@@ -127,8 +135,7 @@ def test_sizes_are_learned_at_the_size_of_the_model(data, tmp_path):
         train(config)
 
 
-def test_a_checkpoint_from_before_a_key_of_stages_goes_on(data, tmp_path, monkeypatch):
-    train(freezing_recipe(data, tmp_path / 'whole'))
+def test_a_checkpoint_from_before_a_key_of_stages_goes_on(data, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, 'finish', lambda *args: {})
         train(freezing_recipe(data, tmp_path / 'again'))
@@ -138,13 +145,12 @@ def test_a_checkpoint_from_before_a_key_of_stages_goes_on(data, tmp_path, monkey
         del stage['warmup_epochs']
     torch.save(state, path)
     train(freezing_recipe(data, tmp_path / 'again', resume='auto'))
-    assert_same_run(tmp_path / 'whole', tmp_path / 'again')
+    assert_same_run(whole, tmp_path / 'again')
 
 
-def test_a_checkpoint_of_a_run_that_freezes_is_no_model_to_start_from(data, tmp_path):
-    train(freezing_recipe(data, tmp_path / 'run'))
+def test_a_checkpoint_of_a_run_that_freezes_is_no_model_to_start_from(data, whole, tmp_path):
     config = learning_recipe(data, tmp_path / 'other')
-    config.model.init_from = str(tmp_path / 'run' / 'checkpoint.pt')
+    config.model.init_from = str(whole / 'checkpoint.pt')
     with pytest.raises(ValueError, match='belongs to a run whose stages change the model'):
         train(config)
 
@@ -163,8 +169,7 @@ def test_sizes_learn_at_the_full_rate(data):
 
 
 @pytest.mark.parametrize('moment', ['learning', 'freezing', 'measured', 'trained on'])
-def test_going_on_around_a_freeze_gives_the_same_weights(data, tmp_path, monkeypatch, moment):
-    train(freezing_recipe(data, tmp_path / 'whole'))
+def test_going_on_around_a_freeze_gives_the_same_weights(data, whole, tmp_path, monkeypatch, moment):
     owner, method, call = {
         'learning': (Trainer, 'update', 9),
         'freezing': (LearnedTruncation, 'begin_stage', 2),
@@ -184,7 +189,7 @@ def test_going_on_around_a_freeze_gives_the_same_weights(data, tmp_path, monkeyp
         with pytest.raises(Interrupted):
             train(freezing_recipe(data, tmp_path / 'again'))
     train(freezing_recipe(data, tmp_path / 'again', resume='auto'))
-    assert_same_run(tmp_path / 'whole', tmp_path / 'again')
+    assert_same_run(whole, tmp_path / 'again')
 
 
 def test_stages_that_cannot_freeze(data, tmp_path):
