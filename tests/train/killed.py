@@ -6,6 +6,7 @@ The recipe's run has a process of its own, forked where everything is imported a
 checkpoints are written slowly, so that about half of the moments lie within one.
 """
 
+import gc
 import json
 import os
 import random
@@ -74,6 +75,7 @@ def killed(config, moment):
 
 def main(recipe, kills):
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not garbage, in no process forked from here
     draw = random.Random(0)
     config = load_recipe(recipe)
     folder = Path(config.output)
