@@ -8,6 +8,7 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from vit_efficient.attention import registry
 from vit_efficient.compress import base as compressors
 from vit_efficient.data import EvalTransform, read_image, to_array
 from vit_efficient.models import save_model
+from vit_efficient.report import accuracy
 from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.train import hooks, load_recipe
 from vit_efficient_cli import main
@@ -174,9 +176,10 @@ AFTERWARDS = {
 
 @pytest.mark.filterwarnings('ignore:Overwriting vit_:UserWarning')
 @pytest.mark.parametrize('page', [page for page in PAGES if blocks(page, 'sh')])
+@pytest.mark.usefixtures('short_clocks')
 def test_commands(page, here, capsys, monkeypatch):
     """All commands of a page in order; one that is of no known kind fails."""
-    monkeypatch.setattr('vit_efficient.benchmark.timing.matmul_rate', lambda *args, **kwargs: 1e9)  # takes seconds
+    monkeypatch.setattr(accuracy, 'take_turns', partial(accuracy.take_turns, seconds=0.01))
     first = (blocks(page, 'python') or [''])[0]
     Path('my_package.py').write_text(first)  # where a page calls what it shows a package
     for words in commands(page):

@@ -65,6 +65,9 @@ def export_model(
     path, model = Path(path), as_written(model)
     if path.suffix not in SUFFIXES:
         raise UserError(f'export: the file must end in {" or ".join(SUFFIXES)}, got {path}')
+    if path.suffix == '.onnx':
+        for module in ('onnx', 'onnxscript', 'onnxruntime'):  # PyTorch's exporter needs the first two
+            import_optional(module, 'export to ONNX needs', 'onnx')
     fixed_batch = as_integer('fixed_batch', fixed_batch, 0, '0 or a number of images')
     sides = input_size if isinstance(input_size, (tuple, list)) else ()
     if len(sides) != 3 or not all(is_integer(side, 1) for side in sides):
@@ -149,8 +152,8 @@ def _write_program(program: torch.export.ExportedProgram, path: Path, metadata: 
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str]):
-    import_optional('onnxscript', 'export to ONNX needs', 'onnx')  # PyTorch's exporter does
-    onnxruntime = import_optional('onnxruntime', 'export to ONNX needs', 'onnx')
+    import onnxruntime
+
     gib = sum(tensor.nbytes for tensor in program.state_dict.values()) / 2**30
     if gib >= 2:
         raise UserError(f'export: the weights are {gib:.1f} GiB, one ONNX file holds less than 2; export to .pt2')

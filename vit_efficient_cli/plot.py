@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    args.runs = list(dict.fromkeys(map(Path, args.runs)))
     for path in args.runs:
         check_exists(path, 'run')
     from vit_efficient.report.curves import plot_curves

@@ -8,14 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from tests.data.trees import write_tree
-from tests.train.recipes import tiny_recipe
-from vit_efficient.train import Evaluation, train
+from tests.train.recipes import TINY, tiny_recipe
+from vit_efficient.models import save_model
+from vit_efficient.train import Evaluation, load_recipe, train
 from vit_efficient.train.build import create_model
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.recipe import to_yaml
+from vit_efficient.train.trainer import Trainer
 from vit_efficient_cli import main
 
 
@@ -153,6 +156,22 @@ def test_evaluate_names_what_does_not_fit(trained, data, tmp_path, capsys):
     other = write_tree(tmp_path / 'other', classes=2) / 'val'
     assert "missing ['c2']" in error_of(capsys, 'evaluate', trained, '--data', other)
     assert '--batch-size' in error_of(capsys, 'evaluate', trained, '--data', data / 'val', '--batch-size', 0)
+
+
+def test_of_a_run_that_is_not_done_the_best_model_is_named(recipe, tmp_path, capsys):
+    config = load_recipe(recipe, ['checkpoint_best=true'])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, 'finish', lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        train(config)
+    run = tmp_path / 'run'
+    for command in (['evaluate', run, '--data', tmp_path], ['export', run, '--out', tmp_path / 'vit.onnx']):
+        assert f'saved no model; go on with it, or take the best model so far, {run}/best' in error_of(capsys, *command)
+
+
+def test_that_classes_without_names_are_taken_in_order_is_said(data, tmp_path, caplog):
+    save_model(timm.create_model('vit_dct_tiny', **TINY, num_classes=5), tmp_path)
+    assert main(['evaluate', str(tmp_path), '--data', f'{data}/val', '--device', 'cpu']) == 0
+    assert 'does not name its 5 classes: the first 3 are taken for those of the data, c0 … c2' in caplog.text
 
 
 def test_evaluate_refuses_the_weights_of_another_model(trained, data, tmp_path, capsys):

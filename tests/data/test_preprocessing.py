@@ -34,6 +34,15 @@ OF_COEFFICIENTS, EMBED = 'vit_full_tiny', {'patch_embed': 'dct', 'patch_keep': 8
 STILL = {'crop_scale': None, 'color_jitter': 0.0, 'rand_ops': 0, 'erasing': 0.0}
 
 
+def test_that_edges_are_not_seen_is_said_once(caplog):
+    model = timm.create_model(NAME, **{**ARGS, 'img_size': (70, 65)})
+    Preprocessing.of(model), Preprocessing.of(model)
+    assert caplog.text.count('6 rows at the lower edge and 1 columns at the right are not seen') == 1
+    Preprocessing.of(timm.create_model(NAME, **ARGS))
+    Preprocessing.of(timm.create_model(NAME, **ARGS, dynamic_img_size=True), DataConfig(img_size=[70, 67]))
+    assert '67' not in caplog.text
+
+
 def test_what_is_scaled_is_enough_for_every_size():
     pytest.importorskip('simplejpeg')
     model = of_pixels()

@@ -124,6 +124,7 @@ def test_models_are_built_for_an_image_size_where_they_have_one(name):
         ('convert:resnet18:dct', '^cannot convert a ResNet: it is not a vision transformer'),
         ('vit_tiny_patch16_224:patch_size=7', 'img_size=32 is not a multiple of the patch size 7; use 28 or 35$'),
         ('vit_tiny_patch16_224:deth=3', "timm cannot build vit_tiny_patch16_224: .*'deth'"),
+        ('local-dir:runs/mine/model', 'one that is saved is counted in Python'),
         ('resnet18:patch_embed=dct', "timm cannot build resnet18: .*'patch_embed'"),
         ('vit_dct_tiny:global_pool=some', 'timm cannot build vit_dct_tiny'),
     ],
@@ -131,6 +132,15 @@ def test_models_are_built_for_an_image_size_where_they_have_one(name):
 def test_what_is_wrong_is_named(spec, message):
     with pytest.raises(UserError, match=message):
         create(spec, 32)
+
+
+def test_without_a_network_the_way_around_is_named(monkeypatch):
+    def offline(*_, **__):
+        raise OSError('cannot be reached\nat all')
+
+    monkeypatch.setattr(timm, 'create_model', offline)
+    with pytest.raises(UserError, match=r'vit_tiny_patch16_224 cannot be had: .*reached.*model.init_from=…'):
+        create('vit_tiny_patch16_224:pretrained=true', 32)
 
 
 def test_a_bug_in_an_attention_is_no_wrong_option(monkeypatch):

@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,6 +26,13 @@ data: {{train: {data}/train, val: {data}/val, batch_size: 8, workers: 0}}
 sched: {{epochs: 1, warmup_epochs: 0}}
 threads: {threads}
 """
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _short_turns():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_accuracy, 'take_turns', partial(table_accuracy.take_turns, seconds=0.01))
+        yield
 
 
 @pytest.fixture(scope='module')

@@ -54,6 +54,7 @@ def test_runs_too_short_for_lines_of_updates_have_a_training_loss(tmp_path, monk
     (tmp_path / 'short').mkdir()
     (tmp_path / 'short/metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     assert points_of(lines, 'train/loss', 'epoch') == [(1, 2), (2, 1)]
+    assert points_of([{'kind': 'train', 'step': 5, 'loss': 9}, *lines], 'train/loss', 'epoch') == [(1, 2), (2, 1)]
     assert plot_curves([tmp_path / 'short'], tmp_path / 'c.png')[0] == ['train/loss']
     assert plot_curves([tmp_path / 'short', write_run(tmp_path / 'long')], tmp_path / 'c.png')[0][0] == 'train/loss'
     assert [len(axes.lines) for axes in figures[1].axes] == [2, 1, 1]

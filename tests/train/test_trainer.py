@@ -294,6 +294,7 @@ def test_bad_input_is_named_before_anything_is_written(data, tmp_path):
         ('data.val', str(empty), 'empty: the data folder is empty'),
         ('data.val', f'{two}/val', r"differ from those of the training set \(3\): missing \['c2'\]"),
         ('data.batch_size', 26, r'an update takes 26 images .* the training set has 24'),
+        ('model.name', 'local-dir:mine', 'model.init_from=mine'),
         ('model.name', 'vit_nothing', "timm knows no model 'vit_nothing'"),
         ('model.args', {**TINY, 'attention_kwargs': {'keep_ratio': 1.5}}, 'keep_ratio'),
         ('model.args', {**TINY, 'depht': 2}, 'depht'),

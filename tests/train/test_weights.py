@@ -239,3 +239,21 @@ def test_a_converted_model_is_saved_as_any(data, tmp_path):
     config.model.attention = ''
     with pytest.raises(ValueError, match=r'model.attention_kwargs or model.layers are set, and no model.attention'):
         train(config)
+
+
+@pytest.mark.parametrize('name', ['vit_dct_tiny', PLAIN])
+def test_a_model_is_saved_with_the_head_that_it_has(tmp_path, name):
+    model = timm.create_model(name, **TINY, num_classes=5)
+    model.reset_classifier(3, 'avg')
+    save_model(model, tmp_path)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert again.num_classes == 3 and torch.equal(again.head.weight, model.head.weight)
+    assert again.global_pool == 'avg'
+
+
+def test_a_plain_model_learns_other_classes_than_its_weights_have(data, tmp_path):
+    _, source = saved(tmp_path / 'source', 'ours')
+    config = tiny_recipe(data, tmp_path / 'run')
+    config.model = ModelConfig(PLAIN, dict(TINY), str(source))
+    train(config)
+    assert load_model(tmp_path / 'run').num_classes == 3

@@ -1,6 +1,7 @@
 """What a model takes, and how the files of a data set become that: reader and transform, by `data.decode`."""
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.layers import PatchEmbed
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import Normalize
@@ -24,6 +26,8 @@ from vit_efficient.models.inputs import image_size, input_size, takes_coefficien
 from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.packages import MissingPackage
+
+logger = logging.getLogger(__name__)
 
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'lanczos')
 _CROP_MODES = ('center', 'squash', 'border')
@@ -69,6 +73,9 @@ class Preprocessing:
         crop = {name: getattr(config, name) or base[name] for name in ('interpolation', 'crop_pct', 'crop_mode')}
         check_choice('data.interpolation', crop['interpolation'], _INTERPOLATIONS)
         check_choice('data.crop_mode', crop['crop_mode'], _CROP_MODES)
+        embedding = getattr(model, 'patch_embed', None)
+        if isinstance(embedding, PatchEmbed) and embedding.strict_img_size:  # others refuse such images, or pad them
+            _say_unseen(size, embedding.patch_size)
         return cls((in_chans, *size), **statistics, **crop)
 
     def scheduled(self, schedule: Sequence[SizeConfig]) -> dict[int, 'Preprocessing']:
@@ -79,6 +86,18 @@ class Preprocessing:
     def as_dict(self) -> dict[str, Any]:
         """The entries of timm's `pretrained_cfg`."""
         return dict(vars(self))
+
+
+@cache
+def _say_unseen(size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Logs, once for each case, that timm's models leave out what is less than a patch at two edges of an image."""
+    below, right = (side % patch for side, patch in zip(size, patch_size, strict=True))
+    if below or right:
+        logger.warning(
+            'images of %d × %d pixels are no whole patches of %d × %d: %d rows at the lower edge and %d columns at the '
+            'right are not seen',
+            *(*size, *patch_size, below, right),
+        )
 
 
 @cache

@@ -153,6 +153,13 @@ def _create(name: str, entry: str, arguments: dict[str, Any]) -> nn.Module:
         return timm.create_model(entry, **arguments)
     except UserError:
         raise
+    except OSError as error:
+        if not arguments.get('pretrained'):
+            raise
+        raise UserError(
+            f'the pretrained weights of {name} cannot be had: {one_line(error)}. Without a network, give weights that '
+            'are here: model.init_from=… in a recipe, pretrained_cfg_overlay=dict(file=…) in Python'
+        ) from error
     # timm's models check their arguments in many ways, or not at all.
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if is_bug_of_plugin(error):

@@ -19,6 +19,8 @@ from vit_efficient.utils.compat import model_args, save_model_config, unwrap
 from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.files import replacing
 
+_OF_HEAD = {'num_classes', 'global_pool'}  # what `reset_classifier` changes
+
 
 def model_arguments(model: nn.Module) -> dict[str, Any]:
     """The arguments with which its entry point builds this model as it stands.
@@ -47,7 +49,8 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
         if in_coefficients:
             kind = type(model).__name__
             raise UserError(f'{kind} has a DctPatchEmbed, unknown to timm; convert_patch_embed() makes it one to save')
-        return arguments
+        # Its head may have been replaced since.
+        return arguments | {key: getattr(model, key, arguments[key]) for key in _OF_HEAD & arguments.keys()}
     spec = model.attention_spec()
     for i, (name, _) in enumerate(spec):
         if not name:
@@ -108,11 +111,20 @@ def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequenc
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder itself or, of a run's folder, the model folder in it."""
+    """The folder itself or, of a run's folder, the model folder in it.
+
+    Raises:
+        UserError: If there is no such folder, or it is that of a run that is not done.
+    """
     if not folder.is_dir():
         raise UserError(f'{folder}: no such model folder')
-    in_run = folder / 'model'
-    return in_run if (in_run / 'config.json').exists() and not (folder / 'config.json').exists() else folder
+    if (folder / 'config.json').exists():
+        return folder
+    in_run, best = folder / 'model', folder / 'best'
+    if not (in_run / 'config.json').exists() and (folder / 'recipe.yaml').exists():
+        instead = f', or take the best model so far, {best}' if (best / 'config.json').exists() else ''
+        raise UserError(f'{folder}: the run has not come to its end, and saved no model; go on with it{instead}')
+    return in_run if (in_run / 'config.json').exists() else folder
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from vit_efficient.train.recipe import default_output
 from vit_efficient.utils.device import choose_device, limit_threads
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_text
+from vit_efficient.utils.packages import import_optional
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def accuracy_table(
     out = out or runs
     entries = open_runs(recipes, overrides, seeds or (), runs)
     remarks = check_runs(entries)
+    import_optional('matplotlib', 'the plot beside the table is drawn with', 'train')  # hours before it is
     train_missing(entries)
     names = [parts.model_title(entry.results[0]['model'], entry.saved.model) for entry in entries]
     for entry, name in zip(entries, names, strict=True):

@@ -49,8 +49,9 @@ def points_of(lines: Sequence[dict[str, Any]], value: str, against: str, per_epo
     """
     per_epoch = max((line['step'] / (line['epoch'] + 1) for line in lines if line['kind'] == 'val'), default=per_epoch)
     kind, _, key = value.partition('/')
-    if value == TRAIN_LOSS and not any(line['kind'] == kind for line in lines):
-        kind, key = 'val', 'train_loss'  # the mean of each epoch, of runs that are shorter than `log_every`
+    means = sum('train_loss' in line for line in lines)
+    if value == TRAIN_LOSS and sum(line['kind'] == kind for line in lines) < means:
+        kind, key = 'val', 'train_loss'  # the mean of each epoch, where there are fewer lines of `log_every` updates
     points = []
     for line in lines:
         x = line['step']

@@ -1,5 +1,6 @@
 """Evaluation of a saved model, as the recipe of its run says."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from vit_efficient.train import Config, Evaluation, evaluate, load_model
 from vit_efficient.train.distributed import processes
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.train.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 
 class SavedModel:
@@ -82,7 +85,13 @@ def evaluate_saved(
     config, model = saved.config, saved.model
     dataset = saved.open_data(split)
     classes = data.class_names(dataset)
-    data.check_same_classes(model.pretrained_cfg.get('label_names'), classes, 'the model', split)
+    names = model.pretrained_cfg.get('label_names')
+    data.check_same_classes(names, classes, 'the model', split)
+    if classes and not names:
+        logger.warning(
+            'the model does not name its %d classes: the first %d are taken for those of the data, %s … %s',
+            *(model.num_classes, len(classes), classes[0], classes[-1]),
+        )
     task = Task.of(config.task, model, saved.preprocessing, classes, config.loss.patch_weight)
     with torch.no_grad():
         task.check_logits(model(torch.zeros(1, *saved.input_shape)))

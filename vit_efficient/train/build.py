@@ -32,6 +32,9 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
         raise UserError(f'model.args.num_classes must be at least 1, got {num_classes!r}')
     if classes and num_classes < len(classes):
         raise UserError(f'model.args.num_classes={num_classes} is below the {len(classes)} classes of the data')
+    if config.model.name.startswith('local-dir:'):
+        folder = config.model.name.removeprefix('local-dir:')
+        raise UserError(f'model.name is a model of timm, whose weights may come from model.init_from={folder}')
     if not timm.is_model(config.model.name):
         near = nearest(config.model.name, timm.list_models()) or '; see timm.list_models()'
         raise UserError(f'model.name: timm knows no model {config.model.name!r}{near}')

@@ -50,6 +50,11 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     The name of a converted model has colons of its own: 'convert:base:attention,key=value,…'.
     """
     name, _, options = text.partition(':')
+    if name.rpartition('/')[2] in ('local-dir', 'hf-hub'):
+        raise UserError(
+            f'{text}: a model is told by its name and options here, such as vit_dct_tiny:keep_ratio=1/4; one that is '
+            'saved is counted in Python, by vit_efficient.count_flops'
+        )
     if name.rpartition('/')[2] == 'convert':
         base, _, rest = options.partition(':')
         attention, _, options = rest.partition(',')
