@@ -266,7 +266,7 @@ def test_layers_that_were_others_are_named(data, tmp_path):
     assert [name for name, _ in load_model(tmp_path / 'run').attention_spec()] == ['pool', 'pool']
 
 
-def test_who_has_to_train_what_an_attention_adds_is_told_once(data, tmp_path, caplog):
+def test_what_an_attention_adds_is_told_of_once(data, tmp_path, caplog):
     _, source = saved(tmp_path / 'plain', 'ours')
     config = tiny_recipe(data, tmp_path / 'run')
     config.model = ModelConfig(PLAIN, dict(TINY), str(source), 'linformer')
