@@ -59,7 +59,7 @@ def convert(
         start = getattr(module, 'start_in_trained', None)
         if start and not before.issuperset(module.parameters(recurse=False)):
             notes.add(start())
-    if notes:
+    if notes and not next(vit.parameters()).is_meta:  # where it is only tried
         logger.warning(f'convert adds {", and ".join(sorted(notes))}: no checkpoint has them; fine-tune the model')
     return model
 

@@ -197,7 +197,7 @@ def test_fine_tuning_starts_from_a_model_folder(trained, recipe, tmp_path, capsy
     assert main(['train', str(recipe), 'sched.epochs=1', f'output={tmp_path}/file', weights]) == 0
     capsys.readouterr()
     line = error_of(capsys, 'train', recipe, f'output={tmp_path}/no', weights, 'model.args.depth=3')
-    assert 'model.safetensors does not fit vit_dct_tiny' in line
+    assert 'was saved with depth=2, the recipe says depth=3; make them equal: model.args.depth=2' in line
     assert not (tmp_path / 'no').exists()
 
 

@@ -9,8 +9,7 @@ import pytest
 from tests.data.trees import write_tree
 from tests.train.recipes import tiny_recipe
 from tests.train.test_trainer import assert_same_run, fail, stop_after
-from vit_efficient.train import train
-from vit_efficient.train.config import StageConfig
+from vit_efficient.train import load_model, train
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.train.trainer import Trainer
@@ -88,33 +87,102 @@ def test_a_run_without_a_schedule_is_lengthened(data, tmp_path, monkeypatch):
         train(recipe(data, tmp_path / 'run', 2, resume='auto'))
 
 
-@pytest.mark.parametrize('finished', [True, False])
+def told(recipe, overrides, capsys):
+    """The command that the error of a run names, which is to be longer than it was."""
+    capsys.readouterr()
+    assert main(['train', str(recipe), *overrides]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    return shlex.split(error[error.index('vit-efficient train ', error.index('from its weights')) :])
+
+
+@pytest.mark.parametrize(
+    ('given', 'longer', 'keys'),
+    [
+        ([], 5, []),
+        (
+            [
+                'sched.warmup_epochs=2',
+                'model.args.dynamic_img_size=true',
+                'data.schedule=[{epoch: 0, img_size: [8, 8]}, {epoch: 1, img_size: [12, 16]}]',
+            ],
+            3,
+            ['sched.warmup_epochs=0', 'data.schedule=[{epoch: 0, img_size: [12, 16]}]'],
+        ),
+    ],
+)
 def test_a_schedule_that_cannot_be_lengthened_names_the_command_that_goes_on(
-    data, tmp_path, monkeypatch, finished, capsys
+    data, tmp_path, capsys, given, longer, keys
 ):
     config = tiny_recipe(data, tmp_path / 'a run', resume='auto')
     (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
-    overridden = ['optim.lr=0.002', 'model.args.depth=1']
-    with monkeypatch.context() as patch:
-        if not finished:
-            patch.setattr('vit_efficient.train.trainer.Trainer.finish', lambda *_: {})
-        assert main(['train', str(tmp_path / 'recipe.yaml'), *overridden]) == 0
-    capsys.readouterr()
-    assert main(['train', str(tmp_path / 'recipe.yaml'), *overridden, 'sched.epochs=5']) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    command = shlex.split(error[error.index('vit-efficient train ', error.index('from its weights')) :])
-    source = tmp_path / 'a run' / ('' if finished else 'checkpoint.pt')
-    assert command[3:] == [f'model.init_from={source}', f'output={tmp_path}/a run-longer', 'sched.epochs=3']
+    overridden = ['optim.lr=0.002', 'model.args.depth=1', *given]
+    assert main(['train', str(tmp_path / 'recipe.yaml'), *overridden]) == 0
+    command = told(tmp_path / 'recipe.yaml', [*overridden, f'sched.epochs={longer}'], capsys)
+    start = [f'model.init_from={tmp_path}/a run', f'output={tmp_path}/a run-longer', f'sched.epochs={longer - 2}']
+    assert command[3:] == start + keys
     assert main(command[1:]) == 0
-    longer = RunFolder(tmp_path / 'a run-longer')
-    assert (longer.result['epochs'], longer.config.optim.lr, longer.config.model.args['depth']) == (3, 0.002, 1)
+    result, config = RunFolder(tmp_path / 'a run-longer').result, RunFolder(tmp_path / 'a run-longer').config
+    assert (result['epochs'], config.optim.lr, config.model.args['depth']) == (longer - 2, 0.002, 1)
 
 
-def test_stages_are_not_lengthened(data, tmp_path):
-    for epochs in (2, 4):
-        config = recipe(data, tmp_path / 'run', epochs, resume='auto')
-        config.sched.warmup_epochs, config.stages = 0, [StageConfig(1), StageConfig(epochs - 1)]
-        if epochs == 2:
-            train(config)
-    with pytest.raises(ValueError, match='was written with'):
+def test_a_run_that_has_not_finished_is_to_finish_first(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        stop_after(patch, 1, fail)
+        train(tiny_recipe(data, tmp_path / 'run', checkpoint_steps=1))
+    config = tiny_recipe(data, tmp_path / 'run', resume='auto')
+    config.sched.epochs = 5
+    with pytest.raises(ValueError, match=r'with sched.epochs=2, .* set it back, and let the run finish; then') as error:
         train(config)
+    assert 'vit-efficient train' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('model', 'last', 'attention', 'keys'),
+    [
+        (['model.name=vit_full_tiny'], 'attention: pool', 'pool', ['model.name=vit_full_tiny', 'model.attention=pool']),
+        (
+            ['model.name=vit_dct_tiny', 'model.args.attention_kwargs.keep_ratio=0.5'],
+            'attention: dct',
+            'dct',
+            ['model.name=vit_dct_tiny', 'model.args.attention_kwargs={keep_ratio: 0.25}'],
+        ),
+        (
+            ['model.name=vit_tiny_patch16_224', 'model.attention=dct', 'model.layers=[0]'],
+            'attention: pool, attention_kwargs: {keep_ratio: 0.5}',
+            'pool',
+            [
+                'model.name=vit_tiny_patch16_224',
+                'model.attention=pool',
+                'model.attention_kwargs={keep_ratio: 0.5}',
+                'model.layers=null',
+            ],
+        ),
+    ],
+)
+def test_stages_that_cannot_be_lengthened_name_the_command_that_goes_on(
+    data, tmp_path, capsys, model, last, attention, keys
+):
+    (tmp_path / 'recipe.yaml').write_text(to_yaml(tiny_recipe(data, tmp_path / 'run', resume='auto')))
+    arguments = ['train', str(tmp_path / 'recipe.yaml'), *model, 'sched.warmup_epochs=0']
+    assert main([*arguments, f'stages=[{{epochs: 1}}, {{epochs: 1, {last}}}]']) == 0
+    stages = f'stages=[{{epochs: 1}}, {{epochs: 2, {last}}}]'
+    command = told(tmp_path / 'recipe.yaml', [*arguments[2:], 'sched.epochs=3', stages], capsys)
+    start = [f'model.init_from={tmp_path}/run', f'output={tmp_path}/run-longer', 'sched.epochs=1', 'stages=[]']
+    assert command[3:] == start + keys
+    assert main(command[1:]) == 0
+    model = load_model(tmp_path / 'run-longer')
+    assert model.attention_spec() == load_model(tmp_path / 'run').attention_spec()
+    assert model.attention_spec()[0][0] == attention
+
+
+def test_a_truncation_that_was_learned_goes_on_as_a_hard_one(data, tmp_path, capsys):
+    config = tiny_recipe(data, tmp_path / 'run', resume='auto')
+    config.model.args |= {'patch_embed': 'dct', 'patch_window': True, 'attention_kwargs': {'learned': True}}
+    config.sched.warmup_epochs, config.truncation.penalty, config.truncation.budget = 0, 1.0, 0.1
+    (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
+    assert main(['train', str(tmp_path / 'recipe.yaml')]) == 0
+    command = told(tmp_path / 'recipe.yaml', ['sched.epochs=3'], capsys)
+    assert main(command[1:]) == 0
+    longer, run = (load_model(tmp_path / name) for name in ('run-longer', 'run'))
+    assert longer.attention_spec() == run.attention_spec()
+    assert longer.patch_embed.options == run.patch_embed.options

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from vit_efficient.data import Preprocessing
 from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.train import load_model, load_recipe, train
 from vit_efficient.train.build import create_model
-from vit_efficient.train.config import ModelConfig
+from vit_efficient.train.config import ModelConfig, StageConfig
 from vit_efficient.train.recipe import to_yaml
 
 CLASSES = ['c0', 'c1', 'c2']
@@ -210,12 +211,95 @@ def test_weights_that_do_not_fit_name_the_command_that_does(tmp_path):
     config = tiny_recipe('unused', 'unused')
     (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
     keys = keys_in(str(error.value), 'they are of')
-    assert keys == [f'model.name={PLAIN}', 'model.attention=dct', 'model.attention_kwargs={keep_ratio: 0.5}']
+    assert keys == [
+        f'model.name={PLAIN}',
+        'model.attention=dct',
+        'model.attention_kwargs={keep_ratio: 0.5}',
+        'model.args.attention_kwargs=null',
+    ]
     moved = load_recipe(tmp_path / 'recipe.yaml', [*keys, f'model.init_from={source}'])
     moved.model.args = args
     model = create_model(moved, CLASSES)
     assert [name for name, _ in model.attention_spec()] == ['dct', 'dct']
     assert torch.equal(model.reg_token, plain.reg_token)
+
+
+@pytest.mark.parametrize(('name', 'args'), [('vit_dct_tiny', {'depth': 3}), (PLAIN, {'depth': 1, 'num_heads': 3})])
+@pytest.mark.parametrize('how', ['ours', 'alone'])
+def test_sizes_that_do_not_fit_are_named(tmp_path, how, name, args):
+    _, source = saved(tmp_path / 'plain', 'ours')
+    if how == 'alone':  # of heads, weights tell nothing
+        source = (source / 'model.safetensors').rename(tmp_path / 'alone.safetensors')
+        args = {'depth': args['depth']}
+    with pytest.raises(ValueError, match='was saved with ') as error:
+        create(source, name, args=args)
+    keys = keys_in(str(error.value), 'make them equal')
+    assert keys == [f'model.args.{key}=2' for key in args]
+    assert create(source, name, args=dict.fromkeys(args, 2)).blocks[0].attn.num_heads == 2
+
+
+def test_an_attention_that_a_stage_has_left_is_named(data, tmp_path):
+    """The attention of a model is another one than that of its name."""
+    config = tiny_recipe(data, tmp_path / 'run')
+    config.model, config.sched.warmup_epochs = ModelConfig('vit_full_tiny', dict(TINY)), 0
+    config.stages = [StageConfig(1), StageConfig(1, 'pool', {'keep_ratio': 0.5})]
+    train(config)
+    with pytest.raises(ValueError, match='was saved with attention=') as error:
+        create(tmp_path / 'run', 'vit_full_tiny')
+    (tmp_path / 'recipe.yaml').write_text(to_yaml(tiny_recipe(data, tmp_path / 'run')))
+    keys = keys_in(str(error.value), 'go on with that')
+    assert keys[:2] == ['model.name=vit_full_tiny', 'model.attention=pool']
+    moved = load_recipe(tmp_path / 'recipe.yaml', [*keys[:3], f'model.init_from={tmp_path}/run'])
+    assert create_model(moved, CLASSES).attention_spec() == load_model(tmp_path / 'run').attention_spec()
+
+
+def test_layers_that_were_others_are_named(data, tmp_path):
+    save_model(convert(told_model(), 'pool', layers=[1]), tmp_path / 'model')
+    config = tiny_recipe(data, tmp_path / 'run')
+    config.model = ModelConfig(PLAIN, dict(TINY), str(tmp_path / 'model'), 'pool', layers=[0])
+    (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
+    with pytest.raises(ValueError, match='was saved with attention=') as error:
+        create_model(config, CLASSES)
+    keys = keys_in(str(error.value), 'go on with that')
+    assert keys[-1] == 'stages=[{epochs: 2, attention: pool, layers: [0]}]'
+    train(load_recipe(tmp_path / 'recipe.yaml', keys))
+    assert [name for name, _ in load_model(tmp_path / 'run').attention_spec()] == ['pool', 'pool']
+
+
+def test_what_an_attention_adds_is_told_of_once(data, tmp_path, caplog):
+    _, source = saved(tmp_path / 'plain', 'ours')
+    config = tiny_recipe(data, tmp_path / 'run')
+    config.model = ModelConfig(PLAIN, dict(TINY), str(source), 'linformer')
+    config.sched.epochs = 1
+    train(config)
+    assert caplog.text.count('no checkpoint has them') == 1
+    caplog.clear()
+    for name, start in ((PLAIN, 'run'), (PLAIN, 'run/model/model.safetensors'), ('vit_full_tiny', 'run/checkpoint.pt')):
+        model = create(tmp_path / start, name, attention='linformer')
+        assert_same_features(model, load_model(tmp_path / 'run'))
+    assert 'no checkpoint has them' not in caplog.text
+    config.stages, config.model.attention = [StageConfig(1, 'linformer')], ''
+    train(replace(config, output=str(tmp_path / 'staged')))
+    assert caplog.text.count('no checkpoint has them') == 1
+
+
+@pytest.mark.parametrize(
+    ('content', 'reason'),
+    [
+        ([1], 'it holds a list, not a dict of tensors'),
+        (b'e' * 99, 'it is no file of PyTorch'),
+        (b'a.b', 'it is no file of PyTorch'),
+        (b'', 'it is no file of PyTorch'),
+        ({'epoch': 1}, 'holds no weights'),
+    ],
+)
+def test_files_of_something_else_say_what_they_are(tmp_path, content, reason):
+    if isinstance(content, bytes):
+        (tmp_path / 'other.pth').write_bytes(content)
+    else:
+        torch.save(content, tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match=f'other.pth: .*{reason}'):
+        create(tmp_path / 'other.pth', PLAIN)
 
 
 def test_weights_are_not_named_twice(tmp_path, caplog):

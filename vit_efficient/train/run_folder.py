@@ -25,7 +25,9 @@ from vit_efficient.train.experiment import Experiment, identity_of_data, identit
 from vit_efficient.train.interrupts import Interrupts
 from vit_efficient.train.log import METRICS, TENSORBOARD, MetricsLog, SilentLog, read_metrics
 from vit_efficient.train.recipe import load_recipe, to_yaml
+from vit_efficient.train.same_attention import check_same_attention, keys_of
 from vit_efficient.train.state import TrainState
+from vit_efficient.train.weights import Source
 from vit_efficient.utils.errors import UserError, is_bug_of_plugin, one_line
 from vit_efficient.utils.files import lock, remove_unfinished, write_json, write_text, writing
 from vit_efficient.utils.keys import flatten
@@ -147,6 +149,8 @@ class RunFolder:
         ours = identity_of_recipe(config, self.team)
         if longer:
             del ours['sched.epochs']
+            if saved['stages']:  # their epochs add up to those of the run
+                del ours['stages']
         _check_equal(path, saved, ours)
         if longer and (config.sched.sched != 'none' or config.stages):  # else, the updates so far are the same
             raise UserError(self._how_to_lengthen(path, saved['sched.epochs'], config))
@@ -154,14 +158,34 @@ class RunFolder:
 
     def _how_to_lengthen(self, checkpoint: Path, epochs: int, config: Config) -> str:
         longer = config.sched.epochs
-        start = self.path if self.is_finished else checkpoint
-        keys = [f'model.init_from={start}', f'output={self.path}-longer', f'sched.epochs={longer - epochs}']
-        command = shlex.join(['vit-efficient', 'train', str(self.path / RECIPE), *keys])  # with all overrides
-        return (
+        reason = (
             f'{checkpoint} was written with sched.epochs={epochs}, this run has sched.epochs={longer}: its '
-            'learning rates would have been others from the start (but for sched.sched=none, without stages); set it '
-            f'back, or train {longer - epochs} epochs more, with a schedule of their own, from its weights: {command}'
+            'learning rates would have been others from the start (but for sched.sched=none, without stages); set '
+            f'{"both sched.epochs and stages" if config.stages else "it"} back'
         )
+        if not self.is_finished:
+            return f'{reason}, and let the run finish; then this command says how to train on from its weights'
+        keys = self._to_train_on(config, longer - epochs)
+        command = shlex.join(['vit-efficient', 'train', str(self.path / RECIPE), *keys])  # with all overrides
+        return f'{reason}, or train on from its weights, with a schedule of its own for the epochs added: {command}'
+
+    def _to_train_on(self, config: Config, epochs: int) -> list[str]:
+        """The keys of a run that trains the model of this one, which is finished, as it has become."""
+        keys = [f'model.init_from={self.path}', f'output={self.path}-longer', f'sched.epochs={epochs}']
+        if config.sched.warmup_epochs > epochs:
+            keys.append('sched.warmup_epochs=0')
+        if config.data.schedule:
+            keys.append(f'data.schedule=[{{epoch: 0, img_size: {config.data.schedule[-1].img_size}}}]')
+        if config.truncation.penalty:  # what was learned has become hard at the end
+            keys += ['truncation.penalty=0', 'truncation.budget=0']
+        source, changed = Source.open(str(self.path)), bool(config.stages)
+        if config.stages:
+            keys.append('stages=[]')
+        try:
+            check_same_attention(source.path, source.model, config.model, epochs)
+        except UserError:
+            changed = True
+        return keys + keys_of(source.model, config.model) if changed else keys
 
     @contextmanager
     def open(self, experiment: Experiment, state: TrainState, stop: Interrupts) -> Iterator[SilentLog]:

@@ -1,6 +1,7 @@
 """Weights that a run starts from (`model.init_from`): where they lie, what they are of, and how they are loaded."""
 
 import logging
+import struct
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ from vit_efficient.utils.errors import UserError, first_line, one_line
 # Entries of timm's pretrained_cfg: what weights were trained on.
 STATISTICS = ('mean', 'std')
 _OF_IMAGES = (*STATISTICS, 'input_size', 'interpolation', 'crop_pct', 'crop_mode')
+# What the unpickler raises for a file that is none of its own, and that says nothing of it.
+_STUMBLING = (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError, struct.error)
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +90,13 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
         weights = load_state_dict(str(path), use_ema=True)
     # A damaged file raises whatever the archive reader or the unpickler stumbles over.
     except Exception as error:
-        reason = f'{type(error).__name__}: {first_line(error)}'
+        reason, cause = f'{type(error).__name__}: {first_line(error)}', error.__cause__ or error
+        if isinstance(error, AttributeError) and error.name == 'items':
+            reason = f'it holds a {type(error.obj).__name__}, not a dict of tensors'
+        elif isinstance(cause, _STUMBLING) or 'Unsupported operand' in str(cause):
+            reason = 'it is no file of PyTorch'
         raise UserError(f'model.init_from={path}: not a file of weights that timm can read ({reason})') from error
-    if not weights:  # timm would look for others elsewhere
+    if not any(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f'model.init_from={path}: holds no weights')
     return weights
 
@@ -106,7 +113,7 @@ def model_from_weights(config: Config, args: dict[str, Any]) -> nn.Module:
     if given:
         logger.info('model.args.%s: no effect beside model.init_from', ', model.args.'.join(given))
     wanted, source = replace(config.model, args=args), Source.open(config.model.init_from)
-    exact = check_same_attention(source.path, source.model, wanted, config.sched.epochs)
+    exact = check_same_attention(source.path, source.model, wanted, config.sched.epochs, source.weights)
     if not {*STATISTICS} <= source.told.keys():
         say_assumed(f'model.init_from={source.path}', config)
     arch = wanted.name.partition('.')[0]
@@ -119,7 +126,7 @@ def model_from_weights(config: Config, args: dict[str, Any]) -> nn.Module:
         try:
             model = _load(source, wanted, into_converted=not exact and bool(wanted.attention))
         except Exception as error:
-            reason = f'{one_line(error)}{way_out(source.model, wanted)}'
+            reason = f'{one_line(error)}{way_out(source.path, source.model, wanted)}'
             raise UserError(f'model.init_from={source.path} does not fit {wanted.name}: {reason}') from error
     return convert_as_asked(model, wanted) if exact else model
 
@@ -153,7 +160,8 @@ def _load(source: Source, wanted: ModelConfig, into_converted: bool) -> nn.Modul
             config['input_size'] = (stem.shape[1], *config['input_size'][1:])
     args = {**wanted.args, 'num_classes': config.get('num_classes', 1000)}
     if into_converted:
-        model = convert_as_asked(timm.create_model(wanted.name, pretrained_cfg=config, **args), wanted)
+        model = timm.create_model(wanted.name, pretrained_cfg=config, **args)
+        convert_as_asked(model, wanted, weights_follow=True)
         weights = load_model(source.path).state_dict() if source.weights is None else source.weights
         model.load_state_dict(checkpoint_filter_fn(dict(weights), model))
         return model
