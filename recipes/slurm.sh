@@ -13,7 +13,14 @@
 #   time      120 s before the end SLURM sends USR1 to this script, which stops the run and queues the job again;
 #   pre-emption (PreemptMode=REQUEUE), or a node that fails: SLURM sends TERM to the run and queues the job again;
 #   a process that dies: torchrun names it and ends those of its node, srun those of the others; the job has failed.
+# Pre-emption often leaves 30 s only: with checkpoint_steps=500 no more than 500 updates are lost if that is too short.
+# Where users may not requeue jobs, scontrol's error ends the job, and the same sbatch command goes on.
+#
+# Options of sbatch override the lines below: `sbatch --nodes=1 --gpus-per-node=4 --cpus-per-task=32 …` is one node of 4
+# GPUs. Many clusters want a partition and an account (## is a comment), some --gres=gpu:8 instead of --gpus-per-node=8.
 
+##SBATCH --partition=NAME
+##SBATCH --account=NAME
 #SBATCH --job-name=vit-efficient
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -24,6 +31,9 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=slurm-%j.out
+
+# The job has the environment that sbatch is called in. To have it activated here:
+# source /path/to/environment/bin/activate
 
 set -euo pipefail
 

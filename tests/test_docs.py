@@ -144,6 +144,7 @@ def convert_has_saved(names: dict, said: str) -> None:
 
 def features_are_maps(names: dict, said: str) -> None:
     assert [tuple(x.shape[2:]) for x in names['maps']] == [(74, 74)] * 3
+    torch.testing.assert_close(names['mean'], names['patches'].mean(1))
     assert all(names[crop].shape == (1, 3, 1036, 1036) for crop in ('middle', 'whole', 'framed'))
     assert 'graphs are of CUDA' in said
 
@@ -242,8 +243,12 @@ def check_make(words: list[str]) -> None:
 
 
 def check_sbatch(words: list[str]) -> None:
-    assert Path(words[0]).read_text().startswith('#!')
-    load_recipe(words[1], words[2:])
+    """The options are some that the script gives itself, and the recipe is valid with its overrides."""
+    at = words.index('recipes/slurm.sh')
+    script = Path(words[at]).read_text()
+    assert script.startswith('#!')
+    assert at % 2 == 0 and all(f'#SBATCH {option}=' in script for option in words[:at:2])
+    load_recipe(words[at + 1], words[at + 2 :])
 
 
 def check_python(words: list[str]) -> None:
