@@ -197,7 +197,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(data, tmp_path):
         ('seed=1', lambda c: setattr(c, 'seed', 1), 'seed=0, this run has seed=1'),
         ('name', lambda c: setattr(c.model, 'name', 'vit_full_tiny'), "name='vit_dct_tiny', .*='vit_full_tiny'"),
         ('ratio', lambda c: c.model.args.update(attention_kwargs={'keep_ratio': 0.5}), "'keep_ratio': 0.5"),
-        ('batch', lambda c: setattr(c.data, 'batch_size', 2), r'× processes=4, this run has data\.batch_size × .*=2'),
+        ('batch', lambda c: setattr(c.data, 'batch_size', 2), r'× processes=4, this run has .*=2; set grad_accum=2,'),
         ('data', lambda c: setattr(c.data, 'train', f'{data}/val'), 'training images=24, .*training images=6'),
     ]
     for _, change, message in changes:

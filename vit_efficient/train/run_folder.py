@@ -6,10 +6,11 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -151,7 +152,9 @@ class RunFolder:
             del ours['sched.epochs']
             if saved['stages']:  # their epochs add up to those of the run
                 del ours['stages']
-        _check_equal(path, saved, ours)
+        steps, rest = divmod(saved[IMAGES_PER_UPDATE], config.data.batch_size * self.team.world_size)
+        ways = {} if rest else {IMAGES_PER_UPDATE: f'set grad_accum={steps}'}
+        _check_equal(path, saved, ours, ways)
         if longer and (config.sched.sched != 'none' or config.stages):  # else, the updates so far are the same
             raise UserError(self._how_to_lengthen(path, saved['sched.epochs'], config))
         return Earlier(path, state, self.result if self.is_finished and not longer else None)
@@ -304,15 +307,20 @@ def _begin(folder: Path, experiment: Experiment, state: TrainState) -> None:
     write_json(folder / ENVIRONMENT, experiment.environment())
 
 
-def _check_equal(checkpoint: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises UserError for the first of our values that is another one in a checkpoint; older ones do not tell all."""
+def _check_equal(
+    checkpoint: Path, saved: dict[str, Any], ours: dict[str, Any], ways: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Raises UserError for the first of our values that is another one in a checkpoint; older ones do not tell all.
+
+    `ways` are ways out, by key, other than to set it back.
+    """
     for key, value in ours.items():
         value = json.loads(json.dumps(value))  # as the checkpoint has it
         theirs = saved.get(key, value)
         if theirs != value:
             raise UserError(
-                f'{checkpoint} was written with {key}={theirs!r}, this run has {key}={value!r}; set it back, or start '
-                'another run with output=… (resume=restart replaces this one)'
+                f'{checkpoint} was written with {key}={theirs!r}, this run has {key}={value!r}; '
+                f'{ways.get(key, "set it back")}, or start another run with output=… (resume=restart replaces this one)'
             )
 
 
