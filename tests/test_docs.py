@@ -28,6 +28,8 @@ from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.train import hooks, load_recipe
 from vit_efficient_cli import main
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md')), *sorted(ROOT.glob('docs/api/*.md'))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in FILES}

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 NUMBER = re.compile(r'\d+(?:,\d{3})*(?:\.\d+)?')
 

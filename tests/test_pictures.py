@@ -10,6 +10,8 @@ from PIL import Image
 
 from vit_efficient import PatchGrid, list_attentions
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 GRID = PatchGrid(8, 8)
 

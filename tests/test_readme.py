@@ -9,6 +9,8 @@ import torch
 
 import vit_efficient
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 TABLES = [*ROOT.glob('recipes/**/*.md')]

@@ -335,6 +335,13 @@ def test_a_model_is_saved_with_the_head_that_it_has(tmp_path, name):
     assert again.global_pool == 'avg'
 
 
+def test_that_spare_classes_have_no_names_is_said(tmp_path, caplog):
+    config = tiny_recipe('unused', 'unused')
+    config.model.args['num_classes'] = 4
+    create_model(config, CLASSES)
+    assert 'num_classes=4 is above the 3 classes of the data: the model is saved without' in caplog.text
+
+
 def test_a_plain_model_learns_other_classes_than_its_weights_have(data, tmp_path):
     _, source = saved(tmp_path / 'source', 'ours')
     config = tiny_recipe(data, tmp_path / 'run')

@@ -1,5 +1,6 @@
 """The model of a recipe."""
 
+import logging
 from typing import Any
 
 import timm
@@ -13,6 +14,8 @@ from vit_efficient.train.same_attention import convert_as_asked
 from vit_efficient.train.weights import STATISTICS, model_from_weights, say_assumed
 from vit_efficient.utils.checks import is_integer, nearest
 from vit_efficient.utils.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 
 def create_model(config: Config, classes: list[str] | None) -> nn.Module:
@@ -35,6 +38,11 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
     if config.model.name.startswith('local-dir:'):
         folder = config.model.name.removeprefix('local-dir:')
         raise UserError(f'model.name is a model of timm, whose weights may come from model.init_from={folder}')
+    if classes and num_classes > len(classes):
+        logger.warning(
+            'model.args.num_classes=%d is above the %d classes of the data: the model is saved without their names',
+            *(num_classes, len(classes)),
+        )
     if not timm.is_model(config.model.name):
         near = nearest(config.model.name, timm.list_models()) or '; see timm.list_models()'
         raise UserError(f'model.name: timm knows no model {config.model.name!r}{near}')
