@@ -12,6 +12,17 @@ import torch
 from vit_efficient.benchmark import timing
 
 
+# Tracing makes objects by the million, few of them garbage.
+gc.set_threshold(50_000)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _frozen():
+    """What is imported, and cached by tests before, is passed over when garbage is collected, as runs in stages do."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
@@ -35,8 +46,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker('cuda') and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason='needs a GPU'))
-
-
-def pytest_collection_finish():
-    # What is imported stays: a collection of garbage, of which runs in stages ask for several, need not look at it.
-    gc.freeze()
