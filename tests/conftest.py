@@ -11,7 +11,6 @@ import torch
 
 from vit_efficient.benchmark import timing
 
-
 # Tracing makes objects by the million, few of them garbage.
 gc.set_threshold(50_000)
 
