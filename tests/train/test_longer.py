@@ -175,6 +175,17 @@ def test_stages_that_cannot_be_lengthened_name_the_command_that_goes_on(
     assert model.attention_spec()[0][0] == attention
 
 
+def test_stages_are_not_left_out_of_a_run_without_a_schedule(data, tmp_path, capsys):
+    (tmp_path / 'recipe.yaml').write_text(to_yaml(tiny_recipe(data, tmp_path / 'run', resume='auto')))
+    changes = ['sched.sched=none', 'sched.warmup_epochs=0']
+    stages = 'stages=[{epochs: 1}, {epochs: 1, attention: pool}]'
+    assert main(['train', str(tmp_path / 'recipe.yaml'), *changes, stages]) == 0
+    command = told(tmp_path / 'recipe.yaml', [*changes, 'sched.epochs=3', 'stages=[]'], capsys)
+    assert main(command[1:]) == 0
+    longer, run = (load_model(tmp_path / name) for name in ('run-longer', 'run'))
+    assert longer.attention_spec() == run.attention_spec()
+
+
 def test_a_truncation_that_was_learned_goes_on_as_a_hard_one(data, tmp_path, capsys):
     config = tiny_recipe(data, tmp_path / 'run', resume='auto')
     config.model.args |= {'patch_embed': 'dct', 'patch_window': True, 'attention_kwargs': {'learned': True}}

@@ -77,6 +77,7 @@ def train(config: Config, train_set: Dataset | None = None, val_set: Dataset | N
         if earlier:
             with _naming_rank(team), reading(earlier.path):
                 state.load_state_dict(earlier.state)
+            earlier = None  # tensors as many as the model's and the optimiser's
         preflight(experiment, state)
         try:
             state.wrap()

@@ -155,24 +155,25 @@ class RunFolder:
         steps, rest = divmod(saved[IMAGES_PER_UPDATE], config.data.batch_size * self.team.world_size)
         ways = {} if rest else {IMAGES_PER_UPDATE: f'set grad_accum={steps}'}
         _check_equal(path, saved, ours, ways)
-        if longer and (config.sched.sched != 'none' or config.stages):  # else, the updates so far are the same
-            raise UserError(self._how_to_lengthen(path, saved['sched.epochs'], config))
+        # Without a schedule and stages, the updates so far are the same.
+        if longer and (config.sched.sched != 'none' or config.stages or saved['stages']):
+            raise UserError(self._how_to_lengthen(path, saved, config))
         return Earlier(path, state, self.result if self.is_finished and not longer else None)
 
-    def _how_to_lengthen(self, checkpoint: Path, epochs: int, config: Config) -> str:
-        longer = config.sched.epochs
+    def _how_to_lengthen(self, checkpoint: Path, saved: dict[str, Any], config: Config) -> str:
+        epochs, longer, staged = saved['sched.epochs'], config.sched.epochs, bool(config.stages or saved['stages'])
         reason = (
             f'{checkpoint} was written with sched.epochs={epochs}, this run has sched.epochs={longer}: its '
             'learning rates would have been others from the start (but for sched.sched=none, without stages); set '
-            f'{"both sched.epochs and stages" if config.stages else "it"} back'
+            f'{"both sched.epochs and stages" if staged else "it"} back'
         )
         if not self.is_finished:
             return f'{reason}, and let the run finish; then this command says how to train on from its weights'
-        keys = self._to_train_on(config, longer - epochs)
+        keys = self._to_train_on(config, longer - epochs, staged)
         command = shlex.join(['vit-efficient', 'train', str(self.path / RECIPE), *keys])  # with all overrides
         return f'{reason}, or train on from its weights, with a schedule of its own for the epochs added: {command}'
 
-    def _to_train_on(self, config: Config, epochs: int) -> list[str]:
+    def _to_train_on(self, config: Config, epochs: int, staged: bool) -> list[str]:
         """The keys of a run that trains the model of this one, which is finished, as it has become."""
         keys = [f'model.init_from={self.path}', f'output={self.path}-longer', f'sched.epochs={epochs}']
         if config.sched.warmup_epochs > epochs:
@@ -181,8 +182,8 @@ class RunFolder:
             keys.append(f'data.schedule=[{{epoch: 0, img_size: {config.data.schedule[-1].img_size}}}]')
         if config.truncation.penalty:  # what was learned has become hard at the end
             keys += ['truncation.penalty=0', 'truncation.budget=0']
-        source, changed = Source.open(str(self.path)), bool(config.stages)
-        if config.stages:
+        source, changed = Source.open(str(self.path)), staged
+        if staged:
             keys.append('stages=[]')
         try:
             check_same_attention(source.path, source.model, config.model, epochs)
