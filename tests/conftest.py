@@ -5,6 +5,8 @@ from functools import partial
 
 # albumentations would ask the network for a newer version of itself.
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
+# Open image sizes are long formulas, which sympy forgets after a thousand.
+os.environ.setdefault('SYMPY_CACHE_SIZE', '100000')
 
 import pytest
 import torch

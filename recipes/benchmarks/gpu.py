@@ -595,7 +595,7 @@ def training(part: Part) -> None:
         model = ['model.args.embed_dim=48', 'model.args.num_heads=3', 'model.args.depth=2'] if tiny else []
         data = [f'data.train={folder}/images/train', f'data.val={folder}/images/val', f'data.batch_size={batch}']
         run_ = ['sched.epochs=2', 'sched.warmup_epochs=0', 'log_every=1', 'amp=bf16', f'device={part.args.device}']
-        workers = f'data.workers={2 if tiny else 14}'
+        workers = f'data.workers={0 if tiny else 14}'
         return [*data, *run_, workers, f'output={folder}/{name}', f'model.args.img_size={size}', *model, *more]
 
     def metrics(name: str) -> dict[str, Any]:
