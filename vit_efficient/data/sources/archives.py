@@ -92,6 +92,8 @@ def list_files(
 
 def normal(name: str) -> str:
     """The path of a member below the folder in which it would be unpacked."""
+    if name[:1] not in '/.' and '/.' not in name and '//' not in name and name[-1:] != '/':
+        return name  # as most are
     return posixpath.normpath(f'/{name.lstrip("/")}')[1:]
 
 
