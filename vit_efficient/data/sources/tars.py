@@ -35,7 +35,7 @@ class _Image(NamedTuple):
 class TarReader(Reader):
     """A reader as timm's, of (image as stored, label), by index, in the order in which `ImageTree` would have them.
 
-    The class of an image is the first folder in its tar file, after those that are around all images; where it lies in
+    The class of an image is the first folder in its tar file, after those that are around all; where it lies in
     none, the name of its tar file, which is in a folder or another tar file. Which files are images, and the order of
     classes, are those of `ImageTree`. Where they lie is kept in the user's cache folder, as with shards.
 
@@ -77,12 +77,12 @@ class TarReader(Reader):
             bare |= {tuple(decoded(folder).split('/')) for folder in arrays['folders'].tolist()}
         if not images:
             raise UserError(f'{path}: no class folder holds an image {READ}')
-        first, last = (limit(image.folders for image in images) for limit in (min, max))
         depth, most = 0, min(len(image.folders) for image in images) - 1
-        while depth < most and first[depth] == last[depth]:
+        levels = {image.folders for image in images} | bare
+        while depth < most and len({folders[depth] for folders in levels if len(folders) > depth}) == 1:
             depth += 1
         names = {image.folders[depth] for image in images}
-        bare = {folders[depth] for folders in bare if len(folders) > depth and folders[:depth] == first[:depth]}
+        bare = {folders[depth] for folders in bare if len(folders) > depth}
         self.class_to_idx = self._labels(class_map, names, names | bare)
         self.classes = sorted(self.class_to_idx, key=self.class_to_idx.get)
         if not class_map:
