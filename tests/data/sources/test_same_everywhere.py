@@ -117,9 +117,10 @@ def pack(root, folder, twice=None):
     tree = ImageTree(root)
     with tarfile.open(folder / 'shard-0.tar', 'w') as archive:
         for path, label in tree.samples:
-            name = Path(path).relative_to(root)
-            add(archive, str(name), Path(path).read_bytes())
-            add(archive, f'{name.parent}/{name.name.partition(".")[0]}.cls', str(label).encode())
+            name, suffix = os.path.splitext(Path(path).relative_to(root))
+            name = f'{os.path.dirname(name)}/{os.path.basename(name).replace(".", "_")}'  # what follows a dot is a key
+            add(archive, name + suffix, Path(path).read_bytes())
+            add(archive, f'{name}.cls', str(label).encode())
     if not any('\udce9' in name for name in tree.classes):  # Arrow's names are Unicode
         names = datasets.ClassLabel(names=tree.classes)
         rows = [{'image': {'bytes': Path(path).read_bytes()}, 'label': label} for path, label in tree.samples]

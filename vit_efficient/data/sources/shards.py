@@ -153,15 +153,14 @@ def _index(path: str, input_key: str, target_key: str) -> tuple[np.ndarray, np.n
 
 
 def _scan(path: str, input_keys: list[str], target_key: str) -> tuple[np.ndarray, np.ndarray]:
-    from webdataset.tariterators import base_plus_ext
-
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     images, last = {*input_keys, *(extension[1:] for extension in EXTENSIONS)}, None
     for member, extent in list_files(path, what='shard')[0]:
-        name, extension = base_plus_ext(member)
-        if name is None or _META.match(member):
+        folder, slash, base = member.rpartition('/')
+        stem, dot, extension = base.partition('.')
+        if not (stem and dot) or _META.match(member):
             continue
-        extension = extension.lower()
+        name, extension = folder + slash + stem, extension.lower()
         parts = samples.setdefault(name, {})
         # Parts that lie apart may be those of two samples, so that the image of one would get the label of the other.
         other_image = name != last and extension in images and images & parts.keys()
