@@ -169,6 +169,8 @@ def test_labels_of_a_map(tmp_path, caplog):
         dataset = opened(tmp_path / 'x.tar', class_map=class_map)
         assert (class_names(dataset), found(dataset)) == (['c', 'a'], [('a/0.png', 0, 1), ('c/0.png', 0, 0)])
     assert 'left out 1 of its files, the first one b/0.png' in caplog.text
+    merged = opened(tmp_path / 'x.tar', class_map={'a': 1, 'b': 0, 'c': 1})
+    assert (class_names(merged), [label for *_, label in found(merged)]) == (None, [1, 0, 1])
     with pytest.raises(
         ValueError, match=r"class_map={'x': 0}: .*x\.tar has images of none of its classes, but of a, b"
     ):

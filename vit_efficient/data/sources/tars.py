@@ -83,16 +83,17 @@ class TarReader(Reader):
             depth += 1
         names = {image.folders[depth] for image in images}
         bare = {folders[depth] for folders in bare if len(folders) > depth}
-        self.class_to_idx = self._labels(class_map, names, names | bare)
-        self.classes = sorted(self.class_to_idx, key=self.class_to_idx.get)
+        labels = self._labels(class_map, names, names | bare)
+        known = sorted(labels, key=labels.get)
+        self.classes = known if [labels[name] for name in known] == list(range(len(known))) else None
         if not class_map:
-            check_empty(path, [name for name in self.classes if name not in names], self.classes, allow_empty)
-        others += [image.tar + image.name for image in images if image.folders[depth] not in self.class_to_idx]
-        images = [image for image in images if image.folders[depth] in self.class_to_idx]
+            check_empty(path, [name for name in known if name not in names], known, allow_empty)
+        others += [image.tar + image.name for image in images if image.folders[depth] not in labels]
+        images = [image for image in images if image.folders[depth] in labels]
         images.sort(key=lambda image: (image.folders[depth], *os.path.split(image.name), image.number, image.tar))
         warn_of_others(path, others)
         # Arrays, not lists: those would be copied, page by page, into each loader process.
-        self.targets = np.array([self.class_to_idx[image.folders[depth]] for image in images])
+        self.targets = np.array([labels[image.folders[depth]] for image in images])
         self._names = _array(image.tar + image.name for image in images)
         self._places = np.array([image[2:] for image in images], dtype=np.int64)
 
