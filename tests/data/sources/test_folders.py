@@ -97,3 +97,13 @@ def test_folders_that_timm_finds_are_read_as_ours(tmp_path):
         dataset = create_dataset(split, 'folder', str(tmp_path))
         assert class_names(dataset) == ['001', '01', '1', 'A', 'a']
         assert len(dataset) == 11
+
+
+def test_the_root_is_hinted_at_where_it_matters(tmp_path):
+    for name, root, end in (
+        ('torch/nothing', '', 'Unknown torchvision dataset nothing'),
+        ('torch/fashion_mnist', '', r'\(data\.root is not set: it names the folder that holds the data set\)'),
+        ('folder', f'{tmp_path}/no', rf'\(data\.root={tmp_path}/no: there is no such folder\)'),
+    ):
+        with pytest.raises(ValueError, match=rf'^data\.dataset={name}, split train: .*{end}$'):
+            create_dataset('train', name, root)

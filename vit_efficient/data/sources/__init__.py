@@ -20,7 +20,7 @@ from vit_efficient.data.sources.hugging_face import HuggingFaceReader
 from vit_efficient.data.sources.shards import ShardReader
 from vit_efficient.data.sources.tars import TarReader
 from vit_efficient.utils.checks import argument_names, check_options
-from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.errors import UserError, one_line
 
 _COMPRESSED = re.compile(r'\.(tar\.\w+|tgz|tbz2?|txz|tzst)$', re.IGNORECASE)
 _LIBRARIES = ('torch', 'tfds', 'hfids', 'wds')  # what names begin with that timm does not take for folders
@@ -127,8 +127,11 @@ def _open_by_timm(split: str, dataset: str, root: str, args: dict[str, Any], whe
         opened = create_timm_dataset(dataset, root=root or None, split=split, input_img_mode=None, **args)
     # Readers raise whatever their libraries do; those that need a root trip over None.
     except Exception as error:
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        hint = '' if root else ' (data.root is not set: it names the folder that holds the data set)'
+        reason, hint = one_line(error), ''
+        if not root and isinstance(error, TypeError | AttributeError):
+            hint = ' (data.root is not set: it names the folder that holds the data set)'
+        elif root and not Path(root).exists():
+            hint = f' (data.root={root}: there is no such folder)'
         raise UserError(f'{where}: {reason}{hint}') from error
     if isinstance(opened, IterableDataset):
         raise UserError(
