@@ -1,6 +1,7 @@
 """What is used of dependencies beyond their public names, one small function each: they can break here only."""
 
 import inspect
+import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -134,18 +135,53 @@ def pil_decoder_arguments(image: Image.Image) -> tuple[Any, ...]:
     return args if isinstance(args, tuple) else ()
 
 
-def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
-    """The members of an uncompressed tar file, of which none is held in memory.
+_COMPRESSIONS = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'(\xb5/\xfd': 'zstd', b'PK': 'zip'}
 
-    Damage between members, which tarfile takes for the end of the file, raises a tarfile.TarError too.
+
+def tar_members(path: str, start: int = 0, size: int | None = None) -> Iterator[tarfile.TarInfo]:
+    """The members of an uncompressed tar file, of which none is held in memory; or of one that lies in another file.
+
+    Names are UTF-8, and other bytes of them are kept as `os.fsdecode` keeps them.
+
+    Args:
+        path: The file.
+        start, size: Where the tar file lies in it, in bytes; by default it is all of it.
+
+    Raises:
+        OSError: If it cannot be read.
+        tarfile.TarError: If it is compressed, is damaged, even between members, which tarfile takes for its end, goes
+            on after its end, or holds a sparse file.
     """
-    with tarfile.open(path, 'r:') as archive:
-        for member in archive:
-            yield member
-            archive.members = []
-        archive.fileobj.seek(archive.offset)  # the end is an empty block
-        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f'damaged or cut off at byte {archive.offset}')
+    with open(path, 'rb') as file:
+        end = os.fstat(file.fileno()).st_size if size is None else start + size
+        file.seek(start)
+        try:
+            archive = tarfile.TarFile(fileobj=file, encoding='utf-8', errors='surrogateescape')
+        except tarfile.ReadError:
+            file.seek(start)
+            magic = file.read(8)
+            kinds = [kind for beginning, kind in _COMPRESSIONS.items() if magic.startswith(beginning)]
+            if kinds:
+                raise tarfile.ReadError(f'it is compressed by {kinds[0]}; decompress it') from None
+            raise
+        with archive:
+            for member in archive:
+                if member.issparse():
+                    raise tarfile.ReadError(f'{member.name} is stored as a sparse file; pack without --sparse')
+                if member.offset_data + (member.size if member.isreg() else 0) > end:
+                    raise tarfile.ReadError(f'cut off at byte {end}')
+                yield member
+                archive.members = []
+            position = archive.offset
+            file.seek(position)  # the end is an empty block
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or file.tell() > end:
+                raise tarfile.ReadError(f'damaged or cut off at byte {position}')
+            while rest := file.read(min(2**20, end - file.tell())):
+                if rest.strip(b'\0'):
+                    raise tarfile.ReadError(
+                        f'more follows the end of the archive at byte {position}, as where archives are joined by cat; '
+                        'unpack it with --ignore-zeros'
+                    )
 
 
 def map_instances(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:

@@ -1,5 +1,6 @@
 import io
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import tifffile
 from tests.data.shards import write_saved
 from tests.data.trees import pixels, write_tree
 from vit_efficient.data import ImageTree, class_names, create_dataset, to_array
-from vit_efficient.data.sources import reads_files
+from vit_efficient.data.sources import hugging_face, reads_files
 
 datasets = pytest.importorskip('datasets')
 
@@ -103,3 +104,60 @@ def test_what_cannot_be_opened_is_named(tree, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', None)
     with pytest.raises(ValueError, match=r"split train: hfds/… needs .* pip install 'vit-efficient\[hf\]'"):
         create_dataset('train', f'hfds/{tmp_path}/saved')
+
+
+def test_the_causes_of_an_error_are_told(tree, tmp_path):
+    with zipfile.ZipFile(tmp_path / 'train.zip', 'w') as archive:
+        for name in ('a/0.png', 'b/0.png'):
+            archive.write(tree / 'c0/0.png', name)
+    (tmp_path / 'csv').mkdir()
+    (tmp_path / 'csv/train.csv').write_text('image,label\nx,1\ny,1,2,3\n')
+    (tmp_path / 'json').mkdir()
+    (tmp_path / 'json/train.json').write_text('{"image": 1, "label":')
+    (tmp_path / 'zip').mkdir()
+    (tmp_path / 'train.zip').rename(tmp_path / 'zip/train.zip')
+    for folder, cause in (
+        ('zip', 'Invalid string class label'),
+        ('csv', 'Expected 2 fields in line 3, saw 4'),
+        ('json', 'JSON parse error'),
+    ):
+        with pytest.raises(ValueError, match=cause) as error:
+            create_dataset('train', f'hfds/{tmp_path}/{folder}', str(tmp_path / 'cache'))
+        assert '\n' not in str(error.value) and 'data.root' not in str(error.value)
+
+
+def test_reasons_are_said_once():
+    inner, outer = ValueError('the file\nis damaged'), RuntimeError('cannot open: the file is damaged')
+    outer.__cause__ = inner
+    assert hugging_face._reasons(outer) == 'cannot open: the file is damaged'
+    (last := KeyError()).__cause__ = OSError('gone')
+    assert hugging_face._reasons(last) == 'KeyError: gone'
+
+
+def test_the_digest_tells_of_other_files(tree, tmp_path):
+    def digest(name, order=slice(None)):
+        folder = tmp_path / name / 'train'
+        dataset = datasets.load_from_disk(str(write_saved(tree, tmp_path / 'plain' / name)))
+        dataset.select(range(24)[order]).save_to_disk(folder)
+        return create_dataset('train', f'hfds/{folder.parent}').digest()
+
+    first = digest('first')
+    assert digest('again') == first
+    assert digest('fewer', slice(23)) != first and digest('reversed', slice(None, None, -1)) != first
+    (tree / 'c1/1.png').rename(tree / 'c1/one.png')
+    renamed = digest('renamed')
+    (tree / 'c1/one.png').write_bytes((tree / 'c1/one.png').read_bytes() + b'x')
+    longer = digest('longer')
+    (tree / 'c1/one.png').rename(tree / 'c2/one.png')
+    assert len({first, renamed, longer, digest('moved')}) == 4
+
+
+def test_the_digest_of_files_and_of_bytes(tree, tmp_path):
+    ours = [create_dataset('train', f'hfds/{tree}', str(tmp_path / f'cache{number}')).digest() for number in range(2)]
+    assert ours[0] == ours[1]
+    text, binary = datasets.Value('string'), datasets.Value('large_binary')
+    digests = []
+    for number, (files, labels) in enumerate([([b'a', b'b'], 'xy'), ([b'a', b'bc'], 'xy'), ([b'a', b'b'], 'xx')]):
+        name = save(tmp_path / str(number), files, list(labels), image=binary, label=text)
+        digests.append(create_dataset('train', name).digest())
+    assert len({*digests, *ours}) == 4

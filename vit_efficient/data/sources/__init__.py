@@ -1,5 +1,6 @@
 """Where samples come from, one file per kind of source; and which source a path or a name stands for."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data import create_dataset as create_timm_dataset
 from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 
@@ -16,8 +18,12 @@ from vit_efficient.data.files.images import read_image
 from vit_efficient.data.sources.folders import ImageTree
 from vit_efficient.data.sources.hugging_face import HuggingFaceReader
 from vit_efficient.data.sources.shards import ShardReader
+from vit_efficient.data.sources.tars import TarReader
 from vit_efficient.utils.checks import argument_names, check_options
-from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.errors import UserError, one_line
+
+_COMPRESSED = re.compile(r'\.(tar\.\w+|tgz|tbz2?|txz|tzst)$', re.IGNORECASE)
+_LIBRARIES = ('torch', 'tfds', 'hfids', 'wds')  # what names begin with that timm does not take for folders
 
 
 class ReaderImages(Dataset):
@@ -63,11 +69,12 @@ def create_dataset(
         path: A folder of class folders, or WebDataset's shards, such as `train-{000..009}.tar`; with `dataset`, the
             name of the split.
         dataset: megapixel_mnist; `hfds/NAME` or `hfds/FOLDER`, see `HuggingFaceReader`; tar, where `path` is a tar file
-            in `root` that holds class folders or a tar file for each class, or a folder of such files (timm's
-            ReaderImageInTar); or a name that timm.data.create_dataset knows, such as `torch/cifar10`.
+            in `root` that holds class folders or a tar file for each class, or a folder of such files, see
+            `TarReader`; folder, of class folders in `root`; or a name that timm.data.create_dataset knows, such as
+            `torch/cifar10`.
         root: With `dataset`, the folder that holds it; with `hfds/`, where the library keeps what it has prepared.
         key: The recipe's key for `path`, for messages.
-        args: Further arguments, of `MegapixelMnist`, `ShardReader`, `HuggingFaceReader` or timm's reader.
+        args: Further arguments, of `MegapixelMnist`, `ShardReader`, `HuggingFaceReader`, `TarReader` or timm's reader.
 
     Raises:
         UserError: If there are no images there, the data set is a stream, or it does not take the arguments.
@@ -77,11 +84,14 @@ def create_dataset(
     if not path:
         raise UserError(f'{key} is not set: it names a folder of class folders')
     if not dataset:
-        if path.endswith('.tar'):
+        is_folder = Path(path).is_dir()
+        if _COMPRESSED.search(path) and not is_folder:
+            raise UserError(f'{key}: {path}: a compressed tar file cannot be read at random; decompress it')
+        if path.lower().endswith('.tar') and not is_folder:
             return ReaderImages(_open(ShardReader, path, args, args_key, key))
         if args:
             raise UserError(f'{args_key}={args} are for a data set with a name, or shards; set data.dataset')
-        return ImageTree(path)
+        return ImageTree(path, allow_empty=key != 'data.train')
     if dataset == 'megapixel_mnist':
         from vit_efficient.data.megapixel_mnist import SPLITS, MegapixelMnist  # imports OpenCV
 
@@ -93,6 +103,11 @@ def create_dataset(
     if prefix == 'hfds':
         options = {'split': path, 'cache_dir': root or None, **args}
         return ReaderImages(_open(HuggingFaceReader, name, options, args_key, where))
+    if dataset == 'tar':
+        options = {'allow_empty': key != 'data.train', **args}
+        return ReaderImages(_open(TarReader, str(Path(root, path)), options, args_key, where))
+    if prefix not in _LIBRARIES and not args and root and Path(root, path).is_dir():
+        return ImageTree(Path(root, path), allow_empty=key != 'data.train')
     return _open_by_timm(path, dataset, root, args, where)
 
 
@@ -109,21 +124,26 @@ def _open(source: Callable[..., Any], name: str, args: dict[str, Any], args_key:
 
 def _open_by_timm(split: str, dataset: str, root: str, args: dict[str, Any], where: str) -> Dataset:
     try:
-        if dataset == 'tar':
-            # It would share the position in a file that is open with the loader processes.
-            return ReaderImages(ReaderImageInTar(str(Path(root, split)), cache_tarfiles=False, **args))
         opened = create_timm_dataset(dataset, root=root or None, split=split, input_img_mode=None, **args)
     # Readers raise whatever their libraries do; those that need a root trip over None.
     except Exception as error:
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        hint = '' if root else ' (data.root is not set: it names the folder that holds the data set)'
+        reason, hint = one_line(error), ''
+        if not root and isinstance(error, TypeError | AttributeError):
+            hint = ' (data.root is not set: it names the folder that holds the data set)'
+        elif root and not Path(root).exists():
+            hint = f' (data.root={root}: there is no such folder)'
         raise UserError(f'{where}: {reason}{hint}') from error
     if isinstance(opened, IterableDataset):
         raise UserError(
             f'data.dataset={dataset} is a stream, its samples have no index, without which a run cannot go on where it '
             "stopped; use one with random access: hfds/… for hfids/…, shards' paths as data.train for wds/…"
         )
-    return ReaderImages(opened.reader) if isinstance(opened, ImageDataset) else opened
+    if not isinstance(opened, ImageDataset):
+        return opened
+    # Of files, ours reads more formats, and numbers classes that tie the same in each process.
+    ours = {ReaderImageFolder: ImageTree, ReaderImageInTar: lambda path: ReaderImages(TarReader(path))}
+    reader = ours.get(type(opened.reader)) if 'class_map' not in args else None
+    return reader(opened.reader.root) if reader else ReaderImages(opened.reader)
 
 
 def reads_files(dataset: Dataset) -> bool:

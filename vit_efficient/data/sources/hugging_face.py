@@ -1,5 +1,6 @@
 """Data sets of Hugging Face's `datasets` library, by index: from the hub, in local files, or saved to disk."""
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -7,7 +8,7 @@ from typing import Any, BinaryIO
 from timm.data.readers.reader import Reader
 
 from vit_efficient.data.sources.folders import natural_order
-from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.packages import import_optional
 
 
@@ -50,7 +51,7 @@ class HuggingFaceReader(Reader):
             else:
                 dataset = datasets.load_dataset(name, split=split, cache_dir=cache_dir, **options)
         except Exception as error:  # whatever the library, its builders and the network raise
-            raise UserError(' '.join(str(error).split()) or type(error).__name__) from error
+            raise UserError(_reasons(error)) from error
         if not isinstance(dataset, datasets.Dataset):
             raise UserError('it is a stream, its samples have no index; leave streaming out')
         features = dataset.features
@@ -87,12 +88,38 @@ class HuggingFaceReader(Reader):
         file = open(path, 'rb') if data is None else io.BytesIO(data)  # noqa: SIM115, the caller closes it
         return file, int(label if self.numbers is None else self.numbers[label])
 
+    def digest(self) -> str:
+        """A hash of the names and the sizes of the images, of their labels and of their order."""
+        import pyarrow as pa  # which `datasets` needs
+        import pyarrow.compute as pc
+
+        digest = hashlib.sha256(repr(self.classes).encode(errors='surrogateescape'))
+        for batch in self.dataset.with_format('arrow').iter(1000):
+            images, labels = (batch[key].combine_chunks() for key in (self.input_key, self.target_key))
+            has_names = pa.types.is_struct(images.type)
+            names = images.field('path').to_pylist() if has_names else []
+            sizes = pc.binary_length(images.field('bytes') if has_names else images).to_pylist()
+            names = [name and Path(name).name for name in names]
+            digest.update(repr((names, sizes, labels.to_pylist())).encode(errors='surrogateescape'))
+        return digest.hexdigest()
+
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         image = self.images[int(index)][self.input_key].chunk(0)  # not read, for the sake of its name
         path = image.field('path')[0].as_py() if hasattr(image, 'field') else None
         if path and Path(path).is_absolute():
             return path
         return f'{self.split}[{index}] {path}' if path else f'{self.split}[{index}]'
+
+
+def _reasons(error: BaseException | None) -> str:
+    """What an error says, and what its causes say; some say no more than that something has happened."""
+    reasons: list[str] = []
+    while error:
+        reason = one_line(error, 2000)
+        if not any(reason in each for each in reasons):
+            reasons.append(reason)
+        error = error.__cause__
+    return ': '.join(reasons)
 
 
 def _is_saved(folder: Path) -> bool:

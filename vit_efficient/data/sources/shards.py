@@ -4,34 +4,32 @@ The webdataset library streams them: what comes when depends on the number of pr
 before. Here the headers of the shards are read once, for an index of where each sample lies. So their samples come in
 the order of `EpochSampler`, as those of a folder do, and a run that goes on mid-epoch loses and repeats none.
 
-A sample is what has the same name up to the first dot (`0017.jpg`, `0017.cls`), as in webdataset.
+A sample is what has the same name up to the first dot (`0017.jpg`, `0017.cls`), as in webdataset; its parts may
+lie apart. Hidden files are in none.
 """
 
 import hashlib
 import io
 import os
-import tarfile
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import BinaryIO
-from zipfile import BadZipFile
 
 import numpy as np
 from timm.data.readers.reader import Reader
 
 from vit_efficient.data.files.images import EXTENSIONS
-from vit_efficient.utils.compat import tar_members
+from vit_efficient.data.sources.archives import THREADS, cached, decoded, encoded, list_files, read_names
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.files import replacing
 from vit_efficient.utils.packages import import_optional
 
 IMAGE_KEYS = ';'.join(extension[1:] for extension in EXTENSIONS)
-_THREADS = 16  # that read headers: most of the time goes by in waiting for the disk
 _NOWHERE = (-1, 0)
+_META = re.compile('__[^/]*__($|/)')  # what webdataset passes over
 # The offset and the size, in bytes, of the image and the label of a sample in its shard.
 _EXTENT = [('image', np.int64), ('image_size', np.int64), ('label', np.int64), ('label_size', np.int64)]
 
@@ -49,8 +47,8 @@ class ShardReader(Reader):
         classes: Names of the classes, or a text file with one in each line; by default they are not known.
 
     Raises:
-        UserError: If the shards are not plain tar files on this machine, one of them is missing or damaged, or there
-            is no image or no label in them.
+        UserError: If the shards are not plain tar files on this machine, one of them is missing or damaged or has a
+            sample twice, or there is no image or no label in them.
         MissingPackage: If `webdataset` is not installed.
     """
 
@@ -59,10 +57,12 @@ class ShardReader(Reader):
     ):
         super().__init__()
         self.input_key, self.target_key = input_key, target_key
-        self.classes = _read_names(classes) if isinstance(classes, str) else list(classes) if classes else None
+        self.classes = (
+            read_names(classes, 'classes') if isinstance(classes, str) else list(classes) if classes else None
+        )
         self.shards = _expand(pattern)
         self.root = os.path.commonpath([Path(shard).parent for shard in self.shards])
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             found = list(pool.map(partial(_index, input_key=input_key, target_key=target_key), self.shards))
         self.groups = [len(names) for names, _ in found]  # samples of each shard
         self._ends = np.cumsum(self.groups)
@@ -103,7 +103,7 @@ class ShardReader(Reader):
         return self.shards[np.searchsorted(self._ends, index, side='right')]
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        name = Path(self._shard(index), self._names[index].decode())
+        name = Path(self._shard(index), decoded(self._names[index]))
         return name.name if basename else str(name) if absolute else name.relative_to(self.root).as_posix()
 
 
@@ -114,9 +114,13 @@ def _expand(pattern: str) -> list[str]:
             f'{pattern}: shards that come as a stream have no samples with an index, without which a run cannot go on '
             'where it stopped; copy them to a disk'
         )
+    if os.path.isfile(pattern):
+        return [pattern]
     shards = []
-    for path in shardlists.expand_urls(pattern):
-        shards += sorted(glob(path)) if set('*?[') & set(path) else [path]
+    for part in pattern.split('::'):
+        folder = _folder(part)  # braces and brackets in its name are no pattern
+        for rest in shardlists.expand_urls(part[len(folder) :]):
+            shards += _matches(folder + rest)
     missing = [shard for shard in shards if not Path(shard).is_file()]
     if missing or not shards:
         which = f'{len(missing)} of {len(shards)} shards, such as {missing[0]}' if missing else 'a shard'
@@ -124,42 +128,51 @@ def _expand(pattern: str) -> list[str]:
     return shards
 
 
-def _read_names(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError as error:
-        raise UserError(f'classes={path}: cannot read it: {error.strerror}') from error
+def _folder(path: str) -> str:
+    """The folder that is there, nearest to a path or a pattern."""
+    folder = os.path.dirname(path)
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _matches(path: str) -> list[str]:
+    folder = _folder(path)
+    if os.path.isfile(path) or not set('*?[') & set(path[len(folder) :]):
+        return [path]
+    return sorted(glob(escape(folder) + path[len(folder) :]))
 
 
 def _index(path: str, input_key: str, target_key: str) -> tuple[np.ndarray, np.ndarray]:
     """Names (bytes) and extents (_EXTENT) of the samples of a shard, from the cache if they are there."""
-    status = os.stat(path)
-    key = (os.path.abspath(path), status.st_size, status.st_mtime_ns, input_key, target_key)
-    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'vit_efficient', 'shards')
-    cached = folder / f'{hashlib.sha256(repr(key).encode()).hexdigest()}.npz'
-    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(cached) as index:
-        return index['names'], index['places']
-    names, extents = _scan(path, input_key.lower().split(';'), target_key.lower())
-    with suppress(OSError):  # it is a convenience
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(cached) as temporary, open(temporary, 'wb') as file:
-            np.savez(file, names=names, places=extents)
-    return names, extents
+    keys = input_key.lower().split(';'), target_key.lower()
+    arrays = cached(
+        path, lambda: dict(zip(('names', 'extents'), _scan(path, *keys), strict=True)), input_key, target_key
+    )
+    return arrays['names'], arrays['extents']
 
 
 def _scan(path: str, input_keys: list[str], target_key: str) -> tuple[np.ndarray, np.ndarray]:
-    from webdataset.tariterators import base_plus_ext
-
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        for member in tar_members(path):
-            name, extension = base_plus_ext(member.name)
-            if member.isfile() and name is not None:
-                members.setdefault(name, {})[extension.lower()] = (member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f'{path}: not a readable tar shard, uncompressed ({error}); make it anew') from error
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    images, last = {*input_keys, *(extension[1:] for extension in EXTENSIONS)}, None
+    for member, extent in list_files(path, what='shard')[0]:
+        folder, slash, base = member.rpartition('/')
+        stem, dot, extension = base.partition('.')
+        if not (stem and dot) or _META.match(member):
+            continue
+        name, extension = folder + slash + stem, extension.lower()
+        parts = samples.setdefault(name, {})
+        # Parts that lie apart may be those of two samples, so that the image of one would get the label of the other.
+        other_image = name != last and extension in images and images & parts.keys()
+        if extension in parts or other_image:
+            raise UserError(
+                f'{path}: sample {name} is in it twice ({member}), as where archives are joined; whose label is whose '
+                'is not known: give them names of their own'
+            )
+        parts[extension] = extent
+        last = name
     extents = []
-    for parts in members.values():
+    for parts in samples.values():
         image = next((parts[key] for key in input_keys if key in parts), _NOWHERE)
         extents.append((*image, *parts.get(target_key, _NOWHERE)))
-    return np.array([name.encode() for name in members], dtype=bytes), np.array(extents, dtype=_EXTENT)
+    return np.array([encoded(name) for name in samples], dtype=bytes), np.array(extents, dtype=_EXTENT)
