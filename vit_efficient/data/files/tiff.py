@@ -30,7 +30,7 @@ _SAMPLES = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _INKS: 4
 _JPEGS = (6, 7)  # Compression
 # What libtiff, within Pillow, decodes: none, fax, LZW, JPEG, Deflate, PackBits, LZMA, ZSTD, WebP.
 _LIBTIFFS = (1, 2, 3, 4, 5, *_JPEGS, 8, 32771, 32773, 32946, 34925, 50000, 50001)
-_FULL_RANGE = [0, 255, 128, 255, 128, 255]  # ReferenceBlackWhite, as in JFIF
+_FULL_RANGE = (0, 1, 255, 1, 128, 1, 255, 1, 128, 1, 255, 1)  # ReferenceBlackWhite, in fractions, as in JFIF
 
 
 def read_tiff(data: bytes) -> Image.Image | np.ndarray:
@@ -55,7 +55,7 @@ def read_tiff(data: bytes) -> Image.Image | np.ndarray:
             image.load()  # turns it, too
             return image
         if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE):
-            kind = getattr(page.photometric, 'name', page.photometric)
+            kind = 'CMYK' if page.photometric == _INKS else getattr(page.photometric, 'name', page.photometric)
             raise UnfitImage(
                 f'its colours are {kind} ({page.bitspersample} bits, {page.samplesperpixel} samples), which are not '
                 'converted; store it as grey or RGB, or its samples as .npy (H, W, C)'
@@ -102,8 +102,8 @@ def _is_photograph(page: Any) -> bool:
     if kind == _INKS:
         return page.tags.valueof('InkSet', 1) == 1
     if kind == _YCBCR and page.compression not in _JPEGS:
-        levels = np.ravel(page.tags.valueof('ReferenceBlackWhite', _FULL_RANGE))
-        return tuple(page.tags.valueof('YCbCrSubSampling', (2, 2))) == (1, 1) and levels.tolist() == _FULL_RANGE
+        levels = page.tags.valueof('ReferenceBlackWhite', _FULL_RANGE)
+        return page.tags.valueof('YCbCrSubSampling', (2, 2)) == (1, 1) and levels == _FULL_RANGE
     return True
 
 
@@ -139,7 +139,10 @@ def decode_by_opencv(data: bytes) -> np.ndarray:
 
 def _interpreted(pixels: np.ndarray, page: Any) -> np.ndarray:
     """Stored samples (H, W) or (H, W, C) as grey, RGB or channels, 0 being black, in the range of their type."""
-    pixels, bits = pixels.astype(np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder('=')), page.bitspersample
+    pixels, bits = (
+        pixels.astype(np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder('=')),
+        page.bitspersample,
+    )
     if page.photometric == _PALETTE:
         return _coloured(pixels, page.colormap, bits)
     white = 1
