@@ -55,8 +55,10 @@ def test_figure_and_table(name, shape, dtype, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ('shape', 'first'),
-    [((3, 24, 32), True), ((1, 24, 32), True), ((5, 24, 32), True), ((6, 7, 32), True)]
-    + [((24, 32, 3), False), ((24, 32, 6), False), ((3, 32, 4), False), ((2, 64, 3), False)],
+    [
+        *(((3, 24, 32), True), ((1, 24, 32), True), ((5, 24, 32), True), ((6, 7, 32), True)),
+        *(((24, 32, 3), False), ((24, 32, 6), False), ((3, 32, 4), False), ((2, 64, 3), False)),
+    ],
 )
 def test_arrays_have_channels_first_or_last(shape, first, tmp_path, capsys):
     image = pixels(0, shape)

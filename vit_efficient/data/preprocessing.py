@@ -145,8 +145,9 @@ class EvalTransform(PixelTransform):
 
     8-bit images of 1 or 3 channels go through it as PIL images, exactly as in timm. Others (16-bit, floating point,
     many-channel) go through its resize and crop as float32, with the same target sizes, the same interpolation and
-    antialiasing, as tensors, or for Lanczos, which those lack, each channel as a PIL image; then they are clipped to [0, 1], as 8-bit images are by their type, and normalised. With
-    `crop_mode` border they are a UserError: its padding is a colour.
+    antialiasing, as tensors, or for Lanczos, which those lack, each channel as a PIL image; then they are clipped to
+    [0, 1], as 8-bit images are by their type, and normalised. With `crop_mode` border they are a UserError: its padding
+    is a colour.
     """
 
     def __init__(self, preprocessing: Preprocessing):

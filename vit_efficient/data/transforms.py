@@ -194,8 +194,8 @@ class DctTruncate(A.ImageOnlyTransform):
 
     It leaves edges softened and with ripples beside them (whole image), or blocks and their steps, as strong JPEG
     compression does. Images are (H, W) or (H, W, C), with any number of channels, or volumes of them: uint8, uint16 or
-    floating point in [0, 1], of any byte order; what comes out is of the machine's. Integers are rounded; values are clipped to the range of their type. Masks, boxes and
-    keypoints stay as they are.
+    floating point in [0, 1], of any byte order; what comes out is of the machine's. Integers are rounded; values are
+    clipped to the range of their type. Masks, boxes and keypoints stay as they are.
 
     Args:
         ratio: The share of the coefficients that stays, 0 < ratio ≤ 1, or the range (least, most) from which it is

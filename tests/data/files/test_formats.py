@@ -85,6 +85,10 @@ def by_tifffile(photometric, **options):
     return write
 
 
+def in_pages(image, dtype, orientation=None):
+    return by_tifffile('minisblack')(np.moveaxis(image, -1, 0), dtype, orientation)
+
+
 def by_numpy(image, dtype, orientation=None):
     stream = io.BytesIO()
     np.save(stream, deep(image, dtype))
@@ -120,7 +124,7 @@ ROWS = {
     ('TIFF', 'RGB times alpha'): (MULTIPLIED, RGBA, by_tifffile('rgb', extrasamples=['assocalpha'])),
     ('TIFF', 'RGB, another'): (RGBA, RGBA, by_tifffile('rgb', extrasamples=['unspecified'])),
     ('TIFF', '5 in samples'): (BASE, BASE, by_tifffile('minisblack', **contiguous)),
-    ('TIFF', '5 in pages'): (BASE, BASE, lambda image, *how: by_tifffile('minisblack')(np.moveaxis(image, -1, 0), *how)),
+    ('TIFF', '5 in pages'): (BASE, BASE, in_pages),
     ('TIFF', 'CMYK'): (CMYK, RGB, by_tifffile('separated'), by_pillow('TIFF', 'CMYK')),
     ('TIFF', 'Lab'): (RGB, RGB, by_tifffile('cielab'), by_pillow('TIFF', 'LAB')),
     ('TIFF', 'YCbCr'): (YCBCR, RGB, by_pillow('TIFF', 'YCbCr')),

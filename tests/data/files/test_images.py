@@ -214,7 +214,7 @@ def test_packages_that_are_missing_are_no_damage(tmp_path, monkeypatch, package)
     tifffile.imwrite(path, pixels(0, (20, 24, 5)), photometric='minisblack', planarconfig='contig')
     if package == 'tifffile':
         monkeypatch.setitem(sys.modules, 'tifffile', None)
-        expected = rf"{path}: TIFFs are read by the tifffile package, which is not installed: pip install 'vit-efficient\[train\]'"
+        expected = rf'{path}: TIFFs are read by the tifffile package, .* pip install .vit-efficient\[train\]'
     else:
 
         def asarray(self):

@@ -123,8 +123,9 @@ def to_array(image: Image.Image | np.ndarray, in_chans: int) -> np.ndarray:
 
     Grey is repeated for a model of 3 channels, RGB is weighed to luma for a model of 1 channel. An alpha channel of a
     PIL image, a PNG or a TIFF (an unassociated one) is dropped for a model of 1 or 3 channels, else it is a channel:
-    RGBA fits a model of 4. So is the fourth sample of an RGB TIFF that does not tell what it is, with a warning. CMYK is converted for a model of 1 or 3 channels and fits no other. Of 8-bit PIL images,
-    `Image.convert` makes 1 or 3 channels, as in timm.
+    RGBA fits a model of 4. So is the fourth sample of an RGB TIFF that does not tell what it is, with a warning. CMYK
+    is converted for a model of 1 or 3 channels and fits no other. Of 8-bit PIL images, `Image.convert` makes 1 or 3
+    channels, as in timm.
 
     Args:
         image: What `read_image` gives: a PIL image, or an array (H, W) or (H, W, C), or (C, H, W) where only that fits

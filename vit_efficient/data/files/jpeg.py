@@ -39,8 +39,9 @@ class ReducedReader:
     The reduction is the largest at which the smallest crop that may be drawn still has as many pixels as the model's
     input on both sides: no crop is enlarged that would not be in a full decode. It depends on the image's size alone,
     so that decoded images can be cached. Chroma that is subsampled along one axis only (4:2:2, 4:4:0, 4:1:1) keeps what
-    the reduced size can show of it: the image is decoded larger, and averaged. At full size the pixels are those of PIL, up to the version of libjpeg-turbo.
-    Files that are not 8-bit grey, RGB or YCbCr JPEGs go to `read_image`, and so do damaged ones, for its message.
+    the reduced size can show of it: the image is decoded larger, and averaged. At full size the pixels are those of
+    PIL, up to the version of libjpeg-turbo. Files that are not 8-bit grey, RGB or YCbCr JPEGs go to `read_image`, and
+    so do damaged ones, for its message.
 
     Args:
         height, width: Pixels that the smallest crop needs.

@@ -22,8 +22,8 @@ class UnfitImage(UserError):
 def too_large(reason: str) -> UnfitImage:
     """The error about an image of more pixels than PIL decodes: `reason` says how many."""
     return UnfitImage(
-        f'PIL decodes at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels, twice PIL.Image.MAX_IMAGE_PIXELS ({reason}); raise '
-        'that in a script of your own, store the image smaller, or as .npy; data.decode=scaled reads large JPEGs'
+        f'PIL decodes at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels, twice PIL.Image.MAX_IMAGE_PIXELS ({reason}); '
+        'raise that in a script of your own, store the image smaller, or as .npy; data.decode=scaled reads large JPEGs'
     )
 
 

@@ -49,7 +49,7 @@ def read_tiff(data: bytes) -> Image.Image | np.ndarray:
         series = next((one for one in file.series if not _is_aside(one.keyframe)), file.series[0])
         page, single = series.keyframe, series.size == series.keyframe.size
         check_size(page.imagelength, page.imagewidth, series.size // (page.imagelength * page.imagewidth))
-        if single and isinstance(page.index, int) and _is_photograph(page):
+        if single and not page.is_subifd and _is_photograph(page):
             image = Image.open(io.BytesIO(data))
             image.seek(page.index)
             image.load()  # turns it, too
@@ -123,8 +123,9 @@ def _decode(tifffile: ModuleType, data: bytes, series: Any, single: bool) -> np.
             if pixels is not None and pixels.shape == page.shape and pixels.dtype == page.dtype:
                 return pixels
         raise MissingPackage(
-            f'its samples ({getattr(page.compression, "name", page.compression)}, {page.bitspersample} bits) are read by '
-            "the imagecodecs package, which is not installed: pip install 'vit-efficient[tiff]', or store it uncompressed"
+            f'its samples ({getattr(page.compression, "name", page.compression)}, {page.bitspersample} bits) are read '
+            "by the imagecodecs package, which is not installed: pip install 'vit-efficient[tiff]', or store it "
+            'uncompressed'
         ) from error
 
 
