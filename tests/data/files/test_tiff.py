@@ -210,6 +210,28 @@ def test_twelve_bits_are_scaled():
         assert np.abs(load(data, 1)[..., 0] - expected).max() < 1e-4
 
 
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16'])
+@pytest.mark.parametrize('kind', ['grey', 'multiplied', 'palette'])
+def test_damage_in_directories_is_named(tmp_path, dtype, kind):
+    """Whatever is there, it is read or refused, and no error of ours."""
+    rng, image = np.random.default_rng(0), pixels(0, (20, 24), dtype)
+    palette = pixels(0, (3, np.iinfo(dtype).max + 1), 'uint16')
+    data = {
+        'grey': lambda: tiff_of(image, photometric='minisblack'),
+        'multiplied': lambda: tiff_of(pixels(0, (20, 24, 4), dtype), photometric='rgb', extrasamples=['assocalpha']),
+        'palette': lambda: tiff_of(image, photometric='palette', colormap=palette),
+    }[kind]()
+    for _ in range(100):
+        damaged = bytearray(data)
+        for place in rng.integers(0, 220, 3):
+            damaged[place] = rng.choice([0, 1, 2, 3, 4, 255])
+        (tmp_path / 'image.tif').write_bytes(damaged)
+        try:
+            read_image(tmp_path / 'image.tif')
+        except ValueError as error:
+            assert 'image.tif: ' in str(error)
+
+
 def test_slips_of_ours_are_not_damage(monkeypatch):
     def slip(data):
         return ()[0]

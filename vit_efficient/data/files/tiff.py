@@ -44,11 +44,11 @@ def read_tiff(data: bytes) -> Image.Image | np.ndarray:
     tifffile = import_optional('tifffile', 'TIFFs are read by', 'train')
     _check_directories(data)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        if not file.series:
-            raise UserError('it has no pages')
-        series = next((one for one in file.series if not _is_aside(one.keyframe)), file.series[0])
+        if not file.series or not file.series[0].size:
+            raise UserError('it has no pages, or no pixels')
+        series = next((one for one in file.series if one.size and not _is_aside(one.keyframe)), file.series[0])
         page, single = series.keyframe, series.size == series.keyframe.size
-        check_size(page.imagelength, page.imagewidth, series.size // (page.imagelength * page.imagewidth))
+        check_size(page.imagelength, page.imagewidth, -(-series.size // max(page.imagelength * page.imagewidth, 1)))
         if single and not page.is_subifd and _is_photograph(page):
             image = Image.open(io.BytesIO(data))
             image.seek(page.index)
@@ -98,7 +98,7 @@ def _is_photograph(page: Any) -> bool:
     if bits != 8 and not (bits in (1, 2, 4) and page.samplesperpixel == 1):
         return False
     if kind == _PALETTE:  # some writers give bytes, which Pillow takes for the lower half
-        return page.colormap is not None and page.colormap.max() > 255
+        return isinstance(page.colormap, np.ndarray) and page.colormap.max() > 255
     if kind == _INKS:
         return page.tags.valueof('InkSet', 1) == 1
     if kind == _YCBCR and page.compression not in _JPEGS:
@@ -140,10 +140,8 @@ def decode_by_opencv(data: bytes) -> np.ndarray:
 
 def _interpreted(pixels: np.ndarray, page: Any) -> np.ndarray:
     """Stored samples (H, W) or (H, W, C) as grey, RGB or channels, 0 being black, in the range of their type."""
-    pixels, bits = (
-        pixels.astype(np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder('=')),
-        page.bitspersample,
-    )
+    pixels = pixels.astype(np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder('='))
+    bits = page.bitspersample
     if page.photometric == _PALETTE:
         return _coloured(pixels, page.colormap, bits)
     white = 1
@@ -166,11 +164,12 @@ def _interpreted(pixels: np.ndarray, page: Any) -> np.ndarray:
     return pixels.view(WithAlpha)
 
 
-def _coloured(indices: np.ndarray, palette: np.ndarray | None, bits: int) -> np.ndarray:
+def _coloured(indices: np.ndarray, palette: Any, bits: int) -> np.ndarray:
     """The colours (3, 2 ** bits), of 16 bits, that indices stand for: (H, W, 3), of 8 bits if the indices have."""
-    if palette is None or palette.shape != (3, 2**bits) or indices.dtype.kind != 'u':
+    if not isinstance(palette, np.ndarray) or palette.shape != (3, 2**bits) or indices.dtype.kind != 'u':
         raise UserError(f'its palette does not have a colour for each of its samples of {bits} bits')
-    colours = (palette if palette.max() > 255 else palette * 257).astype(np.uint16).T[indices]
+    palette = palette.astype(np.uint16)
+    colours = (palette if palette.max() > 255 else palette * 257).T[indices]
     return (colours >> 8).astype(np.uint8) if bits <= 8 else colours
 
 
