@@ -202,6 +202,32 @@ def test_files_of_libtiff_are_read_or_name_the_package(tmp_path, compression, dt
         assert np.allclose(found, image / np.iinfo(dtype).max)
 
 
+@pytest.mark.skipif(not shutil.which('tiffcp'), reason='needs tiffcp')
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16'])
+@pytest.mark.parametrize('odd', ['turned', 'white', 'infrared', 'planes'])
+def test_odd_files_of_lzw_are_read_right_or_name_the_package(tmp_path, dtype, odd):
+    image = pixels(0, (20, 24, 4 if odd == 'infrared' else 3), dtype)
+    expected = image / np.iinfo(dtype).max
+    if odd == 'turned':
+        options, expected = {'extratags': [(274, 'H', 1, 6, True)]}, np.rot90(expected, -1)
+    elif odd == 'planes':
+        image, options = np.ascontiguousarray(np.moveaxis(image, -1, 0)), {'planarconfig': 'separate'}
+    elif odd == 'white':
+        image, options = image[..., 0], {'photometric': 'miniswhite'}
+        expected = 1 - expected[..., :1]
+    else:
+        options = {'extrasamples': ['unspecified']}
+    tifffile.imwrite(tmp_path / 'plain.tif', image, **{'photometric': 'rgb', **options})
+    command = ['tiffcp', '-c', 'lzw', tmp_path / 'plain.tif', tmp_path / 'image.tif']
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    try:
+        found = load((tmp_path / 'image.tif').read_bytes(), expected.shape[2])
+    except MissingPackage as error:
+        assert (dtype == 'uint16' or odd == 'infrared') and 'imagecodecs' in str(error)
+    else:
+        assert found.shape == expected.shape and np.allclose(found, expected)
+
+
 def test_twelve_bits_are_scaled():
     pytest.importorskip('imagecodecs')
     image = pixels(0, (20, 24), 'uint16') >> 4

@@ -116,9 +116,10 @@ def _decode(tifffile: ModuleType, data: bytes, series: Any, single: bool) -> np.
         if not isinstance(error, ImportError) and 'imagecodecs' not in str(error):
             raise
         page = series.keyframe
-        # OpenCV has LZW, for what is laid out as RGB; it turns the image by itself.
+        # OpenCV has LZW, for what is laid out as RGB. It turns the image by itself, and of 8 bits loses extra samples.
         plain = page.photometric in (_BLACK_IS_ZERO, _RGB) and page.tags.valueof('Orientation', 1) == 1
-        if single and page.index == 0 and plain and page.planarconfig == 1 and page.compression == 5:
+        plain = plain and single and page.index == 0 and page.planarconfig == 1 and page.dtype.itemsize > 1
+        if plain and page.compression == 5:
             pixels = decode_by_opencv(data) if page.samplesperpixel in (1, 3, 4) else None
             if pixels is not None and pixels.shape == page.shape and pixels.dtype == page.dtype:
                 return pixels
