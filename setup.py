@@ -12,6 +12,7 @@ DOCS = ['furo', 'myst-parser>=4', 'sphinx>=8']
 HF = ['datasets>=3']
 JPEG = ['pyjpegio>=0.3', 'simplejpeg>=1.9']
 TRAIN = ['albumentations>=2.0.8', 'matplotlib', 'omegaconf>=2.3', 'tensorboard', 'tifffile', 'tqdm']
+TIFF = ['imagecodecs']  # the compressions that tifffile leaves to it: LZW, ZSTD, JPEG 2000, …
 ONNX = ['onnx', 'onnxscript', 'onnxruntime']
 WEBDATASET = ['webdataset>=1.0']
 # Public implementations that tests compare with.
@@ -60,9 +61,10 @@ setup(
         'jpeg': JPEG,
         'onnx': ONNX,
         'peers': PEERS,
+        'tiff': TIFF,
         'train': TRAIN,
         'webdataset': WEBDATASET,
-        'dev': [*DEMO, *DOCS, *HF, *JPEG, *ONNX, *PEERS, *TRAIN, *WEBDATASET, *TESTS],
+        'dev': [*DEMO, *DOCS, *HF, *JPEG, *ONNX, *PEERS, *TIFF, *TRAIN, *WEBDATASET, *TESTS],
     },
     entry_points={'console_scripts': ['vit-efficient = vit_efficient_cli:main']},
     classifiers=[

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'given without the mean of each channel too. Both are exact, before values are clipped, and of the image with '
         'its edge repeated where blocks do not divide it.'
     )
-    parser.add_argument('image', help='a file: PNG, JPEG, TIFF, …, or an array (.npy); of any number of channels')
+    parser.add_argument('image', help='a file: PNG, JPEG, TIFF, …; or an array (.npy), channels last or first')
     about = 'of the coefficients, such as 1/16 or 0.1 (default: 1/4 1/16 1/64)'
     parser.add_argument('--keep', nargs='+', default=['1/4', '1/16', '1/64'], metavar='RATIO', help=about)
     parser.add_argument('--block', type=int, metavar='P', help='truncate blocks of P × P (default: the whole image)')

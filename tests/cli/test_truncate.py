@@ -53,6 +53,25 @@ def test_figure_and_table(name, shape, dtype, tmp_path, capsys):
     assert width > height or shape[0] > shape[1]
 
 
+@pytest.mark.parametrize(
+    ('shape', 'first'),
+    [
+        *(((3, 24, 32), True), ((1, 24, 32), True), ((5, 24, 32), True), ((6, 7, 32), True)),
+        *(((24, 32, 3), False), ((24, 32, 6), False), ((3, 32, 4), False), ((2, 64, 3), False)),
+    ],
+)
+def test_arrays_have_channels_first_or_last(shape, first, tmp_path, capsys):
+    image = pixels(0, shape)
+    path = save(tmp_path / 'image.npy', image)
+    assert main(['truncate', str(path), '--keep', '1/4', '--out', str(tmp_path / 'out.png')]) == 0
+    rows, columns = shape[1:] if first else shape[:2]
+    text = capsys.readouterr().out
+    assert f'coefficients, of {rows} × {columns}' in text
+    x = (np.moveaxis(image, 0, -1) if first else image).astype('f8')
+    kept = dct.truncate(x, dims=(0, 1), ratio=1 / 4)
+    assert float(cells(text)[0][2]) == pytest.approx(100 * np.square(kept).sum() / np.square(x).sum(), abs=0.006)
+
+
 def test_blocks_of_an_image_that_they_do_not_divide(tmp_path, capsys):
     image = pixels(0, (21, 30))
     path = save(tmp_path / 'image.png', image)

@@ -1,3 +1,4 @@
+import random
 from collections import Counter
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from vit_efficient.data import (
     SizeConfig,
     TrainTransform,
     to_array,
+    transforms,
 )
 from vit_efficient.models import save_model
 from vit_efficient.train import load_model
@@ -240,6 +242,48 @@ def test_evaluation_of_deep_images_has_the_same_geometry():
     assert difference.abs().max() <= 2 / 255 / 0.25
     many = EvalTransform(replace(of_channels(6), interpolation='bilinear'))(np.concatenate([image, image], 2))
     assert torch.allclose(many[:3], transform(image.astype(np.float32) / 255), atol=1e-6)
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 5])
+def test_lanczos_of_deep_images_is_that_of_photographs(channels):
+    """In evaluation; training takes what OpenCV calls so, which does not antialias."""
+    image = pixels(0, (48, 60, channels)) // 2 + 60
+    preprocessing = replace(of_channels(channels), interpolation='lanczos')
+    found = EvalTransform(preprocessing)(image.astype(np.float32) / 255)
+    single = EvalTransform(replace(of_channels(1), interpolation='lanczos'))
+    expected = torch.cat([single(image[..., [channel]]) for channel in range(channels)])
+    assert found.shape == (channels, 32, 32)
+    assert (found - expected).abs().max() < 0.02  # which are rounded to 8 bits, and divided by 0.25
+    for crop_scale in (None, (0.2, 0.5)):
+        config = AugmentConfig(crop_scale, hflip=0, color_jitter=0, rand_ops=0, erasing=0)
+        drawn = TrainTransform(preprocessing, config, 0)(image.astype(np.float32) / 255, 0, 0)
+        assert drawn.shape == (channels, 32, 32) and torch.isfinite(drawn).all()
+
+
+@pytest.mark.parametrize('interpolation', ['bicubic', 'lanczos'])
+@pytest.mark.parametrize('channels', [1, 3, 4])
+@pytest.mark.parametrize('how', ['crop', 'squash', 'center'])
+def test_training_and_evaluation_clip_what_resizing_overshoots(interpolation, channels, how):
+    image = np.zeros((12, 12, channels), np.float32)
+    image[3:8, 3:8] = 1
+    preprocessing = Preprocessing(
+        (channels, 64, 64), (0.0,) * channels, (1.0,) * channels, interpolation, 1.0, 'center'
+    )
+    preprocessing = replace(preprocessing, crop_mode='squash' if how == 'squash' else 'center')
+    config = AugmentConfig((0.8, 1) if how == 'crop' else None, hflip=0, color_jitter=0, rand_ops=0, erasing=0)
+    for transform in (TrainTransform(preprocessing, config, 0), EvalTransform(preprocessing)):
+        found = transform(image, 0, 0)
+        assert found.min() == 0 and found.max() == 1
+
+
+def test_clipping_draws_nothing():
+    """What is drawn for an image of more than 8 bits is what was drawn before there was something to clip."""
+    compose = transforms._compose(of_channels(5), AugmentConfig(), photograph=False)
+    [clip] = [step for step in compose.transforms if type(step) is transforms._Clip]
+    clip.set_random_state(np.random.default_rng(0), random.Random(0))
+    state = clip.py_random.getstate()
+    assert clip(image=np.full((4, 4, 5), 2, np.float32))['image'].max() == 1
+    assert clip.py_random.getstate() == state
 
 
 def test_borders_need_a_colour():

@@ -73,6 +73,18 @@ def test_one_pixel(transform):
             assert np.array_equal(found, image)
 
 
+@pytest.mark.parametrize('dtype', ['uint16', 'float16', 'float32', 'float64'])
+def test_byte_orders_and_views(dtype):
+    """As they come from FITS files, memory-mapped TIFFs and flips."""
+    image = noise((12, 10, 3), dtype)
+    expected = DctTruncate(0.25, p=1)(image=image)['image']
+    other = image.astype(image.dtype.newbyteorder('>'))
+    found = DctTruncate(0.25, p=1)(image=other)['image']
+    assert found.dtype == image.dtype and np.array_equal(found, expected)
+    mirrored = DctTruncate(0.25, p=1)(image=other[:, ::-1])['image']
+    assert np.allclose(mirrored[:, ::-1].astype(float), expected.astype(float), atol=1 if dtype == 'uint16' else 2e-3)
+
+
 def test_out_of_range_is_clipped():
     board = (np.indices((32, 32)).sum(0) // 5 % 2 * 255).astype(np.uint8)
     found = DctTruncate(1 / 9, p=1)(image=board)['image']

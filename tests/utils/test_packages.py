@@ -61,7 +61,7 @@ def test_the_extra_is_named_by_what_needs_it(said):
     expected = [
         ('vit-efficient train: error: recipes are read with', 'omegaconf'),
         ('vit-efficient truncate: error: plots are drawn with', 'matplotlib'),
-        ('vit-efficient truncate: error: TIFFs are read by', 'tifffile'),
+        ('vit-efficient truncate: error: image.tif: TIFFs are read by', 'tifffile'),
         ('vit-efficient benchmark: error: the plot beside --out is drawn with', 'matplotlib'),
         ('images are augmented by', 'albumentations'),
         ('images are augmented by', 'albumentations'),

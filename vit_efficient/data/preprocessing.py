@@ -144,13 +144,14 @@ class EvalTransform(PixelTransform):
     """timm's evaluation transform, the same for every epoch.
 
     8-bit images of 1 or 3 channels go through it as PIL images, exactly as in timm. Others (16-bit, floating point,
-    many-channel) go through its resize and crop as float32 tensors, with the same target sizes, the same interpolation
-    and antialiasing; then they are clipped to [0, 1], as 8-bit images are by their type, and normalised. With
-    `crop_mode` border they are a UserError: its padding is a colour.
+    many-channel) go through its resize and crop as float32, with the same target sizes, the same interpolation and
+    antialiasing, as tensors, or for Lanczos, which those lack, each channel as a PIL image; then they are clipped to
+    [0, 1], as 8-bit images are by their type, and normalised. With `crop_mode` border they are a UserError: its padding
+    is a colour.
     """
 
     def __init__(self, preprocessing: Preprocessing):
-        self.crop_mode = preprocessing.crop_mode
+        self.crop_mode, self.interpolation = preprocessing.crop_mode, preprocessing.interpolation
         self.geometry = create_transform(is_training=False, normalize=False, **preprocessing.as_dict())
         self.normalize = Normalization(preprocessing.mean, preprocessing.std)
         self.normalize_measured = Normalize(preprocessing.mean, preprocessing.std)
@@ -162,8 +163,12 @@ class EvalTransform(PixelTransform):
             raise UserError('data.crop_mode=border works for 8-bit grey and RGB images only; use center or squash')
         if image.dtype == np.uint8:
             image = image.astype(np.float32) / 255
-        tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-        return self.normalize_measured(self.geometry(tensor).clamp_(0, 1))
+        if self.interpolation == 'lanczos':
+            planes = (np.ascontiguousarray(image[..., channel]) for channel in range(image.shape[2]))
+            tensor = torch.cat([self.geometry(Image.fromarray(plane)) for plane in planes])
+        else:
+            tensor = self.geometry(torch.from_numpy(image).permute(2, 0, 1).contiguous())
+        return self.normalize_measured(tensor.clamp_(0, 1))
 
 
 class CoefficientTransform:

@@ -75,6 +75,8 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
         steps.append(A.Resize(height, width, **resize))
     else:
         steps += [A.SmallestMaxSize(max_size_hw=(height, width), **resize), A.CenterCrop(height, width)]
+    if not photograph:
+        steps.append(_Clip())
     for axis, flip, p in ((1, A.HorizontalFlip, config.hflip), (0, A.VerticalFlip, config.vflip)):
         if p:
             steps.append(flip(p=p) if photograph else _Flip(axis, p=p))
@@ -105,6 +107,16 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
     if not photograph:
         steps.append(A.Normalize(preprocessing.mean, preprocessing.std, max_pixel_value=1.0))
     return A.Compose([*steps, A.ToTensorV2()])
+
+
+class _Clip(A.ImageOnlyTransform):
+    """Takes back what resizing overshoots at edges, as the type of 8-bit images does. It draws nothing."""
+
+    def should_apply(self, force_apply: bool = False) -> bool:
+        return True
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        return img.clip(0, 1)
 
 
 class _Flip(A.ImageOnlyTransform):
@@ -182,8 +194,8 @@ class DctTruncate(A.ImageOnlyTransform):
 
     It leaves edges softened and with ripples beside them (whole image), or blocks and their steps, as strong JPEG
     compression does. Images are (H, W) or (H, W, C), with any number of channels, or volumes of them: uint8, uint16 or
-    floating point in [0, 1]. Integers are rounded; values are clipped to the range of their type. Masks, boxes and
-    keypoints stay as they are.
+    floating point in [0, 1], of any byte order; what comes out is of the machine's. Integers are rounded; values are
+    clipped to the range of their type. Masks, boxes and keypoints stay as they are.
 
     Args:
         ratio: The share of the coefficients that stays, 0 < ratio ≤ 1, or the range (least, most) from which it is

@@ -46,8 +46,9 @@ def truncate_pixels(x: Tensor, ratio: float, block: Block = None, order: str = '
 
 
 def truncate_array(image: np.ndarray, ratio: float, block: Block = None, order: str = 'square') -> np.ndarray:
-    """`truncate_pixels` of an image (H, W) or (H, W, C)."""
-    planes_CHW = torch.from_numpy(np.atleast_3d(image).transpose(2, 0, 1).copy())
+    """`truncate_pixels` of an image (H, W) or (H, W, C), of any byte order."""
+    native = image.astype(image.dtype.newbyteorder('='), copy=False)
+    planes_CHW = torch.from_numpy(np.atleast_3d(native).transpose(2, 0, 1).copy())
     y_CHW = truncate_pixels(planes_CHW, ratio, block, order)
     return np.ascontiguousarray(y_CHW.permute(1, 2, 0).numpy()).reshape(image.shape)
 

@@ -61,8 +61,13 @@ def truncation_table(
 
 
 def open_pixels(path: str) -> Tensor:
-    """An image with the channels that it has, (C, H, W) in [0, 1], float64."""
+    """An image with the channels that it has, (C, H, W) in [0, 1], float64.
+
+    An array (`.npy`) of more than 4 columns whose first axis is the shortest has its channels there.
+    """
     image = read_image(path)
+    if Path(path).suffix.lower() == '.npy' and image.ndim == 3 and image.shape[0] < min(image.shape[1:]):
+        image = image.transpose(1, 2, 0) if image.shape[2] > 4 else image
     if isinstance(image, np.ndarray):
         channels = image.shape[2] - isinstance(image, WithAlpha) if image.ndim == 3 else 1
     else:

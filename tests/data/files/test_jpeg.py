@@ -7,6 +7,7 @@ from PIL import Image
 
 from tests.data.jpegs import MODES, jpeg, photograph, pil_jpeg
 from vit_efficient.data import ReducedReader, read_image, read_quantized
+from vit_efficient.data.files.images import UnfitImage
 from vit_efficient.data.files.jpeg import QuantizedReader
 
 pytestmark = pytest.mark.once
@@ -81,6 +82,32 @@ def test_a_reduced_image_is_the_image_made_smaller(tmp_path):
         mean = np.asarray(Image.fromarray(image).reduce(reduction)).astype(float)
         assert found.shape == mean.shape
         assert np.abs(found - mean).mean() < 2.5
+
+
+@pytest.mark.parametrize('mode', ['444', '420', '422', '440', '411'])
+@pytest.mark.parametrize('size', [(256, 320), (251, 317)])
+def test_reduced_chroma_is_that_of_a_full_decode_made_smaller(tmp_path, mode, size):
+    import simplejpeg
+
+    y, x = np.mgrid[: size[0], : size[1]]
+    image = np.stack([128 + 80 * np.sin(x / 9), 128 + 80 * np.cos(y / 7), 128 + 60 * np.sin((x + y) / 11)], -1)
+    path = stored(tmp_path, simplejpeg.encode_jpeg(image.astype(np.uint8), 95, 'RGB', mode))
+    for reduction in (2, 4, 8):
+        expected = np.asarray(read_image(path).convert('RGB').reduce(reduction)).astype(float)
+        found = ReducedReader(*expected.shape[:2])(path)
+        assert found.shape == expected.shape and found.dtype == np.uint8
+        assert np.abs(found - expected)[:-1, :-1].mean() < 0.8
+
+
+def test_the_limit_of_pixels_holds_for_what_is_decoded(tmp_path, monkeypatch):
+    path = stored(tmp_path, pil_jpeg(photograph(height=96, width=96)))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 2000)
+    assert ReducedReader(24, 24)(path).shape == (24, 24, 3)
+    for reader in (ReducedReader(96, 96), read_image, read_quantized):
+        with pytest.raises(UnfitImage, match=r'image\.jpg: PIL decodes at most 4,000 pixels'):
+            reader(path)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
+    assert read_quantized(path).height == 96
 
 
 @pytest.mark.parametrize('data', ['png', 'cmyk', 'npy'])

@@ -17,14 +17,18 @@ import numpy as np
 from PIL import Image
 
 from vit_efficient.data.files.images import name_of, read_bytes, read_image
+from vit_efficient.data.files.pixels import check_size
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.packages import import_optional
 
 BLOCK = 8  # side of JPEG's blocks, in samples
 WAY_OUT = 'data.decode=pixels or scaled reads it, or write it anew as a baseline JPEG'
 _START, _END, _SCAN, _TABLES = b'\xff\xd8', b'\xff\xd9', b'\xda', b'\xdb'
+_FRAMES = (b'\xc0', b'\xc1', b'\xc2')  # baseline, extended, progressive: say how large the image is
 _SPACES = {1: 'grey', 2: 'RGB', 3: 'YCbCr'}  # libjpeg's J_COLOR_SPACE
 _COLOURS = {'Gray': 'GRAY', 'RGB': 'RGB', 'YCbCr': 'RGB'}  # what simplejpeg decodes them to, in its names
+# By how much chroma is coarser along one axis than along the other: libjpeg reduces both axes by the same.
+_UNEVEN = {'422': 2, '440': 2, '411': 4, '441': 4}
 _import_simplejpeg = partial(import_optional, 'simplejpeg', 'JPEGs are decoded at a reduced size by', 'jpeg')
 _import_jpegio = partial(import_optional, 'jpegio', 'coefficients of JPEGs are read by', 'jpeg', 'pyjpegio')
 
@@ -34,8 +38,10 @@ class ReducedReader:
 
     The reduction is the largest at which the smallest crop that may be drawn still has as many pixels as the model's
     input on both sides: no crop is enlarged that would not be in a full decode. It depends on the image's size alone,
-    so that decoded images can be cached. At full size the pixels are those of PIL, up to the version of libjpeg-turbo.
-    Files that are not 8-bit grey, RGB or YCbCr JPEGs go to `read_image`, and so do damaged ones, for its message.
+    so that decoded images can be cached. Chroma that is subsampled along one axis only (4:2:2, 4:4:0, 4:1:1) keeps what
+    the reduced size can show of it: the image is decoded larger, and averaged. At full size the pixels are those of
+    PIL, up to the version of libjpeg-turbo. Files that are not 8-bit grey, RGB or YCbCr JPEGs go to `read_image`, and
+    so do damaged ones, for its message.
 
     Args:
         height, width: Pixels that the smallest crop needs.
@@ -73,13 +79,18 @@ class ReducedReader:
         simplejpeg = _import_simplejpeg()
         data = read_bytes(source)
         if data.startswith(_START):
-            with contextlib.suppress(ValueError):
-                height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+            with contextlib.suppress(ValueError):  # `read_image` says what is wrong
+                height, width, space, chroma = simplejpeg.decode_jpeg_header(data)
                 if space in _COLOURS:
                     reduction = self.reduction(height, width)
+                    averaged = min(reduction, _UNEVEN.get(chroma, 1))
                     # It takes the smallest size that is not below these.
-                    least = {'min_height': -(-height // reduction), 'min_width': -(-width // reduction)}
-                    return simplejpeg.decode_jpeg(data, _COLOURS[space], **least)
+                    least = [-(-side // (reduction // averaged)) for side in (height, width)]
+                    check_size(*least)
+                    # Chroma that is repeated, not interpolated, is itself again once averaged.
+                    options = dict(min_height=least[0], min_width=least[1], fastupsample=averaged > 1)
+                    pixels = simplejpeg.decode_jpeg(data, _COLOURS[space], **options)
+                    return pixels if averaged == 1 else np.asarray(Image.fromarray(pixels).reduce(averaged))
         return read_image(source if isinstance(source, str | Path) else io.BytesIO(data))
 
 
@@ -139,7 +150,7 @@ def read_quantized(source: str | Path | BinaryIO) -> QuantizedJpeg:
             file.flush()
             return _quantized(jpegio.read(file.name), slots)
     except UserError as error:
-        raise UserError(f'{prefix}{error}') from error
+        raise type(error)(f'{prefix}{error}') from error
     except (RuntimeError, ValueError) as error:  # libjpeg's
         raise UserError(f'{prefix}no coefficients can be read from it ({error}); {WAY_OUT}') from error
 
@@ -160,6 +171,8 @@ def _quantisation_tables(data: bytes) -> list[int]:
             at += 1
             continue
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
+        if marker in _FRAMES:
+            check_size(*(int.from_bytes(data[place : place + 2], 'big') for place in (at + 5, at + 7)))
         if marker == _TABLES:
             at += 4
             while at < end and at < len(data):
