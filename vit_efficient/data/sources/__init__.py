@@ -81,7 +81,7 @@ def create_dataset(
             return ReaderImages(_open(ShardReader, path, args, args_key, key))
         if args:
             raise UserError(f'{args_key}={args} are for a data set with a name, or shards; set data.dataset')
-        return ImageTree(path)
+        return ImageTree(path, allow_empty=key != 'data.train')
     if dataset == 'megapixel_mnist':
         from vit_efficient.data.megapixel_mnist import SPLITS, MegapixelMnist  # imports OpenCV
 

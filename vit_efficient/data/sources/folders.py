@@ -3,10 +3,10 @@
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from timm.utils.misc import natural_key
 from torchvision.datasets import DatasetFolder
 
 from vit_efficient.data.files.images import EXTENSIONS, read_image
@@ -19,7 +19,12 @@ _OTHER_FILES = ('.csv', '.db', '.html', '.ini', '.json', '.log', '.md', '.tsv', 
 
 def natural_order(names: Iterable[str]) -> list[str]:
     """Names in the order of the numbers in them, and those that tie, such as 1 and 01, in a fixed one."""
-    return sorted(names, key=lambda name: (natural_key(name), name))
+    # As timm's natural_key, which takes ² and ① for numbers, and fails.
+    return sorted(names, key=lambda name: ([_number(part) for part in re.split(r'(\d+)', name.lower())], name))
+
+
+def _number(part: str) -> int | str:
+    return int(part) if part.isdecimal() else part
 
 
 class ImageTree(DatasetFolder):
@@ -28,11 +33,15 @@ class ImageTree(DatasetFolder):
     Items are (image, label), the image as `read_image` gives it. Hidden files and folders are skipped, and so are
     files of other types, of which a warning tells unless they are text or tables.
 
+    Args:
+        root: The folder.
+        allow_empty: Whether class folders without an image are but told of, as long as there is one.
+
     Raises:
         UserError: If the folder is missing or empty, holds no class folders, or a class folder holds no images.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, allow_empty: bool = False):
         root = Path(root)
         if not root.is_dir():
             raise UserError(f'{root}: no such data folder')
@@ -50,12 +59,20 @@ class ImageTree(DatasetFolder):
 
         read = f'(files that are read end in {", ".join(EXTENSIONS)})'
         try:
-            super().__init__(root, loader=read_image, is_valid_file=is_image)
+            super().__init__(root, loader=read_image, is_valid_file=is_image, allow_empty=allow_empty)
         except FileNotFoundError as error:
             names = sorted(path.name for path in root.iterdir() if path.is_dir())
             if names:
                 raise UserError(f'{root}: {str(error).rstrip(". ")} {read}') from error
             raise UserError(f'{root}: holds no class folders (expected {root}/CLASS/IMAGE)') from error
+        labels = set(self.targets)
+        empty = [name for name, label in self.class_to_idx.items() if label not in labels]
+        if not self.samples:
+            raise UserError(f'{root}: no class folder holds an image {read}')
+        if empty:
+            _logger.info(
+                f'{root}: no image of {len(empty)} of its {len(self.classes)} classes, the first one {empty[0]}'
+            )
         if others:
             _logger.warning(f'{root}: left out {len(others):,} of its files, the first one {others[0]} {read}')
 
