@@ -50,7 +50,7 @@ def takes_fused(model: nn.Module) -> bool:
 
 
 def _keep_biases(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """With layers timm goes by the axes of a parameter alone, and decays biases that have two, such as those of trees."""
+    """By layers timm goes by the axes of a parameter alone, and decays biases that have two, such as those of trees."""
     numbers = {id(parameter) for name, parameter in model.named_parameters() if name.endswith('.bias')}
     for group in list(optimizer.param_groups):
         biases = [parameter for parameter in group['params'] if id(parameter) in numbers]
