@@ -3,14 +3,18 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 from tests.data.trees import write_tree
+from tests.processes import ROOT
 from tests.train.recipes import tiny_recipe
 from vit_efficient.report.evaluation import SavedModel, evaluate_saved
 from vit_efficient.train import load_recipe, train
 from vit_efficient.train.run_folder import RunFolder
+from vit_efficient.utils.files import write_json
 
 
 def test_names_of_any_bytes_reach_all_that_a_run_writes(tmp_path):
@@ -48,3 +52,25 @@ def test_names_of_any_bytes_reach_all_that_a_run_writes(tmp_path):
     config.output = os.fsdecode(b'run\xe9')
     with pytest.raises(ValueError, match=r'^output=.*: a recipe is kept as UTF-8'):
         train(config)
+
+
+@pytest.mark.subprocess
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    """Read and written where the locale has but ASCII: a recipe, the config of a model, texts, JSON."""
+    write_json(tmp_path / 'config.json', {'architecture': 'vit_full_tiny', 'label_names': ['châtaigne']})
+    (tmp_path / 'a.yaml').write_text('model: {name: any}\noutput: été\n', encoding='utf-8')
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from vit_efficient.models.saving import read_model_config
+        from vit_efficient.train import load_recipe
+        from vit_efficient.train.recipe import to_yaml
+        from vit_efficient.utils.files import write_json, write_text
+        folder = Path(sys.argv[1])
+        write_json(folder / 'b.json', read_model_config(folder))
+        write_text(folder / 'b.yaml', to_yaml(load_recipe(folder / 'a.yaml')))
+    """
+    locale = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    subprocess.run([sys.executable, '-c', code, tmp_path], check=True, cwd=ROOT, env={**os.environ, **locale})
+    assert (tmp_path / 'b.json').read_bytes() == (tmp_path / 'config.json').read_bytes()
+    assert load_recipe(tmp_path / 'b.yaml').output == 'été'
