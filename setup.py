@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'vit_efficient/version.py').read_text()).group(1)
+VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'vit_efficient/version.py').read_text(encoding='utf-8')).group(1)
 
 DEMO = ['mlxtend', 'scikit-image']
 DOCS = ['furo', 'myst-parser>=4', 'sphinx>=8']
@@ -37,7 +37,7 @@ setup(
     name='vit-efficient',
     version=VERSION,
     description='Efficient attention for timm vision transformers on long image-patch sequences',
-    long_description=(ROOT / 'README.md').read_text(),
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     license_files=['LICENSE'],

@@ -8,6 +8,7 @@ as one line on stderr and exit status 2; anything else is a bug and keeps its tr
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
@@ -30,6 +31,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # else a name, or a sign, that it does not have would end the command
+        sys.stdout.reconfigure(errors='backslashreplace')
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = '--debug' in argv
     argv = [argument for argument in argv if argument != '--debug']

@@ -1,6 +1,7 @@
 """What is the same for all commands: how they end, what they say on the way, and what they make of slips."""
 
 import importlib
+import io
 import logging
 import os
 import re
@@ -49,6 +50,14 @@ def test_a_bug_keeps_its_traceback(plot, error):
     plot(raising(error('a bug')))
     with pytest.raises(error, match='a bug'):
         main(['plot'])
+
+
+@pytest.mark.parametrize('encoding, printed', [('utf-8', '± ²'.encode()), ('ascii', rb'\xb1 \xb2')])
+def test_what_a_terminal_cannot_show_is_spelt_out(plot, encoding, printed, monkeypatch):
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding))
+    plot(lambda args: print('± ²', os.fsdecode(b'caf\xe9'), end=''))
+    assert main(['plot']) == 0
+    assert sys.stdout.buffer.getvalue() == printed + rb' caf\udce9'
 
 
 def test_interrupts(plot, capsys):

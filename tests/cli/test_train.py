@@ -153,8 +153,8 @@ def test_evaluate_names_what_does_not_fit(trained, data, tmp_path, capsys):
     assert 'there is no config.json' in error_of(capsys, 'evaluate', tmp_path, '--data', data / 'val')
     assert 'no such run or model folder' in error_of(capsys, 'evaluate', tmp_path / 'x', '--data', data / 'val')
     assert 'no such data folder' in error_of(capsys, 'evaluate', trained, '--data', tmp_path / 'x')
-    other = write_tree(tmp_path / 'other', classes=2) / 'val'
-    assert "missing ['c2']" in error_of(capsys, 'evaluate', trained, '--data', other)
+    other = write_tree(tmp_path / 'other', classes=4) / 'val'
+    assert "unexpected ['c3']" in error_of(capsys, 'evaluate', trained, '--data', other)
     assert '--batch-size' in error_of(capsys, 'evaluate', trained, '--data', data / 'val', '--batch-size', 0)
 
 

@@ -20,6 +20,7 @@ from vit_efficient.data import (
     create_dataset,
     create_loader,
     iterate,
+    labels_among,
 )
 from vit_efficient.data.files.images import UnfitImage
 from vit_efficient.utils.packages import MissingPackage
@@ -76,6 +77,30 @@ def test_classes_are_in_natural_order(tmp_path):
     assert class_names(dataset) == ['1', '9', '10']
     labels = {dataset.filename(i): label for i, (_, label) in enumerate(dataset.samples)}
     assert labels == {'1/a.png': 0, '9/a.png': 1, '10/a.png': 2}
+
+
+def test_digits_of_other_scripts_have_an_order(tmp_path):
+    # The digits of Devanagari are numbers, 2 and 10; powers and circled ones are signs.
+    names = ['m²', 'm', '①', 'm10', 'm9', '१०', '२', '²']
+    for name in names:
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels(0, (4, 4))).save(tmp_path / name / 'a.png')
+    assert class_names(ImageTree(tmp_path)) == ['२', '१०', 'm', 'm9', 'm10', 'm²', '²', '①']
+
+
+def test_class_folders_without_an_image_are_for_evaluation(tmp_path, caplog):
+    caplog.set_level('INFO', 'vit_efficient')
+    for name in ('a', 'b', 'c'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'a' / 'notes.txt').touch()
+    with pytest.raises(ValueError, match='no class folder holds an image'):
+        create_dataset(str(tmp_path), key='data.val')
+    Image.fromarray(pixels(0, (4, 4))).save(tmp_path / 'b' / 'a.png')
+    with pytest.raises(ValueError, match='no valid file for the classes a, c'):
+        create_dataset(str(tmp_path))
+    dataset = create_dataset(str(tmp_path), key='data.val')
+    assert (class_names(dataset), dataset[0][1]) == (['a', 'b', 'c'], 1)
+    assert caplog.messages[-1] == f'{tmp_path}: no image of 2 of its 3 classes, the first one a'
 
 
 def test_classes_that_tie_are_ordered_by_name(tmp_path):
@@ -176,7 +201,7 @@ def test_any_torch_data_set_of_images_and_labels():
     with pytest.raises(ValueError, match='sample 2: its label 2 is not among the 2 classes'):
         Samples(pairs, None, 3, 2).decode(2)
     with pytest.raises(ValueError, match='sample 0: an image must be'):
-        Samples(TensorDataset(torch.zeros(2, 3, 4, 4), torch.zeros(2)), None, 3, 2).decode(0)
+        Samples(TensorDataset(torch.zeros(2, 3, 4, 4), torch.zeros(2).long()), None, 3, 2).decode(0)
 
 
 def test_different_classes_are_named():
@@ -186,6 +211,51 @@ def test_different_classes_are_named():
         check_same_classes(['a', 'b'], ['a'], 'x', 'y')
     with pytest.raises(ValueError, match='their order differs'):
         check_same_classes(['a', 'b'], ['b', 'a'], 'x', 'y')
+
+
+def test_a_data_set_may_lack_classes(caplog):
+    caplog.set_level('INFO', 'vit_efficient')
+    assert labels_among(['a', 'b'], ['a', 'b'], 'x', 'y') is labels_among(None, ['b'], 'x', 'y') is None
+    assert not caplog.messages
+    assert labels_among(['9', '10', 'b', 'c'], ['10', 'c'], 'the model', 'y') == [1, 3]
+    assert caplog.messages == ['y has no image of 2 of the 4 classes of the model: 9, b']
+    for ours, theirs, what in (
+        (['a', 'b'], ['a', 'c'], r"missing \['b'\], unexpected \['c'\]"),
+        (['a', 'b', 'c'], ['b', 'a'], r"missing \['c'\], unexpected \[\]"),
+        (['a', 'b'], ['b', 'a'], 'their order differs'),
+    ):
+        with pytest.raises(ValueError, match=what):
+            labels_among(ours, theirs, 'x', 'y')
+
+    pairs = [(pixels(i, (4, 4, 3)), i, np.array([[i, 1 - i]])) for i in range(2)] + [(pixels(2, (4, 4, 3)), 2)]
+    samples = samples_of(pairs, num_classes=4, labels=[1, 3])
+    assert [samples.decode(i)[1] for i in range(2)] == [1, 3]
+    with pytest.raises(ValueError, match='sample 2: its label 2 is not among the 2 classes of the data set'):
+        samples.decode(2)
+    samples = samples_of(pairs, num_classes=4, labels=[1, 3], check_target=lambda image, target: None)
+    assert samples.decode(1)[2].tolist() == [[3, 1]]
+
+
+@pytest.mark.parametrize(
+    'label', [1, True, np.int64(1), np.uint8(1), np.bool_(True), np.array(1), torch.tensor(1), torch.tensor(True)]
+)
+def test_labels_are_integers_of_any_library(label):
+    found = samples_of([(pixels(0, (4, 4, 3)), label)]).decode(0)[1]
+    assert (found, type(found)) == (1, int)
+
+
+@pytest.mark.parametrize(
+    'label',
+    [
+        *(None, 0.7, 1.0, float('nan'), '1', b'1', [1], (0, 1), {'label': 1}, np.eye(2)[1], np.array([1])),
+        *(np.float32(0.7), np.array(0.7), np.str_('1'), torch.eye(2)[1], torch.tensor(0.7), torch.tensor([1])),
+    ],
+)
+@pytest.mark.parametrize('on_error', ['error', 'skip'])
+def test_labels_of_other_types_are_refused(label, on_error):
+    with pytest.raises(ValueError, match='^sample 0: its label must be an integer, got ') as error:
+        samples_of([(pixels(0, (4, 4, 3)), label)], on_error=on_error).decode(0)
+    assert '\n' not in str(error.value)
 
 
 # --- on_error -------------------------------------------------------------------------------------------------------

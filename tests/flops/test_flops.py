@@ -395,3 +395,53 @@ def test_importing_it_loads_neither_fvcore_nor_matplotlib():
     modules = 'sys, vit_efficient.flops, vit_efficient.report.table'
     code = f"import {modules}; print({{'fvcore', 'matplotlib'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == 'set()'
+
+
+class Complex(nn.Module):
+    """A product of complex matrices."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.product, self.weight = product, nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+
+    def forward(self, x):  # (2, 3, 4, 4)
+        return self.product(torch.complex(x, x), self.weight).abs()
+
+
+@pytest.mark.parametrize('engine', ['meta', 'fvcore'])
+@pytest.mark.parametrize(
+    ('product', 'macs'),
+    [
+        (lambda z, w: z @ w, 2 * 3 * 4**3),
+        (lambda z, w: F.linear(z, w), 2 * 3 * 4**3),
+        (lambda z, w: torch.bmm(z.flatten(0, 1), z.flatten(0, 1)), 2 * 3 * 4**3),
+        (lambda z, w: torch.einsum('bcij,jk->bcik', z, w), 2 * 3 * 4**3),
+        (lambda z, w: F.conv2d(z[:, :1], w[None, None]), 2 * 4**2 * 3 / 4),  # three real convolutions
+        (lambda z, w: torch.addmm(w, w, w), 4**3),
+    ],
+)
+def test_products_of_complex_numbers_have_four_parts(product, macs, engine):
+    count = count_flops(Complex(product), (3, 4, 4), batch_size=2, engine=engine)
+    assert count.total == count.products == 4 * macs
+
+
+class Hidden(nn.Module):
+    """Layers that are kept where PyTorch does not look for them, one of them with a way back."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.layers = [nn.Linear(4, 8), {'a': (nn.Sequential(nn.Linear(8, 8), nn.ReLU()),)}]
+        self.layers[0].owner = [self]
+        vars(self)['last'] = nn.Linear(8, 2)
+
+    def forward(self, x):
+        first, rest = self.layers
+        return self.last(rest['a'][0](first(self.norm(x))))
+
+
+def test_modules_outside_of_the_tree_are_counted():
+    model = Hidden()
+    count = count_flops(model, (3, 5, 4))
+    assert count.products == 3 * 5 * (4 * 8 + 8 * 8 + 8 * 2) == count.by_module[''] - count.by_module['norm']
+    assert all(not parameter.is_meta for parameter in (*model.parameters(), *model.layers[0].parameters()))

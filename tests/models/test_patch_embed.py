@@ -395,3 +395,18 @@ def test_npz_checkpoints_load(tmp_path):
     model.load_pretrained(str(tmp_path / 'vit.npz'))
     x = torch.randn(1, 3, 64, 96)
     torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_replaced_layer_is_called_with_a_window_too():
+    class Doubled(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return 2 * self.linear(x)
+
+    embedding, x = DctPatchEmbed(16, 4, 3, 12, keep=2, window=True), torch.randn(2, 3, 16, 16)
+    expected = embedding(x)
+    embedding.linear = Doubled(embedding.linear)
+    assert torch.allclose(embedding(x), 2 * expected, atol=1e-5)

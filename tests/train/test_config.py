@@ -212,3 +212,43 @@ def test_keys_without_effect_are_named(recipe):
         assert without_effect(config) == text
     with pytest.raises(ValueError, match=r"distill.weights must be empty for distill.teacher=\S+, a folder, .*got 'x'"):
         load_recipe(recipe, [f'distill.teacher={recipe.parent}', 'distill.weights=x'])
+
+
+# What YAML 1.1 takes for a number, a switch or a comment.
+ODD_TEXTS = ('007', '2024_01_02', 'no', 'Off', '1:30', '0x1F', '1e5', '1/2', '.inf', 'a: b', 'set #1', '[x]', '1.0')
+
+
+@pytest.mark.parametrize('text', ODD_TEXTS)
+def test_texts_stay_as_they_are_spelt(recipe, text, tmp_path):
+    config = load_recipe(recipe, [f'output={text}', f'data.train={text}', 'data.interpolation=bilinear'])
+    assert (config.output, config.data.train) == (text, text)
+    (tmp_path / 'again.yaml').write_text(to_yaml(config), encoding='utf-8')
+    assert load_recipe(tmp_path / 'again.yaml').output == text
+    assert load_recipe(recipe, [f'output="{text}"']).output == text
+
+
+def test_texts_in_files_and_lists_stay_as_they_are_spelt(tmp_path):
+    (tmp_path / '007').write_text('output: 2024_01_02\nmodel: {name: any}\nplugins: [json]\n', encoding='utf-8')
+    names = '[no, 01, 1e5, 1/2, 1:30, ~x, "07", été]'
+    text = f'extends: 007\ndata: {{train: 1:30, val: on, args: {{classes: {names}, size: 1e3, revision: 123e4}}}}\n'
+    (tmp_path / 'a.yaml').write_text(text + 'distill: {teacher: 0b1}\nstages: []\n', encoding='utf-8')
+    config = load_recipe(tmp_path / 'a.yaml')
+    classes = ['no', '01', '1e5', '1/2', '1:30', '~x', '07', 'été']
+    assert (config.output, config.data.train, config.data.val) == ('2024_01_02', '1:30', 'on')
+    assert config.distill.teacher == '0b1'
+    assert config.data.args == {'classes': classes, 'size': 1000, 'revision': '123e4'}
+    (tmp_path / 'again.yaml').write_text(to_yaml(config), encoding='utf-8')
+    assert load_recipe(tmp_path / 'again.yaml').data == config.data
+    for override in ('data.val_args.classes=[off, 1_0]', 'data.val_args={classes: [off, 1_0]}'):
+        assert load_recipe(tmp_path / 'a.yaml', [override]).data.val_args == {'classes': ['off', '1_0']}
+    assert load_recipe(tmp_path / 'a.yaml', ['data.args.classes=007']).data.args['classes'] == '007'
+
+
+def test_none_is_no_text(recipe):
+    config = load_recipe(recipe, ['data.interpolation=null', 'data.crop_mode=', 'model.init_from=', 'output="null"'])
+    assert (config.data.interpolation, config.data.crop_mode, config.model.init_from) == (None, None, '')
+    assert config.output == 'null'
+    with pytest.raises(ValueError, match='output'):
+        load_recipe(recipe, ['output=null'])
+    with pytest.raises(ValueError, match=r'plugins must be a list, got False'):
+        load_recipe(recipe, ['plugins=no'])

@@ -10,6 +10,23 @@ from vit_efficient.train.config import OptimConfig, SchedConfig
 from vit_efficient.train.optim import create_optimizer, create_scheduler
 
 
+@pytest.mark.parametrize('opt', ['adamw', 'sgd', 'lookahead_adam'])
+@pytest.mark.parametrize('name', ['dct', 'treeformer_tc', 'treeformer_tf', 'linformer'])
+def test_layers_decay_what_a_model_without_them_decays(name, opt):
+    model = timm.create_model(f'vit_{name}_tiny', **TINY)
+    decayed, rates = [], {}
+    for layer_decay in (None, 0.5):
+        groups = create_optimizer(model, OptimConfig(opt, layer_decay=layer_decay)).param_groups
+        found = {id(p): group['weight_decay'] for group in groups for p in group['params']}
+        assert all(group['params'] for group in groups) and len(found) == len(list(model.parameters()))
+        decayed.append({name for name, p in model.named_parameters() if found[id(p)]})
+        rates = {id(p): group.get('lr_scale') for group in groups for p in group['params']}
+    assert decayed[0] == decayed[1] and not any(name.endswith('bias') for name in decayed[0])
+    assert all(rates[id(p)] == 0.25 for p in model.blocks[0].parameters())
+    every = create_optimizer(model, OptimConfig(layer_decay=0.5, args={'filter_bias_and_bn': False}))
+    assert sum(len(group['params']) for group in every.param_groups if group['weight_decay']) > len(decayed[0])
+
+
 def test_layers_have_their_rates_without_a_schedule_too(tmp_path, monkeypatch):
     """Those of the first update after the warm-up of a schedule; and they are scaled once, if a run goes on."""
     model, optim = timm.create_model('vit_dct_tiny', **TINY), OptimConfig(lr=0.1, layer_decay=0.5)

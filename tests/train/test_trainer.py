@@ -278,7 +278,7 @@ def test_bad_input_is_named_before_anything_is_written(data, tmp_path):
     empty = tmp_path / 'empty'
     empty.mkdir()
     (tmp_path / 'file').touch()
-    two = write_tree(tmp_path / 'two', classes=2)
+    four = write_tree(tmp_path / 'four', classes=4)
 
     def changed(key, value):
         config = tiny_recipe(data, tmp_path / 'run')
@@ -292,7 +292,7 @@ def test_bad_input_is_named_before_anything_is_written(data, tmp_path):
     cases = [
         ('data.train', f'{data}/nothing', 'nothing: no such data folder'),
         ('data.val', str(empty), 'empty: the data folder is empty'),
-        ('data.val', f'{two}/val', r"differ from those of the training set \(3\): missing \['c2'\]"),
+        ('data.val', f'{four}/val', r"differ from those of the training set \(3\): missing \[\], unexpected \['c3'\]"),
         ('data.batch_size', 26, r'an update takes 26 images .* the training set has 24'),
         ('model.name', 'local-dir:mine', 'model.init_from=mine'),
         ('model.name', 'vit_nothing', "timm knows no model 'vit_nothing'"),

@@ -348,3 +348,56 @@ def test_a_plain_model_learns_other_classes_than_its_weights_have(data, tmp_path
     config.model = ModelConfig(PLAIN, dict(TINY), str(source))
     train(config)
     assert load_model(tmp_path / 'run').num_classes == 3
+
+
+@pytest.mark.parametrize('name', [PLAIN, 'vit_dct_tiny', 'resnet10t'])
+@pytest.mark.parametrize('prefix', ['backbone.', 'module.', 'encoder.', 'module.model.visual.'])
+def test_weights_below_a_prefix(tmp_path, name, prefix, caplog):
+    caplog.set_level('INFO', 'vit_efficient')
+    args = TINY if 'vit' in name else {}
+    model = timm.create_model(name, num_classes=3, **args)
+    whole, bare = model.state_dict(), timm.create_model(name, num_classes=0, **args).state_dict()
+    head = {key: value for key, value in whole.items() if key not in bare}
+    path, below = tmp_path / 'a.pth', {f'{prefix}{key}': value for key, value in whole.items()}
+
+    def create():
+        config = tiny_recipe('unused', 'unused')
+        config.model = ModelConfig(name, dict(args), str(path))
+        return create_model(config, CLASSES).state_dict()
+
+    without = {key: value for key, value in below.items() if key.removeprefix(prefix) in bare}
+    for state, expected in ((below, whole), ({**without, **head}, whole), (without, {k: whole[k] for k in bare})):
+        torch.save({'state_dict': state}, path)
+        found = create()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        assert found.keys() == whole.keys()
+    if prefix != 'module.':  # which timm takes off by itself
+        torch.save({'model': {**without, 'projector.0.weight': torch.ones(2), 'head.mlp.0.bias': torch.ones(2)}}, path)
+        create()
+        below = prefix.removeprefix('module.')
+        assert f'the weights below {below} are taken, without 2 others, such as projector.0.weight' in caplog.text
+        torch.save({**without, **{f'teacher.{key}': value for key, value in without.items()}}, path)
+        with pytest.raises(ValueError, match=r'holds weights of several models, below .* and teacher\.'):
+            create()
+
+
+def test_weights_within_parts_are_named(tmp_path):
+    torch.save({'epoch': 3, 'student': told_model().state_dict(), 'teacher': {'a': torch.ones(1)}}, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='holds no weights but those within student and teacher; save one of these'):
+        create(tmp_path / 'a.pth', PLAIN)
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('local-dir:/a/b', r'name of the model .*; its weights come by model\.init_from=/a/b$'),
+        ('hf-hub:timm/x', r'pretrained=true and model\.args\.pretrained_cfg_overlay=\{hf_hub_id: timm/x\}$'),
+        ('HF_hub:timm/x', r'pretrained_cfg_overlay=\{hf_hub_id: timm/x\}$'),
+        ('s3:bucket', 'of a place, timm knows local-dir and hf-hub'),
+        ('timm/vit_tiny_patch16_224', r"timm knows no model 'timm/vit_tiny_.*; did you mean vit_tiny_patch16_224\?"),
+        ('./vit_full_tiny', r'did you mean vit_full_tiny\?'),
+    ],
+)
+def test_names_that_are_places_of_weights(name, message):
+    with pytest.raises(ValueError, match=message):
+        create('', name)

@@ -1,10 +1,11 @@
+import json
 import os
 
 import pytest
 
 from tests.processes import taking
 from vit_efficient.utils import files
-from vit_efficient.utils.files import lock, replacing, write_text
+from vit_efficient.utils.files import lock, read_text, replacing, write_json, write_text
 
 pytestmark = pytest.mark.once
 
@@ -52,6 +53,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='no space'):
         write_text(path, 'new')
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+
+
+def test_names_that_are_no_utf8_are_written_and_read_back(tmp_path):
+    for name in (b'caf\xe9', b'\xff\xfe\n', 'ü €'.encode(), b'a\rb'):
+        write_text(tmp_path / 'a.txt', os.fsdecode(name))
+        assert (tmp_path / 'a.txt').read_bytes() == name
+        assert read_text(tmp_path / 'a.txt') == os.fsdecode(name)
+        write_json(tmp_path / 'a.json', [os.fsdecode(name)])
+        assert json.loads((tmp_path / 'a.json').read_text(encoding='utf-8')) == [os.fsdecode(name)]
+    assert (tmp_path / 'a.json').read_bytes() == b'[\n  "a\\rb"\n]\n'
 
 
 needs_locks = pytest.mark.skipif(

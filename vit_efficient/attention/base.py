@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vit_efficient.attention.registry import get_attention, register_attention
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, as_integer, check_options
-from vit_efficient.utils.compat import own_names, own_parameters
+from vit_efficient.utils.compat import own_names
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import keeping_modes
 from vit_efficient.utils.options import write_options
@@ -244,11 +244,6 @@ def check_tokens(title: str, shape, height, width, prefix, attn_mask, is_causal)
             f'x has {num_tokens} tokens, but grid=PatchGrid(height={height}, width={width}, prefix={prefix}) has '
             f'{prefix + height * width}'
         )
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a linear layer does what its weight says: no adapter, pruning or parametrisation."""
-    return type(module) is nn.Linear and 'weight' in own_parameters(module) and 'forward' not in vars(module)
 
 
 def layer_options(

@@ -21,13 +21,14 @@ from timm.layers import register_notrace_function, to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.attention.base import GridAttention, check_tokens, is_plain
+from vit_efficient.attention.base import GridAttention, check_tokens
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.compress import COMPRESSORS, get_compressor
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, as_integer, check_choice, check_options
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.projections import bias_of, channels_of, is_plain, kind_of_weights
 
 PLACES = ('x', 'qkv', 'kv', 'block')
 
@@ -96,8 +97,7 @@ class CompressedAttention(GridAttention):
         self.compressor = compressor
         self.place = place
         self.of_block = place == 'block'
-        weight = self.qkv.weight
-        self.local = LocalMixing(weight.shape[1], local, device=weight.device, dtype=weight.dtype) if local else None
+        self.local = LocalMixing(channels_of(self.qkv), local, **kind_of_weights(self.qkv)) if local else None
 
     @classmethod
     def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class CompressedAttention(GridAttention):
     def _compressed_projections(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as (B, H, tokens, D): k and v, and at `qkv` q, of the kept tokens."""
         if self.compress.commutes and self.place == 'qkv':
-            qkv = self._with_constant(self.qkv(self._down(x, grid)), self.qkv.bias, grid)
+            qkv = self._projected(self.qkv, self._down(x, grid), grid)
             return self.heads(qkv).permute(2, 0, 3, 1, 4).unbind(0)
         down_k, down_v = self.compress.ways_down
         if self.compress.commutes and is_plain(self.qkv):  # its rows can be used apart
@@ -190,7 +190,14 @@ class CompressedAttention(GridAttention):
         """up, then the output projection: the other way round where that is the same, on fewer tokens."""
         if not self.compress.commutes:
             return self.proj(self.up(y_BmC, grid))
-        return self.up(self._with_constant(self.proj(y_BmC), self.proj.bias, grid), grid)
+        return self.up(self._projected(self.proj, y_BmC, grid), grid)
+
+    def _projected(self, projection: nn.Module, x_BmC: Tensor, grid: PatchGrid) -> Tensor:
+        """Kept tokens as a projection of all tokens would have them."""
+        y = projection(x_BmC)
+        if self.compress.keeps_constants:
+            return y
+        return self._with_constant(y, bias_of(projection, x_BmC), grid)
 
     def _with_constant(self, y: Tensor, bias: Tensor | None, grid: PatchGrid, way: nn.Module | None = None) -> Tensor:
         """Turns the bias that a projection gave each kept token into one for each patch."""

@@ -28,6 +28,7 @@ from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import as_integer, as_sides, check_choice, is_integer, is_pair
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
+from vit_efficient.utils.projections import kind_of_weights
 
 PINV_ITERATIONS = 6  # the paper's
 NO_ONNX = "ONNX has no pseudo-inverse for 'nystrom' with pinv='exact'; export to .pt2, or use pinv='iterative'"
@@ -87,8 +88,8 @@ class NystromAttention(GridAttention):
             )
         self.pinv = pinv
         self.pinv_iterations = pinv_iterations
-        like = dict(device=self.qkv.weight.device, dtype=self.qkv.weight.dtype)
-        self.local = None if without else ValueMixing(self.num_heads, tuple(int(side) for side in kernel), **like)
+        sides = tuple(int(side) for side in kernel)
+        self.local = None if without else ValueMixing(self.num_heads, sides, **kind_of_weights(self.qkv))
 
     @property
     def options(self) -> dict[str, Any]:

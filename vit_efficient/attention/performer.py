@@ -33,6 +33,7 @@ from vit_efficient.utils.compat import attend_with_lse, has_flash_attention, unw
 from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
+from vit_efficient.utils.projections import kind_of_weights
 
 KEYS_OF_BLOCK = 1024  # at most, on the CPU
 BYTES_OF_BLOCK = 2**29  # on a GPU, of its features: a block of 1,024 keys would take longer to start than to compute
@@ -55,8 +56,7 @@ class PerformerAttention(GridAttention):
         if num_features is None:
             num_features = max(1, int(self.head_dim * math.log(self.head_dim)))
         num_features = as_integer('num_features', num_features)
-        like = self.qkv.weight
-        self.register_buffer('features', torch.empty(num_features, self.head_dim, device=like.device, dtype=like.dtype))
+        self.register_buffer('features', torch.empty(num_features, self.head_dim, **kind_of_weights(self.qkv)))
         self.redraw_features()
 
     @property

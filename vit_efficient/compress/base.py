@@ -9,6 +9,7 @@ from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, nearest
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.options import write_options
+from vit_efficient.utils.projections import kind_of_weights
 
 COMPRESSORS: dict[str, type['Compressor']] = {}
 
@@ -45,11 +46,11 @@ class Compressor(nn.Module):
     @classmethod
     def of_attention(cls, attention: nn.Module, **options) -> 'Compressor':
         """The compressor for an attention, on its device and of its dtype; it fills in what `FROM_ATTENTION` lists."""
-        weight = attention.qkv.weight
-        values = (attention.num_heads, attention.head_dim, weight.device, weight.dtype)
+        kind = kind_of_weights(attention.qkv)
+        values = (attention.num_heads, attention.head_dim, *kind.values())
         has = dict(zip(FROM_ATTENTION, values, strict=True))
         own = {name: has[name] for name in argument_names(cls)[0] if name in has}
-        return cls(**own, **options).to(weight.device, weight.dtype)
+        return cls(**own, **options).to(**kind)
 
     @classmethod
     def option_names(cls) -> tuple[list[str], bool]:

@@ -13,7 +13,7 @@ _NAMES = {
     'megapixel_mnist': 'MegapixelMnist',
     'preprocessing': 'CoefficientTransform EvalTransform Preprocessing eval_input input_shape train_input',
     'sampler': 'EpochSampler shard_order stable_seed',
-    'samples': 'Samples check_same_classes class_names',
+    'samples': 'Samples check_same_classes class_names labels_among',
     'sources': 'ReaderImages create_dataset',
     'sources.folders': 'ImageTree',
     'sources.hugging_face': 'HuggingFaceReader',

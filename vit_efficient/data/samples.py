@@ -1,6 +1,7 @@
 """The samples of a data set, checked against the model, cached, and transformed."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.packages import MissingPackage
 
+logger = logging.getLogger(__name__)
 # What data sets raise where a file is damaged or gone; PIL has the last two as well.
 _READ_ERRORS = (OSError, ValueError, EOFError, SyntaxError)
 # And what of it is not the file's fault.
@@ -38,6 +40,22 @@ def check_same_classes(ours: list[str] | None, theirs: list[str] | None, our_nam
     detail = f'missing {missing[:5]}, unexpected {extra[:5]}' if missing or extra else 'their order differs'
     names = f'the classes of {their_name} ({len(theirs)}) differ from those of {our_name} ({len(ours)})'
     raise UserError(f'{names}: {detail}')
+
+
+def labels_among(ours: list[str] | None, theirs: list[str] | None, our_name: str, their_name: str) -> list[int] | None:
+    """What the labels of a data set that lacks some of our classes are among ours; None where they are the same.
+
+    A log line names what it lacks. Anything else is refused as by `check_same_classes`.
+    """
+    lacking = [name for name in ours or [] if theirs is not None and name not in theirs]
+    if not lacking or [name for name in ours if name in theirs] != theirs:
+        check_same_classes(ours, theirs, our_name, their_name)
+        return None
+    names = f'{", ".join(lacking[:5])}{", …" * (len(lacking) > 5)}'
+    logger.info(
+        '%s has no image of %d of the %d classes of %s: %s', their_name, len(lacking), len(ours), our_name, names
+    )
+    return [ours.index(name) for name in theirs]
 
 
 class Unreadable(NamedTuple):
@@ -65,6 +83,7 @@ class Samples(Dataset):
         cache: Keep decoded images in memory. Every loader process holds its own.
         check_target: Raises UserError if a target does not fit its image: ((height, width), (rows, columns)) -> None.
         on_error: error or skip, see `DataConfig`.
+        labels: The class of the model for each label of the data set, where these differ (`labels_among`).
     """
 
     def __init__(
@@ -76,11 +95,14 @@ class Samples(Dataset):
         cache: bool = False,
         check_target: Callable[[tuple[int, int], tuple[int, int]], None] | None = None,
         on_error: str = 'error',
+        labels: Sequence[int] | None = None,
     ):
         check_choice('on_error', on_error, ON_ERROR)
         self.dataset, self.transform = dataset, transform
         self.in_chans, self.num_classes = in_chans, num_classes
         self.check_target, self.on_error = check_target, on_error
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self._known, self._knows = (num_classes, 'model') if labels is None else (len(labels), 'data set')
         self.cached: dict[int, tuple[Any, ...] | Unreadable] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -128,13 +150,13 @@ class Samples(Dataset):
         return image, *truth
 
     def _label(self, label: Any) -> int:
-        try:
-            number = int(label)
-        except (TypeError, ValueError) as error:  # a name, or None
-            raise UserError(f'its label must be an integer, got {label!r}') from error
-        if not 0 <= number < self.num_classes:
-            raise UserError(f'its label {number} is not among the {self.num_classes} classes of the model')
-        return number
+        # Numbers of NumPy and PyTorch have no axes; int() would cut 0.7 off, and read '1'.
+        number = label.item() if getattr(label, 'ndim', None) == 0 else label
+        if not isinstance(number, int):  # True is 1, as a column of booleans has it
+            raise UserError(f'its label must be an integer, got {" ".join(repr(label).split())[:100]}')
+        if not 0 <= number < self._known:
+            raise UserError(f'its label {number} is not among the {self._known} classes of the {self._knows}')
+        return int(number if self.labels is None else self.labels[number])
 
     def _target(self, rest: list[Any]) -> torch.Tensor:
         if not rest:
@@ -146,9 +168,12 @@ class Samples(Dataset):
         if target.ndim != 2 or target.dtype.kind not in 'iu' or not target.size:
             raise UserError(f'its target must be integers (rows, columns), got {target.dtype} {target.shape}')
         low, high = int(target.min()), int(target.max())
-        if low < 0 or high >= self.num_classes:
-            raise UserError(f'its target has {low} to {high}, the {self.num_classes} classes of the model begin at 0')
-        return torch.from_numpy(target.astype(np.int64))
+        if low < 0 or high >= self._known:
+            raise UserError(
+                f'its target has {low} to {high}, the {self._known} classes of the {self._knows} begin at 0'
+            )
+        target = target.astype(np.int64)
+        return torch.from_numpy(target if self.labels is None else self.labels[target])
 
     def _where(self, index: int) -> str:
         name, root = self.filename(index), getattr(self.dataset, 'root', None)

@@ -23,17 +23,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_efficient.flops.formulas import FORMULAS, FVCORE_IS_RIGHT, PRODUCTS, is_listed, register_flops, short_name
+from vit_efficient.flops.formulas import (
+    FORMULAS,
+    FVCORE_IS_RIGHT,
+    PRODUCTS,
+    is_listed,
+    parts_of,
+    register_flops,
+    short_name,
+)
 from vit_efficient.flops.roles import ROLES, role_of
 from vit_efficient.utils.checks import as_integer, check_choice, is_integer
 from vit_efficient.utils.compat import OperatorMode, as_written
 from vit_efficient.utils.device import as_hosts
 from vit_efficient.utils.errors import UserError
 
+# Handlers of fvcore's for products, by their names in `fvcore.nn.jit_handles`; it does not know of complex ones.
+_OF_FVCORE = {
+    'aten::linear': 'linear_flop_jit',
+    'aten::addmm': 'addmm_flop_jit',
+    'aten::bmm': 'bmm_flop_jit',
+}
+
 
 @dataclass(frozen=True)
 class FlopCount:
     """What a forward pass computes, in multiply-accumulates (MACs; one multiplication with its addition counts 1).
+
+    A product of complex numbers counts 4 in matrix products, and 3 in convolutions, as PyTorch takes them. What modules
+    do that another one keeps where PyTorch does not look for them, such as a list, is counted as that one's.
 
     Attributes:
         total: Everything that is counted, with normalisation, pooling, interpolation and FFTs.
@@ -143,7 +161,9 @@ class _Counter(OperatorMode):
                 return output
         output = func(*args, **kwargs)
         if operator in FORMULAS:
-            self.counts[self.scopes[-1], short_name(operator)] += FORMULAS[operator](_shapes(args), _shapes(output))
+            macs = FORMULAS[operator](_shapes(args), _shapes(output))
+            macs *= parts_of(operator, output.dtype if isinstance(output, Tensor) else None)
+            self.counts[self.scopes[-1], short_name(operator)] += macs
         elif is_listed(operator):
             self.uncounted[short_name(operator)] += 1
         return output
@@ -182,7 +202,7 @@ def _count_operators(model: nn.Module, x: Tensor) -> tuple[dict, dict]:
 
 
 def _count_with_fvcore(model: nn.Module, x: Tensor) -> tuple[dict, dict]:
-    from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn import FlopCountAnalysis, jit_handles
 
     def unwrap(value):
         if value.isCompleteTensor():
@@ -192,11 +212,22 @@ def _count_with_fvcore(model: nn.Module, x: Tensor) -> tuple[dict, dict]:
         return value.toIValue()
 
     def handle(operator, formula):
-        name = short_name(operator)
-        return lambda inputs, outputs: Counter({name: formula([unwrap(v) for v in inputs], unwrap(outputs[0]))})
+        name, theirs = short_name(operator), _OF_FVCORE.get(operator)
+
+        def count(inputs, outputs):
+            if theirs:
+                macs = getattr(jit_handles, theirs)(inputs, outputs)
+            else:
+                macs = formula([unwrap(v) for v in inputs], unwrap(outputs[0]))
+            dtype = outputs[0].type().dtype() if outputs[0].isCompleteTensor() else None
+            return Counter({name: macs * parts_of(operator, dtype)})
+
+        return count
 
     analysis = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    analysis.set_op_handle(**{name: handle(name, f) for name, f in FORMULAS.items() if name not in FVCORE_IS_RIGHT})
+    analysis.set_op_handle(
+        **{name: handle(name, f) for name, f in FORMULAS.items() if name not in FVCORE_IS_RIGHT - _OF_FVCORE.keys()}
+    )
     with torch.no_grad():
         inclusive = analysis.by_module_and_operator()
     counts = Counter({(path, operator): n for path, each in inclusive.items() for operator, n in each.items()})
@@ -207,24 +238,28 @@ def _count_with_fvcore(model: nn.Module, x: Tensor) -> tuple[dict, dict]:
     return counts, {short_name(name): n for name, n in analysis.unsupported_ops().items() if is_listed(name)}
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Parameters, buffers and plain attributes of a module, and of modules that it keeps in a list or the like."""
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, nn.Module):
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield from _tensors(vars(value), seen)
     elif isinstance(value, (dict, list, tuple)):
         for v in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(v)
+            yield from _tensors(v, seen)
 
 
 def _replicate(model: nn.Module, meta: bool) -> nn.Module:
     """A copy of the modules, with the model's own tensors or such as have only their shape: nothing large is copied."""
     memo = {}
-    for module in model.modules():
-        for tensor in _tensors(vars(module)):  # parameters, buffers, and tensors that are plain attributes
-            memo[id(tensor)] = tensor
-            if meta and not tensor.is_meta:
-                replica = torch.empty_like(tensor, device='meta', requires_grad=tensor.requires_grad)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                memo[id(tensor)] = nn.Parameter(replica, tensor.requires_grad) if is_parameter else replica
+    for tensor in _tensors(model, set()):
+        memo[id(tensor)] = tensor
+        if meta and not tensor.is_meta:
+            replica = torch.empty_like(tensor, device='meta', requires_grad=tensor.requires_grad)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(replica, tensor.requires_grad) if is_parameter else replica
     return copy.deepcopy(model, memo)
 
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from vit_efficient.utils.errors import UserError
 
 Shape = tuple[int, ...]
@@ -61,6 +63,11 @@ def register_flops(*operators: str, product: bool = True, batched: bool = False)
         return formula
 
     return register
+
+
+def parts_of(operator: str, dtype: torch.dtype | None) -> int:
+    """The real products in one product of an operator with a result of this type."""
+    return 4 if dtype is not None and dtype.is_complex and short_name(operator) in PRODUCTS else 1
 
 
 @register_flops('aten::mm', 'aten::mv', 'aten::dot')

@@ -26,6 +26,7 @@ from vit_efficient.models.patch_kernels import YCBCR, kernel_to_weight, split_ch
 from vit_efficient.utils.checks import check_choice, check_flag, is_integer, is_pair, multiples_around
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import keeping_modes
+from vit_efficient.utils.projections import is_plain
 
 Keep = int | Sequence[int | Sequence[int]] | None
 
@@ -303,7 +304,10 @@ class DctPatchEmbed(PatchEmbed):
         y = self.dct(x, self.patch_size, self.keep) if self.input == 'pixels' else _in_patches(x, self.keep)
         y_BhwK = self._together(y)
         # The layer itself where that will do, for hooks and for what wraps it.
-        x_BhwE = self.linear(y_BhwK) if self.window is None else F.linear(y_BhwK, self._weight(), self.linear.bias)
+        if self.window is None or not is_plain(self.linear):
+            x_BhwE = self.linear(y_BhwK if self.window is None else y_BhwK * self._gains().to(y_BhwK.dtype))
+        else:
+            x_BhwE = F.linear(y_BhwK, self._weight(), self.linear.bias)
         if self.flatten:
             return self.norm(x_BhwE.flatten(1, 2))
         if self.output_fmt != Format.NHWC:

@@ -131,7 +131,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder."""
     path = folder / 'config.json'
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError as error:
         raise UserError(f'{folder}: not a model folder (there is no config.json)') from error
     except (OSError, ValueError) as error:

@@ -86,17 +86,18 @@ def evaluate_saved(
     dataset = saved.open_data(split)
     classes = data.class_names(dataset)
     names = model.pretrained_cfg.get('label_names')
-    data.check_same_classes(names, classes, 'the model', split)
+    labels = data.labels_among(names, classes, 'the model', split)
     if classes and not names:
         logger.warning(
             'the model does not name its %d classes: the first %d are taken for those of the data, %s … %s',
             *(model.num_classes, len(classes), classes[0], classes[-1]),
         )
-    task = Task.of(config.task, model, saved.preprocessing, classes, config.loss.patch_weight)
+    task = Task.of(config.task, model, saved.preprocessing, names or classes, config.loss.patch_weight)
     with torch.no_grad():
         task.check_logits(model(torch.zeros(1, *saved.input_shape)))
     workers = data.limit_workers(workers, '--workers')
-    samples = saved.samples(dataset, on_error, check_target=task.check_target if task.of_patches else None)
+    check_target = task.check_target if task.of_patches else None
+    samples = saved.samples(dataset, on_error, check_target=check_target, labels=labels)
     with processes(device) as team:
         sampler = data.EpochSampler(len(samples), shuffle=False, rank=team.rank, world_size=team.world_size, even=False)
         loader = data.create_loader(samples, sampler, batch_size, workers, pin=team.device.type == 'cuda')

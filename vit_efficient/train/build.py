@@ -35,17 +35,12 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
         raise UserError(f'model.args.num_classes must be at least 1, got {num_classes!r}')
     if classes and num_classes < len(classes):
         raise UserError(f'model.args.num_classes={num_classes} is below the {len(classes)} classes of the data')
-    if config.model.name.startswith('local-dir:'):
-        folder = config.model.name.removeprefix('local-dir:')
-        raise UserError(f'model.name is a model of timm, whose weights may come from model.init_from={folder}')
+    _check_name(config.model.name)
     if classes and num_classes > len(classes):
         logger.warning(
             'model.args.num_classes=%d is above the %d classes of the data: the model is saved without their names',
             *(num_classes, len(classes)),
         )
-    if not timm.is_model(config.model.name):
-        near = nearest(config.model.name, timm.list_models()) or '; see timm.list_models()'
-        raise UserError(f'model.name: timm knows no model {config.model.name!r}{near}')
     torch.manual_seed(config.seed)
     _check_rates(args)
     if not config.model.init_from:
@@ -58,6 +53,25 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
     if model.num_classes != num_classes:
         model.reset_classifier(num_classes)
     return model
+
+
+def _check_name(name: str) -> None:
+    """A recipe names an architecture: a run is built again, from what it has saved and not from where weights were."""
+    source, _, place = name.partition(':')
+    if place:
+        ways = {
+            'local-dir': f'model.init_from={place}',
+            'hf-hub': f'model.args.pretrained=true and model.args.pretrained_cfg_overlay={{hf_hub_id: {place}}}',
+        }
+        kind = {'hf_hub': 'hf-hub'}.get(source.lower(), source.lower())
+        way = f'its weights come by {ways[kind]}' if kind in ways else f'of a place, timm knows {" and ".join(ways)}'
+        raise UserError(
+            f'model.name={name} is a place of weights, and must be the name of the model that they are of, as '
+            f'timm.list_models() has it; {way}'
+        )
+    if '/' in name or not timm.is_model(name):
+        near = nearest(name.rpartition('/')[2], timm.list_models()) or '; see timm.list_models()'
+        raise UserError(f'model.name: timm knows no model {name!r}{near}')
 
 
 def _check_rates(args: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ MAX_NUMBER = 1e300  # of a key that has a type of its own; beyond it integers ha
 
 @dataclass
 class ModelConfig:
-    name: str = key('', 'as in timm.create_model', SET)
+    name: str = key('', 'a model of timm.list_models()', SET)
     args: dict[str, Any] = key({}, 'its keyword arguments')
     init_from: str = key('', 'weights to start from: a model or run folder, or a checkpoint file of timm')
     attention: str = key('', 'that its layers change to once its weights are there, as by `convert`; none: all stay')

@@ -52,7 +52,7 @@ def identity_of_data(train_set: Dataset) -> dict[str, Any]:
 class Feed:
     """The images of a run on their way to the model: samples, their order, and loaders."""
 
-    def __init__(self, config, team, train_set, val_set, model, preprocessing: data.Preprocessing, task: Task):
+    def __init__(self, config, team, train_set, val_set, model, preprocessing: data.Preprocessing, task: Task, labels):
         keys, tones = config.data, config.data.augment
         self.config, self.team, self.preprocessing = config, team, preprocessing
         (train_set, augment), (val_set, fixed) = self._inputs(train_set, val_set, model)
@@ -61,7 +61,7 @@ class Feed:
         check_target = task.check_target if task.of_patches else None
         options = preprocessing.input_size[0], model.num_classes, keys.cache, check_target, keys.on_error
         self.train_samples = data.Samples(train_set, augment, *options)
-        self.val_samples = data.Samples(val_set, fixed, *options)
+        self.val_samples = data.Samples(val_set, fixed, *options, labels)
         if not len(self.val_samples):
             raise UserError('the validation set is empty')
         part = {'rank': team.rank, 'world_size': team.world_size, 'block': keys.batch_size, 'repeats': keys.repeats}
@@ -113,7 +113,7 @@ class Experiment:
         keys = config.data
         train_set, val_set = open_data(config, train_set, val_set)
         classes = data.class_names(train_set)
-        data.check_same_classes(classes, data.class_names(val_set), 'the training set', 'the validation set')
+        labels = data.labels_among(classes, data.class_names(val_set), 'the training set', 'the validation set')
         model = create_model(config, classes).to(team.device, memory_format=_layout(config))
         if config.grad_checkpointing:
             try:
@@ -123,7 +123,7 @@ class Experiment:
                 raise UserError(f'grad_checkpointing=true: {missing}') from error
         preprocessing = data.Preprocessing.of(model, keys)
         task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight)
-        feed = Feed(config, team, train_set, val_set, model, preprocessing, task)
+        feed = Feed(config, team, train_set, val_set, model, preprocessing, task, labels)
         experiment = cls(config, team, classes, model, preprocessing, task, feed, list_stages(config))
         if not experiment.updates_per_epoch:
             raise UserError(

@@ -38,6 +38,8 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
     except Exception as error:  # optimisers check their arguments in all ways, or not at all
         raise _refused('optim.opt', config.opt, config.args, error) from error
     if config.layer_decay:
+        if args.get('filter_bias_and_bn', True):
+            _keep_biases(model, optimizer)
         _keep_rate_of_windows(model, optimizer)
     return optimizer
 
@@ -45,6 +47,17 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optim
 def takes_fused(model: nn.Module) -> bool:
     """Whether the weights are where a fused step is the faster one."""
     return all(parameter.is_cuda and parameter.is_floating_point() for parameter in model.parameters())
+
+
+def _keep_biases(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """By layers timm goes by the axes of a parameter alone, and decays biases that have two, such as those of trees."""
+    numbers = {id(parameter) for name, parameter in model.named_parameters() if name.endswith('.bias')}
+    for group in list(optimizer.param_groups):
+        biases = [parameter for parameter in group['params'] if id(parameter) in numbers]
+        if group['weight_decay'] and biases:
+            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in numbers]
+            optimizer.add_param_group({**group, 'params': biases, 'weight_decay': 0.0})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group['params']]
 
 
 def _keep_rate_of_windows(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

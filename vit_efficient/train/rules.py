@@ -36,6 +36,7 @@ def validate(config: Config) -> None:
         UserError: Naming the first key whose value does not fit, with the value and what it must be.
     """
     check_ranges(config)
+    _check_text(config)
     data = config.data
     if config.parallel == 'fsdp' and config.channels_last:
         raise UserError('channels_last must be false for parallel=fsdp, which takes contiguous weights only; got true')
@@ -90,6 +91,15 @@ def without_effect(config: Config) -> str:
         if values[key] != defaults[key]
     ]
     return ', '.join(found)
+
+
+def _check_text(config: Config) -> None:
+    for name, value in flatten(config).items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            reason = 'a recipe is kept as UTF-8, and a name that is none cannot stand in it'
+            raise UserError(f'{name}={value!r}: {reason}; rename it, or give another name by a link') from error
 
 
 def _require(config: Config, required: dict[str, Any], reason: str) -> None:

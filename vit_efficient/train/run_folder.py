@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -30,7 +30,7 @@ from vit_efficient.train.same_attention import check_same_attention, keys_of
 from vit_efficient.train.state import TrainState
 from vit_efficient.train.weights import Source
 from vit_efficient.utils.errors import UserError, is_bug_of_plugin, one_line
-from vit_efficient.utils.files import lock, remove_unfinished, write_json, write_text, writing
+from vit_efficient.utils.files import lock, read_text, remove_unfinished, write_json, write_text, writing
 from vit_efficient.utils.keys import flatten
 
 RECIPE = 'recipe.yaml'
@@ -113,8 +113,7 @@ class RunFolder:
 
     def predictions(self) -> list[dict[str, str]]:
         """A row for each image of the validation set, in its order."""
-        with open(self.path / PREDICTIONS, newline='', encoding='utf-8') as file:
-            return list(csv.DictReader(file))
+        return list(csv.DictReader(io.StringIO(read_text(self.path / PREDICTIONS), newline='')))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, as `train.log.read_metrics` reads them."""
@@ -254,7 +253,8 @@ class RunFolder:
             ('validation', each) for each in evaluation.skipped.values()
         ]
         if reasons:
-            write_text(self.path / SKIPPED, ''.join(f'{split}: {reason}\n' for split, reason in reasons))
+            lines = (f'{split}: {" ".join(reason.splitlines())}' for split, reason in reasons)
+            write_text(self.path / SKIPPED, ''.join(f'{line}\n' for line in lines))
         result = {**result, 'environment': self.environment}
         write_json(self.path / RESULT, result)
         return result
@@ -273,11 +273,12 @@ def predictions_table(
             if column in named:
                 row[f'{column}_name'] = classes[value] if value < len(classes) else ''
         rows.append(row)
-    table = io.StringIO(newline='')
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator='\n')
+    lines: list[str] = []
+    # What ends a line is quoted: with this end, both characters.
+    writer = csv.DictWriter(SimpleNamespace(write=lines.append), list(rows[0]), lineterminator='\r\n')
     writer.writeheader()
     writer.writerows(rows)
-    return table.getvalue()
+    return ''.join(f'{line[:-2]}\n' for line in lines)
 
 
 def _load_newest(folder: Path, team: Processes) -> tuple[Path, dict[str, Any]]:

@@ -96,9 +96,45 @@ def _load_weights(path: Path) -> dict[str, Tensor]:
         elif isinstance(cause, _STUMBLING) or 'Unsupported operand' in str(cause):
             reason = 'it is no file of PyTorch'
         raise UserError(f'model.init_from={path}: not a file of weights that timm can read ({reason})') from error
-    if not any(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f'model.init_from={path}: holds no weights')
+    if not _are_weights(weights):
+        parts = [name for name, part in weights.items() if isinstance(part, dict) and _are_weights(part)]
+        within = f' but those within {" and ".join(parts)}; save one of these alone' if parts else ''
+        raise UserError(f'model.init_from={path}: holds no weights{within}')
     return weights
+
+
+def _are_weights(state: dict[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in state.values())
+
+
+def _without_prefix(source: Source, name: str) -> Source:
+    """Weights by the names that a model has for them, of a file where they lie below one, such as `backbone.`.
+
+    A classifier is taken from beside them. What else is there, such as a head of self-supervised training, is told of.
+
+    Raises:
+        UserError: If there are several such.
+    """
+    config, weights = timm.get_pretrained_cfg(name), source.weights or {}
+    defaults = {'first_conv': 'patch_embed.proj', 'classifier': 'head'}  # of our own models, which are ViTs
+    first_conv, head = (_name_of_first(getattr(config, key, each)) for key, each in defaults.items())
+    stems = [f'{stem}.weight' for stem in (first_conv, 'patch_embed.linear') if stem]
+    prefixes = sorted({key.removesuffix(stem) for key in weights for stem in stems if key.endswith(f'.{stem}')})
+    if not prefixes or any(stem in weights for stem in stems):
+        return source
+    if len(prefixes) > 1:
+        raise UserError(
+            f'model.init_from={source.path}: holds weights of several models, below {" and ".join(prefixes)}; save '
+            'those of one alone'
+        )
+    (prefix,) = prefixes
+    found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    beside = [key for key in weights if not key.startswith(prefix)]
+    found = {key: weights[key] for key in beside if head and key in (f'{head}.weight', f'{head}.bias')} | found
+    left = [key for key in beside if key not in found]
+    also = f', without {len(left)} others, such as {left[0]}' if left else ''
+    logger.info('model.init_from=%s: the weights below %s are taken%s', source.path, prefix, also)
+    return replace(source, weights=found)
 
 
 def model_from_weights(config: Config, args: dict[str, Any]) -> nn.Module:
@@ -113,6 +149,7 @@ def model_from_weights(config: Config, args: dict[str, Any]) -> nn.Module:
     if given:
         logger.info('model.args.%s: no effect beside model.init_from', ', model.args.'.join(given))
     wanted, source = replace(config.model, args=args), Source.open(config.model.init_from)
+    source = _without_prefix(source, wanted.name)
     exact = check_same_attention(source.path, source.model, wanted, config.sched.epochs, source.weights)
     if not {*STATISTICS} <= source.told.keys():
         say_assumed(f'model.init_from={source.path}', config)
@@ -173,5 +210,8 @@ def _load(source: Source, wanted: ModelConfig, into_converted: bool) -> nn.Modul
 
 def _first(weights: dict[str, Tensor], module: str | tuple[str, ...] | None) -> Tensor | None:
     """The weight of a module, or of the first one of several, by the name that a pretrained_cfg gives."""
-    name = module[0] if isinstance(module, (tuple, list)) else module
-    return weights.get(f'{name}.weight')
+    return weights.get(f'{_name_of_first(module)}.weight')
+
+
+def _name_of_first(module: str | tuple[str, ...] | None) -> str | None:
+    return module[0] if isinstance(module, (tuple, list)) else module

@@ -67,7 +67,7 @@ def lock(path: str | Path) -> IO[str] | None:
 
     None if another process has taken it. File systems without locks always give it.
     """
-    file = open(path, 'a')  # noqa: SIM115  open as long as it is taken
+    file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as it is taken
     try:
         # A lock of the process, not of the open file: loader processes do not inherit it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,13 +96,23 @@ def save_figure(figure: 'Figure', path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes text as UTF-8, atomically."""
-    write_bytes(path, text.encode())
+    """Writes text as UTF-8, atomically.
+
+    A file name that is no UTF-8, which Python has with surrogates, is written as the bytes that it is on the disk;
+    `read_text` gives it back.
+    """
+    write_bytes(path, text.encode(errors='surrogateescape'))
+
+
+def read_text(path: str | Path) -> str:
+    """What `write_text` has written."""
+    return Path(path).read_bytes().decode(errors='surrogateescape')
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a value as JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
+    text = json.dumps(value, indent=2, ensure_ascii=False) + '\n'
+    write_bytes(path, text.encode(errors='backslashreplace'))  # JSON has an escape for each surrogate, such as \udce9
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.attention.base import GridAttention, is_plain
+from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.functional import attend, attention_weights
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.attention.treeformer.trees import (
@@ -46,6 +46,7 @@ from vit_efficient.utils.compat import are_numbers
 from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
+from vit_efficient.utils.projections import is_plain, kind_of_weights
 
 # There are 2^h leaves, and as many weights for each channel of a head.
 MAX_HEIGHT = 16
@@ -57,8 +58,7 @@ class TreeAttention(GridAttention):
     def add_trees(self, tree_height: int) -> None:
         if not (is_integer(tree_height, 0) and tree_height <= MAX_HEIGHT):
             raise UserError(f'tree_height must be an integer from 0 to {MAX_HEIGHT}, got {tree_height=}')
-        like = self.qkv.weight
-        self.tree = Trees(self.num_heads, self.head_dim, int(tree_height), device=like.device, dtype=like.dtype)
+        self.tree = Trees(self.num_heads, self.head_dim, int(tree_height), **kind_of_weights(self.qkv))
 
     def init_weights(self) -> None:
         """What timm's `init_weights` of a model calls, after `to_empty` too."""
@@ -95,8 +95,8 @@ class TreeMeanAttention(TreeAttention):
 
     def configure(self, *, tree_height: int = 4) -> None:
         self.add_trees(tree_height)
-        like, levels = self.qkv.weight, self.tree.height + 1
-        alphas = torch.full((self.num_heads, levels), 1 / levels, device=like.device, dtype=like.dtype)
+        levels = self.tree.height + 1
+        alphas = torch.full((self.num_heads, levels), 1 / levels, **kind_of_weights(self.qkv))
         self.level_weight = nn.Parameter(alphas)
 
     @property
