@@ -49,3 +49,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker('cuda') and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason='needs a GPU'))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    # Processes of pytest-xdist send what was logged as UTF-8, which lacks the surrogates of odd file names.
+    report.sections = [(title, text.encode(errors='backslashreplace').decode()) for title, text in report.sections]
+    return report
