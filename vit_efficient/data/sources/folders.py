@@ -98,7 +98,8 @@ class ImageTree(Dataset):
                         self.samples.append((path, self.class_to_idx[name]))
                     else:
                         others.append(path)
-        labels = {label for _, label in self.samples}
+        self.targets = [label for _, label in self.samples]  # as torchvision's folders have
+        labels = set(self.targets)
         empty = [name for name, label in self.class_to_idx.items() if label not in labels]
         check_empty(root, empty, self.classes, allow_empty)
         warn_of_others(root, others)
