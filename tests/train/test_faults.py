@@ -89,6 +89,10 @@ def test_other_files_are_another_run(data, stopped, tmp_path):
     (other / 'train/c1/3.png').rename(other / 'train/c1/30.png')
     with pytest.raises(ValueError, match='was written with training files=.*, this run has training files='):
         train(tiny_recipe(other, folder, resume='auto'))
+    state = load_checkpoint(folder / 'checkpoint.pt')
+    torch.save({**state, 'identity': {**state['identity'], 'training files': None}}, folder / 'checkpoint.pt')
+    with pytest.raises(ValueError, match=r'training files=None, .*; an older version, .* did not tell them, or start'):
+        train(tiny_recipe(other, folder, resume='auto'))
 
 
 def state_at(number):

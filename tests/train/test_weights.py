@@ -350,7 +350,7 @@ def test_a_plain_model_learns_other_classes_than_its_weights_have(data, tmp_path
     assert load_model(tmp_path / 'run').num_classes == 3
 
 
-@pytest.mark.parametrize('name', [PLAIN, 'vit_dct_tiny', 'resnet10t'])
+@pytest.mark.parametrize('name', [PLAIN, 'vit_dct_tiny', 'resnet10t', 'resnet18'])
 @pytest.mark.parametrize('prefix', ['backbone.', 'module.', 'encoder.', 'module.model.visual.'])
 def test_weights_below_a_prefix(tmp_path, name, prefix, caplog):
     caplog.set_level('INFO', 'vit_efficient')

@@ -55,7 +55,10 @@ class Earlier:
 
     def check_data(self, train_set: Dataset) -> None:
         """Raises UserError if that is another training set than the run's."""
-        _check_equal(self.path, self.state['identity'], identity_of_data(train_set))
+        saved, ways = self.state['identity'], {}
+        if saved.get('training files', '') is None:
+            ways['training files'] = 'an older version, which may have had them in another order, did not tell them'
+        _check_equal(self.path, saved, identity_of_data(train_set), ways)
 
 
 class RunFolder:

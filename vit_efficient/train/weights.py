@@ -119,7 +119,9 @@ def _without_prefix(source: Source, name: str) -> Source:
     defaults = {'first_conv': 'patch_embed.proj', 'classifier': 'head'}  # of our own models, which are ViTs
     first_conv, head = (_name_of_first(getattr(config, key, each)) for key, each in defaults.items())
     stems = [f'{stem}.weight' for stem in (first_conv, 'patch_embed.linear') if stem]
-    prefixes = sorted({key.removesuffix(stem) for key in weights for stem in stems if key.endswith(f'.{stem}')})
+    found = sorted({key.removesuffix(stem) for key in weights for stem in stems if key.endswith(f'.{stem}')})
+    # A layer may have the name of the first one in a block of the same model.
+    prefixes = [each for each in found if not any(each != other and each.startswith(other) for other in found)]
     if not prefixes or any(stem in weights for stem in stems):
         return source
     if len(prefixes) > 1:

@@ -144,6 +144,14 @@ def test_the_image_may_lie_below_its_thumbnail(dtype):
     assert np.allclose(load(stream.getvalue(), 3), image / np.iinfo(dtype).max)
 
 
+@pytest.mark.parametrize('compression', ['packbits', 'zlib', None])
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16'])
+def test_predictors_are_undone_whatever_the_compression(compression, dtype):
+    image = pixels(0, (12, 9, 3), dtype)
+    data = tiff_of(image, photometric='rgb', compression=compression, predictor=compression is not None)
+    assert abs(load(data, 3) - image / np.iinfo(dtype).max).max() < 1e-6
+
+
 @pytest.mark.parametrize('photometric', ['separated', 'cielab', 'icclab', 'cfa', 'linear_raw', 'logluv'])
 def test_colours_that_are_not_converted_are_refused(photometric):
     image = pixels(0, (20, 24, {'separated': 4, 'cfa': 1}.get(photometric, 3)), 'uint16')

@@ -123,6 +123,7 @@ def test_links_in_a_tar_file_have_what_they_lead_to(tmp_path):
         (['a/0.png', 'b/0.gif', 'c/c.txt'], 'no valid file for the classes b, c'),
         (['a/0.gif'], r'x\.tar: holds no images, only files such as a/0\.gif'),
         (['0.png'], r'x\.tar: no class folder holds an image'),
+        (['data/a/0.png', 'data/b/0.png', 'data/0.png'], 'all images are in the folder data, some in folders of it'),
         (['a/0.png', ('n1.tar', b'no tar' * 999)], r'x\.tar: not a readable tar file'),
         (['a/0.png', 'PK/0.png', ('n1.tar', bytes(10240))], r'x\.tar, n1\.tar: holds no images'),
     ],
@@ -175,6 +176,36 @@ def test_labels_of_a_map(tmp_path, caplog):
         ValueError, match=r"class_map={'x': 0}: .*x\.tar has images of none of its classes, but of a, b"
     ):
         opened(tmp_path / 'x.tar', class_map={'x': 0})
+
+
+@pytest.mark.parametrize(
+    ('class_map', 'message'),
+    [
+        (1, 'labels by name, or names that differ, got 1'),
+        (['a', 'a'], r"names that differ, got \['a', 'a'\]"),
+        ({'a': 0.5, 'b': 1}, r'the label of a must be an integer from 0, got 0\.5'),
+        ({'a': 0, 'b': None}, 'the label of b must be an integer from 0, got None'),
+        ({'a': -1}, 'the label of a must be an integer from 0, got -1'),
+    ],
+)
+def test_maps_that_are_none(tmp_path, class_map, message):
+    with pytest.raises(ValueError, match=message):
+        opened(write(tmp_path / 'x.tar', 'a/0.png', 'b/0.png'), class_map=class_map)
+
+
+def test_folders_in_class_folders_are_told_of(tmp_path, caplog):
+    dataset = opened(write(tmp_path / 'x.tar', 'train/a/0.png', 'train/b/0.png', 'val/a/0.png'))
+    assert class_names(dataset) == ['train', 'val']
+    assert 'classes are the first folders that differ (train, val), and not the folders in them' in caplog.text
+
+
+def test_links_that_are_no_images_may_lead_nowhere(tmp_path):
+    with tarfile.open(write(tmp_path / 'x.tar', 'a/0.png', 'b/0.png'), 'a') as archive:
+        for name, leads_to in (('notes.txt', '/home/notes.txt'), ('a/c.png', '0.png')):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, leads_to
+            archive.addfile(member)
+    assert [name for name, *_ in found(opened(tmp_path / 'x.tar'))] == ['a/0.png', 'a/c.png', 'b/0.png']
 
 
 def test_the_digest_tells_of_other_files(tmp_path):

@@ -30,6 +30,7 @@ _SAMPLES = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _INKS: 4
 _JPEGS = (6, 7)  # Compression
 # What libtiff, within Pillow, decodes: none, fax, LZW, JPEG, Deflate, PackBits, LZMA, ZSTD, WebP.
 _LIBTIFFS = (1, 2, 3, 4, 5, *_JPEGS, 8, 32771, 32773, 32946, 34925, 50000, 50001)
+_PREDICTED = (5, 8, 32946, 34925, 50000)  # those that have a predictor: LZW, Deflate, LZMA, ZSTD
 _FULL_RANGE = (0, 1, 255, 1, 128, 1, 255, 1, 128, 1, 255, 1)  # ReferenceBlackWhite, in fractions, as in JFIF
 
 
@@ -96,6 +97,8 @@ def _is_photograph(page: Any) -> bool:
     if page.samplesperpixel != _SAMPLES[kind] + len(extra):  # samples of which nothing is told
         return False
     if bits != 8 and not (bits in (1, 2, 4) and page.samplesperpixel == 1):
+        return False
+    if page.predictor != 1 and page.compression not in _PREDICTED:  # which libtiff passes over
         return False
     if kind == _PALETTE:  # some writers give bytes, which Pillow takes for the lower half
         return isinstance(page.colormap, np.ndarray) and page.colormap.max() > 255

@@ -56,15 +56,15 @@ def read_names(path: str, argument: str) -> list[str]:
 
 
 def list_files(
-    path: str, start: int = 0, size: int | None = None, what: str = 'file'
+    path: str, needed: Callable[[str], bool], start: int = 0, size: int | None = None, what: str = 'file'
 ) -> tuple[list[tuple[str, tuple[int, int]]], list[str]]:
     """The names of the files in a tar file, in its order, with the offset and size of each; and its folders.
 
-    None of them is hidden. Links have the extent of the file they lead to. `start` and `size` are those of
-    `tar_members`, `what` is for messages.
+    None of them is hidden. Links have the extent of the file they lead to; one that leads to none is left out if its
+    name is not `needed`. `start` and `size` are those of `tar_members`, `what` is for messages.
 
     Raises:
-        UserError: If it is not a readable tar file, or a link leads to no file in it.
+        UserError: If it is not a readable tar file, or a link that is needed leads to no file in it.
     """
     files: list[tuple[str, tuple[int, int] | str]] = []
     folders: list[str] = []
@@ -87,7 +87,13 @@ def list_files(
                 files.append((member.name, extent))
     except (OSError, tarfile.TarError) as error:
         raise UserError(f'{path}: not a readable tar {what}, uncompressed ({error}); make it anew') from error
-    return [(name, _follow(path, name, extent, extents)) for name, extent in files], folders
+    found = []
+    for name, extent in files:
+        if (place := _follow(extent, extents)) != _NOWHERE:
+            found.append((name, place))
+        elif needed(name):
+            raise UserError(f'{path}: {name} is a link that leads to no file in it; pack with --dereference')
+    return found, folders
 
 
 def normal(name: str) -> str:
@@ -97,14 +103,13 @@ def normal(name: str) -> str:
     return posixpath.normpath(f'/{name.lstrip("/")}')[1:]
 
 
-def _follow(path: str, name: str, extent: tuple[int, int] | str, extents: dict) -> tuple[int, int]:
+def _follow(extent: tuple[int, int] | str, extents: dict) -> tuple[int, int]:
+    """Where the file lies that an extent is of, or a link leads to; `_NOWHERE` if that is none."""
     seen = set()
     while isinstance(extent, str) and extent not in seen:
         seen.add(extent)
         extent = extents.get(extent, _NOWHERE)
-    if isinstance(extent, str) or extent == _NOWHERE:
-        raise UserError(f'{path}: {name} is a link that leads to no file in it; pack with --dereference')
-    return extent
+    return _NOWHERE if isinstance(extent, str) else extent
 
 
 def cached(path: str, make: Callable[[], dict[str, np.ndarray]], *key: str) -> dict[str, np.ndarray]:

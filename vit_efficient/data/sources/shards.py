@@ -155,7 +155,7 @@ def _index(path: str, input_key: str, target_key: str) -> tuple[np.ndarray, np.n
 def _scan(path: str, input_keys: list[str], target_key: str) -> tuple[np.ndarray, np.ndarray]:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     images, last = {*input_keys, *(extension[1:] for extension in EXTENSIONS)}, None
-    for member, extent in list_files(path, what='shard')[0]:
+    for member, extent in list_files(path, lambda name: '.' in name.rpartition('/')[2], what='shard')[0]:
         folder, slash, base = member.rpartition('/')
         stem, dot, extension = base.partition('.')
         if not (stem and dot) or _META.match(member):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,10 @@ from timm.data.readers.reader import Reader
 
 from vit_efficient.data.sources.archives import THREADS, cached, decoded, encoded, list_files, normal, read_names
 from vit_efficient.data.sources.folders import READ, check_empty, is_hidden, is_image, natural_order, warn_of_others
+from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 
 class _Image(NamedTuple):
@@ -82,6 +86,14 @@ class TarReader(Reader):
         while depth < most and len({folders[depth] for folders in levels if len(folders) > depth}) == 1:
             depth += 1
         names = {image.folders[depth] for image in images}
+        if len(names) == 1 and len({image.folders for image in images}) > 1:
+            raise UserError(
+                f'{path}: all images are in the folder {images[0].folders[depth]}, some in folders of it, and which of '
+                'them are classes is not known; pack class folders, with images in these alone'
+            )
+        if all(len(image.folders) > depth + 1 for image in images):
+            few = ', '.join(natural_order(names)[:5])
+            _logger.warning(f'{path}: classes are the first folders that differ ({few}), and not the folders in them')
         bare = {folders[depth] for folders in bare if len(folders) > depth}
         labels = self._labels(class_map, names, names | bare)
         known = sorted(labels, key=labels.get)
@@ -100,7 +112,15 @@ class TarReader(Reader):
     def _labels(self, class_map: Mapping[str, int] | str, with_images: set[str], known: set[str]) -> dict[str, int]:
         names = read_names(class_map, 'class_map') if isinstance(class_map, str) and class_map else class_map
         names = names or natural_order(known)
-        labels = dict(names) if isinstance(names, Mapping) else {name: label for label, name in enumerate(names)}
+        if not isinstance(names, Mapping):
+            unique = isinstance(names, list | tuple) and {*map(str, names)}
+            if not unique or len(unique) < len(names):
+                raise UserError(f'class_map must be a file, labels by name, or names that differ, got {class_map!r}')
+            names = {str(name): label for label, name in enumerate(names)}
+        labels = {str(name): label for name, label in names.items()}
+        for name, label in labels.items():
+            if not is_integer(label, 0):
+                raise UserError(f'class_map: the label of {name} must be an integer from 0, got {label!r}')
         if not with_images & set(labels):
             few = ', '.join(natural_order(with_images)[:5])
             raise UserError(f'class_map={class_map}: {self.root} has images of none of its classes, but of {few}')
@@ -138,7 +158,9 @@ def _scan(path: str) -> dict[str, np.ndarray]:
     def scan(tar: str, start: int = 0, size: int | None = None) -> None:
         """Appends what is in a tar file, `tar` being its name and a slash if it lies in another one."""
         before, seen = len(images), set()
-        files, bare = list_files(path, start, size)
+        # What has no suffix may have been a folder of images.
+        needed = lambda name: is_image(name) or '.' not in os.path.basename(name)  # noqa: E731
+        files, bare = list_files(path, needed, start, size)
         for name, extent in files:
             name = normal(name)
             if _is_tar(name):
