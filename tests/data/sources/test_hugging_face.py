@@ -37,6 +37,14 @@ def test_a_saved_data_set_is_the_tree_it_was_made_of(tree, tmp_path):
     assert reads_files(ours)
 
 
+@pytest.mark.parametrize('split', ['', 'train'])
+def test_folders_that_the_library_passes_over_are_refused(tree, split):
+    (tree / 'c1').rename(tree / '__c1')
+    folder = tree.parent if split else tree
+    with pytest.raises(ValueError, match=r'/train/__c1: the datasets library passes over folders whose names begin'):
+        create_dataset('train', f'hfds/{folder}')
+
+
 def test_files_keep_their_names(tree, tmp_path):
     dataset = create_dataset('train', f'hfds/{tree}', str(tmp_path / 'cache'))
     assert dataset.filename(9) == f'{tree}/c1/1.png'

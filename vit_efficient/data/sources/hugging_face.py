@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 from timm.data.readers.reader import Reader
 
-from vit_efficient.data.sources.folders import natural_order
+from vit_efficient.data.sources.folders import is_hidden, natural_order
 from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.packages import import_optional
 
@@ -45,6 +45,12 @@ class HuggingFaceReader(Reader):
         if _is_saved(Path(name)) and not _is_saved(saved):
             parent, folder = Path(name).parent, Path(name).name
             raise UserError(f'{name} is a single split, as a saved data set; its name is hfds/{parent}, split {folder}')
+        passed_over = next((path for depth in ('__*', '*/__*') for path in _folders(Path(name), depth)), None)
+        if passed_over and not _is_saved(saved):
+            raise UserError(
+                f'{passed_over}: the datasets library passes over folders whose names begin with __; rename it, or '
+                'read class folders without it: data.train is their folder, data.dataset is not set'
+            )
         try:
             if _is_saved(saved):
                 dataset = datasets.load_from_disk(str(saved), **options)
@@ -120,6 +126,10 @@ def _reasons(error: BaseException | None) -> str:
             reasons.append(reason)
         error = error.__cause__
     return ': '.join(reasons)
+
+
+def _folders(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if path.is_dir() and not is_hidden(path.name))
 
 
 def _is_saved(folder: Path) -> bool:
