@@ -126,4 +126,4 @@ def test_by_command(kind, capsys):
         sizes = ['--models', *names, '--img-sizes', '64', '--work', 'inference', 'training step']
     assert main(['benchmark', kind, *sizes, *common]) == 0
     for row in json.loads(capsys.readouterr().out):
-        assert row['error'] is None and row['milliseconds'] > 0 and row['host_milliseconds'] > 0, row
+        assert row.get('error') is None and row['milliseconds'] > 0 and row['host_milliseconds'] > 0, row
