@@ -81,19 +81,8 @@ class TarReader(Reader):
             bare |= {tuple(decoded(folder).split('/')) for folder in arrays['folders'].tolist()}
         if not images:
             raise UserError(f'{path}: no class folder holds an image {READ}')
-        depth, most = 0, min(len(image.folders) for image in images) - 1
-        levels = {image.folders for image in images} | bare
-        while depth < most and len({folders[depth] for folders in levels if len(folders) > depth}) == 1:
-            depth += 1
+        depth = _depth_of_classes(path, {image.folders for image in images}, bare)
         names = {image.folders[depth] for image in images}
-        if len(names) == 1 and len({image.folders for image in images}) > 1:
-            raise UserError(
-                f'{path}: all images are in the folder {images[0].folders[depth]}, some in folders of it, and which of '
-                'them are classes is not known; pack class folders, with images in these alone'
-            )
-        if all(len(image.folders) > depth + 1 for image in images):
-            few = ', '.join(natural_order(names)[:5])
-            _logger.warning(f'{path}: classes are the first folders that differ ({few}), and not the folders in them')
         bare = {folders[depth] for folders in bare if len(folders) > depth}
         labels = self._labels(class_map, names, names | bare)
         known = sorted(labels, key=labels.get)
@@ -146,6 +135,37 @@ class TarReader(Reader):
         return os.path.basename(name) if basename else os.path.join(self.root, name) if absolute else name
 
 
+def _depth_of_classes(path: str | Path, folders: set[tuple[str, ...]], bare: set[tuple[str, ...]]) -> int:
+    """How many folders are around the class folders.
+
+    Args:
+        path: For messages.
+        folders: Those that images lie in.
+        bare: Further ones.
+
+    Raises:
+        UserError: If it cannot be told.
+    """
+    depth, most = 0, min(map(len, folders)) - 1
+    while depth < most and len({each[depth] for each in folders | bare if len(each) > depth}) == 1:
+        depth += 1
+    names = natural_order({each[depth] for each in folders})
+    if len(names) == 1 and len(folders) > 1:
+        raise UserError(
+            f'{path}: all images are in the folder {names[0]}, some in folders of it, and which of them are classes is '
+            'not known; pack class folders, with images in these alone'
+        )
+    if all(len(each) > depth + 1 for each in folders):
+        few = ', '.join(names[:5])
+        _logger.warning(f'{path}: classes are the first folders that differ ({few}), and not the folders in them')
+    return depth
+
+
+def _may_be_images(name: str) -> bool:
+    """Whether a link of that name leads to an image, or to what may be a folder of images, since it has no suffix."""
+    return is_image(name) or '.' not in os.path.basename(name)
+
+
 def _is_tar(name: str) -> bool:
     return name.lower().endswith('.tar')
 
@@ -158,9 +178,7 @@ def _scan(path: str) -> dict[str, np.ndarray]:
     def scan(tar: str, start: int = 0, size: int | None = None) -> None:
         """Appends what is in a tar file, `tar` being its name and a slash if it lies in another one."""
         before, seen = len(images), set()
-        # What has no suffix may have been a folder of images.
-        needed = lambda name: is_image(name) or '.' not in os.path.basename(name)  # noqa: E731
-        files, bare = list_files(path, needed, start, size)
+        files, bare = list_files(path, _may_be_images, start, size)
         for name, extent in files:
             name = normal(name)
             if _is_tar(name):
