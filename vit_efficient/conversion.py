@@ -31,15 +31,16 @@ def convert(
         model = timm.create_model('vit_base_patch14_dinov2', pretrained=True)
         convert(model, 'dct', keep_ratio=1 / 4)
 
-    The model becomes an `EfficientVisionTransformer`, as a registered one is: it trains, compiles, exports and saves in
-    the same way. Other layers keep the attention they have. `convert(model, 'full')` is the way back.
+    The model becomes one of ours, such as an `EfficientVisionTransformer`: it trains, compiles, exports and saves as
+    registered ones do. Other layers keep the attention they have. `convert(model, 'full')` is the way back.
 
     What a mechanism adds starts so that outputs change as little as they can: convolutions at zero, Linformer's
     projections as means of cells of the patch grid. A warning is logged where they, or trees, have to be trained.
 
     Args:
-        model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), or one converted before; also in the
-            wrapper that `features_only=True` or `torch.compile` puts around it.
+        model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …) or `Eva` (EVA-02, Perception Encoder,
+            RoPE-ViT, DINOv3, …), or one converted before; also in the wrapper that `features_only=True` or
+            `torch.compile` puts around it.
         attention: A registered attention's name, or (name, options), or a list with one of these for each of `layers`.
         layers: Indices of the blocks to convert, negative ones from the end; all by default.
         **options: Of a single attention, such as `keep_ratio`.
@@ -48,8 +49,9 @@ def convert(
         The model itself.
 
     Raises:
-        UserError: If the model, or a layer of it, has parts that cannot be served (rotary positions, windows): it names
-            the module and the reason. Or if a name, option or index is wrong. The model is then as it was.
+        UserError: If the model, or a layer of it, has parts that cannot be served (a relative position bias, windows):
+            it names the module and the reason. Or if a name, option or index is wrong, or an attention cannot have
+            the positions of the model. The model is then as it was.
     """
     vit = served_model(model)
     before = set(vit.parameters())
@@ -87,13 +89,14 @@ def swap_attentions(
             new = swap_attention(new, name, **layer_options(name, given, i, depth, grid_size))
         attentions.append(new)
     blocks.common_part(attentions)
+    blocks.check_positions(model, attentions)
 
     # Nothing can fail from here on.
     was_ours = type(model) not in MODELS
     model.__class__ = MODELS.get(type(model), type(model))
     use_products(model.patch_embed)
+    blocks.use_grid(model)
     for block, new in zip(model.blocks, attentions, strict=True):
-        block.__class__ = blocks.GridBlock
         block.attn = new
     blocks.own_common_part(model)
     # What timm saves beside the weights stays true: the architecture, and the arguments that rebuild it.

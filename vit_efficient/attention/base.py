@@ -1,19 +1,24 @@
 """The contract of an attention: timm's `Attention` with the grid of its tokens; and what all mechanisms repeat."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.layers import Attention, register_notrace_function
 from torch import Tensor, nn
 
+from vit_efficient.attention.functional import attend
+from vit_efficient.attention.projections import Projection, first_layer, projections
 from vit_efficient.attention.registry import get_attention, register_attention
+from vit_efficient.attention.rotary import rotate
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, as_integer, check_options
 from vit_efficient.utils.compat import own_names
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import keeping_modes
 from vit_efficient.utils.options import write_options
+from vit_efficient.utils.projections import kind_of_weights
 
 _TIMM_ARGUMENTS = argument_names(Attention)[0]
 
@@ -42,6 +47,10 @@ class GridAttention(Attention):
     flop_role: str = 'attention'
     #: Whether what it computes depends on the values of its input, so that a count without data is an expectation.
     cost_depends_on_data: bool = False
+    #: The class of timm's whose parameters it has.
+    source: type[nn.Module] = Attention
+    #: Of rotary positions, which channels are pairs: i and i + D / 2, or 2 i and 2 i + 1; as the source has it.
+    rotate_half: bool = False
 
     def __init__(self, dim: int, num_heads: int = 8, *, mechanism: str = '', **kwargs):
         timm_arguments = {name: kwargs.pop(name) for name in list(kwargs) if name in _TIMM_ARGUMENTS}
@@ -57,18 +66,21 @@ class GridAttention(Attention):
 
     @classmethod
     def from_attention(cls, attention: Attention, *, mechanism: str = '', **options) -> 'GridAttention':
-        """This mechanism around the parameters of an existing timm `Attention`, which is left as it was.
+        """This mechanism around the parameters of an existing attention of timm, which is left as it was.
 
         What both mechanisms add to timm's under the same name and in the same shape is kept too.
 
         Args:
-            attention: Any subclass of timm's `Attention` whose additions are registered here or none.
+            attention: One of timm's `Attention`, `AttentionRope` and `EvaAttention`, or of this class.
             mechanism: The name that it is registered by, if it is.
             **options: Those of the mechanism.
         """
         new = cls.__new__(cls)
         for name, value in vars(attention).items():  # own registries of modules and hooks, the same parameters
             new.__dict__[name] = copy.copy(value) if isinstance(value, dict) else value
+        if not isinstance(attention, GridAttention):
+            new.source = type(attention)
+            new._complete()
         for name in (*getattr(attention, '_additions', ()), 'mechanism'):
             if name in own_names(new):
                 delattr(new, name)
@@ -77,6 +89,10 @@ class GridAttention(Attention):
             new._keep_additions(attention)
         with keeping_modes(attention):  # what both have in common stays in its own
             return new.train(attention.training)
+
+    def _complete(self) -> None:
+        """Adds what timm's `Attention` has and other classes of timm leave out."""
+        self.attn_dim = self.num_heads * self.head_dim
 
     def _keep_additions(self, attention: 'GridAttention') -> None:
         given = attention.added_state(keep_vars=True)
@@ -129,12 +145,20 @@ class GridAttention(Attention):
         """All options of the mechanism as they are, defaults too, in types that JSON has."""
         return {}
 
-    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         """Attention among the tokens of a grid.
 
         Args:
             x: (B, N, C), N = grid.num_tokens.
             grid: The layout of the tokens.
+            rope: Rotary positions of the patches, as timm hands them to its blocks (`vit_efficient.attention.rotary`).
             attn_mask, is_causal: As timm's, where the mechanism can have them.
 
         Returns:
@@ -145,18 +169,65 @@ class GridAttention(Attention):
         """
         raise NotImplementedError
 
+    def check_rotary(self) -> None:
+        """Raises UserError if the mechanism cannot have rotary positions."""
+        if 'rope' not in argument_names(self.forward)[0]:
+            raise UserError(f'{self.title} takes no rope: its forward knows of no rotary positions')
+
     def check_call(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
         """Raises the errors of `forward`, of a mechanism that can have no mask."""
         check_tokens(self.title, x.shape, grid.height, grid.width, grid.prefix, attn_mask, is_causal)
 
-    def heads(self, projected: Tensor) -> Tensor:
-        """The heads of queries, keys and values, or of some of them: (B, N, parts · C) → (B, N, parts, H, D)"""
-        return projected.unflatten(-1, (-1, self.num_heads, self.head_dim))
+    def reset_parameters(self) -> None:
+        """As those of timm's classes that have biases beside their layers; called after `to_empty`, say."""
+        for bias in (getattr(self, name, None) for name in ('q_bias', 'v_bias')):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """What timm calls where buffers that no checkpoint has hold nothing yet."""
+        if getattr(self, 'k_bias', None) is not None:
+            self.k_bias.zero_()
+
+    def kind_of_weights(self) -> dict[str, Any]:
+        """Device and dtype for weights that a mechanism adds: those of the projections."""
+        return kind_of_weights(first_layer(self))
+
+    def split_heads(self, projected: Tensor, parts: int) -> list[Tensor]:
+        """The heads of `parts` of queries, keys and values: (B, N, parts · C) → (B, H, N, D) each
+
+        Of fewer heads of keys and values than of queries, each is there as often as it is read.
+        """
+        heads = projected.unflatten(-1, (parts, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        shared = getattr(self, 'num_kv_groups', 1)
+        if shared > 1 and heads.shape[2] < self.num_heads:
+            heads = heads.repeat_interleave(shared, dim=2)
+        return list(heads.unbind(0))
+
+    def project_heads(
+        self, x: Tensor, first: int = 0, last: int = 3, through: Callable[[Projection, Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
+        """Number `first` to `last` - 1 of queries, keys and values, without qk-norm: (B, N, C) → (B, H, N, D) each
+
+        Args:
+            through: What takes a projection and x, and returns what it projects.
+        """
+        heads = []
+        for projection, parts in projections(self, first, last):
+            heads += self.split_heads(projection(x) if through is None else through(projection, x), parts)
+        return heads
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, with qk-norm: (B, N, C) → (B, H, N, D), three times"""
-        q, k, v = self.heads(self.qkv(x)).permute(2, 0, 3, 1, 4).unbind(0)
+        """Queries, keys and values, with qk-norm, before any rotation: (B, N, C) → (B, H, N, D), three times"""
+        q, k, v = self.project_heads(x)
         return self.q_norm(q), self.k_norm(k), v
+
+    def rotate(self, q: Tensor, k: Tensor, rope: Tensor | None, prefix: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys turned by the rotary positions of their patches, if there are any: (B, H, N, D) twice"""
+        if rope is None:
+            return q, k
+        return rotate(q, rope, prefix, self.rotate_half), rotate(k, rope, prefix, self.rotate_half)
 
     @property
     def drop_rate(self) -> float:
@@ -213,10 +284,26 @@ class GridAttention(Attention):
 
 @register_attention('full')
 class FullAttention(GridAttention):
-    """Exact attention: timm's, which needs no grid."""
+    """Exact attention: timm's own, of the class that it was, which needs no grid."""
 
-    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        return Attention.forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if rope is None:
+            return self.source.forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
+        if self.source is not Attention:
+            return self.source.forward(self, x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        q, k, v = self.project(x)  # timm's plain class knows of no positions
+        q, k = self.rotate(q, k, rope, grid.prefix)
+        if is_causal:
+            attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, attn_mask)
+        return self.finish(y.transpose(1, 2).flatten(2), x)
 
     def num_attended(self, grid: PatchGrid) -> int:
         return grid.num_tokens

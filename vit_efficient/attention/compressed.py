@@ -14,21 +14,24 @@ al., 2020, arXiv 2006.04768; `kv`). `block` is ours.
 Letters: B batch, N tokens, m kept, P prefix, C channels, H heads, D = C / H. Kept tokens include the prefix.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import register_notrace_function, to_2tuple
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vit_efficient.attention.base import GridAttention, check_tokens
 from vit_efficient.attention.functional import attend
+from vit_efficient.attention.projections import Projection, first_layer, is_fused
 from vit_efficient.attention.registry import register_attention
+from vit_efficient.attention.rotary import rope_of_kept, rotate
 from vit_efficient.compress import COMPRESSORS, get_compressor
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, as_integer, check_choice, check_options
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.projections import bias_of, channels_of, is_plain, kind_of_weights
+from vit_efficient.utils.options import write_options
+from vit_efficient.utils.projections import bias_of, channels_of
 
 PLACES = ('x', 'qkv', 'kv', 'block')
 
@@ -97,7 +100,7 @@ class CompressedAttention(GridAttention):
         self.compressor = compressor
         self.place = place
         self.of_block = place == 'block'
-        self.local = LocalMixing(channels_of(self.qkv), local, **kind_of_weights(self.qkv)) if local else None
+        self.local = LocalMixing(channels_of(first_layer(self)), local, **self.kind_of_weights()) if local else None
 
     @classmethod
     def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
@@ -118,15 +121,24 @@ class CompressedAttention(GridAttention):
         kernel_size = self.local.kernel_size[0] if self.local is not None else 0
         return dict(compressor=self.compressor, place=self.place, local=kernel_size, **self.compress.options)
 
-    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if rope is not None:
+            self.check_rotary()
         if self.of_block:
             check_kept(self.title, x.shape, self.num_attended(grid), attn_mask, is_causal)
-            return self.proj_drop(self.proj(self._among_kept(x, grid)))
+            return self.proj_drop(self.proj(self._among_kept(x, grid, rope)))
         self.check_call(x, grid, attn_mask, is_causal)
         if self.place == 'x':
-            y = self._project_up(self._among_kept(self._down(x, grid), grid), grid)
+            y = self._project_up(self._among_kept(self._down(x, grid), grid, rope), grid)
         else:
-            y = self._on_projections(x, grid)
+            y = self._on_projections(x, grid, rope)
         if self.local is not None:
             prefix, patches = self._split(y, grid)
             patches = patches + self.local(self._split(x, grid)[1], grid)
@@ -138,13 +150,24 @@ class CompressedAttention(GridAttention):
         self.check_call(x, grid)
         return self._down(x, grid)
 
-    def _among_kept(self, x_BmC: Tensor, grid: PatchGrid) -> Tensor:
+    def check_rotary(self) -> None:
+        if self.compress.places is None and self.place in ('x', 'block'):
+            raise UserError(
+                f'{self.title}: at place={self.place!r} the tokens kept are mixtures of patches that have no place '
+                f"({write_options(self.compress.options)}), and cannot have rotary positions; use place='kv' or "
+                "'qkv', where queries and keys are rotated before, or, of 'dct', domain='space'"
+            )
+
+    def _among_kept(self, x_BmC: Tensor, grid: PatchGrid, rope: Tensor | None) -> Tensor:
         """timm's attention on the kept tokens, but for the output projection."""
-        q, k, v = self.heads(self.qkv(x_BmC)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.project_heads(x_BmC)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = self.rotate(q, k, self._rope_of_kept(rope, grid), grid.prefix)
         return self.norm_and_gate(self._attend(q, k, v, grid), x_BmC)
 
-    def _on_projections(self, x: Tensor, grid: PatchGrid) -> Tensor:
-        q, k, v = self._compressed_projections(x, grid)
+    def _on_projections(self, x: Tensor, grid: PatchGrid, rope: Tensor | None) -> Tensor:
+        q, k, v = self._compressed_projections(x, grid, rope)
         y = self._attend(q, k, v, grid)
         if self.place == 'qkv':
             if self.gate is None and isinstance(self.norm, nn.Identity):
@@ -152,37 +175,53 @@ class CompressedAttention(GridAttention):
             y = self.up(y, grid)
         return self.proj(self.norm_and_gate(y, x))
 
-    def _compressed_projections(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as (B, H, tokens, D): k and v, and at `qkv` q, of the kept tokens."""
-        if self.compress.commutes and self.place == 'qkv':
-            qkv = self._projected(self.qkv, self._down(x, grid), grid)
-            return self.heads(qkv).permute(2, 0, 3, 1, 4).unbind(0)
-        down_k, down_v = self.compress.ways_down
-        if self.compress.commutes and is_plain(self.qkv):  # its rows can be used apart
-            (q,) = self._parts(x, grid, 0, 1)
-            if down_k is down_v:
-                k, v = self._parts(x, grid, 1, 3, down_k)
-            else:
-                (k,), (v,) = self._parts(x, grid, 1, 2, down_k), self._parts(x, grid, 2, 3, down_v)
-            return q, k, v
-        q, k, v = self.heads(self.qkv(x)).permute(2, 0, 3, 1, 4)
-        k, v = self._down(k, grid, down_k), self._down(v, grid, down_v)
-        q = self._down(q, grid) if self.place == 'qkv' else q
+    def _compressed_projections(
+        self, x: Tensor, grid: PatchGrid, rope: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as (B, H, tokens, D), with qk-norm and rotated: k and v, and at `qkv` q, of the kept tokens."""
+        of_queries = self.place == 'qkv'
+        if rope is not None and self.compress.places is None:
+            return self._rotated_first(x, grid, rope)
+        if self.compress.commutes and of_queries:
+            q, k, v = self.project_heads(self._down(x, grid), through=partial(self._projected, grid=grid))
+        elif self.compress.commutes and (self.qkv is None or is_fused(self)):
+            q, k, v = self._projected_apart(x, grid)
+        else:
+            q, k, v = self.project_heads(x)
+            down_k, down_v = self.compress.ways_down
+            k, v = self._down(k, grid, down_k), self._down(v, grid, down_v)
+            q = self._down(q, grid) if of_queries else q
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            of_kept = self._rope_of_kept(rope, grid)
+            q = rotate(q, of_kept if of_queries else rope, grid.prefix, self.rotate_half)
+            k = rotate(k, of_kept, grid.prefix, self.rotate_half)
         return q, k, v
 
-    def _parts(self, x: Tensor, grid: PatchGrid, first: int, last: int, way: nn.Module | None = None) -> tuple:
-        """Of queries, keys and values number `first` to `last` - 1, after a way down: (B, H, tokens, D) each"""
-        rows = slice(first * self.attn_dim, last * self.attn_dim)
-        weight, bias = self.qkv.weight[rows], None if self.qkv.bias is None else self.qkv.bias[rows]
-        if way is None:
-            y = F.linear(x, weight, bias)
-        else:
-            y = self._with_constant(F.linear(self._down(x, grid, way), weight, bias), bias, grid, way)
-        return self.heads(y).permute(2, 0, 3, 1, 4).unbind(0)
+    def _projected_apart(self, x: Tensor, grid: PatchGrid) -> list[Tensor]:
+        """Queries of all tokens, keys and values of the kept ones, which are compressed before they are projected."""
+        down_k, down_v = self.compress.ways_down
+        ways = [(1, 3, down_k)] if down_k is down_v else [(1, 2, down_k), (2, 3, down_v)]
+        heads = self.project_heads(x, 0, 1)
+        for first, last, way in ways:
+            through = partial(self._projected, grid=grid, way=way)
+            heads += self.project_heads(self._down(x, grid, way), first, last, through)
+        return heads
+
+    def _rotated_first(self, x: Tensor, grid: PatchGrid, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_compressed_projections`, where kept tokens have no place: queries and keys are rotated, then mixed."""
+        q, k, v = self.project(x)
+        q, k = self.rotate(q, k, rope, grid.prefix)
+        down_k, down_v = self.compress.ways_down
+        q = self._down(q, grid) if self.place == 'qkv' else q
+        return q, self._down(k, grid, down_k), self._down(v, grid, down_v)
+
+    def _rope_of_kept(self, rope: Tensor, grid: PatchGrid) -> Tensor:
+        kept = self.compress.kept_sides(grid)
+        return rope_of_kept(rope, grid.height, grid.width, kept, self.compress.places)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid) -> Tensor:
         """(B, H, tokens, D) each → (B, tokens, H · D)"""
-        q, k = self.q_norm(q), self.k_norm(k)
         y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, self.compress.log_counts(grid, q))
         return y.transpose(1, 2).flatten(2)
 
@@ -192,17 +231,15 @@ class CompressedAttention(GridAttention):
             return self.proj(self.up(y_BmC, grid))
         return self.up(self._projected(self.proj, y_BmC, grid), grid)
 
-    def _projected(self, projection: nn.Module, x_BmC: Tensor, grid: PatchGrid) -> Tensor:
-        """Kept tokens as a projection of all tokens would have them."""
+    def _projected(
+        self, projection: Projection, x_BmC: Tensor, grid: PatchGrid, way: nn.Module | None = None
+    ) -> Tensor:
+        """Kept tokens as a projection of all tokens would have them, if it had come before this way down."""
         y = projection(x_BmC)
-        if self.compress.keeps_constants:
+        bias = None if self.compress.keeps_constants else bias_of(projection, x_BmC)
+        if bias is None:
             return y
-        return self._with_constant(y, bias_of(projection, x_BmC), grid)
-
-    def _with_constant(self, y: Tensor, bias: Tensor | None, grid: PatchGrid, way: nn.Module | None = None) -> Tensor:
-        """Turns the bias that a projection gave each kept token into one for each patch."""
-        if bias is None or self.compress.keeps_constants:
-            return y
+        # The projection gave it to each kept token, and it belongs to each patch.
         bias = bias.to(y.dtype)
         prefix, kept = self._split(y, grid)
         kept = (way or self.compress.down).add_constant(kept - bias, bias, grid)

@@ -22,13 +22,14 @@ from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.compressed import LocalMixing
 from vit_efficient.attention.functional import attend, attention_weights
 from vit_efficient.attention.registry import register_attention
+from vit_efficient.attention.rotary import rope_of_kept
 from vit_efficient.compress.budget import Budget, kept_grid
+from vit_efficient.compress.cells import mean_places
 from vit_efficient.compress.pool import Down
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import as_integer, as_sides, check_choice, is_integer, is_pair
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
-from vit_efficient.utils.projections import kind_of_weights
 
 PINV_ITERATIONS = 6  # the paper's
 NO_ONNX = "ONNX has no pseudo-inverse for 'nystrom' with pinv='exact'; export to .pt2, or use pinv='iterative'"
@@ -89,7 +90,7 @@ class NystromAttention(GridAttention):
         self.pinv = pinv
         self.pinv_iterations = pinv_iterations
         sides = tuple(int(side) for side in kernel)
-        self.local = None if without else ValueMixing(self.num_heads, sides, **kind_of_weights(self.qkv))
+        self.local = None if without else ValueMixing(self.num_heads, sides, **self.kind_of_weights())
 
     @property
     def options(self) -> dict[str, Any]:
@@ -100,12 +101,24 @@ class NystromAttention(GridAttention):
             residual_kernel=list(self.local.kernel_size) if self.local is not None else 0,
         )
 
-    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
         q, k, v = self.project(x)
         v_dropped = self.drop_keys(v)
 
         q_BHmD, k_BHmD = self._means(q, grid).to(v.dtype), self._means(k, grid).to(v.dtype)
+        if rope is not None:
+            kept = kept_grid(grid.height, grid.width, self.landmarks.budget)
+            of_landmarks = rope_of_kept(rope, grid.height, grid.width, kept, mean_places)
+            q_BHmD, k_BHmD = self.rotate(q_BHmD, k_BHmD, of_landmarks, grid.prefix)
+            q, k = self.rotate(q, k, rope, grid.prefix)
         v_BHmD = attend(q_BHmD, k, v_dropped, self.scale, self.fused_attn)
         v_BHmD = unmix(q_BHmD, k_BHmD, v_BHmD, self.scale, self.pinv_iterations)
         y = attend(q, k_BHmD, v_BHmD, self.scale, self.fused_attn)

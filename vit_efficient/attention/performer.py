@@ -33,7 +33,6 @@ from vit_efficient.utils.compat import attend_with_lse, has_flash_attention, unw
 from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
-from vit_efficient.utils.projections import kind_of_weights
 
 KEYS_OF_BLOCK = 1024  # at most, on the CPU
 BYTES_OF_BLOCK = 2**29  # on a GPU, of its features: a block of 1,024 keys would take longer to start than to compute
@@ -56,7 +55,7 @@ class PerformerAttention(GridAttention):
         if num_features is None:
             num_features = max(1, int(self.head_dim * math.log(self.head_dim)))
         num_features = as_integer('num_features', num_features)
-        self.register_buffer('features', torch.empty(num_features, self.head_dim, **kind_of_weights(self.qkv)))
+        self.register_buffer('features', torch.empty(num_features, self.head_dim, **self.kind_of_weights()))
         self.redraw_features()
 
     @property
@@ -77,9 +76,17 @@ class PerformerAttention(GridAttention):
         """What timm's `init_weights` of a model calls, after `to_empty` too: features as at first."""
         self.redraw_features()
 
-    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
         q, k, v = self.project(x)
+        q, k = self.rotate(q, k, rope, grid.prefix)
         y = attend_features(q, k, self.drop_keys(v), self.features, self.scale, self.fused_attn)
         return self.finish(y.transpose(1, 2).flatten(2), x)
 

@@ -62,12 +62,22 @@ class WindowAttention(GridAttention):
         pair = isinstance(self.window_size, tuple)
         return dict(window_size=list(self.window_size) if pair else self.window_size, shift=self.shift)
 
-    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
         windows = (grid.height, grid.width, grid.prefix, to_2tuple(self.window_size), self.shift)
         x = reorder(x, *windows)
-        q, k, v = self.heads(self.qkv(x)).unbind(2)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x)
+        if rope is not None:
+            rope = reorder(rope, grid.height, grid.width, 0, *windows[3:])
+            q, k = self.rotate(q, k, rope, grid.prefix)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y_BNC = attend_in_windows(q, k, v, *windows, (self.scale, self.fused_attn, self.drop_rate))
         y_BNC = self.norm_and_gate(y_BNC, x)
         return self.proj_drop(reorder(self.proj(y_BNC), *windows, back=True))
@@ -84,7 +94,7 @@ class WindowAttention(GridAttention):
 @torch.fx.wrap
 @register_notrace_function
 def reorder(x: Tensor, height, width, prefix: int, window: tuple[int, int], shift: bool, back: bool = False) -> Tensor:
-    """(B, N, C) → (B, N, C): prefix tokens first, then window after window, those of equal area together; and `back`.
+    """(…, N, C) → (…, N, C): prefix tokens first, then window after window, those of equal area together; and `back`.
 
     Where sizes are symbols the order stays that of the grid.
     """
@@ -94,11 +104,11 @@ def reorder(x: Tensor, height, width, prefix: int, window: tuple[int, int], shif
     order, places = (basis(build, sizes, x, torch.int64) for build in (_window_order, _window_places))
     if back:
         order, places = places, order
-    return Permutation.apply(x, order, places) if on_gpu(x) else x.index_select(1, order)
+    return Permutation.apply(x, order, places) if on_gpu(x) else x.index_select(-2, order)
 
 
 class Permutation(torch.autograd.Function):
-    """`x.index_select(1, order)`, whose gradient is gathered by the inverse of the order.
+    """`x.index_select(-2, order)`, whose gradient is gathered by the inverse of the order.
 
     PyTorch would add it up: on a GPU with atomics, slower, and in any order.
     """
@@ -107,7 +117,7 @@ class Permutation(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        return x.index_select(1, order)
+        return x.index_select(-2, order)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -121,7 +131,7 @@ class Permutation(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
-        return tangent.index_select(1, ctx.saved_tensors[0])
+        return tangent.index_select(-2, ctx.saved_tensors[0])
 
 
 @torch.fx.wrap

@@ -9,7 +9,6 @@ from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, nearest
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.options import write_options
-from vit_efficient.utils.projections import kind_of_weights
 
 COMPRESSORS: dict[str, type['Compressor']] = {}
 
@@ -42,11 +41,14 @@ class Compressor(nn.Module):
     #: `commutes` have a method add_constant(y, constant, grid): y (…, m, D) + down(the image that is `constant` (D,)
     #: at every patch).
     keeps_constants: bool = False
+    #: Where along a side of n patches each of m kept tokens lies, in patches from the first: (m, n, device) → (m,).
+    #: None where a kept token is a mixture that has no place on the grid; elsewhere there is `kept_sides`.
+    places: Callable[..., Tensor] | None = None
 
     @classmethod
     def of_attention(cls, attention: nn.Module, **options) -> 'Compressor':
         """The compressor for an attention, on its device and of its dtype; it fills in what `FROM_ATTENTION` lists."""
-        kind = kind_of_weights(attention.qkv)
+        kind = attention.kind_of_weights()
         values = (attention.num_heads, attention.head_dim, *kind.values())
         has = dict(zip(FROM_ATTENTION, values, strict=True))
         own = {name: has[name] for name in argument_names(cls)[0] if name in has}
@@ -75,6 +77,10 @@ class Compressor(nn.Module):
 
     def num_kept(self, grid: PatchGrid) -> int:
         """m, the number of tokens that `down` leaves of the patches of `grid`."""
+        raise NotImplementedError
+
+    def kept_sides(self, grid: PatchGrid) -> tuple:
+        """h and w, of kept tokens that have places."""
         raise NotImplementedError
 
     def log_counts(self, grid: PatchGrid, like: Tensor) -> Tensor | None:

@@ -24,6 +24,12 @@ def middle_patches(m, n, device: torch.device) -> Tensor:
     return (first[:-1] + first[1:]) // 2
 
 
+def mean_places(m, n, device: torch.device) -> Tensor:
+    """The mean coordinate of the patches of each cell: (m,)."""
+    first = first_patches(m, n, device).to(real_dtype(device))
+    return (first[:-1] + first[1:] - 1) / 2
+
+
 def log_counts(height, width, kept: tuple, prefix, like: Tensor) -> Tensor:
     """The logarithm of the number of patches in each of the h × w cells, after those of tokens: (prefix + h · w,)."""
     return basis(_log_counts, (height, width, kept[0], kept[1], prefix), like, like.dtype)
@@ -54,8 +60,7 @@ def _between(nodes: Tensor, n, device: torch.device) -> Tensor:
 
 
 def _between_centres(n, m, device: torch.device) -> Tensor:
-    first = first_patches(m, n, device)
-    return _between((first[:-1] + first[1:] - 1).to(real_dtype(device)) / 2, n, device)
+    return _between(mean_places(m, n, device), n, device)
 
 
 def _between_middles(n, m, device: torch.device) -> Tensor:

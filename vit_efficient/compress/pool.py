@@ -94,6 +94,7 @@ class PoolCompressor(Compressor):
     commutes = True
     keeps_constants = True
     picks = False
+    places = staticmethod(cells.mean_places)
 
     def __init__(
         self,
@@ -114,8 +115,11 @@ class PoolCompressor(Compressor):
     def options(self) -> dict[str, Any]:
         return dict(**self.budget.options, count_bias=self.count_bias)
 
+    def kept_sides(self, grid: PatchGrid) -> tuple:
+        return budgets.kept_grid(grid.height, grid.width, self.budget)
+
     def num_kept(self, grid: PatchGrid) -> int:
-        h, w = budgets.kept_grid(grid.height, grid.width, self.budget)
+        h, w = self.kept_sides(grid)
         return h * w
 
     def log_counts(self, grid: PatchGrid, like: Tensor) -> Tensor | None:
@@ -131,3 +135,4 @@ class SubsampleCompressor(PoolCompressor):
     """
 
     picks = True
+    places = staticmethod(cells.middle_patches)

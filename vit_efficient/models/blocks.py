@@ -1,15 +1,15 @@
-"""The transformer block that works with attentions on a patch grid, which attention each layer of a model has, and what
-the layers have in common."""
+"""Transformer blocks that work with attentions on a patch grid, which attention each layer of a model has, and what the
+layers have in common."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import Attention, PatchDropout
-from timm.models import VisionTransformer
-from timm.models.vision_transformer import Block
+from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from vit_efficient.attention import GridAttention
+from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.errors import UserError
 
@@ -17,9 +17,100 @@ LayerSpec = str | tuple[str, dict[str, Any]]  # a name, or a name and its option
 AttentionSpec = LayerSpec | Sequence[LayerSpec]  # of all layers, or of each
 
 
-# Blocks and attentions of timm, in messages.
+class OnGrid:
+    """A block of timm's that hands the grid to its attention, or works on the tokens that this one keeps.
+
+    A class of timm's and one of this kind before it make a block; it adds nothing to the state.
+    """
+
+    def attention_adds(self, x: Tensor, *where) -> Tensor:
+        """What attention adds to the tokens x; `where` as of `attend`."""
+        raise NotImplementedError
+
+    def mlp_adds(self, x: Tensor) -> Tensor:
+        """What the MLP adds to the tokens x."""
+        raise NotImplementedError
+
+    def attend(self, x: Tensor, grid: PatchGrid, rope: Tensor | None, attn_mask: Tensor | None, is_causal) -> Tensor:
+        positions = {} if rope is None else {'rope': rope}
+        return self.attn(x, grid, **positions, attn_mask=attn_mask, is_causal=is_causal)
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        where = grid, rope, attn_mask, is_causal
+        if self.attn.of_block:
+            y = self.attn.down(x, grid)
+            added = self.attention_adds(y, *where)
+            return x + self.attn.up(added + self.mlp_adds(y + added), grid)
+        x = x + self.attention_adds(x, *where)
+        return x + self.mlp_adds(x)
+
+
+class _PreNorm(OnGrid):
+    def attention_adds(self, x: Tensor, *where) -> Tensor:
+        return self.drop_path1(self.ls1(self.attend(self.norm1(x), *where)))
+
+    def mlp_adds(self, x: Tensor) -> Tensor:
+        return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class _PreNormGamma(OnGrid):
+    """The scale of a layer is a parameter of the block."""
+
+    def attention_adds(self, x: Tensor, *where) -> Tensor:
+        return self.drop_path1(_scaled(self.gamma_1, self.attend(self.norm1(x), *where)))
+
+    def mlp_adds(self, x: Tensor) -> Tensor:
+        return self.drop_path2(_scaled(self.gamma_2, self.mlp(self.norm2(x))))
+
+
+def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+class _PostNorm(OnGrid):
+    """What attention and MLP add is normalised."""
+
+    def attention_adds(self, x: Tensor, *where) -> Tensor:
+        return self.drop_path1(self.norm1(self.attend(x, *where)))
+
+    def mlp_adds(self, x: Tensor) -> Tensor:
+        return self.drop_path2(self.norm2(self.mlp(x)))
+
+
+class GridBlock(_PreNorm, Block):
+    """timm's pre-norm block on a grid."""
+
+
+class GridResPostBlock(_PostNorm, ResPostBlock):
+    """timm's post-norm block on a grid."""
+
+
+class GridEvaBlock(_PreNormGamma, EvaBlock):
+    """The pre-norm block of timm's `Eva` on a grid."""
+
+
+class GridEvaBlockPostNorm(_PostNorm, EvaBlockPostNorm):
+    """The post-norm block of timm's `Eva` on a grid."""
+
+
+# Classes of timm's that are served, and ours that know of the grid.
+BLOCKS = {
+    Block: GridBlock,
+    ResPostBlock: GridResPostBlock,
+    EvaBlock: GridEvaBlock,
+    EvaBlockPostNorm: GridEvaBlockPostNorm,
+}
+ATTENTIONS = (Attention, AttentionRope, EvaAttention)
+
+# Others, in messages.
 _KINDS = {
-    'ResPostBlock': 'a post-norm block, which normalises what attention and MLP add',
     'ParallelScalingBlock': 'a parallel block, in which attention and MLP have one projection',
     'ParallelThingsBlock': 'a parallel block, in which several attentions stand side by side',
     'DiffParallelScalingBlock': 'a parallel block of differential attention',
@@ -27,16 +118,37 @@ _KINDS = {
 }
 
 
-class GridBlock(Block):
-    """timm's pre-norm block, which hands the grid to its attention, or works on the tokens that this one keeps."""
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """The attentions of a model's blocks."""
+    return [block.attn for block in model.blocks]
 
-    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self.attn.of_block:
-            y = self.attn.down(x, grid)
-            added = self.drop_path1(self.ls1(self.attn(self.norm1(y), grid, attn_mask=attn_mask, is_causal=is_causal)))
-            return x + self.attn.up(added + self.drop_path2(self.ls2(self.mlp(self.norm2(y + added)))), grid)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid, attn_mask=attn_mask, is_causal=is_causal)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+def use_grid(model: nn.Module) -> None:
+    """Makes blocks of timm's blocks on a grid, in place."""
+    for block in model.blocks:
+        block.__class__ = BLOCKS.get(type(block), type(block))
+
+
+def build_attentions(model: nn.Module, attention: AttentionSpec, options: dict[str, Any] | None) -> None:
+    """Gives each block of a model that is being built its attention.
+
+    Raises:
+        UserError: If an attention or an option is unknown or out of range, or cannot be had in this model.
+    """
+    layers = attention_per_layer(attention, options, len(model.blocks))
+    check_patch_dropout(model, layers)
+    for i, (block, (name, given)) in enumerate(zip(model.blocks, layers, strict=True)):
+        given = layer_options(name, given, i, len(layers), model.patch_embed.grid_size)
+        block.attn = swap_attention(block.attn, name, **given)
+    check_positions(model, attentions(model))
+    own_common_part(model)
+
+
+def check_positions(model: nn.Module, attentions: Sequence[nn.Module]) -> None:
+    """Raises UserError if a model has positions that one of the attentions cannot have."""
+    if getattr(model, 'rope', None) is not None:
+        for attention in attentions:
+            attention.check_rotary()
 
 
 def attention_per_layer(attention: AttentionSpec, options: dict[str, Any] | None, depth: int) -> list[tuple[str, dict]]:
@@ -62,25 +174,25 @@ def _is_named(spec: Any) -> bool:
     return pair and isinstance(spec[0], str) and isinstance(spec[1], dict)
 
 
-def check_blocks(model: VisionTransformer) -> None:
-    """Raises UserError, naming the module, if a block or its attention is not timm's plain one, or ours."""
+def check_blocks(model: nn.Module) -> None:
+    """Raises UserError, naming the module, if a block or its attention is none that is served."""
     for i, block in enumerate(model.blocks):
-        if type(block) not in (Block, GridBlock):
-            raise UserError(f'blocks.{i}: {_what_is(block)}, and not the pre-norm Block of timm')
-        if type(block.attn) is not Attention and not isinstance(block.attn, GridAttention):
-            raise UserError(f'blocks.{i}.attn: {_what_is(block.attn)}, and not the plain Attention of timm')
+        if type(block) not in BLOCKS and not isinstance(block, OnGrid):
+            raise UserError(f'blocks.{i}: {_what_is(block)}, which is not served')
+        if type(block.attn) not in ATTENTIONS and not isinstance(block.attn, GridAttention):
+            raise UserError(f'blocks.{i}.attn: {_what_is(block.attn)}, which is not served')
 
 
 def _what_is(module: nn.Module) -> str:
-    """What a block or attention of timm is that is not the plain one."""
+    """What a block or attention is that is none of `BLOCKS` and `ATTENTIONS`."""
     name = type(module).__name__
     return f'{name} is {_KINDS.get(name, "another kind")}'
 
 
-def check_patch_dropout(model: VisionTransformer, layers: Sequence[tuple[str, dict]]) -> None:
+def check_patch_dropout(model: nn.Module, layers: Sequence[tuple[str, dict]]) -> None:
     """Raises UserError if a layer needs the whole patch grid and the model drops patches."""
     mixing = sorted({name for name, _ in layers} - {'full'})
-    if mixing and isinstance(model.patch_drop, PatchDropout):
+    if mixing and isinstance(model.patch_drop, (PatchDropout, PatchDropoutWithIndices)):
         raise UserError(
             f'patch_drop_rate={model.patch_drop.prob}: attention {mixing[0]!r} needs the whole patch grid; '
             "set patch_drop_rate=0, or use attention 'full'"
@@ -107,13 +219,13 @@ def common_part(attentions: Sequence[nn.Module], owned: nn.Module | None = None)
     return next((part for part in parts.values() if part is owned), parts[first])
 
 
-def own_common_part(model: VisionTransformer) -> None:
+def own_common_part(model: nn.Module) -> None:
     """Makes the model the one owner of what its layers have in common, under the name `shared`."""
-    part = common_part([block.attn for block in model.blocks], getattr(model, 'shared', None))
+    part = common_part(attentions(model), getattr(model, 'shared', None))
     if hasattr(model, 'shared'):
         del model.shared
     if part is not None:
         model.shared = part
-        for block in model.blocks:
-            if isinstance(block.attn, GridAttention) and block.attn.common_part() is not None:
-                block.attn.use_common_part(part)
+        for attention in attentions(model):
+            if isinstance(attention, GridAttention) and attention.common_part() is not None:
+                attention.use_common_part(part)

@@ -3,8 +3,7 @@
 import logging
 from typing import Any
 
-from timm.models import adapt_input_conv
-from timm.models.vision_transformer import checkpoint_filter_fn as timm_checkpoint_filter_fn
+from timm.models import Eva, adapt_input_conv, eva, vision_transformer
 from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention
@@ -17,8 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's filter for ViT checkpoints. What a mechanism adds to them follows the image size; what a checkpoint does
-    not have starts as it is in the model; Linformer's projections beside weights of a plain ViT, as means of cells."""
+    """timm's filter for checkpoints of a model's class. What a mechanism adds to them follows the image size; what a
+    checkpoint does not have starts as it is in the model; Linformer's projections beside weights of a plain ViT, as
+    means of cells."""
     state_dict = _filter_like_timm(state_dict, model)
     for name, module in model.named_modules():
         own = module.state_dict(prefix=f'{name}.') if isinstance(module, Compressor) else {}
@@ -63,11 +63,18 @@ class _SeenByTimm:
         return getattr(self._model, name)
 
 
+def _filter_of_timm(state_dict: dict[str, Tensor], model: nn.Module, seen: Any) -> dict[str, Tensor]:
+    """What timm makes of a checkpoint for a model of this class; `seen` is the model as it is to look."""
+    if isinstance(model, Eva):
+        return eva.checkpoint_filter_fn(state_dict, seen)
+    return vision_transformer.checkpoint_filter_fn(state_dict, seen, adapt_layer_scale=True)
+
+
 def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's filter, for a patch embedding of pixels or of coefficients; kernels of pixels load into the latter."""
     embedding = model.patch_embed
     if not isinstance(embedding, DctPatchEmbed):
-        return timm_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
+        return _filter_of_timm(state_dict, model, model)
     own = {key: value for key, value in state_dict.items() if key.startswith('patch_embed.linear.')}
     if own:
         weight, expected = own.get('patch_embed.linear.weight'), embedding.linear.weight.shape
@@ -81,7 +88,7 @@ def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
         # From its shape timm knows the patch grid that position embeddings are for.
         state_dict = {**state_dict, 'patch_embed.proj.weight': embedding.empty_conv(device='meta').proj.weight}
     seen = _SeenByTimm(model)
-    state_dict = timm_checkpoint_filter_fn(state_dict, seen, adapt_layer_scale=True)
+    state_dict = _filter_of_timm(state_dict, model, seen)
     kernel = state_dict.pop('patch_embed.proj.weight', None)
     if own:
         state_dict.update(own)

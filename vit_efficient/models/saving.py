@@ -13,8 +13,8 @@ from typing import Any
 import timm
 from torch import nn
 
+from vit_efficient.models.forward import GridForward
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed
-from vit_efficient.models.vit import GridForward
 from vit_efficient.utils.compat import model_args, save_model_config, unwrap
 from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.files import replacing
@@ -60,27 +60,11 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     arguments['attention'] = layers[0] if all(layer == layers[0] for layer in layers) else layers
     arguments['attention_kwargs'] = {}
     # What can be changed after construction is read off the model.
-    for name in PATCH_OPTIONS:
-        arguments.pop(f'patch_{name}', None)
-        if in_coefficients:
-            arguments[f'patch_{name}'] = embedding.options[name]
-    for name in ('embed_dim', 'in_chans', 'num_classes', 'global_pool', 'dynamic_img_size', 'no_embed_class'):
-        arguments[name] = getattr(model, name)
-    first = model.blocks[0].attn
-    arguments.update(
-        depth=len(model.blocks),
-        num_heads=first.num_heads,
-        qk_norm=not isinstance(first.q_norm, nn.Identity),
-        img_size=tuple(embedding.img_size),
-        patch_size=tuple(embedding.patch_size),
-        dynamic_img_pad=embedding.dynamic_img_pad,
-        patch_embed='dct' if in_coefficients else 'conv',
-        class_token=model.has_class_token,
-        reg_tokens=model.num_reg_tokens,
-        fc_norm=not isinstance(model.fc_norm, nn.Identity),
-        final_norm=not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
-    )
-    return arguments
+    for name in ('patch_embed', *(f'patch_{name}' for name in PATCH_OPTIONS)):
+        arguments.pop(name, None)
+    if in_coefficients:
+        arguments.update({f'patch_{name}': embedding.options[name] for name in PATCH_OPTIONS})
+    return arguments | model.construction()
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequence[str] | None = None) -> None:

@@ -4,11 +4,12 @@ import re
 from collections.abc import Callable
 
 import torch
-from timm.models import NaFlexVit, VisionTransformer
+from timm.models import Eva, NaFlexVit, VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from vit_efficient.models import blocks
+from vit_efficient.models.eva import EfficientEva
 from vit_efficient.models.vit import EfficientVisionTransformer, EfficientVisionTransformerDistilled
 from vit_efficient.utils.compat import DATA_PARALLEL, held_model
 from vit_efficient.utils.errors import UserError
@@ -17,6 +18,7 @@ from vit_efficient.utils.errors import UserError
 MODELS = {
     VisionTransformer: EfficientVisionTransformer,
     VisionTransformerDistilled: EfficientVisionTransformerDistilled,
+    Eva: EfficientEva,
 }
 SERVED = {*MODELS, *MODELS.values()}
 
@@ -58,11 +60,12 @@ def _why_not(model: nn.Module) -> str:
         return 'it would not know the parameters that an attention adds; convert the model before it is wrapped'
     if _is_sharded(model):
         return 'its parameters are sharded; convert the model before it is sharded'
-    if isinstance(model, VisionTransformer):
-        return (
-            "it is a class derived from timm's VisionTransformer, and its own forward pass would be lost; convert a "
-            'VisionTransformer itself, and put what you add into a module around it'
-        )
+    for served in MODELS:
+        if isinstance(model, served):
+            return (
+                f"it is a class derived from timm's {served.__name__}, and its own forward pass would be lost; convert "
+                f'a {served.__name__} itself, and put what you add into a module around it'
+            )
     for name, module in model.named_modules():
         if type(module) in SERVED:
             return (

@@ -7,127 +7,41 @@ attention is one of `vit_efficient.list_attentions()`, and the patch grid goes d
     timm.create_model('vit_full_base', attention=['full', ('dct', dict(keep_ratio=0.25)), …])     # a layer each
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from timm.layers import register_notrace_function, to_2tuple
-from timm.models import VisionTransformer, checkpoint
+from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from vit_efficient.attention import layer_options, swap_attention
-from vit_efficient.grid import PatchGrid, plain_sizes
 from vit_efficient.models import blocks
+from vit_efficient.models.forward import GridForward, check_image_size
 from vit_efficient.models.patch_convolution import use_products
-from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, check_input, patch_embed_layer
-from vit_efficient.utils.checks import as_sides, multiples_around, plain_integers
-from vit_efficient.utils.compat import feature_indices, unwrap
+from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
+from vit_efficient.utils.checks import plain_integers
 from vit_efficient.utils.errors import UserError
 
 
-# A leaf for FX, where sizes are not yet numbers.
-@torch.fx.wrap
-@register_notrace_function
-def check_image_size(height, width, patch_size: tuple[int, int]) -> None:
-    """Raises UserError if the patches do not divide the image."""
-    for side, size, patch in (('height', height, patch_size[0]), ('width', width, patch_size[1])):
-        if type(size) is int and size % patch:
-            raise UserError(
-                f'image {side} {size} is not a multiple of the patch size {patch}; '
-                f'use {multiples_around(size, patch)}, or dynamic_img_pad=True to pad'
-            )
+class _VisionTransformerForward(GridForward):
+    """What both classes of timm have: the `VisionTransformer` and DeiT's."""
 
+    def tokens(self, patches: Tensor) -> tuple[Tensor, None]:
+        return self.norm_pre(self.patch_drop(self._pos_embed(patches))), None
 
-def _pixels(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width, plain ints, of an argument that is a side or both."""
-    return to_2tuple(as_sides(name, value, '(height, width)'))
-
-
-class GridForward:
-    """The forward passes of timm's `VisionTransformer`, with the patch grid made once and handed down."""
-
-    def _embed(self, x: Tensor) -> tuple[Tensor, PatchGrid]:
-        """Images (B, channels, height, width) → tokens (B, N, C), and where they lie."""
-        height, width = plain_sizes((x.shape[-2], x.shape[-1]))
-        if isinstance(self.patch_embed, DctPatchEmbed):
-            height, width = self.patch_embed.pixel_size(height, width)
-        elif getattr(self.patch_embed, 'strict_img_size', False):  # before timm's assertion, which names no way out
-            check_input(height, width, self.patch_embed.patch_size, self.patch_embed.img_size, True, 'pixels')
-        if self.dynamic_img_size and not self.patch_embed.dynamic_img_pad:
-            check_image_size(height, width, self.patch_embed.patch_size)
-        grid = PatchGrid(*self.patch_embed.dynamic_feat_size((height, width)), prefix=self.num_prefix_tokens)
-        x = self._pos_embed(self.patch_embed(x))
-        return self.norm_pre(self.patch_drop(x)), grid
-
-    def _run_block(self, block: blocks.GridBlock, x: Tensor, grid: PatchGrid, attn_mask, is_causal) -> Tensor:
-        if self.grad_checkpointing and torch.is_tensor(x):  # FX traces with proxies, which cannot be checkpointed
-            return checkpoint(block, x, grid, attn_mask, is_causal)
-        return block(x, grid, attn_mask=attn_mask, is_causal=is_causal)
-
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        x, grid = self._embed(x)
-        for block in self.blocks:
-            x = self._run_block(block, x, grid, attn_mask, is_causal)
-        return self.norm(x)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ):
-        """Arguments and results as timm's `VisionTransformer.forward_intermediates`."""
-        if output_fmt not in ('NCHW', 'NLC'):
-            raise UserError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt=}")
-        taken, last = feature_indices(len(self.blocks), indices)
-        x, grid = self._embed(x)
-        features = []
-        for i, block in enumerate(self.blocks):
-            if stop_early and i > last:
-                break
-            x = self._run_block(block, x, grid, attn_mask, is_causal)
-            if i in taken:
-                features.append(self.norm(x) if norm else x)
-
-        prefixes = [f[:, : grid.prefix] for f in features] if grid.prefix and return_prefix_tokens else None
-        features = [f[:, grid.prefix :] for f in features]
-        if output_fmt == 'NCHW':
-            features = [f.transpose(1, 2).unflatten(2, (grid.height, grid.width)).contiguous() for f in features]
-
-        if output_dict:
-            result = {'image_intermediates': features}
-            if prefixes is not None:
-                result['image_intermediates_prefix'] = prefixes
-            if not intermediates_only:
-                result['image_features'] = self.norm(x)
-            return result
-        if prefixes is not None:
-            features = list(zip(features, prefixes, strict=True))
-        return features if intermediates_only else (self.norm(x), features)
-
-    def set_input_size(
-        self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
-    ) -> None:
-        """As timm's; weights that are maps over the patch grid follow it. What raises a UserError changes nothing."""
-        given = {'img_size': img_size, 'patch_size': patch_size}
-        pair = [None if v is None else _pixels(name, v) for name, v in given.items()]
-        size, patch = pair[0] or self.patch_embed.img_size, pair[1] or self.patch_embed.patch_size
-        if not self.patch_embed.dynamic_img_pad:
-            check_image_size(*size, patch)
-        grid = PatchGrid(size[0] // patch[0], size[1] // patch[1], prefix=self.num_prefix_tokens)
-        for block in self.blocks:
-            block.attn.num_attended(grid)  # raises here rather than halfway
-        super().set_input_size(img_size=pair[0], patch_size=pair[1])
-        for block in self.blocks:
-            block.attn.set_grid_size(*self.patch_embed.grid_size)
+    def construction(self) -> dict[str, Any]:
+        first, embedding = blocks.attentions(self)[0], self.patch_embed
+        return super().construction() | dict(
+            embed_dim=self.embed_dim,
+            num_heads=first.num_heads,
+            qk_norm=not isinstance(first.q_norm, nn.Identity),
+            dynamic_img_size=self.dynamic_img_size,
+            dynamic_img_pad=embedding.dynamic_img_pad,
+            patch_embed='dct' if isinstance(embedding, DctPatchEmbed) else 'conv',
+            no_embed_class=self.no_embed_class,
+            class_token=self.has_class_token,
+            reg_tokens=self.num_reg_tokens,
+            fc_norm=not isinstance(self.fc_norm, nn.Identity),
+            final_norm=not (isinstance(self.norm, nn.Identity) and isinstance(self.fc_norm, nn.Identity)),
+        )
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
         """As timm's, of .npz files, whose patch embeddings are convolutions."""
@@ -141,18 +55,8 @@ class GridForward:
         finally:
             self.patch_embed = embedding
 
-    def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
-        """As timm's; what only the removed layers had in common goes with them."""
-        taken = super().prune_intermediate_layers(*args, **kwargs)
-        blocks.own_common_part(self)
-        return taken
 
-    def attention_spec(self) -> list[tuple[str, dict[str, Any]]]:
-        """The attention of each block as it stands: its registered name and its options."""
-        return [(block.attn.mechanism, block.attn.options) for block in self.blocks]
-
-
-class EfficientVisionTransformer(GridForward, VisionTransformer):
+class EfficientVisionTransformer(_VisionTransformerForward, VisionTransformer):
     """timm's `VisionTransformer` with any registered attention in each block.
 
     Args:
@@ -191,33 +95,8 @@ class EfficientVisionTransformer(GridForward, VisionTransformer):
             check_image_size(*plain_integers(self.patch_embed.img_size), self.patch_embed.patch_size)
         use_products(self.patch_embed)
         blocks.check_blocks(self)
-        layers = blocks.attention_per_layer(attention, attention_kwargs, len(self.blocks))
-        blocks.check_patch_dropout(self, layers)
-        for i, (block, (name, options)) in enumerate(zip(self.blocks, layers, strict=True)):
-            options = layer_options(name, options, i, len(layers), self.patch_embed.grid_size)
-            block.attn = swap_attention(block.attn, name, **options)
-        blocks.own_common_part(self)
+        blocks.build_attentions(self, attention, attention_kwargs)
 
 
-class EfficientVisionTransformerDistilled(GridForward, VisionTransformerDistilled):
+class EfficientVisionTransformerDistilled(_VisionTransformerForward, VisionTransformerDistilled):
     """DeiT's distilled ViT, class and distillation token both prefix tokens; what `convert` makes of it."""
-
-
-def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> list[int]:
-    """The number of keys each block's queries attend to, prefix tokens included.
-
-    Args:
-        model: A registered or converted model, wrapped or not.
-        img_size: In pixels; that of the model by default.
-
-    Raises:
-        UserError: If the model is not one of ours, or the patches do not divide the image.
-    """
-    *_, model = unwrap(model)
-    if not isinstance(model, GridForward):
-        raise UserError(f'{type(model).__name__} is not a model of vit_efficient; convert() makes it one')
-    size = model.patch_embed.img_size if img_size is None else _pixels('img_size', img_size)
-    if not model.patch_embed.dynamic_img_pad:
-        check_image_size(*size, model.patch_embed.patch_size)
-    grid = PatchGrid(*model.patch_embed.dynamic_feat_size(size), prefix=model.num_prefix_tokens)
-    return [block.attn.num_attended(grid) for block in model.blocks]

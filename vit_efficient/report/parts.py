@@ -11,7 +11,7 @@ from torch import nn
 from vit_efficient.data import input_shape
 from vit_efficient.flops import count_flops
 from vit_efficient.models.create import attention_of
-from vit_efficient.models.vit import GridForward
+from vit_efficient.models.forward import GridForward
 from vit_efficient.report.runs import Entry
 from vit_efficient.report.table import Column, Table
 from vit_efficient.train.stages import list_stages, model_at_stages

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.functional import attend, attention_weights
+from vit_efficient.attention.projections import is_fused, projections
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.attention.treeformer.trees import (
     LeafReads,
@@ -46,7 +47,7 @@ from vit_efficient.utils.compat import are_numbers
 from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
-from vit_efficient.utils.projections import is_plain, kind_of_weights
+from vit_efficient.utils.projections import is_plain
 
 # There are 2^h leaves, and as many weights for each channel of a head.
 MAX_HEIGHT = 16
@@ -58,7 +59,7 @@ class TreeAttention(GridAttention):
     def add_trees(self, tree_height: int) -> None:
         if not (is_integer(tree_height, 0) and tree_height <= MAX_HEIGHT):
             raise UserError(f'tree_height must be an integer from 0 to {MAX_HEIGHT}, got {tree_height=}')
-        self.tree = Trees(self.num_heads, self.head_dim, int(tree_height), **kind_of_weights(self.qkv))
+        self.tree = Trees(self.num_heads, self.head_dim, int(tree_height), **self.kind_of_weights())
 
     def init_weights(self) -> None:
         """What timm's `init_weights` of a model calls, after `to_empty` too."""
@@ -96,7 +97,7 @@ class TreeMeanAttention(TreeAttention):
     def configure(self, *, tree_height: int = 4) -> None:
         self.add_trees(tree_height)
         levels = self.tree.height + 1
-        alphas = torch.full((self.num_heads, levels), 1 / levels, **kind_of_weights(self.qkv))
+        alphas = torch.full((self.num_heads, levels), 1 / levels, **self.kind_of_weights())
         self.level_weight = nn.Parameter(alphas)
 
     @property
@@ -107,14 +108,23 @@ class TreeMeanAttention(TreeAttention):
         super().init_weights()
         nn.init.constant_(self.level_weight, 1 / self.level_weight.shape[1])
 
-    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
+        rope = rope if grid.prefix else None  # trees ask what a token is, not where; prefix tokens attend to all
         if self._folds(x, grid):
-            return self._folded(x, grid)
+            return self._folded(x, grid, rope)
         q, k, v = self.project(x)
         v = self.drop_keys(v)
         trees = (self.tree.weight, self.tree.bias, self.level_weight)
-        y_BNC = average_over_nodes(q, k, v, *trees, grid.prefix, grid.num_patches, self.scale, self.fused_attn)
+        seen_k = self.rotate(q, k, rope, grid.prefix)[1]
+        y_BNC = average_over_nodes(q, k, v, seen_k, *trees, grid.prefix, grid.num_patches, self.scale, self.fused_attn)
         return self.finish(y_BNC, x)
 
     def _folds(self, x: Tensor, grid: PatchGrid) -> bool:
@@ -124,20 +134,20 @@ class TreeMeanAttention(TreeAttention):
             and isinstance(x, Tensor)  # and not a proxy, whose graph may be trained
             and self.gate is None
             and isinstance(self.norm, nn.Identity)
-            and is_plain(self.qkv)
+            and is_fused(self)
             and is_plain(self.proj)
             and are_numbers(grid.num_patches)
             and 2**self.tree.height < grid.num_patches
         )
 
-    def _folded(self, x: Tensor, grid: PatchGrid) -> Tensor:
+    def _folded(self, x: Tensor, grid: PatchGrid, rope: Tensor | None) -> Tensor:
         """The same with L tokens to project instead of N: x is summed by leaf, and then projected to values; what the
         leaves answer goes through the output projection, and is then read."""
         heads, num_leaves = (self.num_heads, self.head_dim), 2**self.tree.height
-        rows, bias = [2 * self.attn_dim, self.attn_dim], self.qkv.bias
-        (w_qk, w_v), (b_qk, b_v) = self.qkv.weight.split(rows), (None, None) if bias is None else bias.split(rows)
-        q, k = self.heads(F.linear(x, w_qk, b_qk)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.project_heads(x, 0, 2)
         q, k = self.q_norm(q), self.k_norm(k)
+        ((of_values, _),) = projections(self, 2, 3)
+        w_v, b_v = of_values.weight, of_values.bias
         b_v = torch.zeros_like(w_v[:, 0]) if b_v is None else b_v
         w_v_HDC, b_v_HD = w_v.unflatten(0, heads), b_v.unflatten(0, heads)
 
@@ -164,7 +174,8 @@ class TreeMeanAttention(TreeAttention):
         y = read_and_sum(leaf_q, answers_BHLC).to(answers.dtype)
         if not grid.prefix:
             return y
-        weights_BHPN = attention_weights(q[:, :, : grid.prefix], k, self.scale)
+        seen_k = self.rotate(q, k, rope, grid.prefix)[1]
+        weights_BHPN = attention_weights(q[:, :, : grid.prefix], seen_k, self.scale)
         x_BHPC = weights_BHPN.to(x.dtype) @ x[:, None]
         y_prefix = linear_by_head(x_BHPC, w_v_HDC, b_v_HD)
         return torch.cat([self.proj(y_prefix.transpose(1, 2).flatten(2)), y], dim=1)
@@ -178,12 +189,23 @@ class TreeMeanAttention(TreeAttention):
 @torch.fx.wrap
 @register_notrace_function
 def average_over_nodes(
-    q: Tensor, k: Tensor, v: Tensor, weight, bias, level_weight, prefix: int, num_patches: int, scale: float, fused
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen_k: Tensor,
+    weight,
+    bias,
+    level_weight,
+    prefix: int,
+    num_patches: int,
+    scale: float,
+    fused,
 ) -> Tensor:
     """The equation of this module, in float32 at least: a rounded score may be another leaf.
 
     Args:
         q, k, v: (B, H, N, D)
+        seen_k: Keys as prefix tokens see them, with rotary positions.
         weight, bias: The predicates, (H, J, D) and (H, J).
         level_weight: α, (H, h + 1)
         prefix, num_patches: How many of the N tokens are prefix tokens, and patches.
@@ -192,7 +214,7 @@ def average_over_nodes(
     Returns:
         (B, N, C), of the dtype of v.
     """
-    y_prefix = [attend(q[:, :, :prefix], k, v, scale, fused).transpose(1, 2).to(v.dtype)] if prefix else []
+    y_prefix = [attend(q[:, :, :prefix], seen_k, v, scale, fused).transpose(1, 2).to(v.dtype)] if prefix else []
     dtype = torch.promote_types(v.dtype, torch.float32)
     with without_autocast(v):
         # Split, not sliced: the gradient of a slice is as large as the whole.

@@ -93,11 +93,21 @@ class LeafAttention(TreeAttention):
     def options(self) -> dict[str, Any]:
         return dict(tree_height=self.tree.height, num_leaves=self.num_leaves)
 
-    def forward(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
         trees = (self.tree.weight, self.tree.bias, self.num_leaves)
         how = (self.scale, self.fused_attn, self.drop_rate)
-        y_BNC = attend_in_leaves(*self.project(x), *trees, grid.prefix, grid.num_patches, how, self.pad_groups)
+        q, k, v = self.project(x)
+        routed = q, k  # trees ask what a token is, not where
+        q, k = self.rotate(q, k, rope, grid.prefix)
+        y_BNC = attend_in_leaves(q, k, v, *routed, *trees, grid.prefix, grid.num_patches, how, self.pad_groups)
         return self.finish(y_BNC, x)
 
     def export_error(self, suffix: str) -> str | None:
@@ -115,12 +125,24 @@ class LeafAttention(TreeAttention):
 @torch.fx.wrap
 @register_notrace_function
 def attend_in_leaves(
-    q: Tensor, k: Tensor, v: Tensor, weight, bias, num_leaves: int, prefix: int, num_patches: int, how: tuple, pad: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routed_q: Tensor,
+    routed_k: Tensor,
+    weight,
+    bias,
+    num_leaves: int,
+    prefix: int,
+    num_patches: int,
+    how: tuple,
+    pad: bool,
 ) -> Tensor:
     """Softmax attention of the patches inside their leaves, and of the prefix tokens among all.
 
     Args:
         q, k, v: (B, H, N, D)
+        routed_q, routed_k: What the trees see of q and k, without rotary positions.
         weight, bias: The predicates, (H, J, D) and (H, J).
         num_leaves: How many leaves a query reads.
         prefix, num_patches: How many of the N tokens are prefix tokens, and patches.
@@ -135,7 +157,7 @@ def attend_in_leaves(
     """
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise UserError(NO_GRAPH)
-    y = _attend_patches(q, k, v, weight, bias, num_leaves, prefix, num_patches, how, pad)
+    y = _attend_patches(q, k, v, routed_q, routed_k, weight, bias, num_leaves, prefix, num_patches, how, pad)
     if prefix:
         y = torch.cat([attend(q[:, :, :prefix], k, v, *how).transpose(1, 2), y], dim=1)
     return y.to(v.dtype).flatten(2)
@@ -143,11 +165,12 @@ def attend_in_leaves(
 
 @torch.compiler.disable(reason=NO_GRAPH)
 def _attend_patches(
-    q: Tensor, k: Tensor, v: Tensor, weight, bias, num_leaves, prefix, num_patches, how: tuple, pad: bool
+    q: Tensor, k: Tensor, v: Tensor, routed_q, routed_k, weight, bias, num_leaves, prefix, num_patches, how, pad: bool
 ) -> Tensor:
-    """(B, H, N, D) three times, of all tokens → (B, N − P, H, D), of the patches"""
+    """(B, H, N, D) five times, of all tokens → (B, N − P, H, D), of the patches"""
     # Split, not sliced: the gradient of a slice is as large as the whole.
     (_, q), (k_prefix, k), (v_prefix, v) = (t.split([prefix, num_patches], dim=2) for t in (q, k, v))
+    routed_q, routed_k = (t.detach()[:, :, prefix:] for t in (routed_q, routed_k))
     dim, (scale, fused, dropout) = v.shape[-1], how
     if not v.numel():
         return v.transpose(1, 2)
@@ -155,15 +178,16 @@ def _attend_patches(
         dtype = torch.promote_types(v.dtype, torch.float32)
         trees = (weight.to(dtype), bias.to(dtype))
         if q.is_meta:  # where there are no data
-            for t in (q, k):
+            for t in (routed_q, routed_k):
                 products(t.to(dtype), trees[0])
             y = torch.ops.vit_efficient.attend_in_leaves(q, k, v, prefix, num_leaves, leaves_of(weight))
             return y.transpose(1, 2)
         if num_leaves == 1:
-            leaf_q, leaf_k = route_both(q, k, weight, bias)
+            leaf_q, leaf_k = route_both(routed_q, routed_k, weight, bias)
             leaves_q = leaf_q.unsqueeze(-1)
         else:
-            leaves_q, leaf_k = best_leaves(q.to(dtype), *trees, num_leaves), route(k.to(dtype), *trees)
+            leaves_q = best_leaves(routed_q.to(dtype), *trees, num_leaves)
+            leaf_k = route(routed_k.to(dtype), *trees)
 
     learns = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     if learns:
@@ -172,8 +196,8 @@ def _attend_patches(
         with without_autocast(v):
             trees = (weight.to(dtype), bias.to(dtype))  # with their gradient
             m_q, m_k = (
-                membership(t.detach().to(dtype), *trees, leaves).to(t.dtype) / scale
-                for t, leaves in ((q, leaves_q), (k, leaf_k.unsqueeze(-1)))
+                membership(t.to(dtype), *trees, leaves).to(t.dtype) / scale
+                for t, leaves in ((routed_q, leaves_q), (routed_k, leaf_k.unsqueeze(-1)))
             )
         q = torch.cat([q, m_q, torch.ones_like(m_k)], dim=-1)
         k = torch.cat([k, torch.zeros_like(m_q), m_k], dim=-1)

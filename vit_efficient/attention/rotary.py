@@ -1,0 +1,80 @@
+"""Rotary positions: queries and keys turned by where their patches lie, also where these were compressed.
+
+Sources: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, arXiv 2104.09864; on images,
+Heo et al., "Rotary Position Embedding for Vision Transformer", ECCV 2024, arXiv 2403.13298. Pairs of channels are
+turned by the angle ω · p, with p = (row, column) and a frequency ω for each pair, so that the score of a query and a
+key depends on p_q − p_k alone.
+
+A model hands down `rope`, the sines and cosines of all patches, as timm does: (N, 2 D), those of all heads and images;
+(H, N, 2 D), of each head; (B, 1, N, 2 D) and (B, H, N, 2 D), of each image. The prefix tokens are not turned.
+
+A token that stands for several patches lies at their mean coordinate. Its rotation is read off `rope`, whatever module
+has made it and drawn augmentations for it: that of the nearest patch before it, turned on by the fraction of a step
+that it lies farther. Angles grow by the same step from each patch to the next, which `rope` tells up to whole turns:
+this is exact where the step is below half a turn.
+
+Letters: B batch, H heads, N patches, h × w kept, D channels of a head.
+"""
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import apply_rot_embed_cat, register_notrace_function
+from torch import Tensor
+
+from vit_efficient.dct.bases import basis
+from vit_efficient.grid import smaller
+from vit_efficient.utils.precision import real_dtype
+
+#: Where along a side of n patches each of m kept tokens lies, in patches from the first: (m, n, device) → (m,)
+Places = Callable[..., Tensor]
+
+
+def rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+    """Queries or keys turned by their positions: (B, H, P + N, D) → the same; the P prefix tokens as they are.
+
+    Args:
+        rope: As in this module, of the N patches or of the tokens kept of them.
+        half: Whether the channels i and i + D / 2 are a pair; or else 2 i and 2 i + 1.
+    """
+    if not prefix:
+        return apply_rot_embed_cat(x, rope, half=half)
+    # Split, not sliced: the gradient of a slice is as large as the whole.
+    first, patches = x.split_with_sizes([prefix, x.shape[-2] - prefix], dim=-2)
+    return torch.cat([first, apply_rot_embed_cat(patches, rope, half=half)], dim=-2)
+
+
+# A leaf for FX: what is gathered depends on sizes.
+@torch.fx.wrap
+@register_notrace_function
+def rope_of_kept(rope: Tensor, height, width, kept: tuple, places: Places) -> Tensor:
+    """The rotations of the tokens kept of a grid: (…, height · width, 2 D) → (…, h · w, 2 D)
+
+    Args:
+        rope: Of all patches.
+        height, width: The grid.
+        kept: h and w.
+        places: Where the tokens lie along a side.
+    """
+    h, w = kept
+    if type(h) is type(w) is type(height) is type(width) is int and (h, w) == (height, width):
+        return rope
+    dtype = torch.promote_types(rope.dtype, torch.float32)
+    places_of = [basis(places, sizes, rope, real_dtype(rope.device)) for sizes in ((h, height), (w, width))]
+    before = [place.floor() for place in places_of]
+    row, column = ((place - floor).to(dtype) for place, floor in zip(places_of, before, strict=True))
+    patch = (before[0].long()[:, None] * width + before[1].long()).flatten()
+    sine, cosine = rope.index_select(-2, patch).to(dtype).unflatten(-2, (h, w)).chunk(2, dim=-1)
+    # Steps are the same everywhere; of a side of one patch there is none.
+    below, right = smaller(1, height - 1) * width, smaller(1, width - 1)
+    first, *others = (rope[..., i, :].to(dtype).chunk(2, dim=-1) for i in (0, below, right))
+    down, across = (_angle_between(first, other)[..., None, None, :] for other in others)
+    angle = row[:, None, None] * down + column[None, :, None] * across
+    sine_more, cosine_more = angle.sin(), angle.cos()
+    sine, cosine = sine * cosine_more + cosine * sine_more, cosine * cosine_more - sine * sine_more
+    return torch.cat([sine, cosine], dim=-1).flatten(-3, -2).to(rope.dtype)
+
+
+def _angle_between(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """From a to b, sines and cosines each, in (−π, π]."""
+    return torch.atan2(b[0] * a[1] - a[0] * b[1], b[1] * a[1] + a[0] * b[0])
