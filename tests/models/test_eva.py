@@ -230,3 +230,45 @@ def test_compiled_as_one_graph(name):
     model = vit_efficient.convert(build(name), 'dct', keep_ratio=0.3)
     expected = model(images())
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+ROPE_MODELS = [name for name in vit_efficient.list_attentions() if name != 'dct1d']
+
+
+class TestRegistered:
+    """`vit_{attention}_rope_{size}`: for training at mixed sizes."""
+
+    def test_those_that_can_have_positions(self):
+        """By default DCT-Former's own form, in one axis, keeps mixtures that have no place."""
+        assert set(timm.list_models('vit_*_rope_tiny')) == {f'vit_{name}_rope_tiny' for name in ROPE_MODELS}
+        layers = ['dct', ('dct1d', dict(place='kv'))]
+        model = timm.create_model('vit_full_rope_tiny', attention=layers, depth=2, num_classes=3)
+        assert model(images(64, 96)).shape == (2, 3)
+
+    @pytest.mark.parametrize('attention', ROPE_MODELS)
+    def test_trains_at_mixed_sizes_and_is_saved(self, attention, tmp_path):
+        small = dict(embed_dim=32, depth=2, num_heads=2, patch_size=8, num_classes=3)
+        model = timm.create_model(f'vit_{attention}_rope_tiny', img_size=64, **small)
+        for size in ((64, 64), (56, 104)):
+            model(images(*size)).square().sum().backward()
+        assert model.pos_embed is None and model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+        vit_efficient.save_model(model, tmp_path)
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+        assert torch.equal(loaded(images()), model.eval()(images()))
+
+    def test_places_matter(self):
+        """Without an embedding of positions, patches in another order would be another picture all the same."""
+        model = timm.create_model('vit_pool_rope_tiny', depth=2, num_classes=3).eval()
+        x = images(64, 64)
+        assert not torch.allclose(model(x), model(x.flip(-1).unflatten(-1, (4, 16)).flip(-1).flatten(-2)), atol=1e-6)
+
+    def test_specs(self):
+        model = vit_efficient.models.create_from_spec('vit_dct_rope_tiny', dict(keep_ratio=0.5, rope_temperature=50.0))
+        assert model.rope.temperature == 50 and model.attention_spec()[0][1]['keep_ratio'] == 0.5
+        options = dict(keep_ratio=0.5, rope_temperature=50.0)
+        model = vit_efficient.models.create_from_spec('convert:vit_small_patch16_dinov3:dct', {'keep_ratio': 0.5})
+        assert model.attention_spec()[0][1]['keep_ratio'] == 0.5
+        with pytest.raises(ValueError, match='rope_temperatur'):
+            vit_efficient.models.create_from_spec('vit_dct_rope_tiny', dict(rope_temperatur=1))
+        with pytest.raises(ValueError, match='EfficientVisionTransformer'):
+            vit_efficient.models.create_from_spec('vit_dct_tiny', options)
