@@ -123,12 +123,6 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     return [block.attn for block in model.blocks]
 
 
-def use_grid(model: nn.Module) -> None:
-    """Makes blocks of timm's blocks on a grid, in place."""
-    for block in model.blocks:
-        block.__class__ = BLOCKS.get(type(block), type(block))
-
-
 def build_attentions(model: nn.Module, attention: AttentionSpec, options: dict[str, Any] | None) -> None:
     """Gives each block of a model that is being built its attention.
 
