@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from timm.models import Eva, adapt_input_conv, eva, vision_transformer
+from timm.models import Eva, NaFlexVit, adapt_input_conv, eva, naflexvit, vision_transformer
 from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention
@@ -67,12 +67,14 @@ def _filter_of_timm(state_dict: dict[str, Tensor], model: nn.Module, seen: Any) 
     """What timm makes of a checkpoint for a model of this class; `seen` is the model as it is to look."""
     if isinstance(model, Eva):
         return eva.checkpoint_filter_fn(state_dict, seen)
+    if isinstance(model, NaFlexVit):
+        return naflexvit.checkpoint_filter_fn(state_dict, seen)
     return vision_transformer.checkpoint_filter_fn(state_dict, seen, adapt_layer_scale=True)
 
 
 def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's filter, for a patch embedding of pixels or of coefficients; kernels of pixels load into the latter."""
-    embedding = model.patch_embed
+    embedding = getattr(model, 'patch_embed', None)
     if not isinstance(embedding, DctPatchEmbed):
         return _filter_of_timm(state_dict, model, model)
     own = {key: value for key, value in state_dict.items() if key.startswith('patch_embed.linear.')}
