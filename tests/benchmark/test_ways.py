@@ -253,4 +253,4 @@ def test_layers_with_rotary_positions():
         with pytest.raises(ValueError, match=message):
             SMALL.layer(Candidate(name), 16)
     with pytest.raises(ValueError, match='rope/vit_dct_tiny'):
-        next(benchmark_models([ModelCandidate('rope/vit_dct_tiny')], [32], 'inference', ModelSetting()))
+        next(benchmark_models([ModelCandidate('rope/vit_dct_tiny')], [32], ['inference'], ModelSetting()))
