@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable
 
 import torch
-from timm.models import Eva, NaFlexVit, VisionTransformer
+from timm.models import Beit, Eva, NaFlexVit, VisionTransformer, VisionTransformerRelPos
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from vit_efficient.models import blocks
 from vit_efficient.models.eva import EfficientEva
+from vit_efficient.models.relative import EfficientBeit, EfficientVisionTransformerRelPos
 from vit_efficient.models.vit import EfficientVisionTransformer, EfficientVisionTransformerDistilled
 from vit_efficient.utils.compat import DATA_PARALLEL, held_model
 from vit_efficient.utils.errors import UserError
@@ -19,6 +20,8 @@ MODELS = {
     VisionTransformer: EfficientVisionTransformer,
     VisionTransformerDistilled: EfficientVisionTransformerDistilled,
     Eva: EfficientEva,
+    Beit: EfficientBeit,
+    VisionTransformerRelPos: EfficientVisionTransformerRelPos,
 }
 SERVED = {*MODELS, *MODELS.values()}
 

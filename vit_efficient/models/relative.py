@@ -1,0 +1,78 @@
+"""timm's `Beit` and `VisionTransformerRelPos`, ViTs with a relative position bias, on a patch grid.
+
+Biases follow the image size by timm's own resizing, in `set_input_size`; they are those of one size at a time.
+"""
+
+from typing import Any
+
+import torch
+from timm.models.beit import Beit
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from torch import Tensor, nn
+
+from vit_efficient.attention.base import FullAttention
+from vit_efficient.attention.relative import RelativeBias, relative_bias, whole_bias
+from vit_efficient.models import blocks
+from vit_efficient.models.forward import GridForward
+
+
+class _RelativeForward(GridForward):
+    """What both have: tokens after a class token, if there is one, and a bias that blocks may share."""
+
+    def __init__(
+        self,
+        *args,
+        attention: blocks.AttentionSpec = 'full',
+        attention_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        blocks.use_grid(self)
+        blocks.build_attentions(self, attention, attention_kwargs)
+
+    def _after_class_token(self, patches: Tensor) -> Tensor:
+        if self.cls_token is None:
+            return patches
+        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
+
+    def _shared_bias(self, module: nn.Module | None) -> RelativeBias | None:
+        """Made once for all blocks: an MLP that makes it may have dropout."""
+        bias = relative_bias(module)
+        if bias is None or not any(isinstance(attention, FullAttention) for attention in blocks.attentions(self)):
+            return bias
+        return bias._replace(whole=whole_bias(bias, self.num_prefix_tokens))
+
+
+class EfficientBeit(_RelativeForward, Beit):
+    """timm's `Beit` with any registered attention in each block that can have its relative bias.
+
+    Args:
+        *args, **kwargs: As timm's `Beit`.
+        attention: A registered attention's name, or (name, options), or a list with one of these per layer.
+        attention_kwargs: Options of a single attention, such as `keep_ratio`.
+
+    Raises:
+        UserError: If an attention or an option is unknown or out of range, or it cannot have a relative bias.
+    """
+
+    def tokens(self, patches: Tensor) -> tuple[Tensor, RelativeBias | None]:
+        x = self._after_class_token(patches)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        return self.pos_drop(x), self._shared_bias(self.rel_pos_bias)
+
+    def construction(self) -> dict[str, Any]:
+        return super().construction() | dict(use_fc_norm=not isinstance(self.fc_norm, nn.Identity))
+
+
+class EfficientVisionTransformerRelPos(_RelativeForward, VisionTransformerRelPos):
+    """timm's `VisionTransformerRelPos` with any registered attention in each block that can have its relative bias.
+
+    Args and raises as `EfficientBeit`.
+    """
+
+    def tokens(self, patches: Tensor) -> tuple[Tensor, RelativeBias | None]:
+        return self._after_class_token(patches), self._shared_bias(self.shared_rel_pos)
+
+    def construction(self) -> dict[str, Any]:
+        return super().construction() | dict(fc_norm=not isinstance(self.fc_norm, nn.Identity))
