@@ -363,6 +363,10 @@ class FullAttention(GridAttention):
         shared = None if shared_bias is None else whole_bias(shared_bias, grid.prefix)
         return self.source.forward(self, x, **{SHARED_ARGUMENT[self.source]: shared})
 
+    def _get_rel_pos_bias(self) -> Tensor:
+        """What the forward of timm's `Beit` calls."""
+        return self.source._get_rel_pos_bias(self)
+
     def check_relative_bias(self) -> None:
         """It has it as timm's class has."""
 

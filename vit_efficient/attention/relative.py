@@ -64,12 +64,7 @@ def relative_bias(module: nn.Module | None) -> RelativeBias | None:
         table = table if module.bias_gain is None else module.bias_gain * table
         return RelativeBias(table, table.new_zeros(table.shape[0], 3))
     rows = getattr(module, 'relative_position_bias_table', None)
-    if rows is None:
-        return None
-    height, width = module.window_size
-    size = 2 * height - 1, 2 * width - 1
-    patches, prefix = rows.mT.split_with_sizes([size[0] * size[1], rows.shape[0] - size[0] * size[1]], dim=1)
-    return RelativeBias(patches.unflatten(1, size), prefix if prefix.shape[1] else prefix.new_zeros(rows.shape[1], 3))
+    return None if rows is None else _of_rows(rows, module.window_size)
 
 
 def own_bias_module(attention: nn.Module) -> nn.Module | None:
@@ -92,6 +87,15 @@ def bias_of_attention(attention: nn.Module, shared: RelativeBias | None) -> Rela
 
 @torch.fx.wrap
 @register_notrace_function
+def _of_rows(rows: Tensor, window_size: tuple[int, int]) -> RelativeBias:
+    """From timm's table, (entries, A): those of patches, row-major, and those of prefix tokens where there are any."""
+    size = tuple(2 * side - 1 for side in window_size)
+    patches, prefix = rows.mT.split_with_sizes([size[0] * size[1], rows.shape[0] - size[0] * size[1]], dim=1)
+    return RelativeBias(patches.unflatten(1, size), prefix if prefix.shape[1] else prefix.new_zeros(rows.shape[1], 3))
+
+
+@torch.fx.wrap
+@register_notrace_function
 def check_grid(title: str, grid_size: tuple, height, width) -> None:
     """Raises UserError if the biases are of another grid."""
     if type(height) is type(width) is int and tuple(grid_size) != (height, width):
@@ -108,6 +112,21 @@ def whole_bias(bias: RelativeBias, prefix: int) -> Tensor:
     if bias.whole is not None:
         return bias.whole
     return bias_of_kept(bias, prefix, bias.grid_size, False, True, bias.table)
+
+
+def window_bias(bias: RelativeBias, prefix: int, rows: int, columns: int) -> Tensor:
+    """Of the patches of a window, to the prefix tokens and each other: (1, A, rows · columns, P + rows · columns)."""
+    height, width = bias.grid_size
+    near = bias.table[:, height - rows : height + rows - 1, width - columns : width + columns - 1]
+    return whole_bias(RelativeBias(near, bias.prefix), prefix)[:, :, prefix:]
+
+
+def prefix_bias(bias: RelativeBias, prefix: int) -> Tensor:
+    """Of the prefix tokens to each other and all patches: (1, A, P, N)."""
+    height, width = bias.grid_size
+    to_patches, _, among = bias.prefix[:, :, None].unbind(1)
+    of_one = torch.cat([among.expand(-1, prefix), to_patches.expand(-1, height * width)], dim=1)
+    return of_one[None, :, None].expand(-1, -1, prefix, -1)
 
 
 @torch.fx.wrap
