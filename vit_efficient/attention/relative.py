@@ -82,7 +82,7 @@ def bias_of_attention(attention: nn.Module, shared: RelativeBias | None) -> Rela
     return RelativeBias(own.table + shared.table, own.prefix + shared.prefix)
 
 
-# Leaves for FX, where shapes are not known.
+# Leaves for FX, where shapes are not known, are called in this module: where they are, FX finds them.
 
 
 @torch.fx.wrap
@@ -94,8 +94,6 @@ def _of_rows(rows: Tensor, window_size: tuple[int, int]) -> RelativeBias:
     return RelativeBias(patches.unflatten(1, size), prefix if prefix.shape[1] else prefix.new_zeros(rows.shape[1], 3))
 
 
-@torch.fx.wrap
-@register_notrace_function
 def check_grid(title: str, grid_size: tuple, height, width) -> None:
     """Raises UserError if the biases are of another grid."""
     if type(height) is type(width) is int and tuple(grid_size) != (height, width):
@@ -105,13 +103,17 @@ def check_grid(title: str, grid_size: tuple, height, width) -> None:
         )
 
 
-@torch.fx.wrap
-@register_notrace_function
 def whole_bias(bias: RelativeBias, prefix: int) -> Tensor:
     """Of all pairs of tokens: (1, A, N, N)."""
+    return _whole_bias(bias, prefix)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _whole_bias(bias: RelativeBias, prefix: int) -> Tensor:
     if bias.whole is not None:
         return bias.whole
-    return bias_of_kept(bias, prefix, bias.grid_size, False, True, bias.table)
+    return _bias_of_kept(bias, prefix, bias.grid_size, False, True, bias.table)
 
 
 def window_bias(bias: RelativeBias, prefix: int, rows: int, columns: int) -> Tensor:
@@ -129,8 +131,6 @@ def prefix_bias(bias: RelativeBias, prefix: int) -> Tensor:
     return of_one[None, :, None].expand(-1, -1, prefix, -1)
 
 
-@torch.fx.wrap
-@register_notrace_function
 def bias_of_kept(
     bias: RelativeBias, prefix: int, kept: tuple, kept_queries: bool, counted: bool, like: Tensor
 ) -> Tensor:
@@ -143,6 +143,14 @@ def bias_of_kept(
         counted: Whether a key weighs as many as the patches that it stands for.
         like: Has the dtype of the result.
     """
+    return _bias_of_kept(bias, prefix, kept, kept_queries, counted, like)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _bias_of_kept(
+    bias: RelativeBias, prefix: int, kept: tuple, kept_queries: bool, counted: bool, like: Tensor
+) -> Tensor:
     height, width = bias.grid_size
     h, w = (range(side).stop for side in kept)
     keys = _lengths(h, height), _lengths(w, width)
