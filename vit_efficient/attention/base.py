@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, register_notrace_function
-from timm.models import beit
 from torch import Tensor, nn
 
 from vit_efficient.attention.functional import attend
@@ -16,8 +15,11 @@ from vit_efficient.attention.relative import (
     SHARED_ARGUMENT,
     RelativeBias,
     check_grid,
+    drop_index,
     own_bias_module,
+    relative_bias,
     whole_bias,
+    without_index,
 )
 from vit_efficient.attention.rotary import rotate
 from vit_efficient.grid import PatchGrid
@@ -114,6 +116,10 @@ class GridAttention(Attention):
                 setattr(self, name, nn.Identity())
         if not hasattr(self, 'gate'):
             self.gate = None
+        if getattr(self, 'relative_position_index', None) is not None:
+            drop_index(self)
+        if hasattr(self, 'rel_pos'):
+            self.rel_pos = without_index(self.rel_pos)
 
     def _keep_additions(self, attention: 'GridAttention') -> None:
         given = attention.added_state(keep_vars=True)
@@ -222,8 +228,7 @@ class GridAttention(Attention):
         if getattr(self, 'k_bias', None) is not None:
             self.k_bias.zero_()
         if getattr(self, 'relative_position_index', None) is not None:
-            index = beit.gen_relative_position_index(self.window_size, self.relative_position_index.device)
-            self.relative_position_index.copy_(index)
+            drop_index(self)
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
         """What timm's `Beit` calls at another image size."""
@@ -361,7 +366,7 @@ class FullAttention(GridAttention):
 
     def _get_rel_pos_bias(self) -> Tensor:
         """What the forward of timm's `Beit` calls."""
-        return self.source._get_rel_pos_bias(self)
+        return whole_bias(relative_bias(self), prefix=1)
 
     def check_relative_bias(self) -> None:
         """It has it as timm's class has."""

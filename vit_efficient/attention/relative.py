@@ -15,11 +15,13 @@ patches: windows slide over the table, one for each size of cells, and each pair
 Letters: A heads, H × W patches, h × w cells, P prefix tokens, N = P + H · W.
 """
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from timm.layers import RelPosMlp, register_notrace_function
+from timm.layers import RelPosBias, RelPosMlp, register_notrace_function
+from timm.layers.pos_embed_rel import gen_relative_log_coords
 from timm.models import beit
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
@@ -72,6 +74,57 @@ def own_bias_module(attention: nn.Module) -> nn.Module | None:
     if getattr(attention, 'relative_position_bias_table', None) is not None:
         return attention
     return getattr(attention, 'rel_pos', None)
+
+
+class _WithoutIndex:
+    """A module of timm's without its index, N × N numbers in each layer: which entry is that of a pair of tokens."""
+
+    def _init_buffers(self) -> None:
+        drop_index(self)
+
+    def get_bias(self) -> Tensor:
+        return whole_bias(relative_bias(self), self.prefix_tokens)
+
+
+class _RelPosBias(_WithoutIndex, RelPosBias):
+    pass
+
+
+class _RelPosMlp(_WithoutIndex, RelPosMlp):
+    def _init_buffers(self) -> None:
+        super()._init_buffers()
+        coords = self.rel_coords_log
+        made = gen_relative_log_coords(self.window_size, self.pretrained_window_size, self.mode, coords.device)
+        coords.copy_(made)
+
+
+class _RelativePositionBias(_WithoutIndex, beit.RelativePositionBias):
+    prefix_tokens = 1
+
+    def forward(self) -> Tensor:
+        return self.get_bias()[0]
+
+
+_WITHOUT_INDEX = {
+    RelPosBias: _RelPosBias,
+    RelPosMlp: _RelPosMlp,
+    beit.RelativePositionBias: _RelativePositionBias,
+}
+
+
+def drop_index(module: nn.Module) -> None:
+    """Leaves an empty one, as timm's code expects one."""
+    module.relative_position_index = module.relative_position_index.new_empty(0)
+
+
+def without_index(module: nn.Module | None) -> nn.Module | None:
+    """The same parameters in a module that has no index of all pairs of tokens; the one given is left as it was."""
+    if type(module) not in _WITHOUT_INDEX:
+        return module
+    new = module.__new__(_WITHOUT_INDEX[type(module)])
+    vars(new).update({name: copy.copy(v) if isinstance(v, dict) else v for name, v in vars(module).items()})
+    drop_index(new)
+    return new
 
 
 def bias_of_attention(attention: nn.Module, shared: RelativeBias | None) -> RelativeBias | None:

@@ -19,16 +19,11 @@ from vit_efficient.models.forward import GridForward
 class _RelativeForward(GridForward):
     """What both have: tokens after a class token, if there is one, and a bias that blocks may share."""
 
-    def __init__(
-        self,
-        *args,
-        attention: blocks.AttentionSpec = 'full',
-        attention_kwargs: dict[str, Any] | None = None,
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        blocks.use_grid(self)
-        blocks.build_attentions(self, attention, attention_kwargs)
+    def construction(self) -> dict[str, Any]:
+        norms = [not isinstance(norm, nn.Identity) for norm in (self.norm, self.fc_norm)]
+        before_head = 'use_fc_norm' if isinstance(self, Beit) else 'fc_norm'
+        # timm's classes have one of the two, unless `features_only=True` has left it out.
+        return super().construction() | {before_head: norms[1]} | ({} if any(norms) else {'without_norm': True})
 
     def _after_class_token(self, patches: Tensor) -> Tensor:
         if self.cls_token is None:
@@ -44,16 +39,7 @@ class _RelativeForward(GridForward):
 
 
 class EfficientBeit(_RelativeForward, Beit):
-    """timm's `Beit` with any registered attention in each block that can have its relative bias.
-
-    Args:
-        *args, **kwargs: As timm's `Beit`.
-        attention: A registered attention's name, or (name, options), or a list with one of these per layer.
-        attention_kwargs: Options of a single attention, such as `keep_ratio`.
-
-    Raises:
-        UserError: If an attention or an option is unknown or out of range, or it cannot have a relative bias.
-    """
+    """timm's `Beit`; what `convert` makes of it."""
 
     def tokens(self, patches: Tensor) -> tuple[Tensor, RelativeBias | None]:
         x = self._after_class_token(patches)
@@ -61,18 +47,9 @@ class EfficientBeit(_RelativeForward, Beit):
             x = x + self.pos_embed
         return self.pos_drop(x), self._shared_bias(self.rel_pos_bias)
 
-    def construction(self) -> dict[str, Any]:
-        return super().construction() | dict(use_fc_norm=not isinstance(self.fc_norm, nn.Identity))
-
 
 class EfficientVisionTransformerRelPos(_RelativeForward, VisionTransformerRelPos):
-    """timm's `VisionTransformerRelPos` with any registered attention in each block that can have its relative bias.
-
-    Args and raises as `EfficientBeit`.
-    """
+    """timm's `VisionTransformerRelPos`, pre-norm and post-norm; what `convert` makes of it."""
 
     def tokens(self, patches: Tensor) -> tuple[Tensor, RelativeBias | None]:
         return self._after_class_token(patches), self._shared_bias(self.shared_rel_pos)
-
-    def construction(self) -> dict[str, Any]:
-        return super().construction() | dict(fc_norm=not isinstance(self.fc_norm, nn.Identity))
