@@ -142,7 +142,7 @@ def _relative(model: nn.Module) -> str | None:
     for name in names:
         if _RELATIVE.search(name):
             return (
-                f"it has a relative position bias ({name}) in a class of its own; of ViTs with such a bias timm's Beit "
-                "and VisionTransformerRelPos are served, such as 'beit_base_patch16_224' or 'vit_relpos_base_patch16_224'"
+                f"it has a relative position bias ({name}) in a class of its own; of those with one timm's Beit and "
+                "VisionTransformerRelPos are served, such as 'beit_base_patch16_224' or 'vit_relpos_base_patch16_224'"
             )
     return None
