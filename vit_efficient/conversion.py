@@ -11,7 +11,6 @@ from torch import nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.models import blocks
-from vit_efficient.models.patch_convolution import use_products
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
@@ -94,8 +93,7 @@ def swap_attentions(
     # Nothing can fail from here on.
     was_ours = type(model) not in MODELS
     model.__class__ = MODELS.get(type(model), type(model))
-    use_products(model.patch_embed)
-    blocks.use_grid(model)
+    model.use_grid()
     for block, new in zip(model.blocks, attentions, strict=True):
         block.attn = new
     blocks.own_common_part(model)

@@ -1,6 +1,7 @@
 """timm's `Eva`, converted: EVA, EVA-02, SBB, Perception Encoder, RoPE-ViT and DINOv3, at reduced width and depth."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -272,3 +273,26 @@ class TestRegistered:
             vit_efficient.models.create_from_spec('vit_dct_rope_tiny', dict(rope_temperatur=1))
         with pytest.raises(ValueError, match='EfficientVisionTransformer'):
             vit_efficient.models.create_from_spec('vit_dct_tiny', options)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    'name, attention',
+    [(DINOV3, 'dct'), ('eva02_tiny_patch14_224', 'pool'), ('vit_pe_core_tiny_patch16_384', 'subsample')],
+)
+def test_exported_with_open_image_size(name, attention, tmp_path):
+    """Of other sizes than the one that is traced: PyTorch's program, and ONNX of it."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    model = vit_efficient.convert(build(name, dynamic_img_size=True, depth=1), attention)
+    height, width = (torch.export.Dim(side, min=7, max=64) for side in ('height', 'width'))
+    program = torch.export.export(model, (images(),), dynamic_shapes=({2: 8 * height, 3: 8 * width},))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        graph = torch.onnx.export(program, (), dynamo=True, verbose=False, input_names=['images'])
+    graph.save(tmp_path / 'model.onnx')
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
+    for size in ((64, 64), (104, 56), (72, 200)):
+        x, expected = images(*size), model(images(*size))
+        for y in (program.module()(x), torch.from_numpy(session.run(None, {'images': x.numpy()})[0])):
+            assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()

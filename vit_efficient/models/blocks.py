@@ -12,7 +12,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, 
 from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
-from vit_efficient.attention.relative import RelativeBias, without_index
+from vit_efficient.attention.relative import RelativeBias
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.errors import UserError
 
@@ -150,15 +150,6 @@ _KINDS = {
 def attentions(model: nn.Module) -> list[nn.Module]:
     """The attentions of a model's blocks."""
     return [block.attn for block in model.blocks]
-
-
-def use_grid(model: nn.Module) -> None:
-    """Makes blocks of timm's blocks on a grid, in place, and of a bias that they share one that takes less memory."""
-    for name in SHARED_BIASES:
-        if getattr(model, name, None) is not None:
-            setattr(model, name, without_index(getattr(model, name)))
-    for block in model.blocks:
-        block.__class__ = BLOCKS.get(type(block), type(block))
 
 
 def build_attentions(model: nn.Module, attention: AttentionSpec, options: dict[str, Any] | None) -> None:

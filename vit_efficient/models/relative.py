@@ -11,13 +11,19 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from vit_efficient.attention.base import FullAttention
-from vit_efficient.attention.relative import RelativeBias, relative_bias, whole_bias
+from vit_efficient.attention.relative import RelativeBias, relative_bias, whole_bias, without_index
 from vit_efficient.models import blocks
 from vit_efficient.models.forward import GridForward
 
 
 class _RelativeForward(GridForward):
     """What both have: tokens after a class token, if there is one, and a bias that blocks may share."""
+
+    def use_grid(self) -> None:
+        super().use_grid()
+        for name in blocks.SHARED_BIASES:
+            if getattr(self, name, None) is not None:
+                setattr(self, name, without_index(getattr(self, name)))
 
     def construction(self) -> dict[str, Any]:
         norms = [not isinstance(norm, nn.Identity) for norm in (self.norm, self.fc_norm)]
