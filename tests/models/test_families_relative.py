@@ -242,3 +242,17 @@ def test_exported(suffix, tmp_path):
         pytest.importorskip(module)
     model = convert(build('beit', depth=1), 'pool')
     assert export_model(model, tmp_path / f'model{suffix}', input_size=(3, 28, 52)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ('attention', 'options'),
+    [('dct', {}), *((name, dict(count_bias=counted)) for name in ('pool', 'subsample') for counted in (True, False))],
+)
+def test_biases_of_zero_change_nothing(attention, options):
+    """A key weighs as many patches as without biases."""
+    model, plain = build('beit'), build('beit', use_rel_pos_bias=False)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for block in model.blocks:
+        block.attn.relative_position_bias_table.data.zero_()
+    found, expected = (convert(m, attention, keep_ratio=0.3, **options)(images()) for m in (model, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
