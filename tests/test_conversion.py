@@ -130,7 +130,6 @@ class TestWhatIsNotServed:
         [
             ('deepseek_vit_412m', r'rotary positions \(encoder\.rope'),
             ('samvit_base_patch16', r'relative position bias \(blocks\.0\.attn\.rel_pos_h\)'),
-            ('naflexvit_base_patch16_gap', 'NaFlexVit: NaFlex batches.*use_naflex=True'),
             ('swin_tiny_patch4_window7_224', r'SwinTransformer: .*several grids.*4, 8, 16, 32.*layers\.0 to layers\.3'),
             ('pit_ti_224', 'several grids.*8, 16, 32'),
             ('crossvit_tiny_240', 'several grids.*12, 17'),

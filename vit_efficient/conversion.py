@@ -11,6 +11,7 @@ from torch import nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.models import blocks
+from vit_efficient.models.forward import built_grid
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
@@ -80,7 +81,7 @@ def swap_attentions(
         raise UserError(f'layers names a block twice: {indices}')
     blocks.check_patch_dropout(model, spec)
 
-    attentions, grid_size = [], model.patch_embed.grid_size
+    attentions, grid_size = [], built_grid(model)
     for i, block in enumerate(model.blocks):
         new = block.attn
         if i in wanted or not isinstance(new, GridAttention):
@@ -125,6 +126,8 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
     """
     whole, model = model, served_model(model)
     patch_embed_layer(patch_embed, keep, **options)
+    if not hasattr(model, 'patch_embed'):
+        raise UserError(f'cannot convert the patch embedding of a {type(model).__name__}: it is a part of its embeds')
     embedding = model.patch_embed
     if isinstance(embedding, DctPatchEmbed):
         embedding = embedding.to_conv()

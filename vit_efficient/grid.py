@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -52,6 +52,34 @@ class PatchGrid:
     @property
     def num_tokens(self) -> int:
         return self.prefix + self.height * self.width
+
+
+@dataclass(frozen=True)
+class PackedGrids:
+    """The layout of images of several sizes, one after the other in one sequence (1, T, C), those of one size together.
+
+    There is no padding: T is the sum of their tokens. What mixes tokens does so in each image.
+
+    Args:
+        groups: A grid, and how many images have it.
+    """
+
+    groups: tuple[tuple[PatchGrid, int], ...]
+
+    def split(self, x: torch.Tensor, num_tokens: Callable[[PatchGrid], int] | None = None) -> list[torch.Tensor]:
+        """(1, T, C) → (images, N, C) of each group
+
+        Args:
+            num_tokens: The tokens of an image of a grid, where they are not all that it has.
+        """
+        counts = [grid.num_tokens if num_tokens is None else num_tokens(grid) for grid, _ in self.groups]
+        sizes = [count * images for count, (_, images) in zip(counts, self.groups, strict=True)]
+        return [part[0].unflatten(0, (-1, count)) for part, count in zip(x.split(sizes, dim=1), counts, strict=True)]
+
+    @staticmethod
+    def join(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        """(images, N, C) of each group → (1, T, C)"""
+        return torch.cat([part.flatten(0, 1) for part in parts])[None]
 
 
 def plain_sizes(sizes: Iterable) -> tuple:

@@ -8,7 +8,7 @@ from vit_efficient_cli.parsing import FORMAT, IMG_SIZES, MODELS
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 BACKENDS = ('cudnn', 'flash', 'efficient', 'math')
 _PIECES = ', block by block: equal blocks are compiled once'
-_WAYS = 'cudnn/, flash/, efficient/, math/ (the backend of SDPA), compiled/ and graph/ before a name say so of it alone'
+_WAYS = 'cudnn/, flash/, efficient/, math/ (a backend of SDPA), compiled/ and graph/ before a name say so of it alone'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='NAME[:KEY=VALUE,…]',
         help='registered attentions and their options (default: all, and dct:keep_ratio=1/16), or layers of others: '
         'timm, flex_window (FlexAttention; on a CPU without a backward pass), tome (Bolya et al., 2023), '
-        f'package/linformer, package/nystrom-attention, package/performer-pytorch. {_WAYS}: flash/timm, compiled/dct',
+        f'package/linformer, package/nystrom-attention, package/performer-pytorch. {_WAYS}: flash/timm, compiled/dct; rope/ gives an '
+        'attention rotary positions: rope/dct, rope/full',
     )
     layer.add_argument('--tokens', nargs='+', type=int, default=[1024, 4096, 16384], metavar='N', help='patches')
     layer.add_argument('--prefix', type=int, default=0, metavar='P', help='tokens before them: class token, registers')

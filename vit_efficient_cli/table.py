@@ -1,4 +1,4 @@
-"""`vit-efficient table flops …` and `vit-efficient table accuracy …`."""
+"""`vit-efficient table flops …`, `vit-efficient table families …` and `vit-efficient table accuracy …`."""
 
 import argparse
 import sys
@@ -19,6 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flops.add_argument('--format', **FORMAT)
     flops.add_argument('--out', type=Path, metavar='FILE', help='write the table to this file')
     flops.set_defaults(make=_flops_table)
+
+    about = 'which plain ViTs of timm can be converted, by family, and why the others cannot; nothing is executed'
+    families = tables.add_parser('families', help=about, description=about)
+    about = "names of timm's models, with * and ? (default: all plain ViTs)"
+    families.add_argument('--models', nargs='+', metavar='NAME', help=about)
+    about = 'what they are converted to, with its options (default: dct)'
+    families.add_argument('--attention', default='dct', metavar='NAME[:KEY=VALUE,…]', help=about)
+    families.add_argument('--format', **FORMAT)
+    families.add_argument('--out', type=Path, metavar='FILE', help='write the table to this file')
+    families.set_defaults(make=_families_table)
 
     about = 'train the models of recipes, once for each seed, and compare accuracy, FLOPs and speed'
     overrides = dict(takes_overrides=True, epilog='key=value, anywhere, overrides a key of all recipes')
@@ -51,11 +61,23 @@ def _accuracy_table(args: argparse.Namespace) -> int | None:
 
 def _flops_table(args: argparse.Namespace) -> None:
     from vit_efficient.report.flops import flops_table
-    from vit_efficient.utils.files import write_text
     from vit_efficient.utils.options import parse_option
 
     options = dict(parse_option(text) for text in args.attention_kwargs)
-    text = flops_table(args.models, args.img_sizes, options, args.format)
+    _show(flops_table(args.models, args.img_sizes, options, args.format), args.out)
+
+
+def _families_table(args: argparse.Namespace) -> None:
+    from vit_efficient.report.families import PLAIN, families_table
+    from vit_efficient.utils.options import parse_spec
+
+    attention, options = parse_spec(args.attention)
+    _show(families_table(args.models or PLAIN, attention, options, args.format), args.out)
+
+
+def _show(text: str, out: Path | None) -> None:
+    from vit_efficient.utils.files import write_text
+
     print(text, end='')
-    if args.out:
-        write_text(args.out, text)
+    if out:
+        write_text(out, text)

@@ -239,3 +239,19 @@ def test_exact_attention_is_the_first_and_a_name():
     assert ways.way_of(EXACT.name, setting) == (EXACT.name, setting)
     (block, _) = benchmark_layer([Candidate('timm')], [16], SMALL, rounds=1, memory=False)
     assert [row['error'] for row in block] == [None, None] and block[0]['gmacs'] == block[1]['gmacs']
+
+
+def test_layers_with_rotary_positions():
+    """`rope/` before a name: the layer is given them, and turns queries and keys."""
+    layer, plain = (SMALL.layer(Candidate(name), 16) for name in ('rope/dct', 'dct'))
+    assert layer.rope.shape == (16, 16) and plain.rope is None
+    plain.load_state_dict(layer.state_dict())
+    x, _ = SMALL.inputs(16)
+    assert not torch.allclose(layer(x), plain(x), atol=1e-6)
+    assert torch.equal(layer(x), layer.attn(x, layer.grid, layer.rope))
+    names = ('rope/dct1d', 'rope/timm', f'rope/{EXACT}')
+    for name, message in zip(names, ("'dct1d'.*mixtures", 'rope/full', 'rope/full'), strict=True):
+        with pytest.raises(ValueError, match=message):
+            SMALL.layer(Candidate(name), 16)
+    with pytest.raises(ValueError, match='rope/vit_dct_tiny'):
+        next(benchmark_models([ModelCandidate('rope/vit_dct_tiny')], [32], 'inference', ModelSetting()))

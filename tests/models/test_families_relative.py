@@ -212,9 +212,13 @@ class TestEachClass:
         expected = model(images())
         torch.testing.assert_close(convert_patch_embed(model, 'dct')(images()), expected, rtol=1e-4, atol=1e-4)
 
-    def test_other_sizes_are_refused(self, name):
-        with pytest.raises(UserError, match='was built for 28'):
-            convert(build(name), 'dct')(images(32, 52))
+    def test_a_list_of_images_is_of_one_size(self, name):
+        for attention, options in (('full', {}), *TRUNCATED):
+            model = convert(build(name), attention, **options)
+            torch.testing.assert_close(model([*images()]), model(images()), rtol=1e-5, atol=1e-5)
+            for x in ([images()[0], images(32, 52)[0]], images(32, 52)):
+                with pytest.raises(UserError, match='was built for 28'):
+                    model(x)
 
     @pytest.mark.parametrize(
         'attention', ['linformer', 'nystrom', 'performer', 'treeformer_tf', 'treeformer_tc', 'dct1d']

@@ -356,7 +356,7 @@ class FullAttention(GridAttention):
         self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None, is_causal: bool, shared_bias: RelativeBias | None
     ) -> Tensor:
         """By timm's forward, which takes the bias that all blocks share, and no masks."""
-        check_no_mask(self.title, self.source, attn_mask, is_causal)
+        check_no_mask(self.title, f'{self.source.__module__}.{self.source.__name__}', attn_mask, is_causal)
         if (own := own_bias_module(self)) is not None:
             check_grid(self.title, own.window_size, grid.height, grid.width)
         if shared_bias is not None:
@@ -401,11 +401,11 @@ def check_tokens(title: str, shape, height, width, prefix, attn_mask, is_causal)
 
 @torch.fx.wrap
 @register_notrace_function
-def check_no_mask(title: str, source: type[nn.Module], attn_mask: Tensor | None, is_causal: bool) -> None:
+def check_no_mask(title: str, source: str, attn_mask: Tensor | None, is_causal: bool) -> None:
     """Raises UserError if a mask is given to a class of timm's that takes none; a leaf for FX, likewise."""
     if attn_mask is not None or is_causal:
         argument = 'is_causal' if attn_mask is None else 'attn_mask'
-        raise UserError(f"{title} cannot have {argument}: timm's {source.__module__}.{source.__name__} takes no masks")
+        raise UserError(f"{title} cannot have {argument}: timm's {source} takes no masks")
 
 
 def layer_options(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,6 +53,7 @@ class LayerSetting:
     prefix: int = 0  # tokens before the patches (class token, registers)
     sdpa: str | None = None  # the only backend of SDPA that may run, of `ways.BACKENDS`
     graph: bool = False  # on CUDA: time the forward pass as the replay of a graph
+    rope: bool = False  # with rotary positions, DINOv3's; of our layers
 
     def layer(self, candidate: Candidate, tokens: int, device: torch.device | str | None = None) -> nn.Module:
         """A layer that is called with (B, prefix + tokens, dim).
@@ -65,6 +66,8 @@ class LayerSetting:
         grid = squarest_grid(tokens, self.prefix)
         name, setting = way_of(candidate.name, self)
         check_way(setting, self.dim // self.num_heads)
+        if setting.rope and (candidate == EXACT or name in PEERS):
+            raise UserError(f'{candidate}: rope/NAME is of the attentions here; of exact attention it is rope/full')
         if candidate == EXACT:
             return LayerOnGrid(Attention(self.dim, self.num_heads, qkv_bias=True, **factory), grid)
         if name in PEERS:
@@ -78,7 +81,14 @@ class LayerSetting:
                 f"{candidate}: at place='block' it is the block that goes down and up, with its MLP, and no layer to "
                 "time alone; time it in a model (benchmark model, attention_kwargs={'place':'block'})"
             )
-        return LayerOnGrid(attention, grid)
+        return LayerOnGrid(attention, grid, self._rope(attention, grid) if setting.rope else None)
+
+    def _rope(self, attention: GridAttention, grid: PatchGrid) -> Tensor:
+        """Rotary positions of the patches, (N, 2 · head_dim)."""
+        attention.check_rotary()
+        attention.rotate_half = True
+        embedding = RotaryEmbeddingDinoV3(attention.head_dim, feat_shape=(grid.height, grid.width))
+        return embedding.get_embed().to(attention.kind_of_weights()['device'])
 
     def inputs(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Tokens, and the gradient of what a layer makes of them."""
@@ -93,17 +103,21 @@ def squarest_grid(tokens: int, prefix: int = 0) -> PatchGrid:
 
 
 class LayerOnGrid(nn.Module):
-    """An attention with its grid, so that it is called with the tokens alone."""
+    """An attention with its grid and rotary positions, if any, so that it is called with the tokens alone."""
 
-    def __init__(self, attention: Attention, grid: PatchGrid):
+    def __init__(self, attention: Attention, grid: PatchGrid, rope: Tensor | None = None):
         super().__init__()
         self.attn = attention
         self.grid = grid
+        self.register_buffer('rope', rope, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 4:  # counting FLOPs gives an image of `dim` channels
             x = F.pad(x.flatten(2).mT, (0, 0, self.grid.prefix, 0))
-        return self.attn(x, self.grid) if isinstance(self.attn, GridAttention) else self.attn(x)
+        if not isinstance(self.attn, GridAttention):
+            return self.attn(x)
+        positions = {} if self.rope is None else {'rope': self.rope}
+        return self.attn(x, self.grid, **positions)
 
 
 def benchmark_layer(

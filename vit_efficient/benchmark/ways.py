@@ -1,4 +1,7 @@
-"""How a candidate is called: by which backend of SDPA, compiled, or replayed. `flash/NAME` says it of one of them."""
+"""How a candidate is called: by which backend of SDPA, compiled, or replayed. `flash/NAME` says it of one of them.
+
+Of a layer also `rope/NAME`: with rotary positions.
+"""
 
 import functools
 import warnings
@@ -28,7 +31,7 @@ POOL = 2**30
 def way_of(name: str, setting: Any) -> tuple[str, Any]:
     """A candidate's name without the ways before it, and the setting that they make of one: 'compiled/cudnn/timm'."""
     way, slash, rest = name.partition('/')
-    if slash and way in (*BACKENDS, 'compiled', 'graph'):
+    if slash and (way in BACKENDS or (way in ('compiled', 'graph', 'rope') and hasattr(setting, way))):
         return way_of(rest, replace(setting, **({'sdpa': way} if way in BACKENDS else {way: True})))
     return name, setting
 

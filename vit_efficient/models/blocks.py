@@ -12,66 +12,105 @@ from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, 
 from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
-from vit_efficient.attention.relative import RelativeBias
-from vit_efficient.grid import PatchGrid
+from vit_efficient.grid import PackedGrids, PatchGrid
 from vit_efficient.utils.errors import UserError
 
 SHARED_BIASES = ('rel_pos_bias', 'shared_rel_pos')  # what timm's models call them
 LayerSpec = str | tuple[str, dict[str, Any]]  # a name, or a name and its options
+Grid = PatchGrid | PackedGrids
 AttentionSpec = LayerSpec | Sequence[LayerSpec]  # of all layers, or of each
 
 
 class OnGrid:
     """A block of timm's that hands the grid to its attention, or works on the tokens that this one keeps.
 
-    A class of timm's and one of this kind before it make a block; it adds nothing to the state.
+    A class of timm's and one of this kind before it make a block; it adds nothing to the state. Tokens of images of
+    several sizes are one sequence, of which each image is attended to apart.
     """
 
-    def attention_adds(self, x: Tensor, *where) -> Tensor:
-        """What attention adds to the tokens x; `where` as of `attend`."""
+    #: The argument of its attention by which the positions that it is given go on.
+    positions: str = 'rope'
+
+    def attention_adds(self, x: Tensor, grid: Grid, *given) -> Tensor:
+        """What attention adds to the tokens x, before drop path; `given` as of `attend`."""
         raise NotImplementedError
 
     def mlp_adds(self, x: Tensor) -> Tensor:
-        """What the MLP adds to the tokens x."""
+        """What the MLP adds to the tokens x, before drop path."""
         raise NotImplementedError
 
-    def attend(self, x: Tensor, grid: PatchGrid, rope: Tensor | None, attn_mask: Tensor | None, is_causal) -> Tensor:
-        positions = {} if rope is None else {'rope': rope}
+    def attend(self, x: Tensor, grid: Grid, rope, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        if isinstance(grid, PackedGrids):
+            parts, ropes = self._split(x, grid), rope or [None] * len(grid.groups)
+            grids = [of_group for of_group, _ in grid.groups]
+            given = zip(parts, grids, ropes, strict=True)
+            return grid.join(self.attend(*of_group, attn_mask, is_causal) for of_group in given)
+        positions = {} if rope is None else {self.positions: rope}
         return self.attn(x, grid, **positions, attn_mask=attn_mask, is_causal=is_causal)
 
     def forward(
         self,
         x: Tensor,
-        grid: PatchGrid,
-        rope: Tensor | None = None,
+        grid: Grid | None = None,
+        rope: Tensor | Sequence[Tensor] | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        where = grid, rope, attn_mask, is_causal
+        """The block.
+
+        Args:
+            x: (B, N, C); of images of several sizes (1, T, C).
+            grid: The layout of the tokens; exact attention needs none.
+            rope: Rotary positions of the patches, or a relative bias that all blocks share, if there are any; of
+                several sizes those of each.
+            attn_mask, is_causal: As timm's.
+        """
+        given = grid, rope, attn_mask, is_causal
         if self.attn.of_block:
-            y = self.attn.down(x, grid)
-            added = self.attention_adds(y, *where)
-            return x + self.attn.up(added + self.mlp_adds(y + added), grid)
-        x = x + self.attention_adds(x, *where)
-        return x + self.mlp_adds(x)
+            y = self._down(x, grid)
+            added = self._drop(self.drop_path1, self.attention_adds(y, *given), grid)
+            added = added + self._drop(self.drop_path2, self.mlp_adds(y + added), grid)
+            return x + self._up(added, grid)
+        x = x + self._drop(self.drop_path1, self.attention_adds(x, *given), grid)
+        return x + self._drop(self.drop_path2, self.mlp_adds(x), grid)
+
+    def _split(self, x: Tensor, grid: PackedGrids) -> list[Tensor]:
+        """The tokens that attention is given, of each grid."""
+        return grid.split(x, self.attn.num_attended if self.attn.of_block else None)
+
+    def _down(self, x: Tensor, grid: Grid) -> Tensor:
+        if not isinstance(grid, PackedGrids):
+            return self.attn.down(x, grid)
+        return grid.join(self.attn.down(part, g) for part, (g, _) in zip(grid.split(x), grid.groups, strict=True))
+
+    def _up(self, y: Tensor, grid: Grid) -> Tensor:
+        if not isinstance(grid, PackedGrids):
+            return self.attn.up(y, grid)
+        return grid.join(self.attn.up(part, g) for part, (g, _) in zip(self._split(y, grid), grid.groups, strict=True))
+
+    def _drop(self, drop_path: nn.Module, x: Tensor, grid: Grid) -> Tensor:
+        """Drop path, which drops what is added to some images."""
+        if not isinstance(grid, PackedGrids) or isinstance(drop_path, nn.Identity) or not self.training:
+            return drop_path(x)
+        return grid.join(drop_path(part) for part in self._split(x, grid))
 
 
 class _PreNorm(OnGrid):
-    def attention_adds(self, x: Tensor, *where) -> Tensor:
-        return self.drop_path1(self.ls1(self.attend(self.norm1(x), *where)))
+    def attention_adds(self, x: Tensor, *given) -> Tensor:
+        return self.ls1(self.attend(self.norm1(x), *given))
 
     def mlp_adds(self, x: Tensor) -> Tensor:
-        return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self.ls2(self.mlp(self.norm2(x)))
 
 
 class _PreNormGamma(OnGrid):
     """The scale of a layer is a parameter of the block."""
 
-    def attention_adds(self, x: Tensor, *where) -> Tensor:
-        return self.drop_path1(_scaled(self.gamma_1, self.attend(self.norm1(x), *where)))
+    def attention_adds(self, x: Tensor, *given) -> Tensor:
+        return _scaled(self.gamma_1, self.attend(self.norm1(x), *given))
 
     def mlp_adds(self, x: Tensor) -> Tensor:
-        return self.drop_path2(_scaled(self.gamma_2, self.mlp(self.norm2(x))))
+        return _scaled(self.gamma_2, self.mlp(self.norm2(x)))
 
 
 def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
@@ -81,11 +120,11 @@ def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
 class _PostNorm(OnGrid):
     """What attention and MLP add is normalised."""
 
-    def attention_adds(self, x: Tensor, *where) -> Tensor:
-        return self.drop_path1(self.norm1(self.attend(x, *where)))
+    def attention_adds(self, x: Tensor, *given) -> Tensor:
+        return self.norm1(self.attend(x, *given))
 
     def mlp_adds(self, x: Tensor) -> Tensor:
-        return self.drop_path2(self.norm2(self.mlp(x)))
+        return self.norm2(self.mlp(x))
 
 
 class GridBlock(_PreNorm, Block):
@@ -105,13 +144,7 @@ class GridEvaBlockPostNorm(_PostNorm, EvaBlockPostNorm):
 
 
 class _SharedBias(OnGrid):
-    """Its positions are a relative bias that all blocks share, if there is one."""
-
-    def attend(
-        self, x: Tensor, grid: PatchGrid, bias: RelativeBias | None, attn_mask: Tensor | None, is_causal
-    ) -> Tensor:
-        positions = {} if bias is None else {'shared_bias': bias}
-        return self.attn(x, grid, **positions, attn_mask=attn_mask, is_causal=is_causal)
+    positions = 'shared_bias'
 
 
 class GridBeitBlock(_SharedBias, _PreNormGamma, beit.Block):

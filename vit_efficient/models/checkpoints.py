@@ -6,10 +6,12 @@ from typing import Any
 from timm.models import (
     Beit,
     Eva,
+    NaFlexVit,
     VisionTransformerRelPos,
     adapt_input_conv,
     beit,
     eva,
+    naflexvit,
     vision_transformer,
     vision_transformer_relpos,
 )
@@ -78,6 +80,8 @@ def _filter_of_timm(state_dict: dict[str, Tensor], model: nn.Module, seen: Any) 
         return eva.checkpoint_filter_fn(state_dict, seen)
     if isinstance(model, (Beit, VisionTransformerRelPos)):
         return _filter_with_tables(state_dict, model, seen)
+    if isinstance(model, NaFlexVit):
+        return naflexvit.checkpoint_filter_fn(state_dict, seen)
     return vision_transformer.checkpoint_filter_fn(state_dict, seen, adapt_layer_scale=True)
 
 
@@ -97,7 +101,7 @@ def _filter_with_tables(state_dict: dict[str, Tensor], model: nn.Module, seen: A
 
 def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's filter, for a patch embedding of pixels or of coefficients; kernels of pixels load into the latter."""
-    embedding = model.patch_embed
+    embedding = getattr(model, 'patch_embed', None)
     if not isinstance(embedding, DctPatchEmbed):
         return _filter_of_timm(state_dict, model, model)
     own = {key: value for key, value in state_dict.items() if key.startswith('patch_embed.linear.')}

@@ -1,14 +1,16 @@
 """The forward passes of timm's plain ViTs, with the patch grid made once and handed down through the blocks."""
 
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import register_notrace_function, to_2tuple
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vit_efficient.grid import PatchGrid, plain_sizes
+from vit_efficient.grid import PackedGrids, PatchGrid, plain_sizes
 from vit_efficient.models import blocks
 from vit_efficient.models.patch_convolution import use_products
 from vit_efficient.models.patch_embed import DctPatchEmbed, check_input
@@ -35,6 +37,31 @@ def _pixels(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     return to_2tuple(as_sides(name, value, '(height, width)'))
 
 
+def built_grid(model: nn.Module) -> tuple[int, int]:
+    """Rows and columns of patches that a model of timm's is built for; of a NaFlexVit, that its embedding is for."""
+    return model.patch_embed.grid_size if hasattr(model, 'patch_embed') else tuple(model.embeds.pos_embed_grid_size)
+
+
+def groups_of(sizes: Sequence[Any]) -> list[list[int]]:
+    """The indices of equal sizes, together."""
+    groups = defaultdict(list)
+    for i, size in enumerate(sizes):
+        groups[size].append(i)
+    return list(groups.values())
+
+
+class Batch(NamedTuple):
+    """Images of several sizes as they are packed: which of them each group of the grids has."""
+
+    groups: list[list[int]]
+    grids: PackedGrids
+
+    def unpack(self, x: Tensor) -> list[Tensor]:
+        """(1, T, C) → (N, C) of each image, in their own order"""
+        images = dict(zip(chain(*self.groups), chain(*self.grids.split(x)), strict=True))
+        return [images[i] for i in range(len(images))]
+
+
 class GridForward:
     """The forward passes of a model of timm's with one patch grid, which is made once and handed down to the blocks.
 
@@ -46,7 +73,8 @@ class GridForward:
 
     def use_grid(self) -> None:
         """Makes of the parts of a timm model those that know of the grid, in place."""
-        use_products(self.patch_embed)
+        if hasattr(self, 'patch_embed'):
+            use_products(self.patch_embed)
         for block in self.blocks:
             block.__class__ = blocks.BLOCKS.get(type(block), type(block))
 
@@ -71,6 +99,10 @@ class GridForward:
             **({'patch_embed': 'dct'} if isinstance(self.patch_embed, DctPatchEmbed) else {}),
         )
 
+    def grid_of(self, height: int, width: int) -> PatchGrid:
+        """The layout of the tokens of an image, given its sides in pixels."""
+        return PatchGrid(*self.patch_embed.dynamic_feat_size((height, width)), prefix=self.num_prefix_tokens)
+
     def _embed(self, x: Tensor) -> tuple[Tensor, PatchGrid, Tensor | None]:
         """Images (B, channels, height, width) → tokens (B, N, C), where they lie, and their positions."""
         height, width = plain_sizes((x.shape[-2], x.shape[-1]))
@@ -80,22 +112,72 @@ class GridForward:
             check_input(height, width, self.patch_embed.patch_size, self.patch_embed.img_size, True, 'pixels')
         if getattr(self, 'dynamic_img_size', False) and not self.patch_embed.dynamic_img_pad:
             check_image_size(height, width, self.patch_embed.patch_size)
-        grid = PatchGrid(*self.patch_embed.dynamic_feat_size((height, width)), prefix=self.num_prefix_tokens)
         x, rope = self.tokens(self.patch_embed(x))
-        return x, grid, rope
+        return x, self.grid_of(height, width), rope
 
-    def _run_block(self, i: int, x: Tensor, grid: PatchGrid, rope: Tensor | None, attn_mask, is_causal) -> Tensor:
+    def run_block(
+        self, i: int, x: Tensor, grid: blocks.Grid, rope: Any, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """The tokens after block i.
+
+        Args:
+            x, grid, attn_mask, is_causal: As of a block.
+            rope: What the blocks are given, or one after the other where `rope_mixed`.
+        """
         block = self.blocks[i]
         rope = rope[i] if self.rope_mixed and rope is not None else rope
         if self.grad_checkpointing and torch.is_tensor(x):  # FX traces with proxies, which cannot be checkpointed
             return checkpoint(block, x, grid, rope, attn_mask, is_causal)
         return block(x, grid, rope, attn_mask=attn_mask, is_causal=is_causal)
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward_features(
+        self, x: Tensor | Sequence[Tensor], attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor | list[Tensor]:
+        """The tokens after the last block and the final norm.
+
+        Args:
+            x: Images (B, channels, height, width); or a list of images (channels, height, width) of any sizes.
+            attn_mask, is_causal: As timm's; not of a list.
+
+        Returns:
+            (B, N, C); of a list one (N, C) for each image.
+        """
+        if isinstance(x, (list, tuple)):
+            x, batch, rope = self._embed_list(x, attn_mask, is_causal)
+            for i in range(len(self.blocks)):
+                x = self.run_block(i, x, batch.grids, rope)
+            return batch.unpack(self.norm(x))
         x, grid, rope = self._embed(x)
         for i in range(len(self.blocks)):
-            x = self._run_block(i, x, grid, rope, attn_mask, is_causal)
+            x = self.run_block(i, x, grid, rope, attn_mask, is_causal)
         return self.norm(x)
+
+    def forward(self, x: Tensor | Sequence[Tensor], attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """As timm's; also of a list of images of any sizes, each with what it would have alone."""
+        features = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+        if not isinstance(x, (list, tuple)):
+            return self.forward_head(features)
+        outputs = [self.forward_head(tokens[None]) for tokens in features]
+        if torch.is_tensor(outputs[0]):
+            return torch.cat(outputs)
+        return tuple(map(torch.cat, zip(*outputs, strict=True)))  # of both heads of a distilled model
+
+    def _embed_list(self, images: Sequence[Tensor], attn_mask, is_causal) -> tuple[Tensor, Batch, list | None]:
+        """As `_embed`, of images of any sizes: one sequence of all their tokens."""
+        if attn_mask is not None or is_causal:
+            raise UserError('a list of images cannot have attn_mask and is_causal: each is attended to by itself')
+        if not images or not all(torch.is_tensor(image) and image.ndim == 3 for image in images):
+            raise UserError('a list of images must hold tensors (channels, height, width), at least one')
+        groups = groups_of([tuple(image.shape) for image in images])
+        parts, grids, ropes = zip(
+            *(self._embed(torch.stack([images[i] for i in group])) for group in groups), strict=True
+        )
+        grids = PackedGrids(tuple((grid, len(group)) for grid, group in zip(grids, groups, strict=True)))
+        if ropes[0] is None:
+            ropes = None
+        elif self.rope_mixed:
+            ropes = list(zip(*ropes, strict=True))
+        return PackedGrids.join(parts), Batch(groups, grids), ropes
 
     def forward_intermediates(
         self,
@@ -119,7 +201,7 @@ class GridForward:
         for i in range(len(self.blocks)):
             if stop_early and i > last:
                 break
-            x = self._run_block(i, x, grid, rope, attn_mask, is_causal)
+            x = self.run_block(i, x, grid, rope, attn_mask, is_causal)
             if i in taken:
                 features.append(self.norm(x) if norm else x)
 
@@ -179,8 +261,11 @@ def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     *_, model = unwrap(model)
     if not isinstance(model, GridForward):
         raise UserError(f'{type(model).__name__} is not a model of vit_efficient; convert() makes it one')
-    size = model.patch_embed.img_size if img_size is None else _pixels('img_size', img_size)
-    if not model.patch_embed.dynamic_img_pad:
-        check_image_size(*size, model.patch_embed.patch_size)
-    grid = PatchGrid(*model.patch_embed.dynamic_feat_size(size), prefix=model.num_prefix_tokens)
-    return [block.attn.num_attended(grid) for block in model.blocks]
+    embedding = getattr(model, 'patch_embed', None)
+    if img_size is None and embedding is None:
+        raise UserError(f'img_size must be given: a {type(model).__name__} is built for no size')
+    size = embedding.img_size if img_size is None else _pixels('img_size', img_size)
+    if embedding is not None and not embedding.dynamic_img_pad:
+        check_image_size(*size, embedding.patch_size)
+    grid = model.grid_of(*size)
+    return [attention.num_attended(grid) for attention in blocks.attentions(model)]

@@ -98,7 +98,7 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
 
     def build(**arguments) -> nn.Module:
         model = model_cls(**arguments)
-        if isinstance(model.patch_embed, DctPatchEmbed):
+        if isinstance(getattr(model, 'patch_embed', None), DctPatchEmbed):
             keep_first_layer(model)
         # What rebuilds it: the arguments of the entry point too, and not only those of create_model.
         recorded = {**model_args(model), **arguments}

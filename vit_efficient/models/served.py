@@ -10,6 +10,7 @@ from torch import nn
 
 from vit_efficient.models import blocks
 from vit_efficient.models.eva import EfficientEva
+from vit_efficient.models.naflex import EfficientNaFlexVit
 from vit_efficient.models.relative import EfficientBeit, EfficientVisionTransformerRelPos
 from vit_efficient.models.vit import EfficientVisionTransformer, EfficientVisionTransformerDistilled
 from vit_efficient.utils.compat import DATA_PARALLEL, held_model
@@ -22,6 +23,7 @@ MODELS = {
     Eva: EfficientEva,
     Beit: EfficientBeit,
     VisionTransformerRelPos: EfficientVisionTransformerRelPos,
+    NaFlexVit: EfficientNaFlexVit,
 }
 SERVED = {*MODELS, *MODELS.values()}
 
@@ -77,7 +79,7 @@ def _why_not(model: nn.Module) -> str:
             )
     if any(isinstance(module, torch.fx.GraphModule) for module in model.modules()):
         return _TRACED
-    for reason in (_no_attention, _grids, _naflex, _rotary, _relative):
+    for reason in (_no_attention, _grids, _rotary, _relative):
         if said := reason(model):
             return said
     name, module = next(_named(model, _is_attention))
@@ -116,15 +118,6 @@ def _grids(model: nn.Module) -> str | None:
     return (
         f'its tokens lie on several grids (patches of {", ".join(map(str, sides))} pixels, {stages[0]["module"]} to '
         f'{stages[-1]["module"]}), as those of a hierarchy such as Swin; ViTs of one grid are served, {_OTHERS}'
-    )
-
-
-def _naflex(model: nn.Module) -> str | None:
-    if not isinstance(model, NaFlexVit):
-        return None
-    return (
-        'NaFlex batches have images of other shapes and masks, and no grid that all have; plain ViTs are served: leave '
-        f'out use_naflex=True, or take one {_OTHERS}'
     )
 
 
