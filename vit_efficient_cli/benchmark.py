@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='NAME[:KEY=VALUE,…]',
         help='registered attentions and their options (default: all, and dct:keep_ratio=1/16), or layers of others: '
         'timm, flex_window (FlexAttention; on a CPU without a backward pass), tome (Bolya et al., 2023), '
-        f'package/linformer, package/nystrom-attention, package/performer-pytorch. {_WAYS}: flash/timm, compiled/dct; rope/ gives an '
-        'attention rotary positions: rope/dct, rope/full',
+        f'package/linformer, package/nystrom-attention, package/performer-pytorch. {_WAYS}: flash/timm, compiled/dct; '
+        'rope/ gives an attention rotary positions: rope/dct, rope/full',
     )
     layer.add_argument('--tokens', nargs='+', type=int, default=[1024, 4096, 16384], metavar='N', help='patches')
     layer.add_argument('--prefix', type=int, default=0, metavar='P', help='tokens before them: class token, registers')
