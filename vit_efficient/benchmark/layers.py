@@ -66,7 +66,7 @@ class LayerSetting:
         grid = squarest_grid(tokens, self.prefix)
         name, setting = way_of(candidate.name, self)
         check_way(setting, self.dim // self.num_heads)
-        if setting.rope and (candidate == EXACT or name in PEERS):
+        if setting.rope and name in PEERS:
             raise UserError(f'{candidate}: rope/NAME is of the attentions here; of exact attention it is rope/full')
         if candidate == EXACT:
             return LayerOnGrid(Attention(self.dim, self.num_heads, qkv_bias=True, **factory), grid)
