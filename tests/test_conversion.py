@@ -129,8 +129,6 @@ class TestWhatIsNotServed:
         ('name', 'message'),
         [
             ('deepseek_vit_412m', r'rotary positions \(encoder\.rope'),
-            ('beit_base_patch16_224', r'relative position bias \(blocks\.0\.attn\.relative_position_bias_table\)'),
-            ('vit_relpos_base_patch16_224', r'relative position bias \(blocks\.0\.attn\.rel_pos\)'),
             ('samvit_base_patch16', r'relative position bias \(blocks\.0\.attn\.rel_pos_h\)'),
             ('swin_tiny_patch4_window7_224', r'SwinTransformer: .*several grids.*4, 8, 16, 32.*layers\.0 to layers\.3'),
             ('pit_ti_224', 'several grids.*8, 16, 32'),

@@ -38,9 +38,9 @@ def convert(
     projections as means of cells of the patch grid. A warning is logged where they, or trees, have to be trained.
 
     Args:
-        model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …) or `Eva` (EVA-02, Perception Encoder,
-            RoPE-ViT, DINOv3, …), or one converted before; also in the wrapper that `features_only=True` or
-            `torch.compile` puts around it.
+        model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), `Eva` (EVA-02, Perception Encoder,
+            RoPE-ViT, DINOv3, …), `Beit` or `VisionTransformerRelPos`, or one converted before; also in the wrapper that
+            `features_only=True` or `torch.compile` puts around it.
         attention: A registered attention's name, or (name, options), or a list with one of these for each of `layers`.
         layers: Indices of the blocks to convert, negative ones from the end; all by default.
         **options: Of a single attention, such as `keep_ratio`.
@@ -49,8 +49,8 @@ def convert(
         The model itself.
 
     Raises:
-        UserError: If the model, or a layer of it, has parts that cannot be served (a relative position bias, windows):
-            it names the module and the reason. Or if a name, option or index is wrong, or an attention cannot have
+        UserError: If the model, or a layer of it, has parts that cannot be served (windows, parallel blocks): it
+            names the module and the reason. Or if a name, option or index is wrong, or an attention cannot have
             the positions of the model. The model is then as it was.
     """
     vit = served_model(model)
@@ -165,13 +165,15 @@ def vit_converted(
     if not base or not timm.is_model(base):
         raise UserError(f"vit_converted: base must name a timm ViT, such as 'vit_base_patch16_224', got {base=}")
 
-    def build(**arguments) -> nn.Module:
+    def build(without_norm: bool = False, **arguments) -> nn.Module:
         try:
             model = model_entrypoint(base)(pretrained=False, **arguments)
         except TypeError:  # it has no such argument, such as img_size, often because it is no ViT
             with torch.device('meta'):
                 served_model(model_entrypoint(base)(pretrained=False))
             raise
+        if without_norm:  # which features do not need, and the class of the base always has
+            model.norm = model.fc_norm = nn.Identity()
         if patch_embed == 'dct':
             convert_patch_embed(model, **options)
         swap_attentions(served_model(model), attention, layers, **(attention_kwargs or {}))

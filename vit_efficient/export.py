@@ -158,7 +158,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, metadata: Map
     if gib >= 2:
         raise UserError(f'export: the weights are {gib:.1f} GiB, one ONNX file holds less than 2; export to .pt2')
     try:
-        with _quiet():
+        # With gradients, attention with a learned mask would be taken apart into other layouts than were traced.
+        with _quiet(), torch.no_grad():
             names = dict(input_names=[INPUT], output_names=[OUTPUT])
             graph = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)
             _name_batch(graph.model.graph)

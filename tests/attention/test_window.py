@@ -73,7 +73,7 @@ def reference(attention, x, sees):
 
 def check(attention, grid, batch=2):
     x = torch.randn(batch, grid.num_tokens, 12, dtype=torch.float64, requires_grad=True)
-    expected = reference(attention, x, visible(grid, attention.window_size, attention.shift))
+    expected = reference(attention, x, visible(grid, attention.window, attention.shift))
     assert_same(attention(x, grid), expected, [x, *attention.parameters()], 1e-9)
 
 

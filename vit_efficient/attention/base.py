@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.projections import Projection, first_layer, projections
 from vit_efficient.attention.registry import get_attention, register_attention
+from vit_efficient.attention.relative import (
+    SHARED_ARGUMENT,
+    RelativeBias,
+    check_grid,
+    drop_index,
+    own_bias_module,
+    relative_bias,
+    whole_bias,
+    without_index,
+)
 from vit_efficient.attention.rotary import rotate
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, as_integer, check_options
@@ -71,9 +81,13 @@ class GridAttention(Attention):
         What both mechanisms add to timm's under the same name and in the same shape is kept too.
 
         Args:
-            attention: One of timm's `Attention`, `AttentionRope` and `EvaAttention`, or of this class.
+            attention: One of timm's `Attention`, `AttentionRope` and `EvaAttention`, those of its `Beit` and
+                `VisionTransformerRelPos`, or of this class.
             mechanism: The name that it is registered by, if it is.
             **options: Those of the mechanism.
+
+        Raises:
+            UserError: If an option is wrong, or the attention has a relative bias and the mechanism can have none.
         """
         new = cls.__new__(cls)
         for name, value in vars(attention).items():  # own registries of modules and hooks, the same parameters
@@ -85,6 +99,8 @@ class GridAttention(Attention):
             if name in own_names(new):
                 delattr(new, name)
         new._configure(mechanism, options)
+        if own_bias_module(new) is not None:
+            new.check_relative_bias()
         if isinstance(attention, GridAttention):
             new._keep_additions(attention)
         with keeping_modes(attention):  # what both have in common stays in its own
@@ -92,7 +108,18 @@ class GridAttention(Attention):
 
     def _complete(self) -> None:
         """Adds what timm's `Attention` has and other classes of timm leave out."""
+        if not hasattr(self, 'head_dim'):
+            self.head_dim = self.proj.in_features // self.num_heads
         self.attn_dim = self.num_heads * self.head_dim
+        for name in ('q_norm', 'k_norm', 'norm'):
+            if not hasattr(self, name):
+                setattr(self, name, nn.Identity())
+        if not hasattr(self, 'gate'):
+            self.gate = None
+        if getattr(self, 'relative_position_index', None) is not None:
+            drop_index(self)
+        if hasattr(self, 'rel_pos'):
+            self.rel_pos = without_index(self.rel_pos)
 
     def _keep_additions(self, attention: 'GridAttention') -> None:
         given = attention.added_state(keep_vars=True)
@@ -155,6 +182,9 @@ class GridAttention(Attention):
     ) -> Tensor:
         """Attention among the tokens of a grid.
 
+        Where all blocks of a model share a relative bias, `shared_bias`, a `RelativeBias`, is given too, to those that
+        `check_relative_bias` lets pass.
+
         Args:
             x: (B, N, C), N = grid.num_tokens.
             grid: The layout of the tokens.
@@ -174,21 +204,39 @@ class GridAttention(Attention):
         if 'rope' not in argument_names(self.forward)[0]:
             raise UserError(f'{self.title} takes no rope: its forward knows of no rotary positions')
 
+    def check_relative_bias(self) -> None:
+        """Raises UserError if the mechanism cannot have a relative position bias (`attention.relative`)."""
+        raise UserError(
+            f"{self.title} cannot have the model's relative position bias, an entry for each pair of patches: its "
+            f"scores are not those of patches or of cells of them; use 'pool', 'subsample' or 'window', or 'dct' with "
+            "domain='space' and axes='2d'"
+        )
+
     def check_call(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None = None, is_causal: bool = False) -> None:
         """Raises the errors of `forward`, of a mechanism that can have no mask."""
         check_tokens(self.title, x.shape, grid.height, grid.width, grid.prefix, attn_mask, is_causal)
 
     def reset_parameters(self) -> None:
         """As those of timm's classes that have biases beside their layers; called after `to_empty`, say."""
-        for bias in (getattr(self, name, None) for name in ('q_bias', 'v_bias')):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        for name in ('q_bias', 'v_bias', 'relative_position_bias_table'):
+            if getattr(self, name, None) is not None:
+                nn.init.zeros_(getattr(self, name))
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
         """What timm calls where buffers that no checkpoint has hold nothing yet."""
         if getattr(self, 'k_bias', None) is not None:
             self.k_bias.zero_()
+        if getattr(self, 'relative_position_index', None) is not None:
+            drop_index(self)
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """What timm's `Beit` calls at another image size."""
+        self.source.set_window_size(self, window_size)
+
+    def _init_buffers(self) -> None:
+        """What timm's `set_window_size` calls."""
+        self.init_non_persistent_buffers()
 
     def kind_of_weights(self) -> dict[str, Any]:
         """Device and dtype for weights that a mechanism adds: those of the projections."""
@@ -289,7 +337,10 @@ class FullAttention(GridAttention):
         rope: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        shared_bias: RelativeBias | None = None,
     ) -> Tensor:
+        if self.source in SHARED_ARGUMENT:
+            return self._with_relative_bias(x, grid, attn_mask, is_causal, shared_bias)
         if rope is None:
             return self.source.forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
         if self.source is not Attention:
@@ -300,6 +351,25 @@ class FullAttention(GridAttention):
             attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, attn_mask)
         return self.finish(y.transpose(1, 2).flatten(2), x)
+
+    def _with_relative_bias(
+        self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None, is_causal: bool, shared_bias: RelativeBias | None
+    ) -> Tensor:
+        """By timm's forward, which takes the bias that all blocks share, and no masks."""
+        check_no_mask(self.title, f'{self.source.__module__}.{self.source.__name__}', attn_mask, is_causal)
+        if (own := own_bias_module(self)) is not None:
+            check_grid(self.title, own.window_size, grid.height, grid.width)
+        if shared_bias is not None:
+            check_grid(self.title, shared_bias.grid_size, grid.height, grid.width)
+        shared = None if shared_bias is None else whole_bias(shared_bias, grid.prefix)
+        return self.source.forward(self, x, **{SHARED_ARGUMENT[self.source]: shared})
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        """What the forward of timm's `Beit` calls."""
+        return whole_bias(relative_bias(self), prefix=1)
+
+    def check_relative_bias(self) -> None:
+        """It has it as timm's class has."""
 
     def num_attended(self, grid: PatchGrid) -> int:
         return grid.num_tokens
@@ -327,6 +397,15 @@ def check_tokens(title: str, shape, height, width, prefix, attn_mask, is_causal)
             f'x has {num_tokens} tokens, but grid=PatchGrid(height={height}, width={width}, prefix={prefix}) has '
             f'{prefix + height * width}'
         )
+
+
+@torch.fx.wrap
+@register_notrace_function
+def check_no_mask(title: str, source: str, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raises UserError if a mask is given to a class of timm's that takes none; a leaf for FX, likewise."""
+    if attn_mask is not None or is_causal:
+        argument = 'is_causal' if attn_mask is None else 'attn_mask'
+        raise UserError(f"{title} cannot have {argument}: timm's {source} takes no masks")
 
 
 def layer_options(

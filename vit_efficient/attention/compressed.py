@@ -25,6 +25,7 @@ from vit_efficient.attention.base import GridAttention, check_tokens
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.projections import Projection, first_layer, is_fused
 from vit_efficient.attention.registry import register_attention
+from vit_efficient.attention.relative import RelativeBias, bias_of_attention, bias_of_kept, check_grid
 from vit_efficient.attention.rotary import rope_of_kept, rotate
 from vit_efficient.compress import COMPRESSORS, get_compressor
 from vit_efficient.grid import PatchGrid
@@ -128,17 +129,22 @@ class CompressedAttention(GridAttention):
         rope: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        shared_bias: RelativeBias | None = None,
     ) -> Tensor:
         if rope is not None:
             self.check_rotary()
+        bias = bias_of_attention(self, shared_bias)
+        if bias is not None:
+            self.check_relative_bias()
+            check_grid(self.title, bias.grid_size, grid.height, grid.width)
         if self.of_block:
             check_kept(self.title, x.shape, self.num_attended(grid), attn_mask, is_causal)
-            return self.proj_drop(self.proj(self._among_kept(x, grid, rope)))
+            return self.proj_drop(self.proj(self._among_kept(x, grid, rope, bias)))
         self.check_call(x, grid, attn_mask, is_causal)
         if self.place == 'x':
-            y = self._project_up(self._among_kept(self._down(x, grid), grid, rope), grid)
+            y = self._project_up(self._among_kept(self._down(x, grid), grid, rope, bias), grid)
         else:
-            y = self._on_projections(x, grid, rope)
+            y = self._on_projections(x, grid, rope, bias)
         if self.local is not None:
             prefix, patches = self._split(y, grid)
             patches = patches + self.local(self._split(x, grid)[1], grid)
@@ -158,17 +164,29 @@ class CompressedAttention(GridAttention):
                 "'qkv', where queries and keys are rotated before, or, of 'dct', domain='space'"
             )
 
-    def _among_kept(self, x_BmC: Tensor, grid: PatchGrid, rope: Tensor | None) -> Tensor:
+    def check_relative_bias(self) -> None:
+        if self.compress.places is None:
+            raise UserError(
+                f'{self.title}: the keys kept are mixtures of patches that have no place '
+                f"({write_options(self.compress.options)}), and cannot have the model's relative position bias; use "
+                "'pool', 'subsample' or 'window', or 'dct' with domain='space' and axes='2d'"
+            )
+
+    def _among_kept(
+        self, x_BmC: Tensor, grid: PatchGrid, rope: Tensor | None, bias: RelativeBias | None = None
+    ) -> Tensor:
         """timm's attention on the kept tokens, but for the output projection."""
         q, k, v = self.project_heads(x_BmC)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = self.rotate(q, k, self._rope_of_kept(rope, grid), grid.prefix)
-        return self.norm_and_gate(self._attend(q, k, v, grid), x_BmC)
+        return self.norm_and_gate(self._attend(q, k, v, grid, bias), x_BmC)
 
-    def _on_projections(self, x: Tensor, grid: PatchGrid, rope: Tensor | None) -> Tensor:
+    def _on_projections(
+        self, x: Tensor, grid: PatchGrid, rope: Tensor | None, bias: RelativeBias | None = None
+    ) -> Tensor:
         q, k, v = self._compressed_projections(x, grid, rope)
-        y = self._attend(q, k, v, grid)
+        y = self._attend(q, k, v, grid, bias)
         if self.place == 'qkv':
             if self.gate is None and isinstance(self.norm, nn.Identity):
                 return self._project_up(y, grid)
@@ -220,9 +238,14 @@ class CompressedAttention(GridAttention):
         kept = self.compress.kept_sides(grid)
         return rope_of_kept(rope, grid.height, grid.width, kept, self.compress.places)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid, bias: RelativeBias | None) -> Tensor:
         """(B, H, tokens, D) each → (B, tokens, H · D)"""
-        y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, self.compress.log_counts(grid, q))
+        if bias is None:
+            mask = self.compress.log_counts(grid, q)
+        else:
+            kept, counted = self.compress.kept_sides(grid), getattr(self.compress, 'count_bias', False)
+            mask = bias_of_kept(bias, grid.prefix, kept, self.place != 'kv', counted, q)
+        y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, mask)
         return y.transpose(1, 2).flatten(2)
 
     def _project_up(self, y_BmC: Tensor, grid: PatchGrid) -> Tensor:

@@ -37,7 +37,7 @@ def attend(
         fused: Whether to use PyTorch's fused attention.
         dropout: The fraction of the weights that is dropped, or the module that drops them, whose hooks see the weights
             where they are written out.
-        mask: What `masked` takes; a bias that has a gradient is of keys, (1, keys).
+        mask: What `masked` takes.
 
     Returns:
         (…, queries, E)
@@ -78,8 +78,8 @@ def is_bias_of_keys(mask: Tensor) -> bool:
 @register_notrace_function
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, mask: Tensor | None) -> Tensor:
     """`attend` by `F.scaled_dot_product_attention`; v may have fewer channels than q and k."""
-    if mask is not None and (mask.requires_grad or (is_bias_of_keys(mask) and on_gpu(q) and not q.is_meta)):
-        # No fused kernel takes a mask that has a gradient, and the fastest of GPUs takes none; this one costs no
+    if mask is not None and is_bias_of_keys(mask) and (mask.requires_grad or (on_gpu(q) and not q.is_meta)):
+        # Few fused kernels take a mask that has a gradient, and the fastest of GPUs takes none; this one costs no
         # queries × keys matrix.
         q, k = bias_as_channel(q, k, mask[0, :, None], scale)
         mask = None

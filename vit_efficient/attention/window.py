@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
+from vit_efficient.attention.relative import RelativeBias, bias_of_attention, check_grid, prefix_bias, window_bias
 from vit_efficient.dct.bases import basis
 from vit_efficient.grid import PatchGrid, larger, smaller
 from vit_efficient.utils.checks import as_sides, check_flag
@@ -50,7 +51,8 @@ class WindowAttention(GridAttention):
 
     def configure(self, *, window_size: int | tuple[int, int] = 7, shift: bool = False) -> None:
         check_flag('shift', shift)
-        self.window_size = as_sides('window_size', window_size, '(rows, columns)')
+        # timm's attentions have a `window_size` of their own, that of their biases.
+        self.window = as_sides('window_size', window_size, '(rows, columns)')
         self.shift = shift
 
     @classmethod
@@ -59,8 +61,8 @@ class WindowAttention(GridAttention):
 
     @property
     def options(self) -> dict[str, Any]:
-        pair = isinstance(self.window_size, tuple)
-        return dict(window_size=list(self.window_size) if pair else self.window_size, shift=self.shift)
+        pair = isinstance(self.window, tuple)
+        return dict(window_size=list(self.window) if pair else self.window, shift=self.shift)
 
     def forward(
         self,
@@ -69,22 +71,29 @@ class WindowAttention(GridAttention):
         rope: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        shared_bias: RelativeBias | None = None,
     ) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
-        windows = (grid.height, grid.width, grid.prefix, to_2tuple(self.window_size), self.shift)
+        bias = bias_of_attention(self, shared_bias)
+        if bias is not None:
+            check_grid(self.title, bias.grid_size, grid.height, grid.width)
+        windows = (grid.height, grid.width, grid.prefix, to_2tuple(self.window), self.shift)
         x = reorder(x, *windows)
         q, k, v = self.project(x)
         if rope is not None:
             rope = reorder(rope, grid.height, grid.width, 0, *windows[3:])
             q, k = self.rotate(q, k, rope, grid.prefix)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y_BNC = attend_in_windows(q, k, v, *windows, (self.scale, self.fused_attn, self.drop_rate))
+        y_BNC = attend_in_windows(q, k, v, *windows, (self.scale, self.fused_attn, self.drop_rate), bias)
         y_BNC = self.norm_and_gate(y_BNC, x)
         return self.proj_drop(reorder(self.proj(y_BNC), *windows, back=True))
 
+    def check_relative_bias(self) -> None:
+        """The biases of a window are those of its patches."""
+
     def num_attended(self, grid: PatchGrid) -> int:
         """The keys of a patch in a whole window; at the border there may be fewer. A prefix token attends to all."""
-        rows, columns = to_2tuple(self.window_size)
+        rows, columns = to_2tuple(self.window)
         return grid.prefix + smaller(rows, grid.height) * smaller(columns, grid.width)
 
 
@@ -136,7 +145,9 @@ class Permutation(torch.autograd.Function):
 
 @torch.fx.wrap
 @register_notrace_function
-def attend_in_windows(q, k, v, height, width, prefix: int, window, shift: bool, how: tuple) -> Tensor:
+def attend_in_windows(
+    q, k, v, height, width, prefix: int, window, shift: bool, how: tuple, bias: RelativeBias | None = None
+) -> Tensor:
     """Softmax attention of the patches inside their windows, and of the prefix tokens among all.
 
     Args:
@@ -144,30 +155,38 @@ def attend_in_windows(q, k, v, height, width, prefix: int, window, shift: bool, 
         height, width, prefix: The grid.
         window, shift: The options of the mechanism, `window` as (rows, columns).
         how: What `functional.attend` takes: scale, fused, dropout.
+        bias: The relative one, of this grid.
 
     Returns:
         (B, N, C), in the same order.
     """
     known = are_numbers(height, width)
-    windows = _count_by_area(height, width, window, shift) if known else {1: height * width}  # or all patches, uncut
-    sizes = [prefix, *(n * area for area, n in windows.items())]
+    if bias is not None:
+        sides = _sides_of_windows(height, width, window, shift)
+        windows = [(n, rows * columns, window_bias(bias, prefix, rows, columns)) for n, rows, columns in sides]
+    elif known:
+        windows = [(n, area, None) for area, n in _count_by_area(height, width, window, shift).items()]
+    else:
+        windows = [(height * width, 1, None)]  # or all patches, uncut
+    sizes = [prefix, *(n * area for n, area, _ in windows)]
     # Split, not sliced: the gradient of a slice is as large as the whole.
     (q_prefix, *q_patches), (k_prefix, *k_patches), (v_prefix, *v_patches) = (t.split(sizes, dim=1) for t in (q, k, v))
 
-    y = [_attend(q_prefix, k, v, *how)] if prefix else []
+    mask = None if bias is None or not prefix else prefix_bias(bias, prefix)
+    y = [_attend(q_prefix, k, v, *how, mask)] if prefix else []
     kv_prefix = (k_prefix, v_prefix) if prefix else None
-    for n, *patches in zip(windows.values(), q_patches, k_patches, v_patches, strict=True):
+    for (n, _, mask), *patches in zip(windows, q_patches, k_patches, v_patches, strict=True):
         if known:
-            y.append(_attend_windows(*patches, n, kv_prefix, how))
+            y.append(_attend_windows(*patches, n, kv_prefix, how, mask))
         else:
             y.append(_attend_padded(*patches, height, width, window, shift, kv_prefix, how))
     return torch.cat(y, dim=1)
 
 
-def _attend_windows(q, k, v, n: int, kv_prefix: tuple | None, how: tuple, mask_nL: Tensor | None = None) -> Tensor:
+def _attend_windows(q, k, v, n: int, kv_prefix: tuple | None, how: tuple, mask: Tensor | None = None) -> Tensor:
     """The patches of n windows one after the other, (B, n · L, H, D) each → (B, n · L, C)
 
-    `kv_prefix` are keys and values that every window sees, (B, P, H, D); `mask_nL` the patches that may be seen.
+    `kv_prefix` are keys and values that every window sees, (B, P, H, D); `mask` is (1 or B · n, 1 or H, 1 or L, S).
     """
     q, k, v = (t.unflatten(1, (n, -1)) for t in (q, k, v))
     if kv_prefix is not None:
@@ -175,10 +194,6 @@ def _attend_windows(q, k, v, n: int, kv_prefix: tuple | None, how: tuple, mask_n
             torch.cat([seen.unsqueeze(1).expand(-1, n, -1, -1, -1), patches], dim=2)
             for seen, patches in zip(kv_prefix, (k, v), strict=True)
         )
-    mask = None
-    if mask_nL is not None:
-        mask_nS = F.pad(mask_nL, (k.shape[2] - mask_nL.shape[1], 0), value=True)
-        mask = mask_nS.expand(q.shape[0], -1, -1).flatten(0, 1)[:, None, None]
     y = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *how, mask)
     return y.unflatten(0, (-1, n)).flatten(1, 2)
 
@@ -198,7 +213,11 @@ def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, how) -> Ten
     is_patch = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     patch = row.remainder(height) * width + column.remainder(width)  # any will do where it is masked
     q, k, v = (t.index_select(1, patch) for t in (q, k, v))
-    y = _attend_windows(q, k, v, n, kv_prefix, how, is_patch.unflatten(0, (n, area)))
+    seen_nS = F.pad(
+        is_patch.unflatten(0, (n, area)), (0 if kv_prefix is None else kv_prefix[0].shape[1], 0), value=True
+    )
+    mask = seen_nS.expand(q.shape[0], -1, -1).flatten(0, 1)[:, None, None]
+    y = _attend_windows(q, k, v, n, kv_prefix, how, mask)
 
     patch = torch.arange(height * width, device=q.device)
     row, column = patch // width + top, patch % width + left
@@ -206,9 +225,10 @@ def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, how) -> Ten
     return y.index_select(1, slot)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *how) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, dropout: float, mask: Tensor | None) -> Tensor:
     """`attend`, of (B, tokens, H, D) each → (B, tokens, C)"""
-    return attend(*(t.transpose(1, 2) for t in (q, k, v)), *how).transpose(1, 2).flatten(2)
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+    return attend(*(t.transpose(1, 2) for t in (q, k, v)), scale, fused, dropout, mask).transpose(1, 2).flatten(2)
 
 
 class _Run(NamedTuple):
@@ -245,6 +265,12 @@ def _count_by_area(height: int, width: int, window: tuple[int, int], shift: bool
     """The number of windows of each area, in window order."""
     by_area = _blocks_by_area(height, width, window, shift)
     return {area: sum(rows.number * columns.number for rows, columns in blocks) for area, blocks in by_area.items()}
+
+
+def _sides_of_windows(height: int, width: int, window: tuple[int, int], shift: bool) -> list[tuple[int, int, int]]:
+    """The number of windows, their rows and columns, of each block in window order."""
+    blocks = chain(*_blocks_by_area(height, width, window, shift).values())
+    return [(rows.number * columns.number, rows.side, columns.side) for rows, columns in blocks]
 
 
 def _window_order(height: int, width: int, prefix: int, rows: int, columns: int, shift: int, device) -> Tensor:

@@ -8,6 +8,7 @@ from vit_efficient.models.forward import kept_tokens
 from vit_efficient.models.inputs import input_size
 from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.models.registered import SIZES
+from vit_efficient.models.relative import EfficientBeit, EfficientVisionTransformerRelPos
 from vit_efficient.models.saving import load_model, model_arguments, save_model
 from vit_efficient.models.truncation import freeze_truncation
 from vit_efficient.models.vit import EfficientVisionTransformer
@@ -15,8 +16,10 @@ from vit_efficient.models.vit import EfficientVisionTransformer
 __all__ = [
     'SIZES',
     'DctPatchEmbed',
+    'EfficientBeit',
     'EfficientEva',
     'EfficientVisionTransformer',
+    'EfficientVisionTransformerRelPos',
     'GridBlock',
     'compile_blocks',
     'create_from_spec',

@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
+from timm.models import beit
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
+from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
 from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.grid import PackedGrids, PatchGrid
 from vit_efficient.utils.errors import UserError
 
+SHARED_BIASES = ('rel_pos_bias', 'shared_rel_pos')  # what timm's models call them
 LayerSpec = str | tuple[str, dict[str, Any]]  # a name, or a name and its options
 Grid = PatchGrid | PackedGrids
 AttentionSpec = LayerSpec | Sequence[LayerSpec]  # of all layers, or of each
@@ -24,6 +27,9 @@ class OnGrid:
     A class of timm's and one of this kind before it make a block; it adds nothing to the state. Tokens of images of
     several sizes are one sequence, of which each image is attended to apart.
     """
+
+    #: The argument of its attention by which the positions that it is given go on.
+    positions: str = 'rope'
 
     def attention_adds(self, x: Tensor, grid: Grid, *given) -> Tensor:
         """What attention adds to the tokens x, before drop path; `given` as of `attend`."""
@@ -39,7 +45,7 @@ class OnGrid:
             grids = [of_group for of_group, _ in grid.groups]
             given = zip(parts, grids, ropes, strict=True)
             return grid.join(self.attend(*of_group, attn_mask, is_causal) for of_group in given)
-        positions = {} if rope is None else {'rope': rope}
+        positions = {} if rope is None else {self.positions: rope}
         return self.attn(x, grid, **positions, attn_mask=attn_mask, is_causal=is_causal)
 
     def forward(
@@ -55,7 +61,8 @@ class OnGrid:
         Args:
             x: (B, N, C); of images of several sizes (1, T, C).
             grid: The layout of the tokens; exact attention needs none.
-            rope: Rotary positions of the patches, if there are any; of several sizes those of each.
+            rope: Rotary positions of the patches, or a relative bias that all blocks share, if there are any; of
+                several sizes those of each.
             attn_mask, is_causal: As timm's.
         """
         given = grid, rope, attn_mask, is_causal
@@ -136,14 +143,33 @@ class GridEvaBlockPostNorm(_PostNorm, EvaBlockPostNorm):
     """The post-norm block of timm's `Eva` on a grid."""
 
 
+class _SharedBias(OnGrid):
+    positions = 'shared_bias'
+
+
+class GridBeitBlock(_SharedBias, _PreNormGamma, beit.Block):
+    """The block of timm's `Beit` on a grid."""
+
+
+class GridRelPosBlock(_SharedBias, _PreNorm, RelPosBlock):
+    """The pre-norm block of timm's `VisionTransformerRelPos` on a grid."""
+
+
+class GridResPostRelPosBlock(_SharedBias, _PostNorm, ResPostRelPosBlock):
+    """The post-norm block of timm's `VisionTransformerRelPos` on a grid."""
+
+
 # Classes of timm's that are served, and ours that know of the grid.
 BLOCKS = {
     Block: GridBlock,
     ResPostBlock: GridResPostBlock,
     EvaBlock: GridEvaBlock,
     EvaBlockPostNorm: GridEvaBlockPostNorm,
+    beit.Block: GridBeitBlock,
+    RelPosBlock: GridRelPosBlock,
+    ResPostRelPosBlock: GridResPostRelPosBlock,
 }
-ATTENTIONS = (Attention, AttentionRope, EvaAttention)
+ATTENTIONS = (Attention, AttentionRope, EvaAttention, beit.Attention, RelPosAttention)
 
 # Others, in messages.
 _KINDS = {
@@ -179,6 +205,9 @@ def check_positions(model: nn.Module, attentions: Sequence[nn.Module]) -> None:
     if getattr(model, 'rope', None) is not None:
         for attention in attentions:
             attention.check_rotary()
+    if any(getattr(model, name, None) is not None for name in SHARED_BIASES):
+        for attention in attentions:
+            attention.check_relative_bias()
 
 
 def attention_per_layer(attention: AttentionSpec, options: dict[str, Any] | None, depth: int) -> list[tuple[str, dict]]:
@@ -222,7 +251,7 @@ def _what_is(module: nn.Module) -> str:
 def check_patch_dropout(model: nn.Module, layers: Sequence[tuple[str, dict]]) -> None:
     """Raises UserError if a layer needs the whole patch grid and the model drops patches."""
     mixing = sorted({name for name, _ in layers} - {'full'})
-    if mixing and isinstance(model.patch_drop, (PatchDropout, PatchDropoutWithIndices)):
+    if mixing and isinstance(getattr(model, 'patch_drop', None), (PatchDropout, PatchDropoutWithIndices)):
         raise UserError(
             f'patch_drop_rate={model.patch_drop.prob}: attention {mixing[0]!r} needs the whole patch grid; '
             "set patch_drop_rate=0, or use attention 'full'"

@@ -3,7 +3,18 @@
 import logging
 from typing import Any
 
-from timm.models import Eva, NaFlexVit, adapt_input_conv, eva, naflexvit, vision_transformer
+from timm.models import (
+    Beit,
+    Eva,
+    NaFlexVit,
+    VisionTransformerRelPos,
+    adapt_input_conv,
+    beit,
+    eva,
+    naflexvit,
+    vision_transformer,
+    vision_transformer_relpos,
+)
 from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention
@@ -67,9 +78,25 @@ def _filter_of_timm(state_dict: dict[str, Tensor], model: nn.Module, seen: Any) 
     """What timm makes of a checkpoint for a model of this class; `seen` is the model as it is to look."""
     if isinstance(model, Eva):
         return eva.checkpoint_filter_fn(state_dict, seen)
+    if isinstance(model, (Beit, VisionTransformerRelPos)):
+        return _filter_with_tables(state_dict, model, seen)
     if isinstance(model, NaFlexVit):
         return naflexvit.checkpoint_filter_fn(state_dict, seen)
     return vision_transformer.checkpoint_filter_fn(state_dict, seen, adapt_layer_scale=True)
+
+
+def _filter_with_tables(state_dict: dict[str, Tensor], model: nn.Module, seen: Any) -> dict[str, Tensor]:
+    """timm's filter, but for tables of relative biases that fit: of a grid that is no square, one that has as many
+    entries as that of a square would be taken for it."""
+    own = model.state_dict()
+    fits = {
+        key: value
+        for key, value in state_dict.items()
+        if key.endswith('relative_position_bias_table') and key in own and value.shape == own[key].shape
+    }
+    others = {key: value for key, value in state_dict.items() if key not in fits}
+    of_timm = beit if isinstance(model, Beit) else vision_transformer_relpos
+    return of_timm.checkpoint_filter_fn(others, seen) | fits
 
 
 def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

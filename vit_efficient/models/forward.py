@@ -79,7 +79,8 @@ class GridForward:
             block.__class__ = blocks.BLOCKS.get(type(block), type(block))
 
     def tokens(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the first block is given: the tokens (B, N, C), and rotary positions (`vit_efficient.attention.rotary`).
+        """What the first block is given, the tokens (B, N, C); and all blocks, the positions of patches: rotary ones
+        (`vit_efficient.attention.rotary`), or a relative bias that they share (`vit_efficient.attention.relative`).
 
         Args:
             patches: As the patch embedding gives them.
@@ -103,7 +104,7 @@ class GridForward:
         return PatchGrid(*self.patch_embed.dynamic_feat_size((height, width)), prefix=self.num_prefix_tokens)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, PatchGrid, Tensor | None]:
-        """Images (B, channels, height, width) → tokens (B, N, C), where they lie, and their rotary positions."""
+        """Images (B, channels, height, width) → tokens (B, N, C), where they lie, and their positions."""
         height, width = plain_sizes((x.shape[-2], x.shape[-1]))
         if isinstance(self.patch_embed, DctPatchEmbed):
             height, width = self.patch_embed.pixel_size(height, width)

@@ -4,13 +4,14 @@ import re
 from collections.abc import Callable
 
 import torch
-from timm.models import Eva, NaFlexVit, VisionTransformer
+from timm.models import Beit, Eva, NaFlexVit, VisionTransformer, VisionTransformerRelPos
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from vit_efficient.models import blocks
 from vit_efficient.models.eva import EfficientEva
 from vit_efficient.models.naflex import EfficientNaFlexVit
+from vit_efficient.models.relative import EfficientBeit, EfficientVisionTransformerRelPos
 from vit_efficient.models.vit import EfficientVisionTransformer, EfficientVisionTransformerDistilled
 from vit_efficient.utils.compat import DATA_PARALLEL, held_model
 from vit_efficient.utils.errors import UserError
@@ -20,6 +21,8 @@ MODELS = {
     VisionTransformer: EfficientVisionTransformer,
     VisionTransformerDistilled: EfficientVisionTransformerDistilled,
     Eva: EfficientEva,
+    Beit: EfficientBeit,
+    VisionTransformerRelPos: EfficientVisionTransformerRelPos,
     NaFlexVit: EfficientNaFlexVit,
 }
 SERVED = {*MODELS, *MODELS.values()}
@@ -132,7 +135,7 @@ def _relative(model: nn.Module) -> str | None:
     for name in names:
         if _RELATIVE.search(name):
             return (
-                f'it has a relative position bias ({name}), an entry for each pair of patches, which is not served; '
-                f'ViTs with position embeddings are, {_OTHERS}'
+                f"it has a relative position bias ({name}) in a class of its own; of those with one timm's Beit and "
+                "VisionTransformerRelPos are served, such as 'beit_base_patch16_224' or 'vit_relpos_base_patch16_224'"
             )
     return None
