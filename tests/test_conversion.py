@@ -128,14 +128,7 @@ class TestWhatIsNotServed:
     @pytest.mark.parametrize(
         ('name', 'message'),
         [
-            (
-                'eva02_tiny_patch14_224',
-                r'Eva: it has rotary positions \(rope, RotaryEmbeddingCat\).*vit_base_patch14_dinov2',
-            ),
-            ('vit_base_patch16_rope_224', 'Eva: it has rotary positions'),
-            ('vit_small_patch16_dinov3', 'Eva: it has rotary positions'),
             ('deepseek_vit_412m', r'rotary positions \(encoder\.rope'),
-            ('eva_giant_patch14_224', r'attention, blocks\.0\.attn, is not .*EvaAttention'),
             ('beit_base_patch16_224', r'relative position bias \(blocks\.0\.attn\.relative_position_bias_table\)'),
             ('vit_relpos_base_patch16_224', r'relative position bias \(blocks\.0\.attn\.rel_pos\)'),
             ('samvit_base_patch16', r'relative position bias \(blocks\.0\.attn\.rel_pos_h\)'),
@@ -148,10 +141,6 @@ class TestWhatIsNotServed:
             ('mixer_s16_224', 'MlpMixer: it is not a vision transformer'),
             ('xcit_nano_12_p16_224', r'attention, blocks\.0\.attn, is not .*XCA;'),
             ('cait_xxs24_224', r'attention, blocks\.0\.attn, is not .*TalkingHeadAttn'),
-            ('vit_base_patch16_rpn_224', r'blocks\.0.*ResPostBlock is a post-norm block'),
-            ('vit_base_patch16_xp_224', r'blocks\.0.*ParallelScalingBlock is a parallel block'),
-            ('vit_small_patch16_18x2_224', r'blocks\.0.*ParallelThingsBlock is a parallel block'),
-            ('vit_dlittle_patch16_reg1_gap_256', r'blocks\.0\.attn.*DiffAttention is differential attention'),
         ],
     )
     def test_the_module_and_the_reason_are_named(self, name, message):

@@ -9,7 +9,6 @@ import torch
 from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
 from torch import nn
 
-from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.models import blocks
 from vit_efficient.models.patch_convolution import use_products
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
@@ -79,26 +78,13 @@ def swap_attentions(
     wanted = dict(zip([i % depth for i in indices], spec, strict=True))
     if len(wanted) < len(indices):
         raise UserError(f'layers names a block twice: {indices}')
-    blocks.check_patch_dropout(model, spec)
-
-    attentions, grid_size = [], model.patch_embed.grid_size
-    for i, block in enumerate(model.blocks):
-        new = block.attn
-        if i in wanted or not isinstance(new, GridAttention):
-            name, given = wanted.get(i, ('full', {}))
-            new = swap_attention(new, name, **layer_options(name, given, i, depth, grid_size))
-        attentions.append(new)
-    blocks.common_part(attentions)
-    blocks.check_positions(model, attentions)
+    attentions = blocks.swapped_attentions(model, wanted)
 
     # Nothing can fail from here on.
     was_ours = type(model) not in MODELS
     model.__class__ = MODELS.get(type(model), type(model))
     use_products(model.patch_embed)
-    blocks.use_grid(model)
-    for block, new in zip(model.blocks, attentions, strict=True):
-        block.attn = new
-    blocks.own_common_part(model)
+    blocks.set_attentions(model, attentions)
     # What timm saves beside the weights stays true: the architecture, and the arguments that rebuild it.
     config = dict(getattr(model, 'pretrained_cfg', {}))
     if not was_ours and config.get('architecture'):

@@ -83,6 +83,8 @@ class CompressedAttention(GridAttention):
         **compressor_options: For the compressor, such as `keep_ratio`.
     """
 
+    can_be_differential = True
+
     def configure(self, *, compressor: str, place: str = 'x', local: int = 0, **compressor_options) -> None:
         check_choice('place', place, PLACES)
         local = as_integer('local', local, 0, '0 or an odd kernel size')
@@ -221,9 +223,9 @@ class CompressedAttention(GridAttention):
         return rope_of_kept(rope, grid.height, grid.width, kept, self.compress.places)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid) -> Tensor:
-        """(B, H, tokens, D) each → (B, tokens, H · D)"""
-        y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, self.compress.log_counts(grid, q))
-        return y.transpose(1, 2).flatten(2)
+        """(B, H, tokens, D) each → (B, tokens, C)"""
+        v, bias = self.values_of_maps(v), self.compress.log_counts(grid, q)
+        return self.merge_heads(attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, bias))
 
     def _project_up(self, y_BmC: Tensor, grid: PatchGrid) -> Tensor:
         """up, then the output projection: the other way round where that is the same, on fewer tokens."""

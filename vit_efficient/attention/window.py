@@ -9,7 +9,8 @@ its masks amount to: tokens are brought into window order once, windows of equal
 padded or masked. Where sizes are symbols (`torch.export` with an open height or width), how many windows are smaller is
 not known; there the grid is padded, and the padding is masked as keys.
 
-Letters: B batch, N tokens, P prefix, n windows, L patches of a window, S = P + L, C = H · D channels of H heads.
+Letters: B batch, N tokens, P prefix, n windows, L patches of a window, S = P + L, C channels, H heads, of D
+channels of queries and keys and E of values.
 """
 
 from collections import defaultdict
@@ -48,6 +49,8 @@ class WindowAttention(GridAttention):
             begin from there.
     """
 
+    can_be_differential = True
+
     def configure(self, *, window_size: int | tuple[int, int] = 7, shift: bool = False) -> None:
         check_flag('shift', shift)
         self.window_size = as_sides('window_size', window_size, '(rows, columns)')
@@ -77,9 +80,9 @@ class WindowAttention(GridAttention):
         if rope is not None:
             rope = reorder(rope, grid.height, grid.width, 0, *windows[3:])
             q, k = self.rotate(q, k, rope, grid.prefix)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y_BNC = attend_in_windows(q, k, v, *windows, (self.scale, self.fused_attn, self.drop_rate))
-        y_BNC = self.norm_and_gate(y_BNC, x)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, self.values_of_maps(v)))
+        y_BNHE = attend_in_windows(q, k, v, *windows, (self.scale, self.fused_attn, self.drop_rate))
+        y_BNC = self.norm_and_gate(self.merge_heads(y_BNHE.transpose(1, 2)), x)
         return self.proj_drop(reorder(self.proj(y_BNC), *windows, back=True))
 
     def num_attended(self, grid: PatchGrid) -> int:
@@ -140,13 +143,13 @@ def attend_in_windows(q, k, v, height, width, prefix: int, window, shift: bool, 
     """Softmax attention of the patches inside their windows, and of the prefix tokens among all.
 
     Args:
-        q, k, v: (B, N, H, D), in window order, as of `reorder`.
+        q, k, v: (B, N, H, D or E), in window order, as of `reorder`.
         height, width, prefix: The grid.
         window, shift: The options of the mechanism, `window` as (rows, columns).
         how: What `functional.attend` takes: scale, fused, dropout.
 
     Returns:
-        (B, N, C), in the same order.
+        (B, N, H, E), in the same order.
     """
     known = are_numbers(height, width)
     windows = _count_by_area(height, width, window, shift) if known else {1: height * width}  # or all patches, uncut
@@ -165,7 +168,7 @@ def attend_in_windows(q, k, v, height, width, prefix: int, window, shift: bool, 
 
 
 def _attend_windows(q, k, v, n: int, kv_prefix: tuple | None, how: tuple, mask_nL: Tensor | None = None) -> Tensor:
-    """The patches of n windows one after the other, (B, n · L, H, D) each → (B, n · L, C)
+    """The patches of n windows one after the other, (B, n · L, H, D or E) each → (B, n · L, H, E)
 
     `kv_prefix` are keys and values that every window sees, (B, P, H, D); `mask_nL` the patches that may be seen.
     """
@@ -184,7 +187,7 @@ def _attend_windows(q, k, v, n: int, kv_prefix: tuple | None, how: tuple, mask_n
 
 
 def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, how) -> Tensor:
-    """The patches of a grid whose sides may be symbols, (B, H · W, H, D) each → (B, H · W, C)"""
+    """The patches of a grid whose sides may be symbols, (B, H · W, H, D or E) each → (B, H · W, H, E)"""
     (h, w), area = window, window[0] * window[1]
     top, rows = _padding(height, h, shift)
     left, columns = _padding(width, w, shift)
@@ -207,8 +210,8 @@ def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, how) -> Ten
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *how) -> Tensor:
-    """`attend`, of (B, tokens, H, D) each → (B, tokens, C)"""
-    return attend(*(t.transpose(1, 2) for t in (q, k, v)), *how).transpose(1, 2).flatten(2)
+    """`attend`, of (B, tokens, H, D or E) each → (B, tokens, H, E)"""
+    return attend(*(t.transpose(1, 2) for t in (q, k, v)), *how).transpose(1, 2)
 
 
 class _Run(NamedTuple):

@@ -1,17 +1,27 @@
 """Transformer blocks that work with attentions on a patch grid, which attention each layer of a model has, and what the
 layers have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
+import torch
+from timm.layers import Attention, AttentionRope, DiffAttention, PatchDropout, PatchDropoutWithIndices
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
-from timm.models.vision_transformer import Block, ResPostBlock
+from timm.models.vision_transformer import (
+    Block,
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+)
 from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.grid import PatchGrid
+from vit_efficient.models.parallel import ParallelAttention, ParallelMlp, attention_of_parallel
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.options import write_options
+from vit_efficient.utils.projections import Part
 
 LayerSpec = str | tuple[str, dict[str, Any]]  # a name, or a name and its options
 AttentionSpec = LayerSpec | Sequence[LayerSpec]  # of all layers, or of each
@@ -23,6 +33,17 @@ class OnGrid:
     A class of timm's and one of this kind before it make a block; it adds nothing to the state.
     """
 
+    def complete(self) -> None:
+        """Adds what timm's class lacks, and has no parameters, to a block that was of it."""
+
+    def own_attentions(self) -> dict[str, nn.Module]:
+        """The attentions by their names in the block, also of a block that is still timm's: `attentions_of`."""
+        return {'attn': self.attn}
+
+    def sublayers(self, *where) -> list[Callable[[Tensor], Tensor]]:
+        """What the block adds to the tokens, one after the other; `where` as of `attend`."""
+        return [lambda x: self.attention_adds(x, *where), self.mlp_adds]
+
     def attention_adds(self, x: Tensor, *where) -> Tensor:
         """What attention adds to the tokens x; `where` as of `attend`."""
         raise NotImplementedError
@@ -31,9 +52,12 @@ class OnGrid:
         """What the MLP adds to the tokens x."""
         raise NotImplementedError
 
+    def mlp_macs(self) -> int:
+        """The multiply-accumulates of the MLP for a token."""
+        return linear_macs(self.mlp)
+
     def attend(self, x: Tensor, grid: PatchGrid, rope: Tensor | None, attn_mask: Tensor | None, is_causal) -> Tensor:
-        positions = {} if rope is None else {'rope': rope}
-        return self.attn(x, grid, **positions, attn_mask=attn_mask, is_causal=is_causal)
+        return attend(self.attn, x, grid, rope, attn_mask, is_causal)
 
     def forward(
         self,
@@ -43,13 +67,28 @@ class OnGrid:
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        where = grid, rope, attn_mask, is_causal
-        if self.attn.of_block:
-            y = self.attn.down(x, grid)
-            added = self.attention_adds(y, *where)
-            return x + self.attn.up(added + self.mlp_adds(y + added), grid)
-        x = x + self.attention_adds(x, *where)
-        return x + self.mlp_adds(x)
+        sublayers = self.sublayers(grid, rope, attn_mask, is_causal)
+        attention, *_ = self.own_attentions().values()
+        if not attention.of_block:
+            for adds in sublayers:
+                x = x + adds(x)
+            return x
+        y = attention.down(x, grid)
+        added = sublayers[0](y)
+        for adds in sublayers[1:]:
+            added = added + adds(y + added)
+        return x + attention.up(added, grid)
+
+
+def attend(attention: nn.Module, x: Tensor, grid: PatchGrid, rope, attn_mask, is_causal) -> Tensor:
+    """What an attention makes of x; one that knows of no rotary positions is not told that there are none."""
+    positions = {} if rope is None else {'rope': rope}
+    return attention(x, grid, **positions, attn_mask=attn_mask, is_causal=is_causal)
+
+
+def linear_macs(module: nn.Module) -> int:
+    """The multiply-accumulates of the linear layers in a module for a token."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, (nn.Linear, Part)))
 
 
 class _PreNorm(OnGrid):
@@ -84,12 +123,54 @@ class _PostNorm(OnGrid):
         return self.drop_path2(self.norm2(self.mlp(x)))
 
 
+class _Fused(OnGrid):
+    """Attention and MLP side by side, with one projection; as modules they are parts of it."""
+
+    def complete(self) -> None:
+        self.mlp = ParallelMlp(self)
+
+    def own_attentions(self) -> dict[str, nn.Module]:
+        return {'attn': self.attn if hasattr(self, 'attn') else attention_of_parallel(self)}
+
+    def sublayers(self, *where) -> list[Callable[[Tensor], Tensor]]:
+        return [lambda x: self.both_add(x, *where)]
+
+    def both_add(self, x: Tensor, *where) -> Tensor:
+        x = self.in_norm(x)
+        return self.drop_path(self.ls(self.attend(x, *where) + self.mlp(x)))
+
+
 class GridBlock(_PreNorm, Block):
     """timm's pre-norm block on a grid."""
 
 
 class GridResPostBlock(_PostNorm, ResPostBlock):
     """timm's post-norm block on a grid."""
+
+
+class GridParallelThingsBlock(OnGrid, ParallelThingsBlock):
+    """timm's block of several attentions side by side, then several MLPs, on a grid."""
+
+    def own_attentions(self) -> dict[str, nn.Module]:
+        return {f'attns.{i}.attn': part.attn for i, part in enumerate(self.attns)}
+
+    def attention_adds(self, x: Tensor, *where) -> Tensor:
+        added = [part.drop_path(part.ls(attend(part.attn, part.norm(x), *where))) for part in self.attns]
+        return torch.stack(added).sum(dim=0)
+
+    def mlp_adds(self, x: Tensor) -> Tensor:
+        return torch.stack([part(x) for part in self.ffns]).sum(dim=0)
+
+    def mlp_macs(self) -> int:
+        return linear_macs(self.ffns)
+
+
+class GridParallelScalingBlock(_Fused, ParallelScalingBlock):
+    """timm's block of an attention and an MLP with one projection, on a grid."""
+
+
+class GridDiffParallelScalingBlock(_Fused, DiffParallelScalingBlock):
+    """The same with differential attention."""
 
 
 class GridEvaBlock(_PreNormGamma, EvaBlock):
@@ -104,29 +185,78 @@ class GridEvaBlockPostNorm(_PostNorm, EvaBlockPostNorm):
 BLOCKS = {
     Block: GridBlock,
     ResPostBlock: GridResPostBlock,
+    ParallelThingsBlock: GridParallelThingsBlock,
+    ParallelScalingBlock: GridParallelScalingBlock,
+    DiffParallelScalingBlock: GridDiffParallelScalingBlock,
     EvaBlock: GridEvaBlock,
     EvaBlockPostNorm: GridEvaBlockPostNorm,
 }
-ATTENTIONS = (Attention, AttentionRope, EvaAttention)
+ATTENTIONS = (Attention, AttentionRope, EvaAttention, DiffAttention)
 
-# Others, in messages.
-_KINDS = {
-    'ParallelScalingBlock': 'a parallel block, in which attention and MLP have one projection',
-    'ParallelThingsBlock': 'a parallel block, in which several attentions stand side by side',
-    'DiffParallelScalingBlock': 'a parallel block of differential attention',
-    'DiffAttention': 'differential attention, the difference of two',
-}
+
+def attentions_of(block: nn.Module) -> dict[str, nn.Module]:
+    """The attentions of a block by their names in it: one, or those that stand side by side.
+
+    Where timm's block has no module for it, what stands for it.
+    """
+    return BLOCKS.get(type(block), type(block)).own_attentions(block)
+
+
+def first_attention(block: nn.Module) -> nn.Module:
+    """The attention of a block, or the first of several, whose options are the same."""
+    return next(iter(attentions_of(block).values()))
+
+
+def named_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The attentions of all blocks by their names in the model."""
+    return {
+        f'blocks.{i}.{name}': attention
+        for i, block in enumerate(model.blocks)
+        for name, attention in attentions_of(block).items()
+    }
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
-    """The attentions of a model's blocks."""
-    return [block.attn for block in model.blocks]
+    """The attentions of all blocks."""
+    return list(named_attentions(model).values())
 
 
 def use_grid(model: nn.Module) -> None:
     """Makes blocks of timm's blocks on a grid, in place."""
     for block in model.blocks:
-        block.__class__ = BLOCKS.get(type(block), type(block))
+        if type(block) in BLOCKS:
+            block.__class__ = BLOCKS[type(block)]
+            block.complete()
+
+
+def swapped_attentions(model: nn.Module, layers: Mapping[int, tuple[str, dict[str, Any]]]) -> dict[str, nn.Module]:
+    """New attentions for blocks of a model, by their names in it, and the old ones of the others; nothing is changed.
+
+    Args:
+        layers: The name and the options of the attention of each block that gets one. What is timm's becomes 'full'.
+
+    Raises:
+        UserError: If an attention or an option is unknown or out of range, or cannot be had in this model.
+    """
+    check_patch_dropout(model, list(layers.values()))
+    found, grid_size = {}, model.patch_embed.grid_size
+    for i, block in enumerate(model.blocks):
+        of_block = attentions_of(block)
+        for name, attention in of_block.items():
+            if i in layers or not isinstance(attention, GridAttention):
+                kind, options = layers.get(i, ('full', {}))
+                attention = swap_attention(
+                    attention, kind, **layer_options(kind, options, i, len(model.blocks), grid_size)
+                )
+            if attention.of_block and len(of_block) > 1 and any(True for _ in attention.compress.parameters()):
+                raise UserError(
+                    f"blocks.{i}: place='block' goes down and up once for {len(of_block)} attentions, which cannot "
+                    f"each learn how ({write_options(attention.compress.options)}); use place='x', or learned=False"
+                )
+            found[f'blocks.{i}.{name}'] = attention
+    common_part(found)
+    check_positions(model, list(found.values()))
+    return found
 
 
 def build_attentions(model: nn.Module, attention: AttentionSpec, options: dict[str, Any] | None) -> None:
@@ -136,11 +266,14 @@ def build_attentions(model: nn.Module, attention: AttentionSpec, options: dict[s
         UserError: If an attention or an option is unknown or out of range, or cannot be had in this model.
     """
     layers = attention_per_layer(attention, options, len(model.blocks))
-    check_patch_dropout(model, layers)
-    for i, (block, (name, given)) in enumerate(zip(model.blocks, layers, strict=True)):
-        given = layer_options(name, given, i, len(layers), model.patch_embed.grid_size)
-        block.attn = swap_attention(block.attn, name, **given)
-    check_positions(model, attentions(model))
+    set_attentions(model, swapped_attentions(model, dict(enumerate(layers))))
+
+
+def set_attentions(model: nn.Module, attentions: Mapping[str, nn.Module]) -> None:
+    """Makes a model's blocks ones on a grid, with attentions by their names in the model."""
+    use_grid(model)
+    for name, attention in attentions.items():
+        model.set_submodule(name, attention)
     own_common_part(model)
 
 
@@ -178,15 +311,11 @@ def check_blocks(model: nn.Module) -> None:
     """Raises UserError, naming the module, if a block or its attention is none that is served."""
     for i, block in enumerate(model.blocks):
         if type(block) not in BLOCKS and not isinstance(block, OnGrid):
-            raise UserError(f'blocks.{i}: {_what_is(block)}, which is not served')
-        if type(block.attn) not in ATTENTIONS and not isinstance(block.attn, GridAttention):
-            raise UserError(f'blocks.{i}.attn: {_what_is(block.attn)}, which is not served')
-
-
-def _what_is(module: nn.Module) -> str:
-    """What a block or attention is that is none of `BLOCKS` and `ATTENTIONS`."""
-    name = type(module).__name__
-    return f'{name} is {_KINDS.get(name, "another kind")}'
+            raise UserError(f'blocks.{i}: {type(block).__name__} is another kind of block, which is not served')
+        for name, attention in attentions_of(block).items():
+            if type(attention) not in ATTENTIONS and not isinstance(attention, (GridAttention, ParallelAttention)):
+                kind = type(attention).__name__
+                raise UserError(f'blocks.{i}.{name}: {kind} is another kind of attention, which is not served')
 
 
 def check_patch_dropout(model: nn.Module, layers: Sequence[tuple[str, dict]]) -> None:
@@ -199,21 +328,21 @@ def check_patch_dropout(model: nn.Module, layers: Sequence[tuple[str, dict]]) ->
         )
 
 
-def common_part(attentions: Sequence[nn.Module], owned: nn.Module | None = None) -> nn.Module | None:
+def common_part(attentions: Mapping[str, nn.Module], owned: nn.Module | None = None) -> nn.Module | None:
     """The part that the layers of a model have in common: the one that it has, if that is of use, or the first layer's.
 
     Raises a UserError if layers want parts of different shapes.
     """
-    parts = {i: attn.common_part() for i, attn in enumerate(attentions) if isinstance(attn, GridAttention)}
-    parts = {i: part for i, part in parts.items() if part is not None}
+    parts = {name: attn.common_part() for name, attn in attentions.items() if isinstance(attn, GridAttention)}
+    parts = {name: part for name, part in parts.items() if part is not None}
     if not parts:
         return None
-    shapes = {i: [tuple(p.shape) for p in part.parameters()] for i, part in parts.items()}
+    shapes = {name: [tuple(p.shape) for p in part.parameters()] for name, part in parts.items()}
     first = next(iter(parts))
-    for i, shape in shapes.items():
+    for name, shape in shapes.items():
         if shape != shapes[first]:
             raise UserError(
-                f'blocks {first} and {i} have one projection in common and want it in two shapes, {shapes[first]} and '
+                f'{first} and {name} have one projection in common and want it in two shapes, {shapes[first]} and '
                 f"{shape}; give them the same num_tokens, or sharing='key-value'"
             )
     return next((part for part in parts.values() if part is owned), parts[first])
@@ -221,7 +350,7 @@ def common_part(attentions: Sequence[nn.Module], owned: nn.Module | None = None)
 
 def own_common_part(model: nn.Module) -> None:
     """Makes the model the one owner of what its layers have in common, under the name `shared`."""
-    part = common_part(attentions(model), getattr(model, 'shared', None))
+    part = common_part(named_attentions(model), getattr(model, 'shared', None))
     if hasattr(model, 'shared'):
         del model.shared
     if part is not None:

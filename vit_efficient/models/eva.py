@@ -33,7 +33,6 @@ class EfficientEva(GridForward, Eva):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        blocks.use_grid(self)
         blocks.build_attentions(self, attention, attention_kwargs)
 
     def tokens(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:

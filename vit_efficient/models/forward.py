@@ -155,7 +155,8 @@ class GridForward:
 
     def attention_spec(self) -> list[tuple[str, dict[str, Any]]]:
         """The attention of each block as it stands: its registered name and its options."""
-        return [(block.attn.mechanism, block.attn.options) for block in self.blocks]
+        attentions = [blocks.first_attention(block) for block in self.blocks]
+        return [(attention.mechanism, attention.options) for attention in attentions]
 
 
 def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> list[int]:
@@ -175,4 +176,4 @@ def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     if not model.patch_embed.dynamic_img_pad:
         check_image_size(*size, model.patch_embed.patch_size)
     grid = PatchGrid(*model.patch_embed.dynamic_feat_size(size), prefix=model.num_prefix_tokens)
-    return [block.attn.num_attended(grid) for block in model.blocks]
+    return [blocks.first_attention(block).num_attended(grid) for block in model.blocks]
