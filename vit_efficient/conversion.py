@@ -10,7 +10,6 @@ from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypo
 from torch import nn
 
 from vit_efficient.models import blocks
-from vit_efficient.models.patch_convolution import use_products
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
@@ -83,7 +82,7 @@ def swap_attentions(
     # Nothing can fail from here on.
     was_ours = type(model) not in MODELS
     model.__class__ = MODELS.get(type(model), type(model))
-    use_products(model.patch_embed)
+    model.use_grid()
     blocks.set_attentions(model, attentions)
     # What timm saves beside the weights stays true: the architecture, and the arguments that rebuild it.
     config = dict(getattr(model, 'pretrained_cfg', {}))

@@ -451,7 +451,7 @@ class TestTwoSizesAtOnce:
             calls.append(function)
             return checkpoint(function, *args, **kwargs, use_reentrant=reentrant)
 
-        monkeypatch.setattr('vit_efficient.models.vit.checkpoint', counted)
+        monkeypatch.setattr('vit_efficient.models.forward.checkpoint', counted)
         for actual, wanted in zip(step(model), expected, strict=True):
             assert close(actual, wanted, 1e-6 * wanted.abs().max())
         assert len(calls) == 2 * len(model.blocks)

@@ -236,28 +236,24 @@ class GridAttention(Attention):
             y = difference(y, self._compute_lambda(), self.sub_norm, self.lambda_init)
         return y.transpose(1, 2).flatten(2)
 
-    def split_heads(self, projected: Tensor, parts: int) -> list[Tensor]:
-        """The heads of `parts` of queries, keys and values: (B, N, parts · C) → (B, H, N, D) each
-
-        Of fewer heads of keys and values than of queries, each is there as often as it is read.
-        """
-        heads = projected.unflatten(-1, (parts, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        shared = getattr(self, 'num_kv_groups', 1)
-        if shared > 1 and heads.shape[2] < self.num_heads:
-            heads = heads.repeat_interleave(shared, dim=2)
-        return list(heads.unbind(0))
-
     def project_heads(
         self, x: Tensor, first: int = 0, last: int = 3, through: Callable[[Projection, Tensor], Tensor] | None = None
     ) -> list[Tensor]:
         """Number `first` to `last` - 1 of queries, keys and values, without qk-norm: (B, N, C) → (B, H, N, D) each
+
+        Of fewer heads of keys and values than of queries, each is there as often as it is read.
 
         Args:
             through: What takes a projection and x, and returns what it projects.
         """
         heads = []
         for projection, parts in projections(self, first, last):
-            heads += self.split_heads(projection(x) if through is None else through(projection, x), parts)
+            y = projection(x) if through is None else through(projection, x)
+            of_parts = y.unflatten(-1, (parts, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+            heads += [of_parts[i] for i in range(parts)]
+        shared = getattr(self, 'num_kv_groups', 1)
+        if shared > 1:
+            heads = [t if first + i == 0 else t.repeat_interleave(shared, dim=1) for i, t in enumerate(heads)]
         return heads
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,5 +27,5 @@ def difference(y: Tensor, weight: Tensor, norm: nn.Module, start: float) -> Tens
         norm: Of a head's channels.
         start: λ₀, what λ begins near.
     """
-    first, second = y.unflatten(1, (-1, 2)).unbind(2)
-    return norm(first - weight.type_as(y) * second) * (1 - start)
+    maps = y.unflatten(1, (-1, 2)).unbind(2)
+    return norm(maps[0] - weight.type_as(y) * maps[1]) * (1 - start)

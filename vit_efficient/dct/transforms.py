@@ -43,12 +43,17 @@ FFT_FROM_ON_GPU = FFT_FROM | {torch.bfloat16: 16384, torch.float16: 16384}
 LARGEST_BASIS = 2**26  # entries
 
 
+def _remainder(x: Tensor, divisor) -> Tensor:
+    """x % divisor; ONNX has no remainder by a symbol."""
+    return x - x // divisor * divisor
+
+
 def _cosines(m, n, device: torch.device) -> Tensor:
     """The first m rows of the orthonormal n × n DCT-II matrix."""
     k = torch.arange(m, device=device)[:, None]
     i = torch.arange(n, device=device)[None, :]
     # The phase is reduced in integers, so that the cosine is exact to the last bits at any n.
-    phase = (k * (2 * i + 1)) % (4 * n)
+    phase = _remainder(k * (2 * i + 1), 4 * n)
     rows = torch.cos(phase.to(real_dtype(device)) * (math.pi / 2 / n)) * (2 / n) ** 0.5
     return torch.where(k == 0, (1 / n) ** 0.5, rows)
 
@@ -66,7 +71,8 @@ def _band_limited(rows, columns, device: torch.device) -> Tensor:
     unit = 2 * rows * columns
     total = 0.0
     for phase in (a - b, a + b):
-        numerator = torch.sin(((2 * kept - 1) * phase % (4 * unit)).to(real_dtype(device)) * (math.pi / 2 / unit))
+        reduced = _remainder((2 * kept - 1) * phase, 4 * unit)
+        numerator = torch.sin(reduced.to(real_dtype(device)) * (math.pi / 2 / unit))
         denominator = 2 * torch.sin(phase.to(real_dtype(device)) * (math.pi / 2 / unit))
         zero = phase == 0
         total = total + torch.where(zero, kept - 0.5, numerator / torch.where(zero, 1.0, denominator))

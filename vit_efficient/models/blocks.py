@@ -221,14 +221,6 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     return list(named_attentions(model).values())
 
 
-def use_grid(model: nn.Module) -> None:
-    """Makes blocks of timm's blocks on a grid, in place."""
-    for block in model.blocks:
-        if type(block) in BLOCKS:
-            block.__class__ = BLOCKS[type(block)]
-            block.complete()
-
-
 def swapped_attentions(model: nn.Module, layers: Mapping[int, tuple[str, dict[str, Any]]]) -> dict[str, nn.Module]:
     """New attentions for blocks of a model, by their names in it, and the old ones of the others; nothing is changed.
 
@@ -270,8 +262,7 @@ def build_attentions(model: nn.Module, attention: AttentionSpec, options: dict[s
 
 
 def set_attentions(model: nn.Module, attentions: Mapping[str, nn.Module]) -> None:
-    """Makes a model's blocks ones on a grid, with attentions by their names in the model."""
-    use_grid(model)
+    """Gives the blocks of a model their attentions, by their names in it."""
     for name, attention in attentions.items():
         model.set_submodule(name, attention)
     own_common_part(model)

@@ -12,12 +12,12 @@ from typing import Any
 import timm
 import torch
 from timm.layers import PatchEmbed
-from timm.models import VisionTransformer, model_entrypoint
+from timm.models import model_entrypoint
 from torch import nn
 
 from vit_efficient.attention import get_attention
 from vit_efficient.compress import get_compressor
-from vit_efficient.models.vit import EfficientVisionTransformer
+from vit_efficient.models.served import MODELS
 from vit_efficient.utils.checks import argument_names, check_options, is_integer, multiples_around, nearest
 from vit_efficient.utils.errors import UserError, is_bug_of_plugin, one_line
 
@@ -111,11 +111,15 @@ def _arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
     if attention is None:  # which arguments it takes, only a call can tell
         return dict(options)
     entry, _ = _entry_point(name, options)
-    functions = (model_entrypoint(entry), EfficientVisionTransformer, VisionTransformer, timm.create_model)
+    build = model_entrypoint(entry)
+    # Of a converted model the class is that of its base.
+    classes = [build.model_cls] if hasattr(build, 'model_cls') else [*MODELS.values()]
+    bases = {base for cls in classes for base in cls.__mro__ if '__init__' in vars(base)}
+    functions = (build, timm.create_model, *bases)
     of_model = {*_OF_BUILDER, *(argument for function in functions for argument in argument_names(function)[0])}
     of_attention, takes_others = _attention_options(attention, given | options)
     if not takes_others:
-        has = ', '.join([*of_attention, 'the arguments of EfficientVisionTransformer and of timm.create_model'])
+        has = ', '.join([*of_attention, f'the arguments of {classes[0].__name__} and of timm.create_model'])
         check_options(name, options, [*of_attention, *sorted(of_model.difference(of_attention))], has)
     own = {key: value for key, value in options.items() if key not in of_model}
     for key in own:

@@ -4,13 +4,36 @@ Their blocks are given rotary positions, made once in a forward pass for all pat
 of coordinates for them (DINOv3), queries and keys have the same, at any resolution.
 """
 
+import math
 from typing import Any
 
+import torch
+from timm.layers import RotaryEmbeddingDinoV3
 from timm.models import Eva
 from torch import Tensor, nn
 
 from vit_efficient.models import blocks
 from vit_efficient.models.forward import GridForward
+from vit_efficient.utils.compat import are_numbers
+
+
+class OpenRotaryEmbedding(RotaryEmbeddingDinoV3):
+    """timm's positions of DINOv3, also of a grid whose sides are symbols, which timm's would fix (`torch.export`)."""
+
+    def get_embed(self, shape: tuple[int, int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        if shape is None or are_numbers(*shape) or (self.training and self.aug_active):
+            return super().get_embed(shape, dtype)
+        size = {'max': torch.sym_max(*shape), 'min': torch.sym_min(*shape)}
+        sides = [
+            (torch.arange(n, device=self.periods.device) + 0.5 + self.grid_offset) / size.get(self.normalize_coords, n)
+            for n in shape
+        ]
+        places = list(torch.meshgrid(*(2 * side - 1 for side in sides), indexing='ij'))
+        if self.grid_indexing == 'xy':
+            places.reverse()
+        angles = torch.cat([2 * math.pi * place.flatten()[:, None] / self.periods for place in places], dim=-1)
+        angles = angles.repeat(1, 2) if self.rotate_half else angles.repeat_interleave(2, dim=-1)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype or self.periods.dtype)
 
 
 class EfficientEva(GridForward, Eva):
@@ -33,7 +56,13 @@ class EfficientEva(GridForward, Eva):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.use_grid()
         blocks.build_attentions(self, attention, attention_kwargs)
+
+    def use_grid(self) -> None:
+        super().use_grid()
+        if type(self.rope) is RotaryEmbeddingDinoV3:
+            self.rope.__class__ = OpenRotaryEmbedding
 
     def tokens(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
         x, rope = self._pos_embed(patches)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vit_efficient.grid import PatchGrid, plain_sizes
 from vit_efficient.models import blocks
+from vit_efficient.models.patch_convolution import use_products
 from vit_efficient.models.patch_embed import DctPatchEmbed, check_input
 from vit_efficient.utils.checks import as_sides, multiples_around
 from vit_efficient.utils.compat import feature_indices, unwrap
@@ -42,6 +43,14 @@ class GridForward:
 
     #: Whether each block has rotary positions of its own.
     rope_mixed: bool = False
+
+    def use_grid(self) -> None:
+        """Makes of the parts of a timm model those that know of the grid, in place."""
+        use_products(self.patch_embed)
+        for block in self.blocks:
+            if type(block) in blocks.BLOCKS:
+                block.__class__ = blocks.BLOCKS[type(block)]
+                block.complete()
 
     def tokens(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the first block is given: the tokens (B, N, C), and rotary positions (`vit_efficient.attention.rotary`).

@@ -128,8 +128,8 @@ def _naflex(model: nn.Module) -> str | None:
 def _rotary(model: nn.Module) -> str | None:
     for name, module in _named(model, lambda _, module: bool(_ROTARY.search(type(module).__name__))):
         return (
-            f'it has rotary positions ({name}, {type(module).__name__}), by which attention turns queries and keys; '
-            f'these are not served yet, ViTs with position embeddings are, {_OTHERS}'
+            f'it has rotary positions ({name}, {type(module).__name__}) in a class of its own; of ViTs with rotary '
+            "positions timm's Eva is served, such as 'vit_small_patch16_dinov3' or 'eva02_base_patch14_224'"
         )
     return None
 

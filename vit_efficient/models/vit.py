@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from vit_efficient.models import blocks
 from vit_efficient.models.forward import GridForward, check_image_size
-from vit_efficient.models.patch_convolution import use_products
 from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.utils.checks import plain_integers
 from vit_efficient.utils.errors import UserError
@@ -93,8 +92,8 @@ class EfficientVisionTransformer(_VisionTransformerForward, VisionTransformer):
         super().__init__(*args, **kwargs)
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*plain_integers(self.patch_embed.img_size), self.patch_embed.patch_size)
-        use_products(self.patch_embed)
         blocks.check_blocks(self)
+        self.use_grid()
         blocks.build_attentions(self, attention, attention_kwargs)
 
 
