@@ -150,7 +150,10 @@ class TestBlocks:
         else:
             expected = equation(kind, exact, x, lambda h, weights: attend(h, weights, down, up, place, counts))
         y = block(x[None], PatchGrid(4, 6, prefix))[0]
-        assert_same(y, expected, [x, *block.parameters()], [x, *exact.parameters()], 1e-9)
+        # timm rounds λ, and so its gradient, to float32.
+        tolerance = 1e-8 if kind in ('diff', 'fused diff') else 1e-9
+        assert (y - expected).abs().max() <= 1e-9
+        assert_same(y, expected, [x, *block.parameters()], [x, *exact.parameters()], tolerance)
 
 
 def matrices(name, prefix):
