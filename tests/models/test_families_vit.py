@@ -304,6 +304,7 @@ class TestModels:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(images()[:1])
         assert 2 * count.products == counter.get_total_flops()
+        assert count.by_role == count_flops(model, (3, 32, 48), engine='fvcore').by_role
 
     def test_roles(self, name):
         model = convert(build(name), 'dct', num_tokens=(2, 3))
