@@ -138,9 +138,6 @@ class TestWhatIsNotServed:
             ('mixer_s16_224', 'MlpMixer: it is not a vision transformer'),
             ('xcit_nano_12_p16_224', r'attention, blocks\.0\.attn, is not .*XCA;'),
             ('cait_xxs24_224', r'attention, blocks\.0\.attn, is not .*TalkingHeadAttn'),
-            ('vit_base_patch16_xp_224', r'blocks\.0.*ParallelScalingBlock is a parallel block'),
-            ('vit_small_patch16_18x2_224', r'blocks\.0.*ParallelThingsBlock is a parallel block'),
-            ('vit_dlittle_patch16_reg1_gap_256', r'blocks\.0\.attn.*DiffAttention is differential attention'),
         ],
     )
     def test_the_module_and_the_reason_are_named(self, name, message):

@@ -9,9 +9,7 @@ import torch
 from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
 from torch import nn
 
-from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.models import blocks
-from vit_efficient.models.forward import built_grid
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
@@ -79,25 +77,13 @@ def swap_attentions(
     wanted = dict(zip([i % depth for i in indices], spec, strict=True))
     if len(wanted) < len(indices):
         raise UserError(f'layers names a block twice: {indices}')
-    blocks.check_patch_dropout(model, spec)
-
-    attentions, grid_size = [], built_grid(model)
-    for i, block in enumerate(model.blocks):
-        new = block.attn
-        if i in wanted or not isinstance(new, GridAttention):
-            name, given = wanted.get(i, ('full', {}))
-            new = swap_attention(new, name, **layer_options(name, given, i, depth, grid_size))
-        attentions.append(new)
-    blocks.common_part(attentions)
-    blocks.check_positions(model, attentions)
+    attentions = blocks.swapped_attentions(model, wanted)
 
     # Nothing can fail from here on.
     was_ours = type(model) not in MODELS
     model.__class__ = MODELS.get(type(model), type(model))
     model.use_grid()
-    for block, new in zip(model.blocks, attentions, strict=True):
-        block.attn = new
-    blocks.own_common_part(model)
+    blocks.set_attentions(model, attentions)
     # What timm saves beside the weights stays true: the architecture, and the arguments that rebuild it.
     config = dict(getattr(model, 'pretrained_cfg', {}))
     if not was_ours and config.get('architecture'):

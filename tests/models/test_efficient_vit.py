@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 from timm.layers import create_feature_extractor
-from timm.models.vision_transformer import ParallelScalingBlock
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor as torchvision_extractor
 
@@ -491,8 +490,6 @@ class TestPerLayer:
             (dict(attention='full', attention_kwargs=dict(keep_ratio=0.5)), "no option 'keep_ratio'"),
             (dict(num_heads=3), 'num_heads=3'),
             (dict(attention=5), 'got 5'),
-            (dict(attn_layer='diff'), r'blocks\.0\.attn: DiffAttention'),
-            (dict(block_fn=ParallelScalingBlock), r'blocks\.0: ParallelScalingBlock'),
         ],
     )
     def test_bad_specifications(self, arguments, message):

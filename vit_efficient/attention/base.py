@@ -8,9 +8,10 @@ import torch
 from timm.layers import Attention, register_notrace_function
 from torch import Tensor, nn
 
+from vit_efficient.attention.differential import difference, values_of_maps
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.projections import Projection, first_layer, projections
-from vit_efficient.attention.registry import get_attention, register_attention
+from vit_efficient.attention.registry import get_attention, list_attentions, register_attention
 from vit_efficient.attention.relative import (
     SHARED_ARGUMENT,
     RelativeBias,
@@ -57,6 +58,9 @@ class GridAttention(Attention):
     flop_role: str = 'attention'
     #: Whether what it computes depends on the values of its input, so that a count without data is an expectation.
     cost_depends_on_data: bool = False
+    #: Whether it can be differential: it attends to `values_of_maps`, of more channels than keys have, and what its
+    #: maps read goes through `merge_heads`.
+    can_be_differential: bool = False
     #: The class of timm's whose parameters it has.
     source: type[nn.Module] = Attention
     #: Of rotary positions, which channels are pairs: i and i + D / 2, or 2 i and 2 i + 1; as the source has it.
@@ -81,13 +85,14 @@ class GridAttention(Attention):
         What both mechanisms add to timm's under the same name and in the same shape is kept too.
 
         Args:
-            attention: One of timm's `Attention`, `AttentionRope` and `EvaAttention`, those of its `Beit` and
-                `VisionTransformerRelPos`, or of this class.
+            attention: One of timm's `Attention`, `AttentionRope`, `EvaAttention` and `DiffAttention`, those of its
+                `Beit` and `VisionTransformerRelPos`, or of this class.
             mechanism: The name that it is registered by, if it is.
             **options: Those of the mechanism.
 
         Raises:
-            UserError: If an option is wrong, or the attention has a relative bias and the mechanism can have none.
+            UserError: If an option is wrong, or the attention has a relative bias or is differential, and the mechanism
+                cannot have that.
         """
         new = cls.__new__(cls)
         for name, value in vars(attention).items():  # own registries of modules and hooks, the same parameters
@@ -98,6 +103,13 @@ class GridAttention(Attention):
         for name in (*getattr(attention, '_additions', ()), 'mechanism'):
             if name in own_names(new):
                 delattr(new, name)
+        if new.is_differential and not cls.can_be_differential:
+            name = f'attention {mechanism!r}' if mechanism else cls.__name__
+            others = ', '.join(other for other in list_attentions() if get_attention(other).cls.can_be_differential)
+            raise UserError(
+                f'{name} cannot be differential, as {new.source.__name__} is: its queries cannot read the same values '
+                f'by two maps; use one of {others}'
+            )
         new._configure(mechanism, options)
         if own_bias_module(new) is not None:
             new.check_relative_bias()
@@ -110,7 +122,7 @@ class GridAttention(Attention):
         """Adds what timm's `Attention` has and other classes of timm leave out."""
         if not hasattr(self, 'head_dim'):
             self.head_dim = self.proj.in_features // self.num_heads
-        self.attn_dim = self.num_heads * self.head_dim
+        self.attn_dim = self.num_maps * self.head_dim
         for name in ('q_norm', 'k_norm', 'norm'):
             if not hasattr(self, name):
                 setattr(self, name, nn.Identity())
@@ -217,7 +229,9 @@ class GridAttention(Attention):
         check_tokens(self.title, x.shape, grid.height, grid.width, grid.prefix, attn_mask, is_causal)
 
     def reset_parameters(self) -> None:
-        """As those of timm's classes that have biases beside their layers; called after `to_empty`, say."""
+        """As those of timm's classes that have parameters beside their layers; called after `to_empty`, say."""
+        if self.is_differential:
+            self.source.reset_parameters(self)
         for name in ('q_bias', 'v_bias', 'relative_position_bias_table'):
             if getattr(self, name, None) is not None:
                 nn.init.zeros_(getattr(self, name))
@@ -241,6 +255,30 @@ class GridAttention(Attention):
     def kind_of_weights(self) -> dict[str, Any]:
         """Device and dtype for weights that a mechanism adds: those of the projections."""
         return kind_of_weights(first_layer(self))
+
+    @property
+    def is_differential(self) -> bool:
+        """Whether a head reads its values by two maps (`vit_efficient.attention.differential`)."""
+        return hasattr(self.source, '_compute_lambda')
+
+    def _compute_lambda(self) -> Tensor:
+        """λ of differential attention, for which timm's forward pass asks by this name."""
+        return self.source._compute_lambda(self)
+
+    @property
+    def num_maps(self) -> int:
+        """How many heads of `head_dim` channels queries, keys and values have: of a differential head, two."""
+        return 2 * self.num_heads if self.is_differential else self.num_heads
+
+    def values_of_maps(self, v: Tensor) -> Tensor:
+        """What the heads of queries attend to: (B, H, N, D) → (B, H, N, E), E = D unless it is differential."""
+        return values_of_maps(v) if self.is_differential else v
+
+    def merge_heads(self, y: Tensor) -> Tensor:
+        """What all heads read, side by side; of differential ones, the differences: (B, H, N, E) → (B, N, C)"""
+        if self.is_differential:
+            y = difference(y, self._compute_lambda(), self.sub_norm, self.lambda_init)
+        return y.transpose(1, 2).flatten(2)
 
     def project_heads(
         self, x: Tensor, first: int = 0, last: int = 3, through: Callable[[Projection, Tensor], Tensor] | None = None
@@ -330,6 +368,8 @@ class GridAttention(Attention):
 class FullAttention(GridAttention):
     """Exact attention: timm's own, of the class that it was, which needs no grid."""
 
+    can_be_differential = True
+
     def forward(
         self,
         x: Tensor,
@@ -341,16 +381,16 @@ class FullAttention(GridAttention):
     ) -> Tensor:
         if self.source in SHARED_ARGUMENT:
             return self._with_relative_bias(x, grid, attn_mask, is_causal, shared_bias)
-        if rope is None:
-            return self.source.forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
-        if self.source is not Attention:
-            return self.source.forward(self, x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        q, k, v = self.project(x)  # timm's plain class knows of no positions
+        positions = {} if rope is None else {'rope': rope}
+        # timm's plain class knows of no positions, and of a parallel block timm has no module for the attention.
+        if not (self.source is Attention and positions) and self.source.forward is not nn.Module.forward:
+            return self.source.forward(self, x, **positions, attn_mask=attn_mask, is_causal=is_causal)
+        q, k, v = self.project(x)
         q, k = self.rotate(q, k, rope, grid.prefix)
         if is_causal:
             attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, attn_mask)
-        return self.finish(y.transpose(1, 2).flatten(2), x)
+        y = attend(q, k, self.values_of_maps(v), self.scale, self.fused_attn, self.attn_drop, attn_mask)
+        return self.finish(self.merge_heads(y), x)
 
     def _with_relative_bias(
         self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None, is_causal: bool, shared_bias: RelativeBias | None

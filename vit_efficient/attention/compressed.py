@@ -84,6 +84,8 @@ class CompressedAttention(GridAttention):
         **compressor_options: For the compressor, such as `keep_ratio`.
     """
 
+    can_be_differential = True
+
     def configure(self, *, compressor: str, place: str = 'x', local: int = 0, **compressor_options) -> None:
         check_choice('place', place, PLACES)
         local = as_integer('local', local, 0, '0 or an odd kernel size')
@@ -239,14 +241,14 @@ class CompressedAttention(GridAttention):
         return rope_of_kept(rope, grid.height, grid.width, kept, self.compress.places)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid, bias: RelativeBias | None) -> Tensor:
-        """(B, H, tokens, D) each → (B, tokens, H · D)"""
+        """(B, H, tokens, D) each → (B, tokens, C)"""
         if bias is None:
             mask = self.compress.log_counts(grid, q)
         else:
             kept, counted = self.compress.kept_sides(grid), getattr(self.compress, 'count_bias', False)
             mask = bias_of_kept(bias, grid.prefix, kept, self.place != 'kv', counted, q)
-        y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, mask)
-        return y.transpose(1, 2).flatten(2)
+        y = attend(q, k, self.values_of_maps(v), self.scale, self.fused_attn, self.attn_drop, mask)
+        return self.merge_heads(y)
 
     def _project_up(self, y_BmC: Tensor, grid: PatchGrid) -> Tensor:
         """up, then the output projection: the other way round where that is the same, on fewer tokens."""

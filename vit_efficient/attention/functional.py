@@ -77,13 +77,13 @@ def is_bias_of_keys(mask: Tensor) -> bool:
 @torch.fx.wrap
 @register_notrace_function
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, mask: Tensor | None) -> Tensor:
-    """`attend` by `F.scaled_dot_product_attention`; v may have fewer channels than q and k."""
+    """`attend` by `F.scaled_dot_product_attention`."""
     if mask is not None and is_bias_of_keys(mask) and (mask.requires_grad or (on_gpu(q) and not q.is_meta)):
         # Few fused kernels take a mask that has a gradient, and the fastest of GPUs takes none; this one costs no
         # queries × keys matrix.
         q, k = bias_as_channel(q, k, mask[0, :, None], scale)
         mask = None
-    more = q.shape[-1] - v.shape[-1]
+    more = max(0, q.shape[-1] - v.shape[-1])  # fused kernels want values of as many channels
     v = F.pad(v, (0, more)) if more else v
     with _backends(q, k, mask):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)

@@ -65,6 +65,8 @@ class NystromAttention(GridAttention):
             head: odd, or an odd pair (height, width); 0 for none. Prefix tokens have no part in it.
     """
 
+    can_be_differential = True
+
     def configure(
         self,
         *,
@@ -90,7 +92,7 @@ class NystromAttention(GridAttention):
         self.pinv = pinv
         self.pinv_iterations = pinv_iterations
         sides = tuple(int(side) for side in kernel)
-        self.local = None if without else ValueMixing(self.num_heads, sides, **self.kind_of_weights())
+        self.local = None if without else ValueMixing(self.num_maps, sides, **self.kind_of_weights())
 
     @property
     def options(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class NystromAttention(GridAttention):
     ) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
         q, k, v = self.project(x)
-        v_dropped = self.drop_keys(v)
+        v_dropped = self.drop_keys(self.values_of_maps(v))
 
         q_BHmD, k_BHmD = self._means(q, grid).to(v.dtype), self._means(k, grid).to(v.dtype)
         if rope is not None:
@@ -123,7 +125,7 @@ class NystromAttention(GridAttention):
         v_BHmD = unmix(q_BHmD, k_BHmD, v_BHmD, self.scale, self.pinv_iterations)
         y = attend(q, k_BHmD, v_BHmD, self.scale, self.fused_attn)
 
-        y_BNC = y.transpose(1, 2).flatten(2)
+        y_BNC = self.merge_heads(y)
         if self.local is not None:
             y_BNC = y_BNC + F.pad(self.local(v[:, :, grid.prefix :], grid), (0, 0, grid.prefix, 0))
         return self.finish(y_BNC, x)
@@ -131,7 +133,7 @@ class NystromAttention(GridAttention):
     def _means(self, x: Tensor, grid: PatchGrid) -> Tensor:
         """Landmarks of queries or keys: (B, H, N, D) → (B, H, m, D)"""
         patches_BLC = x[:, :, grid.prefix :].transpose(1, 2).flatten(2)  # of all heads at once
-        means = self.landmarks(patches_BLC, grid).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        means = self.landmarks(patches_BLC, grid).unflatten(2, (self.num_maps, -1)).transpose(1, 2)
         means = means.contiguous()  # fused attention takes no other
         return torch.cat([x[:, :, : grid.prefix].to(means.dtype), means], dim=2) if grid.prefix else means
 

@@ -11,7 +11,7 @@ With q̂ = q / D^¼, k̂ likewise, and r random vectors w, the softmax kernel ex
 The second line, which is how it is computed, needs no epsilon: features are exponentials, and a query attends to them
 as it would to keys. That runs fused, and the N × r features of the queries are never stored.
 
-Letters: B batch, N tokens, C channels, H heads, D = C / H, r random features.
+Letters: B batch, N tokens, C channels, H heads, D channels of q and k, E of v, r random features.
 """
 
 import math
@@ -51,6 +51,8 @@ class PerformerAttention(GridAttention):
         num_features: r. The error falls as 1/√r. By default ⌊D ln D⌋, as in the public implementations: 266 for D = 64.
     """
 
+    can_be_differential = True
+
     def configure(self, *, num_features: int | None = None) -> None:
         if num_features is None:
             num_features = max(1, int(self.head_dim * math.log(self.head_dim)))
@@ -74,6 +76,7 @@ class PerformerAttention(GridAttention):
 
     def init_weights(self) -> None:
         """What timm's `init_weights` of a model calls, after `to_empty` too: features as at first."""
+        self.reset_parameters()
         self.redraw_features()
 
     def forward(
@@ -87,8 +90,9 @@ class PerformerAttention(GridAttention):
         self.check_call(x, grid, attn_mask, is_causal)
         q, k, v = self.project(x)
         q, k = self.rotate(q, k, rope, grid.prefix)
-        y = attend_features(q, k, self.drop_keys(v), self.features, self.scale, self.fused_attn)
-        return self.finish(y.transpose(1, 2).flatten(2), x)
+        v = self.drop_keys(self.values_of_maps(v))
+        y = attend_features(q, k, v, self.features, self.scale, self.fused_attn)
+        return self.finish(self.merge_heads(y), x)
 
     def num_attended(self, grid: PatchGrid) -> int:
         """N: every query sees all keys, through the features."""
@@ -142,15 +146,15 @@ def attend_features(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: fl
     """The equations of this module, in float32 at least: an exponential of rounded scores would be far off.
 
     Args:
-        q, k, v: (B, H, N, D)
+        q, k, v: (B, H, N, D), v (B, H, N, E)
         features: (r, D)
         scale: 1 / √D
         fused: Whether the queries' softmax may be `scaled_dot_product_attention`.
 
     Returns:
-        (B, H, N, D), of the dtype of v.
+        (B, H, N, E), of the dtype of v.
     """
-    if fused and all_half(q, k, v, features):
+    if fused and v.shape[-1] <= k.shape[-1] and all_half(q, k, v, features):
         return attend_twice(q, k, v, features, scale)
     dtype = torch.promote_types(v.dtype, torch.float32)
     with without_autocast(v):
@@ -204,11 +208,11 @@ def sum_over_keys(w: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 
     Args:
         w: (B, H, r, D)
-        k, v: (B, H, N, D), of the dtype of w.
+        k, v: (B, H, N, D) and (B, H, N, E), of the dtype of w.
         scale: 1 / √D
 
     Returns:
-        The sums, (B, H, r, D + 1 or more, all the same), and the largest scores, (B, H, r, 1).
+        The sums, (B, H, r, E + 1 or more, all the same), and the largest scores, (B, H, r, 1).
     """
     if torch.compiler.is_compiling() or k.shape[2] <= KEYS_OF_BLOCK:
         return sum_over_block(w, k, v, scale)
@@ -238,4 +242,5 @@ def sum_over_block(w: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
         scores_BHrN = w @ k.mT
         largest = scores_BHrN.detach().amax(dim=-1, keepdim=True)
         weights_BHrN = scores_BHrN.sub_(largest).exp_()
-        return weights_BHrN @ F.pad(v, (0, w.shape[-1] - v.shape[-1]), value=1.0), largest
+        ones = max(1, w.shape[-1] - v.shape[-1])
+        return weights_BHrN @ F.pad(v, (0, ones), value=1.0), largest

@@ -9,7 +9,8 @@ its masks amount to: tokens are brought into window order once, windows of equal
 padded or masked. Where sizes are symbols (`torch.export` with an open height or width), how many windows are smaller is
 not known; there the grid is padded, and the padding is masked as keys.
 
-Letters: B batch, N tokens, P prefix, n windows, L patches of a window, S = P + L, C = H · D channels of H heads.
+Letters: B batch, N tokens, P prefix, n windows, L patches of a window, S = P + L, C channels, H heads, of D
+channels of queries and keys and E of values.
 """
 
 from collections import defaultdict
@@ -49,6 +50,8 @@ class WindowAttention(GridAttention):
             begin from there.
     """
 
+    can_be_differential = True
+
     def configure(self, *, window_size: int | tuple[int, int] = 7, shift: bool = False) -> None:
         check_flag('shift', shift)
         # timm's attentions have a `window_size` of their own, that of their biases.
@@ -83,9 +86,9 @@ class WindowAttention(GridAttention):
         if rope is not None:
             rope = reorder(rope, grid.height, grid.width, 0, *windows[3:])
             q, k = self.rotate(q, k, rope, grid.prefix)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y_BNC = attend_in_windows(q, k, v, *windows, (self.scale, self.fused_attn, self.drop_rate), bias)
-        y_BNC = self.norm_and_gate(y_BNC, x)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, self.values_of_maps(v)))
+        y_BNHE = attend_in_windows(q, k, v, *windows, (self.scale, self.fused_attn, self.drop_rate), bias)
+        y_BNC = self.norm_and_gate(self.merge_heads(y_BNHE.transpose(1, 2)), x)
         return self.proj_drop(reorder(self.proj(y_BNC), *windows, back=True))
 
     def check_relative_bias(self) -> None:
@@ -151,14 +154,14 @@ def attend_in_windows(
     """Softmax attention of the patches inside their windows, and of the prefix tokens among all.
 
     Args:
-        q, k, v: (B, N, H, D), in window order, as of `reorder`.
+        q, k, v: (B, N, H, D or E), in window order, as of `reorder`.
         height, width, prefix: The grid.
         window, shift: The options of the mechanism, `window` as (rows, columns).
         how: What `functional.attend` takes: scale, fused, dropout.
         bias: The relative one, of this grid.
 
     Returns:
-        (B, N, C), in the same order.
+        (B, N, H, E), in the same order.
     """
     known = are_numbers(height, width)
     if bias is not None:
@@ -184,7 +187,7 @@ def attend_in_windows(
 
 
 def _attend_windows(q, k, v, n: int, kv_prefix: tuple | None, how: tuple, mask: Tensor | None = None) -> Tensor:
-    """The patches of n windows one after the other, (B, n · L, H, D) each → (B, n · L, C)
+    """The patches of n windows one after the other, (B, n · L, H, D or E) each → (B, n · L, H, E)
 
     `kv_prefix` are keys and values that every window sees, (B, P, H, D); `mask` is (1 or B · n, 1 or H, 1 or L, S).
     """
@@ -199,7 +202,7 @@ def _attend_windows(q, k, v, n: int, kv_prefix: tuple | None, how: tuple, mask: 
 
 
 def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, how) -> Tensor:
-    """The patches of a grid whose sides may be symbols, (B, H · W, H, D) each → (B, H · W, C)"""
+    """The patches of a grid whose sides may be symbols, (B, H · W, H, D or E) each → (B, H · W, H, E)"""
     (h, w), area = window, window[0] * window[1]
     top, rows = _padding(height, h, shift)
     left, columns = _padding(width, w, shift)
@@ -226,9 +229,9 @@ def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, how) -> Ten
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, dropout: float, mask: Tensor | None) -> Tensor:
-    """`attend`, of (B, tokens, H, D) each → (B, tokens, C)"""
+    """`attend`, of (B, tokens, H, D or E) each → (B, tokens, H, E)"""
     mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
-    return attend(*(t.transpose(1, 2) for t in (q, k, v)), scale, fused, dropout, mask).transpose(1, 2).flatten(2)
+    return attend(*(t.transpose(1, 2) for t in (q, k, v)), scale, fused, dropout, mask).transpose(1, 2)
 
 
 class _Run(NamedTuple):

@@ -49,7 +49,7 @@ class Compressor(nn.Module):
     def of_attention(cls, attention: nn.Module, **options) -> 'Compressor':
         """The compressor for an attention, on its device and of its dtype; it fills in what `FROM_ATTENTION` lists."""
         kind = attention.kind_of_weights()
-        values = (attention.num_heads, attention.head_dim, *kind.values())
+        values = (attention.num_maps, attention.head_dim, *kind.values())
         has = dict(zip(FROM_ATTENTION, values, strict=True))
         own = {name: has[name] for name in argument_names(cls)[0] if name in has}
         return cls(**own, **options).to(**kind)

@@ -1,23 +1,33 @@
 """Transformer blocks that work with attentions on a patch grid, which attention each layer of a model has, and what the
 layers have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
+import torch
+from timm.layers import Attention, AttentionRope, DiffAttention, PatchDropout, PatchDropoutWithIndices
 from timm.models import beit
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
-from timm.models.vision_transformer import Block, ResPostBlock
+from timm.models.vision_transformer import (
+    Block,
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+)
 from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
 from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.grid import PackedGrids, PatchGrid
+from vit_efficient.models.parallel import ParallelAttention, ParallelMlp, attention_of_parallel
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.options import write_options
+from vit_efficient.utils.projections import Part
 
 SHARED_BIASES = ('rel_pos_bias', 'shared_rel_pos')  # what timm's models call them
-LayerSpec = str | tuple[str, dict[str, Any]]  # a name, or a name and its options
 Grid = PatchGrid | PackedGrids
+LayerSpec = str | tuple[str, dict[str, Any]]  # a name, or a name and its options
 AttentionSpec = LayerSpec | Sequence[LayerSpec]  # of all layers, or of each
 
 
@@ -31,28 +41,34 @@ class OnGrid:
     #: The argument of its attention by which the positions that it is given go on.
     positions: str = 'rope'
 
+    def complete(self) -> None:
+        """Adds what timm's class lacks, and has no parameters, to a block that was of it."""
+
+    def own_attentions(self) -> dict[str, nn.Module]:
+        """The attentions by their names in the block, also of a block that is still timm's: `attentions_of`."""
+        return {'attn': self.attn}
+
+    def sublayers(self, grid: Grid, *given) -> list[Callable[[Tensor], Tensor]]:
+        """What the block adds to the tokens, one after the other; its arguments are those of `forward`."""
+        return [lambda x: self.attention_adds(x, grid, *given), lambda x: self.mlp_adds(x, grid)]
+
     def attention_adds(self, x: Tensor, grid: Grid, *given) -> Tensor:
-        """What attention adds to the tokens x, before drop path; `given` as of `attend`."""
+        """What attention adds to the tokens x; `grid` and `given` as of `attend`."""
         raise NotImplementedError
 
-    def mlp_adds(self, x: Tensor) -> Tensor:
-        """What the MLP adds to the tokens x, before drop path."""
+    def mlp_adds(self, x: Tensor, grid: Grid) -> Tensor:
+        """What the MLP adds to the tokens x."""
         raise NotImplementedError
 
-    def attend(self, x: Tensor, grid: Grid, rope, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        if isinstance(grid, PackedGrids):
-            parts, ropes = self._split(x, grid), rope or [None] * len(grid.groups)
-            grids = [of_group for of_group, _ in grid.groups]
-            given = zip(parts, grids, ropes, strict=True)
-            return grid.join(self.attend(*of_group, attn_mask, is_causal) for of_group in given)
-        positions = {} if rope is None else {self.positions: rope}
-        return self.attn(x, grid, **positions, attn_mask=attn_mask, is_causal=is_causal)
+    def mlp_macs(self) -> int:
+        """The multiply-accumulates of the MLP for a token."""
+        return linear_macs(self.mlp)
 
     def forward(
         self,
         x: Tensor,
         grid: Grid | None = None,
-        rope: Tensor | Sequence[Tensor] | None = None,
+        rope: Any = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
@@ -65,52 +81,72 @@ class OnGrid:
                 several sizes those of each.
             attn_mask, is_causal: As timm's.
         """
-        given = grid, rope, attn_mask, is_causal
-        if self.attn.of_block:
-            y = self._down(x, grid)
-            added = self._drop(self.drop_path1, self.attention_adds(y, *given), grid)
-            added = added + self._drop(self.drop_path2, self.mlp_adds(y + added), grid)
-            return x + self._up(added, grid)
-        x = x + self._drop(self.drop_path1, self.attention_adds(x, *given), grid)
-        return x + self._drop(self.drop_path2, self.mlp_adds(x), grid)
+        sublayers = self.sublayers(grid, rope, attn_mask, is_causal)
+        attention, *_ = self.own_attentions().values()
+        if not attention.of_block:
+            for adds in sublayers:
+                x = x + adds(x)
+            return x
+        y = on_each(attention.down, x, grid)
+        added = sublayers[0](y)
+        for adds in sublayers[1:]:
+            added = added + adds(y + added)
+        return x + on_each(attention.up, added, grid, attention)
 
-    def _split(self, x: Tensor, grid: PackedGrids) -> list[Tensor]:
-        """The tokens that attention is given, of each grid."""
-        return grid.split(x, self.attn.num_attended if self.attn.of_block else None)
+    def attend(self, attention: nn.Module, x: Tensor, grid: Grid, rope: Any, attn_mask, is_causal) -> Tensor:
+        """What an attention makes of x; one that knows of no positions is not told that there are none."""
+        if isinstance(grid, PackedGrids):
+            ropes = iter(rope or [None] * len(grid.groups))
+            return on_each(
+                lambda part, g: self.attend(attention, part, g, next(ropes), attn_mask, is_causal), x, grid, attention
+            )
+        positions = {} if rope is None else {self.positions: rope}
+        return attention(x, grid, **positions, attn_mask=attn_mask, is_causal=is_causal)
 
-    def _down(self, x: Tensor, grid: Grid) -> Tensor:
-        if not isinstance(grid, PackedGrids):
-            return self.attn.down(x, grid)
-        return grid.join(self.attn.down(part, g) for part, (g, _) in zip(grid.split(x), grid.groups, strict=True))
-
-    def _up(self, y: Tensor, grid: Grid) -> Tensor:
-        if not isinstance(grid, PackedGrids):
-            return self.attn.up(y, grid)
-        return grid.join(self.attn.up(part, g) for part, (g, _) in zip(self._split(y, grid), grid.groups, strict=True))
-
-    def _drop(self, drop_path: nn.Module, x: Tensor, grid: Grid) -> Tensor:
+    def drop(self, drop_path: nn.Module, x: Tensor, grid: Grid) -> Tensor:
         """Drop path, which drops what is added to some images."""
-        if not isinstance(grid, PackedGrids) or isinstance(drop_path, nn.Identity) or not self.training:
-            return drop_path(x)
-        return grid.join(drop_path(part) for part in self._split(x, grid))
+        if isinstance(drop_path, nn.Identity) or not self.training:
+            return x
+        attention, *_ = self.own_attentions().values()
+        return on_each(lambda part, _: drop_path(part), x, grid, attention)
+
+
+def on_each(
+    function: Callable[[Tensor, PatchGrid], Tensor], x: Tensor, grid: Grid, attention: nn.Module | None = None
+) -> Tensor:
+    """function(tokens, grid); of images of several sizes, of those of each size.
+
+    Args:
+        attention: Where x are the tokens that it is given, which at place 'block' are those that it keeps.
+    """
+    if not isinstance(grid, PackedGrids):
+        return function(x, grid)
+    kept = attention.num_attended if attention is not None and attention.of_block else None
+    return grid.join(function(part, g) for part, (g, _) in zip(grid.split(x, kept), grid.groups, strict=True))
+
+
+def linear_macs(module: nn.Module) -> int:
+    """The multiply-accumulates of the linear layers in a module for a token."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, (nn.Linear, Part)))
 
 
 class _PreNorm(OnGrid):
-    def attention_adds(self, x: Tensor, *given) -> Tensor:
-        return self.ls1(self.attend(self.norm1(x), *given))
+    def attention_adds(self, x: Tensor, grid: Grid, *given) -> Tensor:
+        return self.drop(self.drop_path1, self.ls1(self.attend(self.attn, self.norm1(x), grid, *given)), grid)
 
-    def mlp_adds(self, x: Tensor) -> Tensor:
-        return self.ls2(self.mlp(self.norm2(x)))
+    def mlp_adds(self, x: Tensor, grid: Grid) -> Tensor:
+        return self.drop(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), grid)
 
 
 class _PreNormGamma(OnGrid):
     """The scale of a layer is a parameter of the block."""
 
-    def attention_adds(self, x: Tensor, *given) -> Tensor:
-        return _scaled(self.gamma_1, self.attend(self.norm1(x), *given))
+    def attention_adds(self, x: Tensor, grid: Grid, *given) -> Tensor:
+        y = _scaled(self.gamma_1, self.attend(self.attn, self.norm1(x), grid, *given))
+        return self.drop(self.drop_path1, y, grid)
 
-    def mlp_adds(self, x: Tensor) -> Tensor:
-        return _scaled(self.gamma_2, self.mlp(self.norm2(x)))
+    def mlp_adds(self, x: Tensor, grid: Grid) -> Tensor:
+        return self.drop(self.drop_path2, _scaled(self.gamma_2, self.mlp(self.norm2(x))), grid)
 
 
 def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
@@ -120,11 +156,28 @@ def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
 class _PostNorm(OnGrid):
     """What attention and MLP add is normalised."""
 
-    def attention_adds(self, x: Tensor, *given) -> Tensor:
-        return self.norm1(self.attend(x, *given))
+    def attention_adds(self, x: Tensor, grid: Grid, *given) -> Tensor:
+        return self.drop(self.drop_path1, self.norm1(self.attend(self.attn, x, grid, *given)), grid)
 
-    def mlp_adds(self, x: Tensor) -> Tensor:
-        return self.norm2(self.mlp(x))
+    def mlp_adds(self, x: Tensor, grid: Grid) -> Tensor:
+        return self.drop(self.drop_path2, self.norm2(self.mlp(x)), grid)
+
+
+class _Fused(OnGrid):
+    """Attention and MLP side by side, with one projection; as modules they are parts of it."""
+
+    def complete(self) -> None:
+        self.mlp = ParallelMlp(self)
+
+    def own_attentions(self) -> dict[str, nn.Module]:
+        return {'attn': self.attn if hasattr(self, 'attn') else attention_of_parallel(self)}
+
+    def sublayers(self, grid: Grid, *given) -> list[Callable[[Tensor], Tensor]]:
+        return [lambda x: self.both_add(x, grid, *given)]
+
+    def both_add(self, x: Tensor, grid: Grid, *given) -> Tensor:
+        x = self.in_norm(x)
+        return self.drop(self.drop_path, self.ls(self.attend(self.attn, x, grid, *given) + self.mlp(x)), grid)
 
 
 class GridBlock(_PreNorm, Block):
@@ -133,6 +186,32 @@ class GridBlock(_PreNorm, Block):
 
 class GridResPostBlock(_PostNorm, ResPostBlock):
     """timm's post-norm block on a grid."""
+
+
+class GridParallelThingsBlock(OnGrid, ParallelThingsBlock):
+    """timm's block of several attentions side by side, then several MLPs, on a grid."""
+
+    def own_attentions(self) -> dict[str, nn.Module]:
+        return {f'attns.{i}.attn': part.attn for i, part in enumerate(self.attns)}
+
+    def attention_adds(self, x: Tensor, grid: Grid, *given) -> Tensor:
+        added = [(part, self.attend(part.attn, part.norm(x), grid, *given)) for part in self.attns]
+        return torch.stack([self.drop(part.drop_path, part.ls(y), grid) for part, y in added]).sum(dim=0)
+
+    def mlp_adds(self, x: Tensor, grid: Grid) -> Tensor:
+        added = [(part, part.mlp(part.norm(x))) for part in self.ffns]
+        return torch.stack([self.drop(part.drop_path, part.ls(y), grid) for part, y in added]).sum(dim=0)
+
+    def mlp_macs(self) -> int:
+        return linear_macs(self.ffns)
+
+
+class GridParallelScalingBlock(_Fused, ParallelScalingBlock):
+    """timm's block of an attention and an MLP with one projection, on a grid."""
+
+
+class GridDiffParallelScalingBlock(_Fused, DiffParallelScalingBlock):
+    """The same with differential attention."""
 
 
 class GridEvaBlock(_PreNormGamma, EvaBlock):
@@ -163,26 +242,78 @@ class GridResPostRelPosBlock(_SharedBias, _PostNorm, ResPostRelPosBlock):
 BLOCKS = {
     Block: GridBlock,
     ResPostBlock: GridResPostBlock,
+    ParallelThingsBlock: GridParallelThingsBlock,
+    ParallelScalingBlock: GridParallelScalingBlock,
+    DiffParallelScalingBlock: GridDiffParallelScalingBlock,
     EvaBlock: GridEvaBlock,
     EvaBlockPostNorm: GridEvaBlockPostNorm,
     beit.Block: GridBeitBlock,
     RelPosBlock: GridRelPosBlock,
     ResPostRelPosBlock: GridResPostRelPosBlock,
 }
-ATTENTIONS = (Attention, AttentionRope, EvaAttention, beit.Attention, RelPosAttention)
+ATTENTIONS = (Attention, AttentionRope, EvaAttention, DiffAttention, beit.Attention, RelPosAttention)
 
-# Others, in messages.
-_KINDS = {
-    'ParallelScalingBlock': 'a parallel block, in which attention and MLP have one projection',
-    'ParallelThingsBlock': 'a parallel block, in which several attentions stand side by side',
-    'DiffParallelScalingBlock': 'a parallel block of differential attention',
-    'DiffAttention': 'differential attention, the difference of two',
-}
+
+def built_grid(model: nn.Module) -> tuple[int, int]:
+    """Rows and columns of patches that a model of timm's is built for; of a NaFlexVit, that its embedding is for."""
+    return model.patch_embed.grid_size if hasattr(model, 'patch_embed') else tuple(model.embeds.pos_embed_grid_size)
+
+
+def attentions_of(block: nn.Module) -> dict[str, nn.Module]:
+    """The attentions of a block by their names in it: one, or those that stand side by side.
+
+    Where timm's block has no module for it, what stands for it.
+    """
+    return BLOCKS.get(type(block), type(block)).own_attentions(block)
+
+
+def first_attention(block: nn.Module) -> nn.Module:
+    """The attention of a block, or the first of several, whose options are the same."""
+    return next(iter(attentions_of(block).values()))
+
+
+def named_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The attentions of all blocks by their names in the model."""
+    return {
+        f'blocks.{i}.{name}': attention
+        for i, block in enumerate(model.blocks)
+        for name, attention in attentions_of(block).items()
+    }
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
-    """The attentions of a model's blocks."""
-    return [block.attn for block in model.blocks]
+    """The attentions of all blocks."""
+    return list(named_attentions(model).values())
+
+
+def swapped_attentions(model: nn.Module, layers: Mapping[int, tuple[str, dict[str, Any]]]) -> dict[str, nn.Module]:
+    """New attentions for blocks of a model, by their names in it, and the old ones of the others; nothing is changed.
+
+    Args:
+        layers: The name and the options of the attention of each block that gets one. What is timm's becomes 'full'.
+
+    Raises:
+        UserError: If an attention or an option is unknown or out of range, or cannot be had in this model.
+    """
+    check_patch_dropout(model, list(layers.values()))
+    found, grid_size = {}, built_grid(model)
+    for i, block in enumerate(model.blocks):
+        of_block = attentions_of(block)
+        for name, attention in of_block.items():
+            if i in layers or not isinstance(attention, GridAttention):
+                kind, options = layers.get(i, ('full', {}))
+                attention = swap_attention(
+                    attention, kind, **layer_options(kind, options, i, len(model.blocks), grid_size)
+                )
+            if attention.of_block and len(of_block) > 1 and any(True for _ in attention.compress.parameters()):
+                raise UserError(
+                    f"blocks.{i}: place='block' goes down and up once for {len(of_block)} attentions, which cannot "
+                    f"each learn how ({write_options(attention.compress.options)}); use place='x', or learned=False"
+                )
+            found[f'blocks.{i}.{name}'] = attention
+    common_part(found)
+    check_positions(model, list(found.values()))
+    return found
 
 
 def build_attentions(model: nn.Module, attention: AttentionSpec, options: dict[str, Any] | None) -> None:
@@ -192,11 +323,13 @@ def build_attentions(model: nn.Module, attention: AttentionSpec, options: dict[s
         UserError: If an attention or an option is unknown or out of range, or cannot be had in this model.
     """
     layers = attention_per_layer(attention, options, len(model.blocks))
-    check_patch_dropout(model, layers)
-    for i, (block, (name, given)) in enumerate(zip(model.blocks, layers, strict=True)):
-        given = layer_options(name, given, i, len(layers), model.patch_embed.grid_size)
-        block.attn = swap_attention(block.attn, name, **given)
-    check_positions(model, attentions(model))
+    set_attentions(model, swapped_attentions(model, dict(enumerate(layers))))
+
+
+def set_attentions(model: nn.Module, attentions: Mapping[str, nn.Module]) -> None:
+    """Gives the blocks of a model their attentions, by their names in it."""
+    for name, attention in attentions.items():
+        model.set_submodule(name, attention)
     own_common_part(model)
 
 
@@ -237,15 +370,11 @@ def check_blocks(model: nn.Module) -> None:
     """Raises UserError, naming the module, if a block or its attention is none that is served."""
     for i, block in enumerate(model.blocks):
         if type(block) not in BLOCKS and not isinstance(block, OnGrid):
-            raise UserError(f'blocks.{i}: {_what_is(block)}, which is not served')
-        if type(block.attn) not in ATTENTIONS and not isinstance(block.attn, GridAttention):
-            raise UserError(f'blocks.{i}.attn: {_what_is(block.attn)}, which is not served')
-
-
-def _what_is(module: nn.Module) -> str:
-    """What a block or attention is that is none of `BLOCKS` and `ATTENTIONS`."""
-    name = type(module).__name__
-    return f'{name} is {_KINDS.get(name, "another kind")}'
+            raise UserError(f'blocks.{i}: {type(block).__name__} is another kind of block, which is not served')
+        for name, attention in attentions_of(block).items():
+            if type(attention) not in ATTENTIONS and not isinstance(attention, (GridAttention, ParallelAttention)):
+                kind = type(attention).__name__
+                raise UserError(f'blocks.{i}.{name}: {kind} is another kind of attention, which is not served')
 
 
 def check_patch_dropout(model: nn.Module, layers: Sequence[tuple[str, dict]]) -> None:
@@ -258,21 +387,21 @@ def check_patch_dropout(model: nn.Module, layers: Sequence[tuple[str, dict]]) ->
         )
 
 
-def common_part(attentions: Sequence[nn.Module], owned: nn.Module | None = None) -> nn.Module | None:
+def common_part(attentions: Mapping[str, nn.Module], owned: nn.Module | None = None) -> nn.Module | None:
     """The part that the layers of a model have in common: the one that it has, if that is of use, or the first layer's.
 
     Raises a UserError if layers want parts of different shapes.
     """
-    parts = {i: attn.common_part() for i, attn in enumerate(attentions) if isinstance(attn, GridAttention)}
-    parts = {i: part for i, part in parts.items() if part is not None}
+    parts = {name: attn.common_part() for name, attn in attentions.items() if isinstance(attn, GridAttention)}
+    parts = {name: part for name, part in parts.items() if part is not None}
     if not parts:
         return None
-    shapes = {i: [tuple(p.shape) for p in part.parameters()] for i, part in parts.items()}
+    shapes = {name: [tuple(p.shape) for p in part.parameters()] for name, part in parts.items()}
     first = next(iter(parts))
-    for i, shape in shapes.items():
+    for name, shape in shapes.items():
         if shape != shapes[first]:
             raise UserError(
-                f'blocks {first} and {i} have one projection in common and want it in two shapes, {shapes[first]} and '
+                f'{first} and {name} have one projection in common and want it in two shapes, {shapes[first]} and '
                 f"{shape}; give them the same num_tokens, or sharing='key-value'"
             )
     return next((part for part in parts.values() if part is owned), parts[first])
@@ -280,7 +409,7 @@ def common_part(attentions: Sequence[nn.Module], owned: nn.Module | None = None)
 
 def own_common_part(model: nn.Module) -> None:
     """Makes the model the one owner of what its layers have in common, under the name `shared`."""
-    part = common_part(attentions(model), getattr(model, 'shared', None))
+    part = common_part(named_attentions(model), getattr(model, 'shared', None))
     if hasattr(model, 'shared'):
         del model.shared
     if part is not None:

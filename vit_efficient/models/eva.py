@@ -12,6 +12,7 @@ from timm.layers import RotaryEmbeddingDinoV3
 from timm.models import Eva
 from torch import Tensor, nn
 
+from vit_efficient.grid import larger, plain_sizes, smaller
 from vit_efficient.models import blocks
 from vit_efficient.models.forward import GridForward
 from vit_efficient.utils.compat import are_numbers
@@ -21,9 +22,10 @@ class OpenRotaryEmbedding(RotaryEmbeddingDinoV3):
     """timm's positions of DINOv3, also of a grid whose sides are symbols, which timm's would fix (`torch.export`)."""
 
     def get_embed(self, shape: tuple[int, int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        shape = None if shape is None else plain_sizes(shape)
         if shape is None or are_numbers(*shape) or (self.training and self.aug_active):
             return super().get_embed(shape, dtype)
-        size = {'max': torch.sym_max(*shape), 'min': torch.sym_min(*shape)}
+        size = {'max': larger(*shape), 'min': smaller(*shape)}
         sides = [
             (torch.arange(n, device=self.periods.device) + 0.5 + self.grid_offset) / size.get(self.normalize_coords, n)
             for n in shape

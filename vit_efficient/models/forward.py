@@ -37,11 +37,6 @@ def _pixels(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     return to_2tuple(as_sides(name, value, '(height, width)'))
 
 
-def built_grid(model: nn.Module) -> tuple[int, int]:
-    """Rows and columns of patches that a model of timm's is built for; of a NaFlexVit, that its embedding is for."""
-    return model.patch_embed.grid_size if hasattr(model, 'patch_embed') else tuple(model.embeds.pos_embed_grid_size)
-
-
 def groups_of(sizes: Sequence[Any]) -> list[list[int]]:
     """The indices of equal sizes, together."""
     groups = defaultdict(list)
@@ -76,7 +71,9 @@ class GridForward:
         if hasattr(self, 'patch_embed'):
             use_products(self.patch_embed)
         for block in self.blocks:
-            block.__class__ = blocks.BLOCKS.get(type(block), type(block))
+            if type(block) in blocks.BLOCKS:
+                block.__class__ = blocks.BLOCKS[type(block)]
+                block.complete()
 
     def tokens(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the first block is given, the tokens (B, N, C); and all blocks, the positions of patches: rotary ones
@@ -245,7 +242,8 @@ class GridForward:
 
     def attention_spec(self) -> list[tuple[str, dict[str, Any]]]:
         """The attention of each block as it stands: its registered name and its options."""
-        return [(block.attn.mechanism, block.attn.options) for block in self.blocks]
+        attentions = [blocks.first_attention(block) for block in self.blocks]
+        return [(attention.mechanism, attention.options) for attention in attentions]
 
 
 def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> list[int]:
@@ -268,4 +266,4 @@ def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     if embedding is not None and not embedding.dynamic_img_pad:
         check_image_size(*size, embedding.patch_size)
     grid = model.grid_of(*size)
-    return [attention.num_attended(grid) for attention in blocks.attentions(model)]
+    return [blocks.first_attention(block).num_attended(grid) for block in model.blocks]

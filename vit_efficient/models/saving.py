@@ -54,7 +54,7 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     spec = model.attention_spec()
     for i, (name, _) in enumerate(spec):
         if not name:
-            raise UserError(f'blocks.{i}.attn is no registered attention; build it by name, with convert()')
+            raise UserError(f'the attention of blocks.{i} is no registered one; build it by name, with convert()')
     # Name and options together, so that another attention asked for when it is read back does not get the options.
     layers = [list(layer) for layer in spec]
     arguments['attention'] = layers[0] if all(layer == layers[0] for layer in layers) else layers

@@ -15,6 +15,7 @@ from vit_efficient.attention import CompressedAttention, swap_attention
 from vit_efficient.compress.budget import kept_grid
 from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import PatchGrid
+from vit_efficient.models.blocks import OnGrid
 from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.utils.compat import DATA_PARALLEL, unwrap
 from vit_efficient.utils.errors import UserError
@@ -46,12 +47,13 @@ def _learns(embedding: nn.Module | None) -> bool:
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks whose attention learns one, by its name."""
+    """The blocks whose attention learns one, by its name in the model."""
     return {
-        f'blocks.{i}.attn': block
+        f'blocks.{i}.{name}': block
         for i, block in enumerate(getattr(model, 'blocks', ()))
-        if isinstance(attention := getattr(block, 'attn', None), CompressedAttention)
-        and getattr(attention.compress, 'window', None) is not None
+        if isinstance(block, OnGrid)
+        for name, attention in block.own_attentions().items()
+        if isinstance(attention, CompressedAttention) and getattr(attention.compress, 'window', None) is not None
     }
 
 
@@ -72,12 +74,12 @@ def soft_cost(model: nn.Module, hard: bool = False) -> Tensor:
         size_of = embedding.window.hard_size if hard else embedding.window.soft_size
         cut = embedding.macs([size_of(f, g) for f, g in embedding.truncation])
         parts.append((grid.num_patches * cut, grid.num_patches * embedding.macs(embedding.truncation)))
-    for block in _layers(model).values():
-        size = kept_grid(grid.height, grid.width, block.attn.compress.budget)
-        window = block.attn.compress.window
+    for name, block in _layers(model).items():
+        attention = model.get_submodule(name)
+        size = kept_grid(grid.height, grid.width, attention.compress.budget)
+        window = attention.compress.window
         cut = (window.hard_size if hard else window.soft_size)(*size)
-        mlp = sum(module.weight.numel() for module in block.mlp.modules() if isinstance(module, nn.Linear))
-        parts.append(tuple(_attention_macs(block.attn, grid, *sides, mlp) for sides in (cut, size)))
+        parts.append(tuple(_attention_macs(attention, grid, *sides, block.mlp_macs()) for sides in (cut, size)))
     return torch.as_tensor(sum(cut for cut, _ in parts) / sum(whole for _, whole in parts))
 
 

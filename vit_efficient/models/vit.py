@@ -89,7 +89,7 @@ class EfficientVisionTransformer(_VisionTransformerForward, VisionTransformer):
         if patch_embed != 'conv' and 'embed_layer' in kwargs:
             raise UserError(f'embed_layer cannot be had with {patch_embed=}: leave out one of them')
         kwargs.setdefault('embed_layer', layer)
-        super().__init__(*args, block_fn=kwargs.pop('block_fn', blocks.GridBlock), **kwargs)
+        super().__init__(*args, **kwargs)
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*plain_integers(self.patch_embed.img_size), self.patch_embed.patch_size)
         blocks.check_blocks(self)

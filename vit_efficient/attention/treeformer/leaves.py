@@ -49,7 +49,7 @@ def find_leaves(model: nn.Module, images: Tensor) -> dict[int, Leaves]:
         images: (B, C, H, W), preprocessed, on the model's device.
 
     Returns:
-        By the number of the block.
+        By the number of the block, the heads of all its attentions.
 
     Raises:
         UserError: If no layer of the model has trees.
@@ -62,12 +62,17 @@ def find_leaves(model: nn.Module, images: Tensor) -> dict[int, Leaves]:
     found: dict[int, Leaves] = {}
 
     def note(layer: int, attention: TreeAttention, args: tuple[Tensor, PatchGrid]) -> None:
-        found[layer] = Leaves(*attention.leaves(*args), args[1], 2**attention.tree.height)
+        leaves = attention.leaves(*args)
+        if layer in found:  # several attentions side by side
+            earlier = found[layer].queries, found[layer].keys
+            leaves = (torch.cat(pair, dim=1) for pair in zip(earlier, leaves, strict=True))
+        found[layer] = Leaves(*leaves, args[1], 2**attention.tree.height)
 
     with evaluating(model), ExitStack() as hooks:
         for layer, block in enumerate(model.blocks):
-            if isinstance(block.attn, TreeAttention):
-                hooks.callback(block.attn.register_forward_pre_hook(partial(note, layer)).remove)
+            for module in block.modules():
+                if isinstance(module, TreeAttention):
+                    hooks.callback(module.register_forward_pre_hook(partial(note, layer)).remove)
         model(images)
     return found
 

@@ -63,6 +63,7 @@ class TreeAttention(GridAttention):
 
     def init_weights(self) -> None:
         """What timm's `init_weights` of a model calls, after `to_empty` too."""
+        self.reset_parameters()
         self.tree.reset_parameters()
 
     def leaves(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
