@@ -37,8 +37,8 @@ def convert(
 
     Args:
         model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), `Eva` (EVA-02, Perception Encoder,
-            RoPE-ViT, DINOv3, …), `Beit` or `VisionTransformerRelPos`, or one converted before; also in the wrapper that
-            `features_only=True` or `torch.compile` puts around it.
+            RoPE-ViT, DINOv3, …), `Beit`, `VisionTransformerRelPos` or `NaFlexVit`, or one converted before; also in the
+            wrapper that `features_only=True` or `torch.compile` puts around it.
         attention: A registered attention's name, or (name, options), or a list with one of these for each of `layers`.
         layers: Indices of the blocks to convert, negative ones from the end; all by default.
         **options: Of a single attention, such as `keep_ratio`.
@@ -47,7 +47,7 @@ def convert(
         The model itself.
 
     Raises:
-        UserError: If the model, or a layer of it, has parts that cannot be served (windows, parallel blocks): it
+        UserError: If the model, or a layer of it, has parts that cannot be served (windows, several grids): it
             names the module and the reason. Or if a name, option or index is wrong, or an attention cannot have
             the positions of the model. The model is then as it was.
     """

@@ -326,3 +326,9 @@ def test_what_cannot_have_them():
             attention(x, grid, rope)
     with pytest.raises(ValueError, match='Unaware takes no rope'):
         Unaware(CHANNELS, HEADS).check_rotary()
+
+
+def test_what_is_written_for_the_plain_class():
+    """It would not see biases that stand beside the projection."""
+    with pytest.raises(ValueError, match=r"written for timm's Attention.*eva\.EvaAttention.*argument rope"):
+        Unaware.from_attention(EvaAttention(CHANNELS, HEADS, scale_norm=False))

@@ -91,8 +91,8 @@ class GridAttention(Attention):
             **options: Those of the mechanism.
 
         Raises:
-            UserError: If an option is wrong, or the attention has a relative bias or is differential, and the mechanism
-                cannot have that.
+            UserError: If an option is wrong, or the attention has a relative bias, is differential, or of another class
+                than timm's `Attention`, and the mechanism cannot have that.
         """
         new = cls.__new__(cls)
         for name, value in vars(attention).items():  # own registries of modules and hooks, the same parameters
@@ -111,6 +111,8 @@ class GridAttention(Attention):
                 f'by two maps; use one of {others}'
             )
         new._configure(mechanism, options)
+        if new.source is not Attention:
+            new._check_source()
         if own_bias_module(new) is not None:
             new.check_relative_bias()
         if isinstance(attention, GridAttention):
@@ -215,6 +217,15 @@ class GridAttention(Attention):
         """Raises UserError if the mechanism cannot have rotary positions."""
         if 'rope' not in argument_names(self.forward)[0]:
             raise UserError(f'{self.title} takes no rope: its forward knows of no rotary positions')
+
+    def _check_source(self) -> None:
+        """Raises UserError if the mechanism may read the parameters of timm's `Attention` where there are others."""
+        if 'rope' not in argument_names(self.forward)[0]:
+            source = f'{self.source.__module__}.{self.source.__name__}'
+            raise UserError(
+                f"{self.title} is written for timm's Attention, and would not see all that {source} has; read queries, "
+                'keys and values by its project() and rotate(), and give its forward the argument rope'
+            )
 
     def check_relative_bias(self) -> None:
         """Raises UserError if the mechanism cannot have a relative position bias (`attention.relative`)."""
