@@ -91,11 +91,11 @@ def plain_shapes(size):
 
 class TestRegistry:
     def test_names(self):
-        variants = ('', '_dctpatch32')
-        assert set(timm.list_models('vit_dct_*')) == {
-            f'vit_dct_{size}{variant}' for size in SIZES for variant in variants
-        }
-        assert set(timm.list_models('vit_pool_*')) == {f'vit_pool_{size}' for size in SIZES}
+        def names(mechanism, *variants):
+            return {f'vit_{mechanism}_{variant.format(size)}' for size in SIZES for variant in variants}
+
+        assert set(timm.list_models('vit_dct_*')) == names('dct', '{}', 'rope_{}', '{}_dctpatch32')
+        assert set(timm.list_models('vit_pool_*')) == names('pool', '{}', 'rope_{}')
         for mechanism in MECHANISMS:
             for size in SIZES:
                 assert timm.is_model(f'vit_{mechanism}_{size}')

@@ -149,12 +149,11 @@ class GridForward:
             x = self.run_block(i, x, grid, rope, attn_mask, is_causal)
         return self.norm(x)
 
-    def forward(self, x: Tensor | Sequence[Tensor], attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """As timm's; also of a list of images of any sizes, each with what it would have alone."""
-        features = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
-        if not isinstance(x, (list, tuple)):
-            return self.forward_head(features)
-        outputs = [self.forward_head(tokens[None]) for tokens in features]
+    def forward_head(self, x: Tensor | list[Tensor], *args, **kwargs) -> Tensor:
+        """As timm's; also of what `forward_features` makes of a list of images, for which timm's `forward` calls it."""
+        if not isinstance(x, list):
+            return super().forward_head(x, *args, **kwargs)
+        outputs = [super(GridForward, self).forward_head(tokens[None], *args, **kwargs) for tokens in x]
         if torch.is_tensor(outputs[0]):
             return torch.cat(outputs)
         return tuple(map(torch.cat, zip(*outputs, strict=True)))  # of both heads of a distilled model

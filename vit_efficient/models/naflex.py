@@ -92,17 +92,10 @@ class EfficientNaFlexVit(GridForward, NaFlexVit):
             x = self.run_block(i, x, batch.grids, rope)
         return {'patches': self._padded(self.norm(x), batch, patch_coord), 'patch_valid': patch_valid}
 
-    def forward(
-        self,
-        x: Tensor | dict[str, Tensor] | Sequence[Tensor],
-        patch_coord: Tensor | None = None,
-        patch_valid: Tensor | None = None,
-        attn_mask: Tensor | None = None,
+    def forward_head(
+        self, patches: Tensor | list[Tensor], pre_logits: bool = False, patch_valid: Tensor | None = None
     ) -> Tensor:
-        """As timm's, and of a list of images (channels, height, width) of any sizes."""
-        if isinstance(x, (list, tuple)):
-            return super().forward(x)
-        return NaFlexVit.forward(self, x, patch_coord, patch_valid, attn_mask)
+        return super().forward_head(patches, pre_logits=pre_logits, patch_valid=patch_valid)
 
     def forward_intermediates(
         self,
