@@ -8,9 +8,12 @@ import torch
 from timm.data.naflex_dataset import NaFlexCollator
 from timm.data.naflex_transforms import Patchify
 from timm.layers import DropPath
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import vit_efficient
 from vit_efficient.benchmark.peak_memory import peak_in_child
+from vit_efficient.flops import count_flops
 from vit_efficient.grid import PackedGrids, PatchGrid
 from vit_efficient.models.naflex import grid_sizes
 
@@ -247,6 +250,29 @@ def test_memory_grows_with_the_patches(place):
     """Not with their square, and not with a number for each pair of a patch and a kept token of another image."""
     small, large = (peak_in_child(Packed(side, place)) for side in (64, 128))
     assert large <= 4.5 * small
+
+
+@pytest.mark.parametrize('name', ['naflexvit_base_patch16_gap', 'naflexvit_base_patch16_siglip'])
+@pytest.mark.parametrize('attention', ['full', 'dct'])
+@pytest.mark.parametrize('size', [(56, 104), (128, 128)])
+def test_flops_of_images(name, attention, size):
+    model = vit_efficient.convert(build(name, **NAFLEX[name]), attention).requires_grad_(False)
+    count = count_flops(model, (3, *size))
+    x = torch.zeros(1, 3, *size, dtype=torch.float64)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x)
+    assert count.products == counter.get_total_flops() / 2
+    assert count.by_role['patch embedding'] == 32 * 3 * size[0] * size[1]
+
+
+@pytest.mark.compiled
+def test_images_compiled_and_exported():
+    torch.compiler.reset()
+    model = vit_efficient.convert(build('vit_small_patch16_dinov3', use_naflex=True).float(), 'dct')
+    x = torch.stack(images([(56, 104)] * 2)).float()
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
 
 
 def test_kept_tokens():

@@ -27,7 +27,7 @@ ROLES = (
 ATTENTION = 'attention'
 
 _BY_CLASS = {Attention: ATTENTION, **dict.fromkeys((Mlp, GluMlp, SwiGLU, GlobalResponseNormMlp, ConvMlp), 'mlp')}
-_BY_NAME = {'attn': ATTENTION, 'mlp': 'mlp', 'patch_embed': 'patch embedding'}
+_BY_NAME = {'attn': ATTENTION, 'mlp': 'mlp', 'patch_embed': 'patch embedding', 'embeds': 'patch embedding'}
 
 
 def _module_role(name: str, module: nn.Module) -> str | None:
