@@ -116,6 +116,23 @@ def test_a_naflex_batch(name, mechanism):
         assert_close(ours, theirs, 1e-6)
 
 
+def test_intermediates_of_a_list():
+    """Maps of each image, also by timm's wrapper."""
+    model = vit_efficient.convert(build('vit_small_patch16_dinov3'), 'dct')
+    batch = images()
+    for options in (dict(norm=True, return_prefix_tokens=True), dict(indices=[0], output_fmt='NLC')):
+        final, features = model.forward_intermediates(batch, **options)
+        for i, image in enumerate(batch):
+            of_one, alone = model.forward_intermediates(image[None], **options)
+            assert_close(final[i], of_one[0])
+            for ours, theirs in zip(features, alone, strict=True):
+                ours, theirs = (pair if isinstance(pair, tuple) else (pair,) for pair in (ours, theirs))
+                for of_all, one in zip(ours, theirs, strict=True):
+                    assert_close(of_all[i], one[0])
+    wrapper = vit_efficient.convert(build('vit_small_patch16_dinov3', features_only=True, out_indices=(0, 1)), 'dct')
+    assert [tuple(m.shape) for m in wrapper(batch)[-1]] == [(32, h // 8, w // 8) for h, w in SIZES]
+
+
 @pytest.mark.parametrize('name', NAFLEX)
 def test_a_naflex_batch_of_one_size_is_images(name):
     model = vit_efficient.convert(build(name, **NAFLEX[name]), 'dct')

@@ -1,7 +1,7 @@
 """The forward passes of timm's plain ViTs, with the patch grid made once and handed down through the blocks."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -51,10 +51,28 @@ class Batch(NamedTuple):
     groups: list[list[int]]
     grids: PackedGrids
 
+    @property
+    def of_images(self) -> list[PatchGrid]:
+        """The grid of each image, in their own order."""
+        return self._in_order([grid] * count for grid, count in self.grids.groups)
+
     def unpack(self, x: Tensor) -> list[Tensor]:
         """(1, T, C) → (N, C) of each image, in their own order"""
-        images = dict(zip(chain(*self.groups), chain(*self.grids.split(x)), strict=True))
+        return self._in_order(self.grids.split(x))
+
+    def _in_order(self, of_groups: Iterable[Iterable[Any]]) -> list[Any]:
+        images = dict(zip(chain(*self.groups), chain(*of_groups), strict=True))
         return [images[i] for i in range(len(images))]
+
+
+def without_prefix(tokens: Tensor, grid: PatchGrid) -> Tensor:
+    """(B, N, C) → (B, H · W, C)"""
+    return tokens[:, grid.prefix :]
+
+
+def as_maps(tokens: Tensor, grid: PatchGrid) -> Tensor:
+    """(B, N, C) → (B, C, H, W)"""
+    return without_prefix(tokens, grid).transpose(1, 2).unflatten(2, (grid.height, grid.width)).contiguous()
 
 
 class GridForward:
@@ -188,11 +206,19 @@ class GridForward:
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ):
-        """Arguments and results as timm's `VisionTransformer.forward_intermediates`."""
+        """Arguments and results as timm's `VisionTransformer.forward_intermediates`.
+
+        Of a list of images, each feature is a list with one tensor for each image, without an axis of images.
+        """
         if output_fmt not in ('NCHW', 'NLC'):
             raise UserError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt=}")
         taken, last = feature_indices(len(self.blocks), indices)
-        x, grid, rope = self._embed(x)
+        batch = None
+        if isinstance(x, (list, tuple)):
+            x, batch, rope = self._embed_list(x, attn_mask, is_causal)
+            grid = batch.grids
+        else:
+            x, grid, rope = self._embed(x)
         features = []
         for i in range(len(self.blocks)):
             if stop_early and i > last:
@@ -201,21 +227,25 @@ class GridForward:
             if i in taken:
                 features.append(self.norm(x) if norm else x)
 
-        prefixes = [f[:, : grid.prefix] for f in features] if grid.prefix and return_prefix_tokens else None
-        features = [f[:, grid.prefix :] for f in features]
-        if output_fmt == 'NCHW':
-            features = [f.transpose(1, 2).unflatten(2, (grid.height, grid.width)).contiguous() for f in features]
+        def of_images(tokens: Tensor, function: Callable[[Tensor, PatchGrid], Tensor]) -> Tensor | list[Tensor]:
+            if batch is None:
+                return function(tokens, grid)
+            return [function(part[None], g)[0] for part, g in zip(batch.unpack(tokens), batch.of_images, strict=True)]
+
+        prefix = self.num_prefix_tokens
+        prefixes = None
+        if prefix and return_prefix_tokens:
+            prefixes = [of_images(f, lambda tokens, _: tokens[:, :prefix]) for f in features]
+        shape = as_maps if output_fmt == 'NCHW' else without_prefix
+        features = [of_images(f, shape) for f in features]
+        final = None if intermediates_only else of_images(self.norm(x), lambda tokens, _: tokens)
 
         if output_dict:
-            result = {'image_intermediates': features}
-            if prefixes is not None:
-                result['image_intermediates_prefix'] = prefixes
-            if not intermediates_only:
-                result['image_features'] = self.norm(x)
-            return result
+            result = {'image_intermediates': features, 'image_intermediates_prefix': prefixes, 'image_features': final}
+            return {key: value for key, value in result.items() if value is not None}
         if prefixes is not None:
             features = list(zip(features, prefixes, strict=True))
-        return features if intermediates_only else (self.norm(x), features)
+        return features if intermediates_only else (final, features)
 
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
