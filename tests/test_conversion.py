@@ -131,6 +131,7 @@ class TestWhatIsNotServed:
             ('deepseek_vit_412m', r'rotary positions \(encoder\.rope'),
             ('swin_tiny_patch4_window7_224', r'SwinTransformer: .*several grids.*4, 8, 16, 32.*layers\.0 to layers\.3'),
             ('pit_ti_224', 'several grids.*8, 16, 32'),
+            ('csatv2', 'CSATv2: .*several grids.*8, 16, 32, 64'),
             ('crossvit_tiny_240', 'several grids.*12, 17'),
             ('resnet18', 'ResNet: it is not a vision transformer'),
             ('convnext_atto', 'ConvNeXt: it is not a vision transformer'),

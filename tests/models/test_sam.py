@@ -6,7 +6,7 @@ import itertools
 import pytest
 import timm
 import torch
-from timm.layers import create_feature_extractor
+from timm.layers import apply_rot_embed_cat, create_feature_extractor
 from timm.models import vision_transformer_sam as sam
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vit_efficient
 from vit_efficient import PatchGrid
 from vit_efficient.attention import swap_attention
+from vit_efficient.attention.decomposed import DecomposedBias, decomposed_of_kept
 from vit_efficient.conversion import convert_patch_embed
 from vit_efficient.flops import count_flops
 from vit_efficient.models import EfficientVisionTransformerSAM, load_model
@@ -254,6 +255,41 @@ def test_truncated_keys(name, options, place, fused):
     expected = attention.proj(y if place in ('kv', 'block') else attention.up(y, grid))
     found = attention(attention.down(x, grid) if place == 'block' else x, grid)
     assert (found - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize('place', ['kv', 'x'])
+@torch.no_grad()
+def test_rotations_of_truncated_keys(place):
+    """Keys are turned by the angles of the mean coordinates of their cells; so are queries at place x."""
+
+    def at(places):
+        angles = (torch.tensor(places, dtype=torch.float64) @ frequencies).repeat_interleave(2, -1)
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+    grid, kept, frequencies = PatchGrid(7, 13), (3, 4), torch.rand(2, 8, dtype=torch.float64) - 0.5
+    block = convert(build('rotary'), 'pool', place=place, num_tokens=kept, count_bias=False).double().blocks[0]
+    attention, x = block.attn, torch.randn(2, 7, 13, 48, dtype=torch.float64)
+    attention.rope.pos_embed = rope = at([*itertools.product(range(7), range(13))])
+    patches = [[row * 13 + column for row, column in cell] for cell in cells(kept, (7, 13))]
+    of_kept = at([[sum(axis) / len(axis) for axis in zip(*cell, strict=True)] for cell in cells(kept, (7, 13))])
+    normed = block.norm1(x).flatten(1, 2)
+    pooled = torch.stack([normed[:, cell].mean(1) for cell in patches], 1)
+    q, k, v = attention.project(pooled)
+    q = apply_rot_embed_cat(q, of_kept) if place == 'x' else apply_rot_embed_cat(attention.project(normed)[0], rope)
+    y = ((q @ apply_rot_embed_cat(k, of_kept).mT * attention.scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    y = x + attention.proj(attention.up(y, grid) if place == 'x' else y).unflatten(1, (7, 13))
+    assert (block(x) - y - block.mlp(block.norm2(y))).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize('kept_queries', [False, True])
+def test_gradients_of_uneven_cells(kept_queries):
+    tables = [torch.randn(2 * side - 1, 4, dtype=torch.float64, requires_grad=True) for side in (5, 7)]
+    q = torch.randn(1, 2, 6 if kept_queries else 35, 4, dtype=torch.float64, requires_grad=True)
+
+    def bias(q, *tables):
+        return decomposed_of_kept(DecomposedBias(*tables), q, 5, 7, (2, 3), kept_queries, True)
+
+    assert torch.autograd.gradcheck(bias, (q, *tables), fast_mode=True)
 
 
 @pytest.mark.parametrize('shift', [False, True])
