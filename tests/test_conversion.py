@@ -129,9 +129,9 @@ class TestWhatIsNotServed:
         ('name', 'message'),
         [
             ('deepseek_vit_412m', r'rotary positions \(encoder\.rope'),
-            ('samvit_base_patch16', r'relative position bias \(blocks\.0\.attn\.rel_pos_h\)'),
             ('swin_tiny_patch4_window7_224', r'SwinTransformer: .*several grids.*4, 8, 16, 32.*layers\.0 to layers\.3'),
             ('pit_ti_224', 'several grids.*8, 16, 32'),
+            ('csatv2', 'CSATv2: .*several grids.*8, 16, 32, 64'),
             ('crossvit_tiny_240', 'several grids.*12, 17'),
             ('resnet18', 'ResNet: it is not a vision transformer'),
             ('convnext_atto', 'ConvNeXt: it is not a vision transformer'),
@@ -163,6 +163,10 @@ class TestWhatIsNotServed:
             (
                 lambda vit: type('Mine', (timm.models.VisionTransformer,), {})(**SMALL, img_size=64),
                 'Mine: it is a class der',
+            ),
+            (
+                lambda vit: nn.ModuleDict({'attn': nn.ParameterDict({'rel_pos_h': nn.Parameter(torch.zeros(3, 4))})}),
+                r'ModuleDict: it has a relative position bias \(attn\.rel_pos_h\)',
             ),
             (lambda vit: 'vit_tiny_patch16_224', 'str: it is not an nn.Module; create the model first'),
         ],

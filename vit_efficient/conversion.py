@@ -37,10 +37,11 @@ def convert(
 
     Args:
         model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), `Eva` (EVA-02, Perception Encoder,
-            RoPE-ViT, DINOv3, …), `Beit`, `VisionTransformerRelPos` or `NaFlexVit`, or one converted before; also in the
-            wrapper that `features_only=True` or `torch.compile` puts around it.
+            RoPE-ViT, DINOv3, …), `Beit`, `VisionTransformerRelPos`, `NaFlexVit` or `VisionTransformerSAM`, or one
+            converted before; also in the wrapper that `features_only=True` or `torch.compile` puts around it.
         attention: A registered attention's name, or (name, options), or a list with one of these for each of `layers`.
-        layers: Indices of the blocks to convert, negative ones from the end; all by default.
+        layers: Indices of the blocks to convert, negative ones from the end; all by default. Blocks of SAM that attend
+            in windows of their own stay as they are, and cannot be among them.
         **options: Of a single attention, such as `keep_ratio`.
 
     Returns:
@@ -52,6 +53,10 @@ def convert(
             the positions of the model. The model is then as it was.
     """
     vit = served_model(model)
+    if not blocks.grid_blocks(vit):
+        raise UserError(
+            'cannot convert this model: each of its blocks attends in windows of its own, none among all patches'
+        )
     before = set(vit.parameters())
     swap_attentions(vit, attention, layers, **options)
     notes = set()
@@ -68,11 +73,16 @@ def swap_attentions(
     model: nn.Module, attention: blocks.AttentionSpec, layers: int | Iterable[int] | None = None, **options
 ) -> None:
     """As `convert`, of a model that is served; what a mechanism adds starts as in a model that is trained with it."""
-    depth = len(model.blocks)
-    indices = list(range(depth)) if layers is None else _indices(layers)
+    depth, served = len(model.blocks), blocks.grid_blocks(model)
+    indices = list(served) if layers is None else _indices(layers)
     for i in indices:
         if not is_integer(i, -depth) or i >= depth:
             raise UserError(f'layers: the model has blocks 0 … {depth - 1}, got {i!r}')
+        if i % depth not in served:
+            others = ', '.join(map(str, served))
+            raise UserError(
+                f'layers: block {i} attends in windows of its own and stays as it is; those to name are {others}'
+            )
     spec = blocks.attention_per_layer(attention, options, len(indices))
     wanted = dict(zip([i % depth for i in indices], spec, strict=True))
     if len(wanted) < len(indices):
@@ -159,7 +169,10 @@ def vit_converted(
                 served_model(model_entrypoint(base)(pretrained=False))
             raise
         if without_norm:  # which features do not need, and the class of the base always has
-            model.norm = model.fc_norm = nn.Identity()
+            if hasattr(model, 'neck'):
+                model.prune_intermediate_layers(prune_norm=True, prune_head=False)
+            else:
+                model.norm = model.fc_norm = nn.Identity()
         if patch_embed == 'dct':
             convert_patch_embed(model, **options)
         swap_attentions(served_model(model), attention, layers, **(attention_kwargs or {}))

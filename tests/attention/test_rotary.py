@@ -23,12 +23,10 @@ from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.attention.performer import attend_features
 from vit_efficient.attention.rotary import rope_of_kept
 from vit_efficient.compress.budget import Budget, kept_grid
-from vit_efficient.compress.cells import mean_places, middle_patches
-from vit_efficient.compress.dct import sample_places
+from vit_efficient.compress.cells import PLACES
 
 CHANNELS = HEADS * DIM
 GRIDS = ((14, 14), (7, 13), (1, 9), (33, 17))
-PLACES = {'means': mean_places, 'middles': middle_patches, 'samples': sample_places}
 
 
 def randomise(module):
@@ -52,7 +50,7 @@ class TestKeptTokens:
         angles = FAMILIES[family](*grid)
         rope = rope_at(angles, patches(*grid), half)
         expected = rope_at(angles, getattr(rotations, places)(*grid, kept), half)
-        assert (rope_of_kept(rope, *grid, kept, PLACES[places]) - expected).abs().max() <= 1e-12
+        assert (rope_of_kept(rope, *grid, kept, places) - expected).abs().max() <= 1e-12
 
     def test_as_the_mean_of_rotations_where_that_has_a_sense(self):
         """The mean of a cell, normalised: of cells that are narrow for the frequencies it is the same rotation."""
@@ -60,25 +58,25 @@ class TestKeptTokens:
         rope = rope_at(angles, patches(28, 28), True)
         mean = (pooling(28, 28, (14, 14)) @ rope).unflatten(-1, (2, DIM))
         expected = (mean / mean.norm(dim=-2, keepdim=True)).flatten(-2)
-        assert (rope_of_kept(rope, 28, 28, (14, 14), mean_places) - expected).abs().max() <= 1e-12
+        assert (rope_of_kept(rope, 28, 28, (14, 14), 'means') - expected).abs().max() <= 1e-12
         wide = FAMILIES['mixed'](28, 28)
         rope = rope_at(wide, patches(28, 28), True)
         mean = (pooling(28, 28, (4, 4)) @ rope).unflatten(-1, (2, DIM))
         wrong = (mean / mean.norm(dim=-2, keepdim=True)).flatten(-2)
-        assert (rope_of_kept(rope, 28, 28, (4, 4), mean_places) - wrong).abs().max() > 1
+        assert (rope_of_kept(rope, 28, 28, (4, 4), 'means') - wrong).abs().max() > 1
 
     @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 2e-3)])
     def test_dtypes(self, dtype, tolerance):
         angles = FAMILIES['mixed'](7, 13)
         rope = rope_at(angles, patches(7, 13), False).to(dtype)
-        actual = rope_of_kept(rope, 7, 13, (3, 5), mean_places)
+        actual = rope_of_kept(rope, 7, 13, (3, 5), 'means')
         assert actual.dtype == dtype
         expected = rope_at(angles, rotations.means(7, 13, (3, 5)), False)
         assert (actual.double() - expected).abs().max() <= tolerance
 
     def test_all_kept_is_what_was_given(self):
         rope = torch.randn(91, 2 * DIM)
-        assert rope_of_kept(rope, 7, 13, (7, 13), mean_places) is rope
+        assert rope_of_kept(rope, 7, 13, (7, 13), 'means') is rope
 
     def test_gradients(self):
         """Of learned frequencies."""
@@ -86,7 +84,7 @@ class TestKeptTokens:
 
         def kept(frequencies):
             angle = torch.arange(12, dtype=torch.float64)[:, None] * frequencies
-            return rope_of_kept(torch.cat([angle.sin(), angle.cos()], dim=-1), 1, 12, (1, 5), mean_places)
+            return rope_of_kept(torch.cat([angle.sin(), angle.cos()], dim=-1), 1, 12, (1, 5), 'means')
 
         assert torch.autograd.gradcheck(kept, frequencies)
 

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import timm
 import torch
+from timm.models._features_fx import create_feature_extractor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -214,6 +215,16 @@ def test_every_mechanism_trains(attention):
     used = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
     assert 'rope.freqs' in used
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name, dynamic', [(DINOV3, True), (DINOV3, False), (MIXED, False)])
+@pytest.mark.parametrize('attention', ['full', 'dct', 'pool', 'window', 'nystrom', 'linformer', 'treeformer_tc'])
+def test_fx(name, dynamic, attention):
+    """timm's own feature extractor traces it, as it does the model that is not converted."""
+    model = vit_efficient.convert(build(name, dynamic_img_size=dynamic), attention)
+    extractor = create_feature_extractor(model, {'blocks.0': 'block', 'head': 'logits'})
+    out = extractor(images())
+    assert torch.equal(out['logits'], model(images()))
 
 
 def test_what_cannot_have_positions_changes_nothing():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, register_notrace_function
+from timm.models import vision_transformer_sam as sam
 from torch import Tensor, nn
 
 from vit_efficient.attention.differential import difference, values_of_maps
@@ -86,13 +87,13 @@ class GridAttention(Attention):
 
         Args:
             attention: One of timm's `Attention`, `AttentionRope`, `EvaAttention` and `DiffAttention`, those of its
-                `Beit` and `VisionTransformerRelPos`, or of this class.
+                `Beit`, `VisionTransformerRelPos` and `VisionTransformerSAM`, or of this class.
             mechanism: The name that it is registered by, if it is.
             **options: Those of the mechanism.
 
         Raises:
-            UserError: If an option is wrong, or the attention has a relative bias, is differential, or of another class
-                than timm's `Attention`, and the mechanism cannot have that.
+            UserError: If an option is wrong, or the attention has positions of its own, is differential, or of another
+                class than timm's `Attention`, and the mechanism cannot have that.
         """
         new = cls.__new__(cls)
         for name, value in vars(attention).items():  # own registries of modules and hooks, the same parameters
@@ -115,6 +116,8 @@ class GridAttention(Attention):
             new._check_source()
         if own_bias_module(new) is not None:
             new.check_relative_bias()
+        if getattr(new, 'rope', None) is not None:
+            new.check_rotary()
         if isinstance(attention, GridAttention):
             new._keep_additions(attention)
         with keeping_modes(attention):  # what both have in common stays in its own
@@ -243,7 +246,7 @@ class GridAttention(Attention):
         """As those of timm's classes that have parameters beside their layers; called after `to_empty`, say."""
         if self.is_differential:
             self.source.reset_parameters(self)
-        for name in ('q_bias', 'v_bias', 'relative_position_bias_table'):
+        for name in ('q_bias', 'v_bias', 'relative_position_bias_table', 'rel_pos_h', 'rel_pos_w'):
             if getattr(self, name, None) is not None:
                 nn.init.zeros_(getattr(self, name))
         self.init_non_persistent_buffers()
@@ -392,6 +395,8 @@ class FullAttention(GridAttention):
     ) -> Tensor:
         if self.source in SHARED_ARGUMENT:
             return self._with_relative_bias(x, grid, attn_mask, is_causal, shared_bias)
+        if self.source is sam.Attention:
+            return self._on_image(x, grid, attn_mask, is_causal)
         positions = {} if rope is None else {'rope': rope}
         # timm's plain class knows of no positions, and of a parallel block timm has no module for the attention.
         if not (self.source is Attention and positions) and self.source.forward is not nn.Module.forward:
@@ -407,13 +412,22 @@ class FullAttention(GridAttention):
         self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None, is_causal: bool, shared_bias: RelativeBias | None
     ) -> Tensor:
         """By timm's forward, which takes the bias that all blocks share, and no masks."""
-        check_no_mask(self.title, f'{self.source.__module__}.{self.source.__name__}', attn_mask, is_causal)
+        self._check_no_mask(attn_mask, is_causal)
         if (own := own_bias_module(self)) is not None:
             check_grid(self.title, own.window_size, grid.height, grid.width)
         if shared_bias is not None:
             check_grid(self.title, shared_bias.grid_size, grid.height, grid.width)
         shared = None if shared_bias is None else whole_bias(shared_bias, grid.prefix)
         return self.source.forward(self, x, **{SHARED_ARGUMENT[self.source]: shared})
+
+    def _on_image(self, x: Tensor, grid: PatchGrid, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """By timm's forward of SAM, which takes (B, H, W, C) and no masks, and has its positions itself."""
+        self._check_no_mask(attn_mask, is_causal)
+        self.check_call(x, grid)
+        return self.source.forward(self, x.unflatten(1, (grid.height, grid.width))).flatten(1, 2)
+
+    def _check_no_mask(self, attn_mask: Tensor | None, is_causal: bool) -> None:
+        check_no_mask(self.title, f'{self.source.__module__}.{self.source.__name__}', attn_mask, is_causal)
 
     def _get_rel_pos_bias(self) -> Tensor:
         """What the forward of timm's `Beit` calls."""

@@ -22,10 +22,11 @@ from timm.layers import register_notrace_function, to_2tuple
 from torch import Tensor, nn
 
 from vit_efficient.attention.base import GridAttention, check_tokens
+from vit_efficient.attention.decomposed import DecomposedBias, decomposed_of_kept
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.projections import Projection, first_layer, is_fused
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.attention.relative import RelativeBias, bias_of_attention, bias_of_kept, check_grid
+from vit_efficient.attention.relative import Bias, RelativeBias, bias_of_attention, bias_of_kept, check_grid
 from vit_efficient.attention.rotary import rope_of_kept, rotate
 from vit_efficient.compress import COMPRESSORS, get_compressor
 from vit_efficient.grid import PatchGrid
@@ -174,9 +175,7 @@ class CompressedAttention(GridAttention):
                 "'pool', 'subsample' or 'window', or 'dct' with domain='space' and axes='2d'"
             )
 
-    def _among_kept(
-        self, x_BmC: Tensor, grid: PatchGrid, rope: Tensor | None, bias: RelativeBias | None = None
-    ) -> Tensor:
+    def _among_kept(self, x_BmC: Tensor, grid: PatchGrid, rope: Tensor | None, bias: Bias | None = None) -> Tensor:
         """timm's attention on the kept tokens, but for the output projection."""
         q, k, v = self.project_heads(x_BmC)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -184,9 +183,7 @@ class CompressedAttention(GridAttention):
             q, k = self.rotate(q, k, self._rope_of_kept(rope, grid), grid.prefix)
         return self.norm_and_gate(self._attend(q, k, v, grid, bias), x_BmC)
 
-    def _on_projections(
-        self, x: Tensor, grid: PatchGrid, rope: Tensor | None, bias: RelativeBias | None = None
-    ) -> Tensor:
+    def _on_projections(self, x: Tensor, grid: PatchGrid, rope: Tensor | None, bias: Bias | None = None) -> Tensor:
         q, k, v = self._compressed_projections(x, grid, rope)
         y = self._attend(q, k, v, grid, bias)
         if self.place == 'qkv':
@@ -240,13 +237,17 @@ class CompressedAttention(GridAttention):
         kept = self.compress.kept_sides(grid)
         return rope_of_kept(rope, grid.height, grid.width, kept, self.compress.places)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid, bias: RelativeBias | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid, bias: Bias | None) -> Tensor:
         """(B, H, tokens, D) each → (B, tokens, C)"""
         if bias is None:
             mask = self.compress.log_counts(grid, q)
         else:
             kept, counted = self.compress.kept_sides(grid), getattr(self.compress, 'count_bias', False)
-            mask = bias_of_kept(bias, grid.prefix, kept, self.place != 'kv', counted, q)
+            how = kept, self.place != 'kv', counted
+            if isinstance(bias, DecomposedBias):
+                mask = decomposed_of_kept(bias, q, grid.height, grid.width, *how)
+            else:
+                mask = bias_of_kept(bias, grid.prefix, *how, q)
         y = attend(q, k, self.values_of_maps(v), self.scale, self.fused_attn, self.attn_drop, mask)
         return self.merge_heads(y)
 

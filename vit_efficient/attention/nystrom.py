@@ -24,7 +24,6 @@ from vit_efficient.attention.functional import attend, attention_weights
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.attention.rotary import rope_of_kept
 from vit_efficient.compress.budget import Budget, kept_grid
-from vit_efficient.compress.cells import mean_places
 from vit_efficient.compress.pool import Down
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import as_integer, as_sides, check_choice, is_integer, is_pair
@@ -118,7 +117,7 @@ class NystromAttention(GridAttention):
         q_BHmD, k_BHmD = self._means(q, grid).to(v.dtype), self._means(k, grid).to(v.dtype)
         if rope is not None:
             kept = kept_grid(grid.height, grid.width, self.landmarks.budget)
-            of_landmarks = rope_of_kept(rope, grid.height, grid.width, kept, mean_places)
+            of_landmarks = rope_of_kept(rope, grid.height, grid.width, kept, 'means')
             q_BHmD, k_BHmD = self.rotate(q_BHmD, k_BHmD, of_landmarks, grid.prefix)
             q, k = self.rotate(q, k, rope, grid.prefix)
         v_BHmD = attend(q_BHmD, k, v_dropped, self.scale, self.fused_attn)

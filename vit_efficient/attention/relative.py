@@ -27,6 +27,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vit_efficient.attention.decomposed import DecomposedBias
 from vit_efficient.compress.cells import first_patches
 from vit_efficient.dct.bases import basis
 from vit_efficient.utils.errors import UserError
@@ -55,12 +56,17 @@ class RelativeBias(NamedTuple):
         return (self.table.shape[1] + 1) // 2, (self.table.shape[2] + 1) // 2
 
 
-def relative_bias(module: nn.Module | None) -> RelativeBias | None:
+Bias = RelativeBias | DecomposedBias
+
+
+def relative_bias(module: nn.Module | None) -> Bias | None:
     """The biases that a module of timm's holds, if it holds any.
 
     Args:
-        module: A `RelPosBias`, `RelPosMlp` or `RelativePositionBias`, or the attention of a `Beit`.
+        module: A `RelPosBias`, `RelPosMlp` or `RelativePositionBias`, or the attention of a `Beit` or of SAM.
     """
+    if getattr(module, 'rel_pos_h', None) is not None:
+        return DecomposedBias(module.rel_pos_h, module.rel_pos_w)
     if isinstance(module, RelPosMlp):
         table = module.bias_act(module.mlp(module.rel_coords_log)).permute(2, 0, 1)
         table = table if module.bias_gain is None else module.bias_gain * table
@@ -71,7 +77,7 @@ def relative_bias(module: nn.Module | None) -> RelativeBias | None:
 
 def own_bias_module(attention: nn.Module) -> nn.Module | None:
     """What holds the relative bias that an attention has for itself; None if it has none."""
-    if getattr(attention, 'relative_position_bias_table', None) is not None:
+    if any(getattr(attention, name, None) is not None for name in ('relative_position_bias_table', 'rel_pos_h')):
         return attention
     return getattr(attention, 'rel_pos', None)
 
@@ -127,7 +133,7 @@ def without_index(module: nn.Module | None) -> nn.Module | None:
     return new
 
 
-def bias_of_attention(attention: nn.Module, shared: RelativeBias | None) -> RelativeBias | None:
+def bias_of_attention(attention: nn.Module, shared: RelativeBias | None) -> Bias | None:
     """The biases of an attention: its own, and the ones given that all blocks share; None if there are none."""
     own = relative_bias(own_bias_module(attention))
     if own is None or shared is None:
@@ -147,9 +153,9 @@ def _of_rows(rows: Tensor, window_size: tuple[int, int]) -> RelativeBias:
     return RelativeBias(patches.unflatten(1, size), prefix if prefix.shape[1] else prefix.new_zeros(rows.shape[1], 3))
 
 
-def check_grid(title: str, grid_size: tuple, height, width) -> None:
-    """Raises UserError if the biases are of another grid."""
-    if type(height) is type(width) is int and tuple(grid_size) != (height, width):
+def check_grid(title: str, grid_size: tuple | None, height, width) -> None:
+    """Raises UserError if the biases are of another grid; with None they are of any."""
+    if grid_size is not None and type(height) is type(width) is int and tuple(grid_size) != (height, width):
         raise UserError(
             f'{title}: its relative position bias is that of {grid_size[0]} × {grid_size[1]} patches, the input has '
             f'{height} × {width}; call set_input_size of the model, or create it with this img_size'

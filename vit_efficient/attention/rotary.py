@@ -16,12 +16,11 @@ this is exact where the step is below half a turn.
 Letters: B batch, H heads, N patches, h × w kept, D channels of a head.
 """
 
-from collections.abc import Callable
-
 import torch
 from timm.layers import apply_rot_embed_cat, register_notrace_function
 from torch import Tensor
 
+from vit_efficient.compress.cells import PLACES
 from vit_efficient.dct.bases import basis, is_eager
 from vit_efficient.grid import smaller
 from vit_efficient.utils.device import on_gpu
@@ -29,9 +28,6 @@ from vit_efficient.utils.precision import real_dtype
 
 # Patches that a CPU turns at once: what it computes on the way stays in its cache, which takes a third of the time.
 ROWS = 256
-
-#: Where along a side of n patches each of m kept tokens lies, in patches from the first: (m, n, device) → (m,)
-Places = Callable[..., Tensor]
 
 
 def rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
@@ -41,6 +37,15 @@ def rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
         rope: As in this module, of the N patches or of the tokens kept of them.
         half: Whether the channels i and i + D / 2 are a pair; or else 2 i and 2 i + 1.
     """
+    return _rotate(x, rope, prefix, half)
+
+
+# Leaves for FX, since what they do depends on sizes; called in this module, where FX finds them.
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
     parts = [x]
     if prefix:
         # Split, not sliced: the gradient of a slice is as large as the whole.
@@ -53,23 +58,26 @@ def rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
     return torch.cat([*first, turned], dim=-2) if prefix else turned
 
 
-# A leaf for FX: what is gathered depends on sizes.
-@torch.fx.wrap
-@register_notrace_function
-def rope_of_kept(rope: Tensor, height, width, kept: tuple, places: Places) -> Tensor:
+def rope_of_kept(rope: Tensor, height, width, kept: tuple, places: str) -> Tensor:
     """The rotations of the tokens kept of a grid: (…, height · width, 2 D) → (…, h · w, 2 D)
 
     Args:
         rope: Of all patches.
         height, width: The grid.
         kept: h and w.
-        places: Where the tokens lie along a side.
+        places: Where the tokens lie along a side, of `PLACES`.
     """
+    return _rope_of_kept(rope, height, width, kept, places)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _rope_of_kept(rope: Tensor, height, width, kept: tuple, places: str) -> Tensor:
     h, w = kept
     if type(h) is type(w) is type(height) is type(width) is int and (h, w) == (height, width):
         return rope
     dtype = torch.promote_types(rope.dtype, torch.float32)
-    places_of = [basis(places, sizes, rope, real_dtype(rope.device)) for sizes in ((h, height), (w, width))]
+    places_of = [basis(PLACES[places], sizes, rope, real_dtype(rope.device)) for sizes in ((h, height), (w, width))]
     before = [place.floor() for place in places_of]
     row, column = ((place - floor).to(dtype) for place, floor in zip(places_of, before, strict=True))
     patch = (before[0].long()[:, None] * width + before[1].long()).flatten()

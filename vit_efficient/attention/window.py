@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.decomposed import DecomposedBias, decomposed_of_windows
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.attention.relative import RelativeBias, bias_of_attention, check_grid, prefix_bias, window_bias
+from vit_efficient.attention.relative import Bias, RelativeBias, bias_of_attention, check_grid, prefix_bias, window_bias
 from vit_efficient.dct.bases import basis
 from vit_efficient.grid import PatchGrid, larger, smaller
 from vit_efficient.utils.checks import as_sides, check_flag
@@ -149,7 +150,7 @@ class Permutation(torch.autograd.Function):
 @torch.fx.wrap
 @register_notrace_function
 def attend_in_windows(
-    q, k, v, height, width, prefix: int, window, shift: bool, how: tuple, bias: RelativeBias | None = None
+    q, k, v, height, width, prefix: int, window, shift: bool, how: tuple, bias: Bias | None = None
 ) -> Tensor:
     """Softmax attention of the patches inside their windows, and of the prefix tokens among all.
 
@@ -166,7 +167,7 @@ def attend_in_windows(
     known = are_numbers(height, width)
     if bias is not None:
         sides = _sides_of_windows(height, width, window, shift)
-        windows = [(n, rows * columns, window_bias(bias, prefix, rows, columns)) for n, rows, columns in sides]
+        windows = [(n, rows * columns, (rows, columns)) for n, rows, columns in sides]
     elif known:
         windows = [(n, area, None) for area, n in _count_by_area(height, width, window, shift).items()]
     else:
@@ -178,7 +179,13 @@ def attend_in_windows(
     mask = None if bias is None or not prefix else prefix_bias(bias, prefix)
     y = [_attend(q_prefix, k, v, *how, mask)] if prefix else []
     kv_prefix = (k_prefix, v_prefix) if prefix else None
-    for (n, _, mask), *patches in zip(windows, q_patches, k_patches, v_patches, strict=True):
+    for (n, _, side), *patches in zip(windows, q_patches, k_patches, v_patches, strict=True):
+        if side is None:
+            mask = None
+        elif isinstance(bias, DecomposedBias):
+            mask = decomposed_of_windows(bias, patches[0], height, width, n, side)
+        else:
+            mask = window_bias(bias, prefix, *side)
         if known:
             y.append(_attend_windows(*patches, n, kv_prefix, how, mask))
         else:

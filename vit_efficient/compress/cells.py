@@ -30,6 +30,15 @@ def mean_places(m, n, device: torch.device) -> Tensor:
     return (first[:-1] + first[1:] - 1) / 2
 
 
+def sample_places(m, n, device: torch.device) -> Tensor:
+    """Where a band-limited resize from n to m samples takes them, at the middles of m equal parts of the side: (m,)."""
+    return (torch.arange(m, device=device, dtype=real_dtype(device)) + 0.5) * n / m - 0.5
+
+
+#: Where along a side of n patches each of m kept tokens lies, in patches from the first: (m, n, device) → (m,).
+PLACES = {'means': mean_places, 'middles': middle_patches, 'samples': sample_places}
+
+
 def log_counts(height, width, kept: tuple, prefix, like: Tensor) -> Tensor:
     """The logarithm of the number of patches in each of the h × w cells, after those of tokens: (prefix + h · w,)."""
     return basis(_log_counts, (height, width, kept[0], kept[1], prefix), like, like.dtype)

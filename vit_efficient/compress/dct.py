@@ -9,7 +9,6 @@ Letters: B batch, H × W patches, h × w kept, D channels.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,12 +19,6 @@ from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import check_choice, check_flag
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.precision import real_dtype
-
-
-def sample_places(m, n, device: torch.device) -> Tensor:
-    """Where a band-limited resize from n to m samples takes them, at the middles of m equal parts of the side: (m,)."""
-    return (torch.arange(m, device=device, dtype=real_dtype(device)) + 0.5) * n / m - 0.5
 
 
 class _Way(nn.Module):
@@ -112,7 +105,7 @@ class DctCompressor(Compressor):
         self.axes = axes
         self.domain = domain
         self.keeps_constants = domain == 'space'
-        self.places = sample_places if domain == 'space' and axes == '2d' else None
+        self.places = 'samples' if domain == 'space' and axes == '2d' else None
         self.budget = budgets.Budget(keep_ratio, num_tokens)
         if axes == '1d' and isinstance(self.budget.num_tokens, tuple):
             raise UserError(f"num_tokens must be an integer with axes='1d', got {num_tokens=}")

@@ -94,7 +94,7 @@ class PoolCompressor(Compressor):
     commutes = True
     keeps_constants = True
     picks = False
-    places = staticmethod(cells.mean_places)
+    places = 'means'
 
     def __init__(
         self,
@@ -135,4 +135,4 @@ class SubsampleCompressor(PoolCompressor):
     """
 
     picks = True
-    places = staticmethod(cells.middle_patches)
+    places = 'middles'

@@ -9,6 +9,7 @@ from vit_efficient.models.inputs import input_size
 from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.models.registered import SIZES
 from vit_efficient.models.relative import EfficientBeit, EfficientVisionTransformerRelPos
+from vit_efficient.models.sam import EfficientVisionTransformerSAM
 from vit_efficient.models.saving import load_model, model_arguments, save_model
 from vit_efficient.models.truncation import freeze_truncation
 from vit_efficient.models.vit import EfficientVisionTransformer
@@ -20,6 +21,7 @@ __all__ = [
     'EfficientEva',
     'EfficientVisionTransformer',
     'EfficientVisionTransformerRelPos',
+    'EfficientVisionTransformerSAM',
     'GridBlock',
     'compile_blocks',
     'create_from_spec',

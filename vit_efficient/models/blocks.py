@@ -5,8 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import Attention, AttentionRope, DiffAttention, PatchDropout, PatchDropoutWithIndices
+from timm.layers import (
+    Attention,
+    AttentionRope,
+    DiffAttention,
+    PatchDropout,
+    PatchDropoutWithIndices,
+    register_notrace_function,
+)
 from timm.models import beit
+from timm.models import vision_transformer_sam as sam
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import (
     Block,
@@ -19,7 +27,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, 
 from torch import Tensor, nn
 
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
-from vit_efficient.grid import PackedGrids, PatchGrid
+from vit_efficient.grid import PackedGrids, PatchGrid, plain_sizes
 from vit_efficient.models.parallel import ParallelAttention, ParallelMlp, attention_of_parallel
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.options import write_options
@@ -238,6 +246,31 @@ class GridResPostRelPosBlock(_SharedBias, _PostNorm, ResPostRelPosBlock):
     """The post-norm block of timm's `VisionTransformerRelPos` on a grid."""
 
 
+class GridSAMBlock(_PreNorm, sam.Block):
+    """The global block of timm's `VisionTransformerSAM` on a grid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) → (B, H, W, C)"""
+        _, height, width, _ = x.shape
+        grid, rope = PatchGrid(*plain_sizes((height, width))), self.attn.rope
+        if rope is not None:
+            check_rope_grid(rope.feat_shape, grid.height, grid.width)
+            rope = rope.get_embed()
+        return super().forward(x.flatten(1, 2), grid, rope).unflatten(1, (grid.height, grid.width))
+
+
+# A leaf for FX, where sizes are not known.
+@torch.fx.wrap
+@register_notrace_function
+def check_rope_grid(grid_size: tuple[int, int], height, width) -> None:
+    """Raises UserError if rotary positions made for one grid are to be those of another."""
+    if type(height) is type(width) is int and tuple(grid_size) != (height, width):
+        raise UserError(
+            f'the rotary positions are those of {grid_size[0]} × {grid_size[1]} patches, the input has {height} × '
+            f'{width}; create the model with this img_size'
+        )
+
+
 # Classes of timm's that are served, and ours that know of the grid.
 BLOCKS = {
     Block: GridBlock,
@@ -250,13 +283,22 @@ BLOCKS = {
     beit.Block: GridBeitBlock,
     RelPosBlock: GridRelPosBlock,
     ResPostRelPosBlock: GridResPostRelPosBlock,
+    sam.Block: GridSAMBlock,
 }
-ATTENTIONS = (Attention, AttentionRope, EvaAttention, DiffAttention, beit.Attention, RelPosAttention)
+ATTENTIONS = (Attention, AttentionRope, EvaAttention, DiffAttention, beit.Attention, RelPosAttention, sam.Attention)
 
 
 def built_grid(model: nn.Module) -> tuple[int, int]:
     """Rows and columns of patches that a model of timm's is built for; of a NaFlexVit, that its embedding is for."""
     return model.patch_embed.grid_size if hasattr(model, 'patch_embed') else tuple(model.embeds.pos_embed_grid_size)
+
+
+def grid_blocks(model: nn.Module) -> dict[int, nn.Module]:
+    """The blocks whose attention is among all patches, by their numbers: those that attend in windows of their own, of
+    timm's `VisionTransformerSAM`, stay as they are."""
+    return {
+        i: block for i, block in enumerate(model.blocks) if not (isinstance(block, sam.Block) and block.window_size)
+    }
 
 
 def attentions_of(block: nn.Module) -> dict[str, nn.Module]:
@@ -273,16 +315,16 @@ def first_attention(block: nn.Module) -> nn.Module:
 
 
 def named_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """The attentions of all blocks by their names in the model."""
+    """The attentions of all `grid_blocks` by their names in the model."""
     return {
         f'blocks.{i}.{name}': attention
-        for i, block in enumerate(model.blocks)
+        for i, block in grid_blocks(model).items()
         for name, attention in attentions_of(block).items()
     }
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
-    """The attentions of all blocks."""
+    """The attentions of all `grid_blocks`."""
     return list(named_attentions(model).values())
 
 
@@ -297,7 +339,7 @@ def swapped_attentions(model: nn.Module, layers: Mapping[int, tuple[str, dict[st
     """
     check_patch_dropout(model, list(layers.values()))
     found, grid_size = {}, built_grid(model)
-    for i, block in enumerate(model.blocks):
+    for i, block in grid_blocks(model).items():
         of_block = attentions_of(block)
         for name, attention in of_block.items():
             if i in layers or not isinstance(attention, GridAttention):

@@ -8,12 +8,14 @@ from timm.models import (
     Eva,
     NaFlexVit,
     VisionTransformerRelPos,
+    VisionTransformerSAM,
     adapt_input_conv,
     beit,
     eva,
     naflexvit,
     vision_transformer,
     vision_transformer_relpos,
+    vision_transformer_sam,
 )
 from torch import Tensor, nn
 
@@ -82,6 +84,8 @@ def _filter_of_timm(state_dict: dict[str, Tensor], model: nn.Module, seen: Any) 
         return _filter_with_tables(state_dict, model, seen)
     if isinstance(model, NaFlexVit):
         return naflexvit.checkpoint_filter_fn(state_dict, seen)
+    if isinstance(model, VisionTransformerSAM):
+        return vision_transformer_sam.checkpoint_filter_fn(state_dict, seen)
     return vision_transformer.checkpoint_filter_fn(state_dict, seen, adapt_layer_scale=True)
 
 

@@ -12,18 +12,22 @@ from timm.layers import RotaryEmbeddingDinoV3
 from timm.models import Eva
 from torch import Tensor, nn
 
-from vit_efficient.grid import larger, plain_sizes, smaller
+from vit_efficient.grid import larger, smaller
 from vit_efficient.models import blocks
 from vit_efficient.models.forward import GridForward
 from vit_efficient.utils.compat import are_numbers
+
+
+def is_open(size: Any) -> bool:
+    """Whether a size is a symbol of `torch.export`; to FX and a jit trace it is something else."""
+    return isinstance(size, (int, torch.SymInt)) and not are_numbers(size)
 
 
 class OpenRotaryEmbedding(RotaryEmbeddingDinoV3):
     """timm's positions of DINOv3, also of a grid whose sides are symbols, which timm's would fix (`torch.export`)."""
 
     def get_embed(self, shape: tuple[int, int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        shape = None if shape is None else plain_sizes(shape)
-        if shape is None or are_numbers(*shape) or (self.training and self.aug_active):
+        if shape is None or not any(map(is_open, shape)) or (self.training and self.aug_active):
             return super().get_embed(shape, dtype)
         size = {'max': larger(*shape), 'min': smaller(*shape)}
         sides = [

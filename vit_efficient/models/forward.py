@@ -88,7 +88,7 @@ class GridForward:
         """Makes of the parts of a timm model those that know of the grid, in place."""
         if hasattr(self, 'patch_embed'):
             use_products(self.patch_embed)
-        for block in self.blocks:
+        for block in blocks.grid_blocks(self).values():
             if type(block) in blocks.BLOCKS:
                 block.__class__ = blocks.BLOCKS[type(block)]
                 block.complete()
@@ -270,13 +270,16 @@ class GridForward:
         return taken
 
     def attention_spec(self) -> list[tuple[str, dict[str, Any]]]:
-        """The attention of each block as it stands: its registered name and its options."""
-        attentions = [blocks.first_attention(block) for block in self.blocks]
+        """The attention of each block as it stands: its registered name and its options.
+
+        Of a `VisionTransformerSAM` those of the global blocks.
+        """
+        attentions = [blocks.first_attention(block) for block in blocks.grid_blocks(self).values()]
         return [(attention.mechanism, attention.options) for attention in attentions]
 
 
 def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> list[int]:
-    """The number of keys each block's queries attend to, prefix tokens included.
+    """The number of keys each block's queries attend to, prefix tokens included; of those that `attention_spec` lists.
 
     Args:
         model: A registered or converted model, wrapped or not.
@@ -295,4 +298,4 @@ def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     if embedding is not None and not embedding.dynamic_img_pad:
         check_image_size(*size, embedding.patch_size)
     grid = model.grid_of(*size)
-    return [blocks.first_attention(block).num_attended(grid) for block in model.blocks]
+    return [blocks.first_attention(block).num_attended(grid) for block in blocks.grid_blocks(model).values()]

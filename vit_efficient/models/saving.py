@@ -13,6 +13,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from vit_efficient.models.blocks import grid_blocks
 from vit_efficient.models.forward import GridForward
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed
 from vit_efficient.utils.compat import model_args, save_model_config, unwrap
@@ -52,12 +53,12 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
         # Its head may have been replaced since.
         return arguments | {key: getattr(model, key, arguments[key]) for key in _OF_HEAD & arguments.keys()}
     spec = model.attention_spec()
-    for i, (name, _) in enumerate(spec):
+    for i, (name, _) in zip(grid_blocks(model), spec, strict=True):
         if not name:
             raise UserError(f'the attention of blocks.{i} is no registered one; build it by name, with convert()')
     # Name and options together, so that another attention asked for when it is read back does not get the options.
     layers = [list(layer) for layer in spec]
-    arguments['attention'] = layers[0] if all(layer == layers[0] for layer in layers) else layers
+    arguments['attention'] = layers[0] if layers and all(layer == layers[0] for layer in layers) else layers
     arguments['attention_kwargs'] = {}
     # What can be changed after construction is read off the model.
     for name in ('patch_embed', *(f'patch_{name}' for name in PATCH_OPTIONS)):

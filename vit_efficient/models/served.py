@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 import torch
-from timm.models import Beit, Eva, NaFlexVit, VisionTransformer, VisionTransformerRelPos
+from timm.models import Beit, Eva, NaFlexVit, VisionTransformer, VisionTransformerRelPos, VisionTransformerSAM
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
@@ -12,6 +12,7 @@ from vit_efficient.models import blocks
 from vit_efficient.models.eva import EfficientEva
 from vit_efficient.models.naflex import EfficientNaFlexVit
 from vit_efficient.models.relative import EfficientBeit, EfficientVisionTransformerRelPos
+from vit_efficient.models.sam import EfficientVisionTransformerSAM
 from vit_efficient.models.vit import EfficientVisionTransformer, EfficientVisionTransformerDistilled
 from vit_efficient.utils.compat import DATA_PARALLEL, held_model
 from vit_efficient.utils.errors import UserError
@@ -23,6 +24,7 @@ MODELS = {
     Eva: EfficientEva,
     Beit: EfficientBeit,
     VisionTransformerRelPos: EfficientVisionTransformerRelPos,
+    VisionTransformerSAM: EfficientVisionTransformerSAM,
     NaFlexVit: EfficientNaFlexVit,
 }
 SERVED = {*MODELS, *MODELS.values()}
@@ -135,7 +137,7 @@ def _relative(model: nn.Module) -> str | None:
     for name in names:
         if _RELATIVE.search(name):
             return (
-                f"it has a relative position bias ({name}) in a class of its own; of those with one timm's Beit and "
-                "VisionTransformerRelPos are served, such as 'beit_base_patch16_224' or 'vit_relpos_base_patch16_224'"
+                f"it has a relative position bias ({name}) in a class of its own; of those with one timm's Beit, "
+                "VisionTransformerRelPos and VisionTransformerSAM are served, such as 'beit_base_patch16_224'"
             )
     return None

@@ -89,8 +89,9 @@ def _made_of(model: nn.Module) -> dict[str, str]:
     positions = [
         kind.__name__ for kind in kinds if kind.__name__.startswith(('RotaryEmbedding', 'RelPosMlp', 'RelPosBias'))
     ]
-    if any('relative_position_bias_table' in name for name, _ in model.named_parameters()) and not positions:
-        positions = ['bias table']
+    for part, kind in (('relative_position_bias_table', 'bias table'), ('rel_pos_h', 'decomposed bias')):
+        if any(part in name for name, _ in model.named_parameters()) and not positions:
+            positions = [kind]
     return dict(
         model=type(model).__name__,
         blocks=', '.join(sorted({type(block).__name__ for block in blocks})),

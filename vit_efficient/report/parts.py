@@ -10,6 +10,7 @@ from torch import nn
 
 from vit_efficient.data import input_shape
 from vit_efficient.flops import count_flops
+from vit_efficient.models.blocks import grid_blocks
 from vit_efficient.models.create import attention_of
 from vit_efficient.models.forward import GridForward
 from vit_efficient.report.runs import Entry
@@ -42,10 +43,10 @@ def model_title(name: str, model: nn.Module) -> str:
     if not isinstance(model, GridForward):
         return name
     own, layers = attention_of(name, {}) or 'full', {}
-    for i, (attention, _) in enumerate(model.attention_spec()):
+    for i, (attention, _) in zip(grid_blocks(model), model.attention_spec(), strict=True):
         layers.setdefault(attention, []).append(i)
     became = [
-        attention + (f' in {_ranges(indices)}' if len(indices) < len(model.blocks) else '')
+        attention + (f' in {_ranges(indices)}' if len(indices) < len(grid_blocks(model)) else '')
         for attention, indices in layers.items()
         if attention != own
     ]
