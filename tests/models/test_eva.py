@@ -31,6 +31,7 @@ MODELS = {
     'vit_small_patch16_rope_mixed_224': {},
     'vit_small_patch16_rope_mixed_ape_224': {},
 }
+MECHANISMS = vit_efficient.list_attentions()
 DINOV3, MIXED = 'vit_small_patch16_dinov3', 'vit_small_patch16_rope_mixed_224'
 
 
@@ -244,7 +245,7 @@ def test_compiled_as_one_graph(name):
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(images()), expected, rtol=1e-4, atol=1e-5)
 
 
-ROPE_MODELS = [name for name in vit_efficient.list_attentions() if name != 'dct1d']
+ROPE_MODELS = [name for name in MECHANISMS if name != 'dct1d']
 
 
 class TestRegistered:
@@ -252,7 +253,8 @@ class TestRegistered:
 
     def test_those_that_can_have_positions(self):
         """By default DCT-Former's own form, in one axis, keeps mixtures that have no place."""
-        assert set(timm.list_models('vit_*_rope_tiny')) == {f'vit_{name}_rope_tiny' for name in ROPE_MODELS}
+        assert {f'vit_{name}_rope_tiny' for name in ROPE_MODELS} <= set(timm.list_models('vit_*_rope_tiny'))
+        assert not timm.is_model('vit_dct1d_rope_tiny')
         layers = ['dct', ('dct1d', dict(place='kv'))]
         model = timm.create_model('vit_full_rope_tiny', attention=layers, depth=2, num_classes=3)
         assert model(images(64, 96)).shape == (2, 3)
@@ -282,6 +284,10 @@ class TestRegistered:
         assert model.attention_spec()[0][1]['keep_ratio'] == 0.5
         with pytest.raises(ValueError, match='rope_temperatur'):
             vit_efficient.models.create_from_spec('vit_dct_rope_tiny', dict(rope_temperatur=1))
+        with pytest.raises(ValueError, match='multiple of 4, got embed_dim=36, num_heads=2, 18 for each'):
+            timm.create_model('vit_dct_rope_tiny', embed_dim=36, num_heads=2)
+        with pytest.raises(ValueError, match='num_heads must divide embed_dim'):
+            timm.create_model('vit_dct_rope_tiny', embed_dim=36, num_heads=5)
         with pytest.raises(ValueError, match='EfficientVisionTransformer'):
             vit_efficient.models.create_from_spec('vit_dct_tiny', options)
 

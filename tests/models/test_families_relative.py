@@ -260,3 +260,18 @@ def test_biases_of_zero_change_nothing(attention, options):
         block.attn.relative_position_bias_table.data.zero_()
     found, expected = (convert(m, attention, keep_ratio=0.3, **options)(images()) for m in (model, plain))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('size, other', [((28, 52), (52, 28)), ((28, 52), (32, 40)), ((12, 92), (32, 32))])
+@pytest.mark.parametrize('name', ['beit', 'beit, shared', 'table'])
+def test_saved_for_one_grid_and_read_for_another(name, size, other, tmp_path):
+    """Tables are resized as `set_input_size` does, also where both grids have tables of as many entries."""
+    model = convert(build(name, img_size=size, use_abs_pos_emb=False) if 'beit' in name else build(name), 'full')
+    if 'beit' not in name:
+        model.set_input_size(size)
+    vit_efficient.save_model(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=other).eval()
+    model.set_input_size(other)
+    tables = [key for key in model.state_dict() if key.endswith('relative_position_bias_table')]
+    assert tables and all(torch.equal(loaded.state_dict()[key], model.state_dict()[key]) for key in tables)
+    torch.testing.assert_close(loaded(images(*other)), model(images(*other)))

@@ -1,6 +1,7 @@
 """Batches of images of several sizes: lists of images, and NaFlex batches. Each image has what it would have alone."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -220,6 +221,12 @@ def test_errors():
     holes['patch_valid'][1, 5] = False
     with pytest.raises(ValueError, match='image 1 of the batch are not a whole grid of 7 × 13'):
         model(holes)
+    outside = copy.deepcopy(batch)
+    outside['patch_coord'][1, -1] = torch.tensor([9, 9])
+    with pytest.raises(ValueError, match='image 1 of the batch are not a whole grid of 7 × 13'):
+        model(outside)
+    with pytest.raises(ValueError, match='patch_coord must hold integers.*got torch.float32'):
+        model(batch | {'patch_coord': batch['patch_coord'].float()})
     with pytest.raises(ValueError, match='leave set_input_size out'):
         model.set_input_size((64, 64))
     with pytest.raises(ValueError, match='cannot convert the patch embedding of a NaFlexVit|EfficientNaFlexVit'):
@@ -234,6 +241,33 @@ def test_errors():
         vit(images(), is_causal=True)
     with pytest.raises(ValueError, match='image height 60 is not a multiple'):
         vit(images([(64, 64), (60, 64)]))
+
+
+def test_tokens_of_a_list():
+    """A head that does not pool returns those of each image."""
+    model = vit_efficient.convert(build('vit_tiny_patch16_224', dynamic_img_size=True), 'pool')
+    model.reset_classifier(0, '')
+    found = model(images())
+    for tokens, image in zip(found, images(), strict=True):
+        assert_close(tokens, model(image[None])[0])
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'vit_small_patch16_dinov3', 'naflexvit_base_patch16_gap'])
+def test_patch_dropout_of_a_list(name):
+    """It would be of no whole number of tokens for each image."""
+    model = vit_efficient.convert(build(name, patch_drop_rate=0.4, **LISTS[name]), 'full')
+    assert model(images()).shape == (6, 5)
+    with pytest.raises(ValueError, match='patch_drop_rate=0.4: a list of images'):
+        model.train()(images())
+
+
+def test_a_traced_naflexvit():
+    model = vit_efficient.convert(build('naflexvit_base_patch16_gap'), 'pool')
+    x = torch.stack(images([(56, 104)] * 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        traced = torch.jit.trace(model, x, check_trace=False)
+    assert_close(traced(x), model(x))
 
 
 def test_patch_dropout_of_full_attention():

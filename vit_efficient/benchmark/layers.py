@@ -85,6 +85,11 @@ class LayerSetting:
 
     def _rope(self, attention: GridAttention, grid: PatchGrid) -> Tensor:
         """Rotary positions of the patches, (N, 2 · head_dim)."""
+        if attention.head_dim % 4:
+            heads = f'dim={self.dim}, num_heads={self.num_heads}'
+            raise UserError(
+                f'rope/NAME needs a multiple of 4 channels for each head, got {heads}: {attention.head_dim}'
+            )
         attention.check_rotary()
         attention.rotate_half = True
         embedding = RotaryEmbeddingDinoV3(attention.head_dim, feat_shape=(grid.height, grid.width))

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from timm.layers import resize_rel_pos_bias_table, to_2tuple
 from timm.models import (
     Beit,
     Eva,
@@ -90,17 +91,30 @@ def _filter_of_timm(state_dict: dict[str, Tensor], model: nn.Module, seen: Any) 
 
 
 def _filter_with_tables(state_dict: dict[str, Tensor], model: nn.Module, seen: Any) -> dict[str, Tensor]:
-    """timm's filter, but for tables of relative biases that fit: of a grid that is no square, one that has as many
-    entries as that of a square would be taken for it."""
-    own = model.state_dict()
-    fits = {
-        key: value
-        for key, value in state_dict.items()
-        if key.endswith('relative_position_bias_table') and key in own and value.shape == own[key].shape
-    }
-    others = {key: value for key, value in state_dict.items() if key not in fits}
-    of_timm = beit if isinstance(model, Beit) else vision_transformer_relpos
-    return of_timm.checkpoint_filter_fn(others, seen) | fits
+    """timm's filter, but for tables of relative biases whose grid is known, or that fit: their entries do not tell the
+    grid, and timm would take one that could be a square's for it."""
+    own, of_timm = model.state_dict(), beit if isinstance(model, Beit) else vision_transformer_relpos
+    saved = _saved_grid(model, state_dict.get('patch_embed.proj.weight'))
+    tables = {}
+    for key, value in state_dict.items():
+        if not key.endswith('relative_position_bias_table') or key not in own:
+            continue
+        size = model.get_submodule(key.rpartition('.')[0]).window_size
+        if saved is not None and saved != tuple(size):
+            shape = {'new_window_size': size, 'new_bias_shape': own[key].shape}
+            tables[key] = resize_rel_pos_bias_table(value, **shape, old_window_size=saved)
+        elif value.shape == own[key].shape:
+            tables[key] = value
+    others = {key: value for key, value in state_dict.items() if key not in tables}
+    return of_timm.checkpoint_filter_fn(others, seen) | tables
+
+
+def _saved_grid(model: nn.Module, kernel: Tensor | None) -> tuple[int, int] | None:
+    """The patch grid that a model folder's weights are for, which its config tells; None of other checkpoints."""
+    size = getattr(model, 'pretrained_model_args', {}).get('img_size')
+    if size is None or kernel is None:
+        return None
+    return tuple(side // patch for side, patch in zip(to_2tuple(size), kernel.shape[-2:], strict=True))
 
 
 def _filter_like_timm(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from vit_efficient.grid import larger, smaller
 from vit_efficient.models import blocks
 from vit_efficient.models.forward import GridForward
 from vit_efficient.utils.compat import are_numbers
+from vit_efficient.utils.errors import UserError
 
 
 def is_open(size: Any) -> bool:
@@ -61,6 +62,14 @@ class EfficientEva(GridForward, Eva):
         attention_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ):
+        dim, heads = kwargs.get('embed_dim', 768), kwargs.get('num_heads', 12)
+        if heads < 1 or dim % heads:
+            raise UserError(f'num_heads must divide embed_dim, got embed_dim={dim}, num_heads={heads}')
+        if kwargs.get('use_rot_pos_emb') and dim // heads % 4:
+            raise UserError(
+                'rotary positions turn pairs of channels, half of them by rows and half by columns: the channels of a '
+                f'head must be a multiple of 4, got embed_dim={dim}, num_heads={heads}, {dim // heads} for each'
+            )
         super().__init__(*args, **kwargs)
         self.use_grid()
         blocks.build_attentions(self, attention, attention_kwargs)

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import register_notrace_function, to_2tuple
+from timm.layers import PatchDropout, PatchDropoutWithIndices, register_notrace_function, to_2tuple
 from timm.models import checkpoint
 from torch import Tensor, nn
 
@@ -167,11 +167,13 @@ class GridForward:
             x = self.run_block(i, x, grid, rope, attn_mask, is_causal)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor | list[Tensor], *args, **kwargs) -> Tensor:
+    def forward_head(self, x: Tensor | list[Tensor], *args, **kwargs) -> Tensor | list[Tensor]:
         """As timm's; also of what `forward_features` makes of a list of images, for which timm's `forward` calls it."""
         if not isinstance(x, list):
             return super().forward_head(x, *args, **kwargs)
         outputs = [super(GridForward, self).forward_head(tokens[None], *args, **kwargs) for tokens in x]
+        if self.global_pool == '':  # the tokens of each
+            return [tokens[0] for tokens in outputs]
         if torch.is_tensor(outputs[0]):
             return torch.cat(outputs)
         return tuple(map(torch.cat, zip(*outputs, strict=True)))  # of both heads of a distilled model
@@ -180,6 +182,11 @@ class GridForward:
         """As `_embed`, of images of any sizes: one sequence of all their tokens."""
         if attn_mask is not None or is_causal:
             raise UserError('a list of images cannot have attn_mask and is_causal: each is attended to by itself')
+        if self.training and isinstance(getattr(self, 'patch_drop', None), (PatchDropout, PatchDropoutWithIndices)):
+            raise UserError(
+                f'patch_drop_rate={self.patch_drop.prob}: a list of images needs all patches of each; set '
+                'patch_drop_rate=0, or give images of one size as a tensor'
+            )
         if not images or not all(torch.is_tensor(image) and image.ndim == 3 for image in images):
             raise UserError('a list of images must hold tensors (channels, height, width), at least one')
         groups = groups_of([tuple(image.shape) for image in images])

@@ -14,7 +14,7 @@ from timm.models import NaFlexVit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.grid import PackedGrids, PatchGrid
+from vit_efficient.grid import PackedGrids, PatchGrid, plain_sizes
 from vit_efficient.models.forward import Batch, GridForward, groups_of
 from vit_efficient.utils.compat import feature_indices
 from vit_efficient.utils.errors import UserError
@@ -45,7 +45,7 @@ class EfficientNaFlexVit(GridForward, NaFlexVit):
         raise UserError('a NaFlexVit takes images of any size as it is; leave set_input_size out')
 
     def _embed(self, x: Tensor) -> tuple[Tensor, PatchGrid, Tensor | None]:
-        grid = self.grid_of(*x.shape[-2:])
+        grid = self.grid_of(*plain_sizes(x.shape[-2:]))
         rope = None if self.rope is None else self.rope.get_embed(shape=(grid.height, grid.width))
         return self.norm_pre(self.embeds(x)[0]), grid, rope
 
@@ -83,7 +83,8 @@ class EfficientNaFlexVit(GridForward, NaFlexVit):
         is_causal: bool = False,
     ) -> Tensor | list[Tensor] | dict[str, Tensor | None]:
         """As timm's, of images or of a NaFlex batch, whose padding becomes zeros; or of a list of images."""
-        if self.training and self.patch_drop is not None:  # then every attention is 'full', and needs no grid
+        if self.training and self.patch_drop is not None and not isinstance(patches, (list, tuple)):
+            # Then every attention is 'full', and needs no grid.
             return NaFlexVit.forward_features(self, patches, patch_coord, patch_valid, attn_mask)
         if patch_coord is None:
             return super().forward_features(patches, attn_mask, is_causal)
@@ -113,7 +114,7 @@ class EfficientNaFlexVit(GridForward, NaFlexVit):
     ):
         """Arguments and results as timm's `NaFlexVit.forward_intermediates`."""
         options = indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict
-        if self.training and self.patch_drop is not None:
+        if self.training and self.patch_drop is not None and not isinstance(x, (list, tuple)):
             return NaFlexVit.forward_intermediates(self, x, *options, patch_coord, patch_valid, attn_mask)
         if not isinstance(x, dict) and patch_coord is None:
             return super().forward_intermediates(x, *options, attn_mask=attn_mask)
@@ -159,20 +160,25 @@ def grid_sizes(patch_coord: Tensor, patch_valid: Tensor | None) -> list[tuple[in
         patch_valid: Which of them are no padding, (B, N); all by default.
 
     Raises:
-        UserError: If the patches of an image are not a whole grid, in row-major order and before the padding.
+        UserError: If the patches of an image are not a whole grid, in row-major order and before the padding, or the
+            padding lies outside of it.
     """
+    if patch_coord.is_floating_point():
+        raise UserError(f'patch_coord must hold integers, rows and columns of patches, got {patch_coord.dtype}')
     place = torch.arange(patch_coord.shape[1], device=patch_coord.device)
     valid = patch_coord.new_ones(patch_coord.shape[:2]) if patch_valid is None else patch_valid
     valid = valid.bool()
     rows, columns = (patch_coord * valid[..., None]).amax(dim=1).add(1).unbind(dim=-1)
     is_patch = place < (rows * columns)[:, None]
     in_order = patch_coord[..., 0] * columns[:, None] + patch_coord[..., 1] == place
-    whole = (torch.where(is_patch, valid & in_order, ~valid)).all(dim=1)
+    # timm makes embeddings for the grid of all coordinates, those of the padding too.
+    inside = (patch_coord.amax(dim=1) + 1 == torch.stack([rows, columns], dim=-1)).all(dim=1)
+    whole = torch.where(is_patch, valid & in_order, ~valid).all(dim=1) & inside
     sizes = torch.stack([rows, columns, whole], dim=1).tolist()  # the one time that a GPU is waited for
     for i, (h, w, is_whole) in enumerate(sizes):
         if not is_whole:
             raise UserError(
                 f'patch_coord, patch_valid: the patches of image {i} of the batch are not a whole grid of {h} × {w} in '
-                "row-major order, before the padding; leave out a loader's patch dropout"
+                "row-major order, before padding at (0, 0); leave out a loader's patch dropout"
             )
     return [(h, w) for h, w, _ in sizes]
