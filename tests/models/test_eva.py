@@ -242,7 +242,7 @@ def test_compiled_as_one_graph(name):
     torch.compiler.reset()
     model = vit_efficient.convert(build(name), 'dct', keep_ratio=0.3)
     expected = model(images())
-    torch.testing.assert_close(torch.compile(model, fullgraph=True)(images()), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(images()), expected)
 
 
 ROPE_MODELS = [name for name in MECHANISMS if name != 'dct1d']
