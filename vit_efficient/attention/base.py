@@ -23,7 +23,7 @@ from vit_efficient.attention.relative import (
     whole_bias,
     without_index,
 )
-from vit_efficient.attention.rotary import rotate
+from vit_efficient.attention.rotary import rotate, table_of
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, as_integer, check_options
 from vit_efficient.utils.compat import own_names
@@ -397,7 +397,7 @@ class FullAttention(GridAttention):
             return self._with_relative_bias(x, grid, attn_mask, is_causal, shared_bias)
         if self.source is sam.Attention:
             return self._on_image(x, grid, attn_mask, is_causal)
-        positions = {} if rope is None else {'rope': rope}
+        positions = {} if rope is None else {'rope': table_of(rope)}
         # timm's plain class knows of no positions, and of a parallel block timm has no module for the attention.
         if not (self.source is Attention and positions) and self.source.forward is not nn.Module.forward:
             return self.source.forward(self, x, **positions, attn_mask=attn_mask, is_causal=is_causal)

@@ -11,10 +11,13 @@ A model hands down `rope`, the sines and cosines of all patches, as timm does: (
 A token that stands for several patches lies at their mean coordinate. Its rotation is read off `rope`, whatever module
 has made it and drawn augmentations for it: that of the nearest patch before it, turned on by the fraction of a step
 that it lies farther. Angles grow by the same step from each patch to the next, which `rope` tells up to whole turns:
-this is exact where the step is below half a turn.
+this is exact where the step is below half a turn. On small grids it may be larger; models that know it hand down a
+`Rope`, which has the steps too.
 
 Letters: B batch, H heads, N patches, h × w kept, D channels of a head.
 """
+
+from typing import NamedTuple
 
 import torch
 from timm.layers import apply_rot_embed_cat, register_notrace_function
@@ -30,14 +33,31 @@ from vit_efficient.utils.precision import real_dtype
 ROWS = 256
 
 
-def rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+class Rope(NamedTuple):
+    """Rotations of patches that lie far apart.
+
+    Args:
+        table: As in this module.
+        steps: The angles from a patch to the one below it, and to the one on its right: (2, …, D).
+    """
+
+    table: Tensor
+    steps: Tensor
+
+
+def table_of(rope: Tensor | Rope) -> Tensor:
+    """The rotations of the patches alone."""
+    return rope.table if isinstance(rope, Rope) else rope
+
+
+def rotate(x: Tensor, rope: Tensor | Rope, prefix: int, half: bool) -> Tensor:
     """Queries or keys turned by their positions: (B, H, P + N, D) → the same; the P prefix tokens as they are.
 
     Args:
         rope: As in this module, of the N patches or of the tokens kept of them.
         half: Whether the channels i and i + D / 2 are a pair; or else 2 i and 2 i + 1.
     """
-    return _rotate(x, rope, prefix, half)
+    return _rotate(x, table_of(rope), prefix, half)
 
 
 # Leaves for FX, since what they do depends on sizes; called in this module, where FX finds them.
@@ -58,7 +78,7 @@ def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
     return torch.cat([*first, turned], dim=-2) if prefix else turned
 
 
-def rope_of_kept(rope: Tensor, height, width, kept: tuple, places: str) -> Tensor:
+def rope_of_kept(rope: Tensor | Rope, height, width, kept: tuple, places: str) -> Tensor:
     """The rotations of the tokens kept of a grid: (…, height · width, 2 D) → (…, h · w, 2 D)
 
     Args:
@@ -67,12 +87,12 @@ def rope_of_kept(rope: Tensor, height, width, kept: tuple, places: str) -> Tenso
         kept: h and w.
         places: Where the tokens lie along a side, of `PLACES`.
     """
-    return _rope_of_kept(rope, height, width, kept, places)
+    return _rope_of_kept(*(rope if isinstance(rope, Rope) else (rope, None)), height, width, kept, places)
 
 
 @torch.fx.wrap
 @register_notrace_function
-def _rope_of_kept(rope: Tensor, height, width, kept: tuple, places: str) -> Tensor:
+def _rope_of_kept(rope: Tensor, steps: Tensor | None, height, width, kept: tuple, places: str) -> Tensor:
     h, w = kept
     if type(h) is type(w) is type(height) is type(width) is int and (h, w) == (height, width):
         return rope
@@ -82,14 +102,23 @@ def _rope_of_kept(rope: Tensor, height, width, kept: tuple, places: str) -> Tens
     row, column = ((place - floor).to(dtype) for place, floor in zip(places_of, before, strict=True))
     patch = (before[0].long()[:, None] * width + before[1].long()).flatten()
     sine, cosine = rope.index_select(-2, patch).to(dtype).unflatten(-2, (h, w)).chunk(2, dim=-1)
-    # Steps are the same everywhere; of a side of one patch there is none.
-    below, right = smaller(1, height - 1) * width, smaller(1, width - 1)
-    first, *others = (rope[..., i, :].to(dtype).chunk(2, dim=-1) for i in (0, below, right))
-    down, across = (_angle_between(first, other)[..., None, None, :] for other in others)
+    steps = steps_between(rope, height, width) if steps is None else steps
+    down, across = (step.to(dtype)[..., None, None, :] for step in steps)
     angle = row[:, None, None] * down + column[None, :, None] * across
     sine_more, cosine_more = angle.sin(), angle.cos()
     sine, cosine = sine * cosine_more + cosine * sine_more, cosine * cosine_more - sine * sine_more
     return torch.cat([sine, cosine], dim=-1).flatten(-3, -2).to(rope.dtype)
+
+
+def steps_between(rope: Tensor, height, width) -> tuple[Tensor, Tensor]:
+    """The angles from a patch to the one below it, and to the one on its right, in (−π, π]: (…, D) each
+
+    They are the same everywhere; of a side of one patch there is none.
+    """
+    below, right = smaller(1, height - 1) * width, smaller(1, width - 1)
+    dtype = torch.promote_types(rope.dtype, torch.float32)
+    first, *others = (rope[..., i, :].to(dtype).chunk(2, dim=-1) for i in (0, below, right))
+    return tuple(_angle_between(first, other) for other in others)
 
 
 def _angle_between(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ from vit_efficient.attention.decomposed import DecomposedBias, decomposed_of_win
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.attention.relative import Bias, RelativeBias, bias_of_attention, check_grid, prefix_bias, window_bias
+from vit_efficient.attention.rotary import table_of
 from vit_efficient.dct.bases import basis
 from vit_efficient.grid import PatchGrid, larger, smaller
 from vit_efficient.utils.checks import as_sides, check_flag
@@ -85,7 +86,7 @@ class WindowAttention(GridAttention):
         x = reorder(x, *windows)
         q, k, v = self.project(x)
         if rope is not None:
-            rope = reorder(rope, grid.height, grid.width, 0, *windows[3:])
+            rope = reorder(table_of(rope), grid.height, grid.width, 0, *windows[3:])
             q, k = self.rotate(q, k, rope, grid.prefix)
         q, k, v = (t.transpose(1, 2) for t in (q, k, self.values_of_maps(v)))
         y_BNHE = attend_in_windows(q, k, v, *windows, (self.scale, self.fused_attn, self.drop_rate), bias)

@@ -12,9 +12,11 @@ from timm.layers import RotaryEmbeddingDinoV3
 from timm.models import Eva
 from torch import Tensor, nn
 
-from vit_efficient.grid import larger, smaller
+from vit_efficient.attention.rotary import Rope
+from vit_efficient.grid import larger, plain_sizes, smaller
 from vit_efficient.models import blocks
 from vit_efficient.models.forward import GridForward
+from vit_efficient.models.rope_steps import with_steps
 from vit_efficient.utils.compat import are_numbers
 from vit_efficient.utils.errors import UserError
 
@@ -79,8 +81,11 @@ class EfficientEva(GridForward, Eva):
         if type(self.rope) is RotaryEmbeddingDinoV3:
             self.rope.__class__ = OpenRotaryEmbedding
 
-    def tokens(self, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+    def tokens(self, patches: Tensor) -> tuple[Tensor, Tensor | Rope | None]:
         x, rope = self._pos_embed(patches)
+        if rope is not None and not self.rope_mixed and not (self.training and self.patch_drop is not None):
+            sides = patches.shape[1:3] if self.dynamic_img_size else self.patch_embed.grid_size
+            rope = with_steps(rope, self.rope, *plain_sizes((sides[0], sides[1])))
         return self.norm_pre(x), rope
 
     def construction(self) -> dict[str, Any]:

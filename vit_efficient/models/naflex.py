@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vit_efficient.grid import PackedGrids, PatchGrid, plain_sizes
 from vit_efficient.models.forward import Batch, GridForward, groups_of
+from vit_efficient.models.rope_steps import with_steps
 from vit_efficient.utils.compat import feature_indices
 from vit_efficient.utils.errors import UserError
 
@@ -47,6 +48,8 @@ class EfficientNaFlexVit(GridForward, NaFlexVit):
     def _embed(self, x: Tensor) -> tuple[Tensor, PatchGrid, Tensor | None]:
         grid = self.grid_of(*plain_sizes(x.shape[-2:]))
         rope = None if self.rope is None else self.rope.get_embed(shape=(grid.height, grid.width))
+        if rope is not None and not self.rope_is_mixed:
+            rope = with_steps(rope, self.rope, grid.height, grid.width)
         return self.norm_pre(self.embeds(x)[0]), grid, rope
 
     def _embed_patches(
@@ -71,8 +74,10 @@ class EfficientNaFlexVit(GridForward, NaFlexVit):
         if self.rope_is_mixed:
             return list(zip(*(self.rope.get_embed(shape=size, dtype=dtype) for size in sizes), strict=True))
         if hasattr(self.rope, 'get_batch_embeds'):
-            return list(self.rope.get_batch_embeds(sizes, dtype=dtype))
-        return [self.rope.get_embed(shape=size, dtype=dtype) for size in sizes]
+            ropes = self.rope.get_batch_embeds(sizes, dtype=dtype)
+        else:
+            ropes = [self.rope.get_embed(shape=size, dtype=dtype) for size in sizes]
+        return [with_steps(rope, self.rope, *size) for rope, size in zip(ropes, sizes, strict=True)]
 
     def forward_features(
         self,
