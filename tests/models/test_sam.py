@@ -324,3 +324,9 @@ def test_compiled_as_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(compiled(images()), model(images()), rtol=1e-5, atol=1e-5)
     torch.compiler.reset()
+
+
+def test_a_list_of_images_is_refused():
+    model = convert(build('relative'), 'pool')
+    with pytest.raises(UserError, match='images of one size, as a tensor'):
+        model([torch.zeros(3, 32, 32), torch.zeros(3, 64, 64)])

@@ -7,7 +7,7 @@ so each global block makes its grid itself: the forward passes are timm's, at an
 from typing import Any
 
 from timm.models import VisionTransformerSAM
-from torch import nn
+from torch import Tensor, nn
 
 from vit_efficient.models.forward import GridForward
 from vit_efficient.utils.errors import UserError
@@ -18,8 +18,13 @@ class EfficientVisionTransformerSAM(GridForward, VisionTransformerSAM):
 
     num_prefix_tokens = 0
     forward = VisionTransformerSAM.forward
-    forward_features = VisionTransformerSAM.forward_features
     forward_intermediates = VisionTransformerSAM.forward_intermediates
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """As timm's; no list of images of several sizes."""
+        if isinstance(x, (list, tuple)):
+            raise UserError('a VisionTransformerSAM takes images of one size, as a tensor, and no list of them')
+        return VisionTransformerSAM.forward_features(self, x)
 
     def construction(self) -> dict[str, Any]:
         return super().construction() | ({'without_norm': True} if isinstance(self.neck, nn.Identity) else {})
