@@ -13,7 +13,14 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from vit_efficient import PatchGrid
 from vit_efficient.attention import swap_attention
 from vit_efficient.attention.functional import attend
-from vit_efficient.attention.relative import RelativeBias, bias_of_kept, relative_bias, whole_bias, without_index
+from vit_efficient.attention.relative import (
+    RelativeBias,
+    bias_of_kept,
+    grid_of_bias,
+    relative_bias,
+    whole_bias,
+    without_index,
+)
 from vit_efficient.attention.window import WindowAttention
 from vit_efficient.utils.errors import UserError
 
@@ -101,7 +108,7 @@ def test_no_matrix_of_all_pairs_is_made():
     with Sizes():
         y = bias_of_kept(bias, 1, kept, False, True, bias.table)
     assert max(sizes) == y.numel() == HEADS * (32 * 48 + 1) * 17
-    assert grid == bias.grid_size
+    assert grid == grid_of_bias(bias)
 
 
 def attentions(grid, prefix):

@@ -18,6 +18,7 @@ from vit_efficient.attention.relative import (
     RelativeBias,
     check_grid,
     drop_index,
+    grid_of_bias,
     own_bias_module,
     relative_bias,
     whole_bias,
@@ -416,7 +417,7 @@ class FullAttention(GridAttention):
         if (own := own_bias_module(self)) is not None:
             check_grid(self.title, own.window_size, grid.height, grid.width)
         if shared_bias is not None:
-            check_grid(self.title, shared_bias.grid_size, grid.height, grid.width)
+            check_grid(self.title, grid_of_bias(shared_bias), grid.height, grid.width)
         shared = None if shared_bias is None else whole_bias(shared_bias, grid.prefix)
         return self.source.forward(self, x, **{SHARED_ARGUMENT[self.source]: shared})
 

@@ -26,7 +26,14 @@ from vit_efficient.attention.decomposed import DecomposedBias, decomposed_of_kep
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.projections import Projection, first_layer, is_fused
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.attention.relative import Bias, RelativeBias, bias_of_attention, bias_of_kept, check_grid
+from vit_efficient.attention.relative import (
+    Bias,
+    RelativeBias,
+    bias_of_attention,
+    bias_of_kept,
+    check_grid,
+    grid_of_bias,
+)
 from vit_efficient.attention.rotary import rope_of_kept, rotate
 from vit_efficient.compress import COMPRESSORS, get_compressor
 from vit_efficient.grid import PatchGrid
@@ -139,7 +146,7 @@ class CompressedAttention(GridAttention):
         bias = bias_of_attention(self, shared_bias)
         if bias is not None:
             self.check_relative_bias()
-            check_grid(self.title, bias.grid_size, grid.height, grid.width)
+            check_grid(self.title, grid_of_bias(bias), grid.height, grid.width)
         if self.of_block:
             check_kept(self.title, x.shape, self.num_attended(grid), attn_mask, is_causal)
             return self.proj_drop(self.proj(self._among_kept(x, grid, rope, bias)))

@@ -31,7 +31,6 @@ class DecomposedBias(NamedTuple):
 
     rows: Tensor
     columns: Tensor
-    grid_size = None  # of any
 
 
 # Leaves for FX, where sizes are not known.

@@ -51,12 +51,16 @@ class RelativeBias(NamedTuple):
     #: (1, A, N, N), those of all pairs of tokens, where several attentions need them.
     whole: Tensor | None = None
 
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        return (self.table.shape[1] + 1) // 2, (self.table.shape[2] + 1) // 2
-
 
 Bias = RelativeBias | DecomposedBias
+
+
+# Not a property of the bias: `torch.compile` of torch 2.10 knows of none of a named tuple.
+def grid_of_bias(bias: Bias) -> tuple[int, int] | None:
+    """The grid that biases are for; None of any."""
+    if isinstance(bias, DecomposedBias):
+        return None
+    return (bias.table.shape[1] + 1) // 2, (bias.table.shape[2] + 1) // 2
 
 
 def relative_bias(module: nn.Module | None) -> Bias | None:
@@ -172,19 +176,19 @@ def whole_bias(bias: RelativeBias, prefix: int) -> Tensor:
 def _whole_bias(bias: RelativeBias, prefix: int) -> Tensor:
     if bias.whole is not None:
         return bias.whole
-    return _bias_of_kept(bias, prefix, bias.grid_size, False, True, bias.table)
+    return _bias_of_kept(bias, prefix, grid_of_bias(bias), False, True, bias.table)
 
 
 def window_bias(bias: RelativeBias, prefix: int, rows: int, columns: int) -> Tensor:
     """Of the patches of a window, to the prefix tokens and each other: (1, A, rows · columns, P + rows · columns)."""
-    height, width = bias.grid_size
+    height, width = grid_of_bias(bias)
     near = bias.table[:, height - rows : height + rows - 1, width - columns : width + columns - 1]
     return whole_bias(RelativeBias(near, bias.prefix), prefix)[:, :, prefix:]
 
 
 def prefix_bias(bias: RelativeBias, prefix: int) -> Tensor:
     """Of the prefix tokens to each other and all patches: (1, A, P, N)."""
-    height, width = bias.grid_size
+    height, width = grid_of_bias(bias)
     to_patches, _, among = bias.prefix[:, :, None].unbind(1)
     of_one = torch.cat([among.expand(-1, prefix), to_patches.expand(-1, height * width)], dim=1)
     return of_one[None, :, None].expand(-1, -1, prefix, -1)
@@ -210,7 +214,7 @@ def bias_of_kept(
 def _bias_of_kept(
     bias: RelativeBias, prefix: int, kept: tuple, kept_queries: bool, counted: bool, like: Tensor
 ) -> Tensor:
-    height, width = bias.grid_size
+    height, width = grid_of_bias(bias)
     h, w = (range(side).stop for side in kept)
     keys = _lengths(h, height), _lengths(w, width)
     queries = (_lengths(h, height), _lengths(w, width)) if kept_queries else ([1], [1])

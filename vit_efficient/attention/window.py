@@ -26,7 +26,15 @@ from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.decomposed import DecomposedBias, decomposed_of_windows
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.registry import register_attention
-from vit_efficient.attention.relative import Bias, RelativeBias, bias_of_attention, check_grid, prefix_bias, window_bias
+from vit_efficient.attention.relative import (
+    Bias,
+    RelativeBias,
+    bias_of_attention,
+    check_grid,
+    grid_of_bias,
+    prefix_bias,
+    window_bias,
+)
 from vit_efficient.attention.rotary import table_of
 from vit_efficient.dct.bases import basis
 from vit_efficient.grid import PatchGrid, larger, smaller
@@ -81,7 +89,7 @@ class WindowAttention(GridAttention):
         self.check_call(x, grid, attn_mask, is_causal)
         bias = bias_of_attention(self, shared_bias)
         if bias is not None:
-            check_grid(self.title, bias.grid_size, grid.height, grid.width)
+            check_grid(self.title, grid_of_bias(bias), grid.height, grid.width)
         windows = (grid.height, grid.width, grid.prefix, to_2tuple(self.window), self.shift)
         x = reorder(x, *windows)
         q, k, v = self.project(x)
