@@ -14,6 +14,7 @@ from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep,
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
 from vit_efficient.models.served import MODELS, served_model
+from vit_efficient.models.vit import EfficientVisionTransformer
 from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.compat import model_args, set_model_args
 from vit_efficient.utils.errors import UserError
@@ -90,17 +91,22 @@ def swap_attentions(
     attentions = blocks.swapped_attentions(model, wanted)
 
     # Nothing can fail from here on.
-    was_ours = type(model) not in MODELS
+    was_timms = type(model) in MODELS
     model.__class__ = MODELS.get(type(model), type(model))
     model.use_grid()
     blocks.set_attentions(model, attentions)
-    # What timm saves beside the weights stays true: the architecture, and the arguments that rebuild it.
+    if was_timms:
+        _call_converted(model)
+    set_model_args(model, model_arguments(model))
+
+
+def _call_converted(model: nn.Module) -> None:
+    """What timm saves beside the weights stays true: the architecture becomes the base of `vit_converted`."""
     config = dict(getattr(model, 'pretrained_cfg', {}))
-    if not was_ours and config.get('architecture'):
+    if config.get('architecture') and config['architecture'] != 'vit_converted':
         set_model_args(model, {**model_args(model), 'base': config['architecture']})
         config['architecture'] = 'vit_converted'
         model.pretrained_cfg = model.default_cfg = config
-    set_model_args(model, model_arguments(model))
 
 
 def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep = None, **options) -> nn.Module:
@@ -131,6 +137,8 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
         embedding = DctPatchEmbed.from_conv(embedding, keep, **options)
     swap_attentions(model, 'full', layers=[])
     model.patch_embed = embedding
+    if not isinstance(model, EfficientVisionTransformer):  # whose entry points build it
+        _call_converted(model)
     set_model_args(model, model_arguments(model))
     return whole
 

@@ -166,3 +166,9 @@ def test_a_bug_in_an_attention_is_no_wrong_option(monkeypatch):
 )
 def test_values(text, value):
     assert parse_value(text) == value and type(parse_value(text)) is type(value)
+
+
+def test_an_option_of_the_attention_that_a_model_has_too():
+    """SAM's class has a `window_size`."""
+    model = create_from_spec('convert:vit_tiny_patch16_224:window', dict(window_size=8, depth=1))
+    assert model.attention_spec() == [('window', dict(window_size=8, shift=False))]

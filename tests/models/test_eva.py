@@ -209,6 +209,18 @@ def test_weights_made_on_no_device():
     torch.testing.assert_close(model.eval()(images()), expected(images()))
 
 
+@pytest.mark.parametrize('attention', ['performer', 'treeformer_tc', 'treeformer_tf'])
+def test_what_mechanisms_add_is_made_anew(attention):
+    with torch.device('meta'):
+        model = vit_efficient.convert(timm.create_model(DINOV3, **SMALL), attention)
+    model.to_empty(device='cpu')
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan)
+    model.init_weights()
+    assert all(tensor.isfinite().all() for tensor in model.blocks[0].attn.state_dict().values())
+
+
 @pytest.mark.parametrize('attention', ['dct1d', 'linformer', 'nystrom', 'performer', 'treeformer_tc', 'treeformer_tf'])
 def test_every_mechanism_trains(attention):
     options = dict(place='qkv') if attention == 'dct1d' else {}
@@ -246,16 +258,16 @@ def test_compiled_as_one_graph(name):
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(images()), expected)
 
 
-ROPE_MODELS = [name for name in MECHANISMS if name != 'dct1d']
+ROPE_MODELS = [name for name in MECHANISMS if name not in ('dct1d', 'treeformer_tc')]
 
 
 class TestRegistered:
     """`vit_{attention}_rope_{size}`: for training at mixed sizes."""
 
     def test_those_that_can_have_positions(self):
-        """By default DCT-Former's own form, in one axis, keeps mixtures that have no place."""
+        """DCT-Former's own form keeps mixtures that have no place, and TC-Attention takes means."""
         assert {f'vit_{name}_rope_tiny' for name in ROPE_MODELS} <= set(timm.list_models('vit_*_rope_tiny'))
-        assert not timm.is_model('vit_dct1d_rope_tiny')
+        assert not timm.is_model('vit_dct1d_rope_tiny') and not timm.is_model('vit_treeformer_tc_rope_tiny')
         layers = ['dct', ('dct1d', dict(place='kv'))]
         model = timm.create_model('vit_full_rope_tiny', attention=layers, depth=2, num_classes=3)
         assert model(images(64, 96)).shape == (2, 3)
@@ -276,6 +288,19 @@ class TestRegistered:
         model = timm.create_model('vit_pool_rope_tiny', depth=2, num_classes=3).eval()
         x = images(64, 64)
         assert not torch.allclose(model(x), model(x.flip(-1).unflatten(-1, (4, 16)).flip(-1).flatten(-2)), atol=1e-6)
+
+    def test_an_embedding_of_coefficients_is_saved(self, tmp_path):
+        """No entry point of a rotary model takes one: the model is a converted one from then on."""
+        model = build('vit_dct_rope_tiny')
+        for embedding in (dict(keep=4), dict(patch_embed='conv')):
+            vit_efficient.convert_patch_embed(model, **embedding)
+            vit_efficient.save_model(model, tmp_path)
+            loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+            assert torch.equal(loaded(images()), model(images()))
+
+    def test_patches_divide_the_image(self):
+        with pytest.raises(ValueError, match='image height 230 is not a multiple of the patch size 16'):
+            timm.create_model('vit_dct_rope_tiny', img_size=230, dynamic_img_size=False)
 
     def test_specs(self):
         model = vit_efficient.models.create_from_spec('vit_dct_rope_tiny', dict(keep_ratio=0.5, rope_temperature=50.0))

@@ -275,3 +275,17 @@ def test_saved_for_one_grid_and_read_for_another(name, size, other, tmp_path):
     tables = [key for key in model.state_dict() if key.endswith('relative_position_bias_table')]
     assert tables and all(torch.equal(loaded.state_dict()[key], model.state_dict()[key]) for key in tables)
     torch.testing.assert_close(loaded(images(*other)), model(images(*other)))
+
+
+def test_another_image_size_names_the_way_out():
+    with pytest.raises(UserError, match='input is 32 × 52 pixels, the model was built for 28 × 52; call its set_input'):
+        convert(build('beit'), 'pool')(images(32, 52))
+
+
+@pytest.mark.compiled
+def test_windows_compiled_for_open_sizes():
+    """Their biases are of a grid that is known, also where the sizes of the input are symbols."""
+    torch.compiler.reset()
+    model = convert(build('beit'), 'window', window_size=4)
+    compiled = torch.compile(model, dynamic=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(images()), model(images()))

@@ -227,6 +227,10 @@ def test_errors():
         model(outside)
     with pytest.raises(ValueError, match='patch_coord must hold integers.*got torch.float32'):
         model(batch | {'patch_coord': batch['patch_coord'].float()})
+    with pytest.raises(ValueError, match='is_causal=True cannot be had with a NaFlex batch'):
+        model.forward_features(batch['patches'], batch['patch_coord'], batch['patch_valid'], is_causal=True)
+    with pytest.raises(ValueError, match=r'blocks\.0: learned=True needs a model that is built for one image size'):
+        vit_efficient.convert(build('naflexvit_base_patch16_gap'), 'dct', learned=True)
     with pytest.raises(ValueError, match='leave set_input_size out'):
         model.set_input_size((64, 64))
     with pytest.raises(ValueError, match='cannot convert the patch embedding of a NaFlexVit|EfficientNaFlexVit'):

@@ -330,3 +330,5 @@ def test_a_list_of_images_is_refused():
     model = convert(build('relative'), 'pool')
     with pytest.raises(UserError, match='images of one size, as a tensor'):
         model([torch.zeros(3, 32, 32), torch.zeros(3, 64, 64)])
+    with pytest.raises(UserError, match='images of one size, as a tensor'):
+        model.forward_intermediates([torch.zeros(3, 32, 32)])

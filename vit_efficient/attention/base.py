@@ -58,6 +58,8 @@ class GridAttention(Attention):
     of_block: bool = False
     #: How FLOPs are named (`vit_efficient.flops.ROLES`): products of two activations apart from projections.
     flop_role: str = 'attention'
+    #: Whether rotary positions reach what patches attend to, so that a model may have no others.
+    places_patches: bool = True
     #: Whether what it computes depends on the values of its input, so that a count without data is an expectation.
     cost_depends_on_data: bool = False
     #: Whether it can be differential: it attends to `values_of_maps`, of more channels than keys have, and what its
@@ -112,9 +114,11 @@ class GridAttention(Attention):
                 f'{name} cannot be differential, as {new.source.__name__} is: its queries cannot read the same values '
                 f'by two maps; use one of {others}'
             )
-        new._configure(mechanism, options)
+        if mechanism:
+            new.mechanism = mechanism
         if new.source is not Attention:
             new._check_source()
+        new._configure(mechanism, options)
         if own_bias_module(new) is not None:
             new.check_relative_bias()
         if getattr(new, 'rope', None) is not None:
@@ -206,7 +210,8 @@ class GridAttention(Attention):
         Args:
             x: (B, N, C), N = grid.num_tokens.
             grid: The layout of the tokens.
-            rope: Rotary positions of the patches, as timm hands them to its blocks (`vit_efficient.attention.rotary`).
+            rope: Rotary positions of the patches, as timm hands them to its blocks, or a `Rope`: `rotate` takes both,
+                `table_of` makes the first of either (`vit_efficient.attention.rotary`).
             attn_mask, is_causal: As timm's, where the mechanism can have them.
 
         Returns:
@@ -251,6 +256,10 @@ class GridAttention(Attention):
             if getattr(self, name, None) is not None:
                 nn.init.zeros_(getattr(self, name))
         self.init_non_persistent_buffers()
+
+    def init_weights(self) -> None:
+        """What timm's `init_weights` of a ViT calls, after `to_empty` too; those of other models `reset_parameters`."""
+        self.reset_parameters()
 
     def init_non_persistent_buffers(self) -> None:
         """What timm calls where buffers that no checkpoint has hold nothing yet."""

@@ -74,9 +74,8 @@ class PerformerAttention(GridAttention):
         if not self.features.is_meta:
             self.features.copy_(orthogonal_features(*self.features.shape, generator))
 
-    def init_weights(self) -> None:
-        """What timm's `init_weights` of a model calls, after `to_empty` too: features as at first."""
-        self.reset_parameters()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
         self.redraw_features()
 
     def forward(

@@ -4,6 +4,8 @@ class            layers                        biases
 Attention        qkv                           of the layer
 DiffAttention    qkv                           of the layer
 EvaAttention     qkv, or q_proj, k_proj …      q_bias and v_bias beside qkv, and a buffer of zeros for keys
+Beit's           qkv                           as EvaAttention
+RelPosAttention  qkv                           of the layer, as SAM's and those of parallel blocks
 AttentionRope    qkv, or q_proj, k_proj …      of the layers; there may be fewer heads of keys and values
 
 Of a parallel block, `qkv` is a part of a larger layer (`vit_efficient.utils.projections.Part`).

@@ -2,7 +2,8 @@
 
 Source: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021, arXiv
 2103.14030, section 3.2: windows of w × w patches, shifted by ⌊w/2⌋ rows and columns in every second layer, so that
-neighbours exchange what they know. Without the relative position bias and the hierarchy of resolutions of Swin.
+neighbours exchange what they know. Without the hierarchy of resolutions of Swin, and with a relative position bias only
+where a model has one.
 
 Swin keeps windows equal by cyclic shifts, padding and masks. Here the windows at the border are smaller, which is what
 its masks amount to: tokens are brought into window order once, windows of equal area attend together, and nothing is
@@ -41,6 +42,7 @@ from vit_efficient.grid import PatchGrid, larger, smaller
 from vit_efficient.utils.checks import as_sides, check_flag
 from vit_efficient.utils.compat import are_numbers
 from vit_efficient.utils.device import on_gpu
+from vit_efficient.utils.errors import UserError
 
 
 @register_attention('window')
@@ -88,13 +90,15 @@ class WindowAttention(GridAttention):
     ) -> Tensor:
         self.check_call(x, grid, attn_mask, is_causal)
         bias = bias_of_attention(self, shared_bias)
+        height, width = grid.height, grid.width
         if bias is not None:
-            check_grid(self.title, grid_of_bias(bias), grid.height, grid.width)
-        windows = (grid.height, grid.width, grid.prefix, to_2tuple(self.window), self.shift)
+            check_grid(self.title, grid_of_bias(bias), height, width)
+            height, width = grid_of_bias(bias) or (height, width)  # numbers, where those of the input are symbols
+        windows = (height, width, grid.prefix, to_2tuple(self.window), self.shift)
         x = reorder(x, *windows)
         q, k, v = self.project(x)
         if rope is not None:
-            rope = reorder(table_of(rope), grid.height, grid.width, 0, *windows[3:])
+            rope = reorder(table_of(rope), height, width, 0, *windows[3:])
             q, k = self.rotate(q, k, rope, grid.prefix)
         q, k, v = (t.transpose(1, 2) for t in (q, k, self.values_of_maps(v)))
         y_BNHE = attend_in_windows(q, k, v, *windows, (self.scale, self.fused_attn, self.drop_rate), bias)
@@ -174,6 +178,8 @@ def attend_in_windows(
         (B, N, H, E), in the same order.
     """
     known = are_numbers(height, width)
+    if bias is not None and not known:
+        raise UserError("attention 'window' with SAM's position bias needs a fixed size: compile or export for one")
     if bias is not None:
         sides = _sides_of_windows(height, width, window, shift)
         windows = [(n, rows * columns, (rows, columns)) for n, rows, columns in sides]

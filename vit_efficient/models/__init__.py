@@ -6,6 +6,7 @@ from vit_efficient.models.create import create_from_spec
 from vit_efficient.models.eva import EfficientEva
 from vit_efficient.models.forward import kept_tokens
 from vit_efficient.models.inputs import input_size
+from vit_efficient.models.naflex import EfficientNaFlexVit
 from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.models.registered import SIZES
 from vit_efficient.models.relative import EfficientBeit, EfficientVisionTransformerRelPos
@@ -19,6 +20,7 @@ __all__ = [
     'DctPatchEmbed',
     'EfficientBeit',
     'EfficientEva',
+    'EfficientNaFlexVit',
     'EfficientVisionTransformer',
     'EfficientVisionTransformerRelPos',
     'EfficientVisionTransformerSAM',

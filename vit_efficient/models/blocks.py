@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.grid import PackedGrids, PatchGrid, plain_sizes
 from vit_efficient.models.parallel import ParallelAttention, ParallelMlp, attention_of_parallel
+from vit_efficient.models.rope_steps import with_steps
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.options import write_options
 from vit_efficient.utils.projections import Part
@@ -255,7 +256,7 @@ class GridSAMBlock(_PreNorm, sam.Block):
         grid, rope = PatchGrid(*plain_sizes((height, width))), self.attn.rope
         if rope is not None:
             check_rope_grid(rope.feat_shape, grid.height, grid.width)
-            rope = rope.get_embed()
+            rope = with_steps(rope.get_embed(), rope, grid.height, grid.width)
         return super().forward(x.flatten(1, 2), grid, rope).unflatten(1, (grid.height, grid.width))
 
 
@@ -346,6 +347,12 @@ def swapped_attentions(model: nn.Module, layers: Mapping[int, tuple[str, dict[st
                 kind, options = layers.get(i, ('full', {}))
                 attention = swap_attention(
                     attention, kind, **layer_options(kind, options, i, len(model.blocks), grid_size)
+                )
+            learns = getattr(getattr(attention, 'compress', None), 'window', None) is not None
+            if learns and not hasattr(model, 'patch_embed'):
+                raise UserError(
+                    f'blocks.{i}: learned=True needs a model that is built for one image size, whose costs are '
+                    f'weighed; a {type(model).__name__} is built for none'
                 )
             if attention.of_block and len(of_block) > 1 and any(True for _ in attention.compress.parameters()):
                 raise UserError(

@@ -112,16 +112,17 @@ def _arguments(name: str, options: dict[str, Any]) -> dict[str, Any]:
         return dict(options)
     entry, _ = _entry_point(name, options)
     build = model_entrypoint(entry)
-    # Of a converted model the class is that of its base.
-    classes = [build.model_cls] if hasattr(build, 'model_cls') else [*MODELS.values()]
+    of_converted = not hasattr(build, 'model_cls')  # it may be of any class
+    classes = [*MODELS.values()] if of_converted else [build.model_cls]
     bases = {base for cls in classes for base in cls.__mro__ if '__init__' in vars(base)}
     functions = (build, timm.create_model, *bases)
     of_model = {*_OF_BUILDER, *(argument for function in functions for argument in argument_names(function)[0])}
     of_attention, takes_others = _attention_options(attention, given | options)
     if not takes_others:
-        has = ', '.join([*of_attention, f'the arguments of {classes[0].__name__} and of timm.create_model'])
+        cls = 'its base' if of_converted else classes[0].__name__
+        has = ', '.join([*of_attention, f'the arguments of {cls} and of timm.create_model'])
         check_options(name, options, [*of_attention, *sorted(of_model.difference(of_attention))], has)
-    own = {key: value for key, value in options.items() if key not in of_model}
+    own = {key: value for key, value in options.items() if key in of_attention or key not in of_model}
     for key in own:
         if key in given:
             raise UserError(f'{name} is given {key}={own[key]!r} beside attention_kwargs={given}: give it once')

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from vit_efficient.attention.rotary import Rope
 from vit_efficient.grid import larger, plain_sizes, smaller
 from vit_efficient.models import blocks
-from vit_efficient.models.forward import GridForward
+from vit_efficient.models.forward import GridForward, check_image_size
 from vit_efficient.models.rope_steps import with_steps
+from vit_efficient.utils.checks import plain_integers
 from vit_efficient.utils.compat import are_numbers
 from vit_efficient.utils.errors import UserError
 
@@ -54,7 +55,8 @@ class EfficientEva(GridForward, Eva):
         attention_kwargs: Options of a single attention, such as `keep_ratio`.
 
     Raises:
-        UserError: If an attention or an option is unknown or out of range, or it cannot have rotary positions.
+        UserError: If an attention or an option is unknown or out of range, or it cannot have rotary positions; or if
+            heads do not divide the channels as these need it, or the patches do not divide the image.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class EfficientEva(GridForward, Eva):
                 f'head must be a multiple of 4, got embed_dim={dim}, num_heads={heads}, {dim // heads} for each'
             )
         super().__init__(*args, **kwargs)
+        if not self.patch_embed.dynamic_img_pad:
+            check_image_size(*plain_integers(self.patch_embed.img_size), self.patch_embed.patch_size)
         self.use_grid()
         blocks.build_attentions(self, attention, attention_kwargs)
 

@@ -32,6 +32,17 @@ def check_image_size(height, width, patch_size: tuple[int, int]) -> None:
             )
 
 
+@torch.fx.wrap
+@register_notrace_function
+def check_built_size(height, width, img_size: tuple[int, int]) -> None:
+    """Raises UserError if an image is not of the only size that a model takes."""
+    if type(height) is type(width) is int and (height, width) != tuple(img_size):
+        raise UserError(
+            f'the input is {height} × {width} pixels, the model was built for {img_size[0]} × {img_size[1]}; call its '
+            'set_input_size, or create it with this img_size'
+        )
+
+
 def _pixels(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width, plain ints, of an argument that is a side or both."""
     return to_2tuple(as_sides(name, value, '(height, width)'))
@@ -123,6 +134,8 @@ class GridForward:
         height, width = plain_sizes((x.shape[-2], x.shape[-1]))
         if isinstance(self.patch_embed, DctPatchEmbed):
             height, width = self.patch_embed.pixel_size(height, width)
+        elif not hasattr(self, 'dynamic_img_size'):
+            check_built_size(height, width, self.patch_embed.img_size)
         elif getattr(self.patch_embed, 'strict_img_size', False):  # before timm's assertion, which names no way out
             check_input(height, width, self.patch_embed.patch_size, self.patch_embed.img_size, True, 'pixels')
         if getattr(self, 'dynamic_img_size', False) and not self.patch_embed.dynamic_img_pad:

@@ -88,6 +88,8 @@ class EfficientNaFlexVit(GridForward, NaFlexVit):
         is_causal: bool = False,
     ) -> Tensor | list[Tensor] | dict[str, Tensor | None]:
         """As timm's, of images or of a NaFlex batch, whose padding becomes zeros; or of a list of images."""
+        if is_causal and (patch_coord is not None or (self.training and self.patch_drop is not None)):
+            raise UserError('is_causal=True cannot be had with a NaFlex batch, nor with patch dropout')
         if self.training and self.patch_drop is not None and not isinstance(patches, (list, tuple)):
             # Then every attention is 'full', and needs no grid.
             return NaFlexVit.forward_features(self, patches, patch_coord, patch_valid, attn_mask)
@@ -100,7 +102,7 @@ class EfficientNaFlexVit(GridForward, NaFlexVit):
 
     def forward_head(
         self, patches: Tensor | list[Tensor], pre_logits: bool = False, patch_valid: Tensor | None = None
-    ) -> Tensor:
+    ) -> Tensor | list[Tensor]:
         return super().forward_head(patches, pre_logits=pre_logits, patch_valid=patch_valid)
 
     def forward_intermediates(

@@ -127,10 +127,11 @@ def register_variants(attention: str) -> None:
 def _can_rotate(attention: str) -> bool:
     try:
         with torch.device('meta'):
-            create_attention(attention, 8, 1, **layer_options(attention, {}, 0, 1, (16, 16))).check_rotary()
+            made = create_attention(attention, 8, 1, **layer_options(attention, {}, 0, 1, (16, 16)))
+        made.check_rotary()
     except (UserError, TypeError):  # or it has options that must be given
         return False
-    return True
+    return made.places_patches
 
 
 def register_sizes(attention: str, variant: Variant) -> None:

@@ -18,13 +18,16 @@ class EfficientVisionTransformerSAM(GridForward, VisionTransformerSAM):
 
     num_prefix_tokens = 0
     forward = VisionTransformerSAM.forward
-    forward_intermediates = VisionTransformerSAM.forward_intermediates
 
     def forward_features(self, x: Tensor) -> Tensor:
         """As timm's; no list of images of several sizes."""
-        if isinstance(x, (list, tuple)):
-            raise UserError('a VisionTransformerSAM takes images of one size, as a tensor, and no list of them')
+        _check_tensor(x)
         return VisionTransformerSAM.forward_features(self, x)
+
+    def forward_intermediates(self, x: Tensor, *args, **kwargs):
+        """As timm's; no list of images of several sizes."""
+        _check_tensor(x)
+        return VisionTransformerSAM.forward_intermediates(self, x, *args, **kwargs)
 
     def construction(self) -> dict[str, Any]:
         return super().construction() | ({'without_norm': True} if isinstance(self.neck, nn.Identity) else {})
@@ -35,3 +38,8 @@ class EfficientVisionTransformerSAM(GridForward, VisionTransformerSAM):
             'a VisionTransformerSAM takes images of other sizes as it is; where its positions are rotary, create it '
             'with another img_size'
         )
+
+
+def _check_tensor(x: Tensor) -> None:
+    if isinstance(x, (list, tuple)):
+        raise UserError('a VisionTransformerSAM takes images of one size, as a tensor, and no list of them')

@@ -38,7 +38,7 @@ _OTHERS = "such as 'vit_base_patch16_224', 'deit3_base_patch16_224' or 'vit_base
 
 
 def served_model(model: nn.Module) -> nn.Module:
-    """The `VisionTransformer` that a conversion changes: the model, or the one in a wrapper of timm or `torch.compile`.
+    """The model that a conversion changes: the one given, or the one in a wrapper of timm or `torch.compile`.
 
     Raises:
         UserError: If it cannot be served; it names the module and the reason.
@@ -53,7 +53,8 @@ def served_model(model: nn.Module) -> nn.Module:
         blocks.check_blocks(inner)
     except UserError as error:
         kind = type(inner).__name__
-        raise UserError(f'cannot convert this {kind}: {error}; those of plain blocks are served, {_OTHERS}') from None
+        served = f"those of timm's own blocks and attentions are served, {_OTHERS}"
+        raise UserError(f'cannot convert this {kind}: {error}; {served}') from None
     return inner
 
 
@@ -86,7 +87,7 @@ def _why_not(model: nn.Module) -> str:
             return said
     name, module = next(_named(model, _is_attention))
     kind = f'{type(module).__module__}.{type(module).__name__}'
-    return f"its attention, {name}, is not timm's plain one but {kind}; plain ViTs are served, {_OTHERS}"
+    return f"its attention, {name}, is none of timm's that are served but {kind}; plain ViTs are served, {_OTHERS}"
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -127,7 +128,7 @@ def _rotary(model: nn.Module) -> str | None:
     for name, module in _named(model, lambda _, module: bool(_ROTARY.search(type(module).__name__))):
         return (
             f'it has rotary positions ({name}, {type(module).__name__}) in a class of its own; of ViTs with rotary '
-            "positions timm's Eva is served, such as 'vit_small_patch16_dinov3' or 'eva02_base_patch14_224'"
+            "positions timm's Eva and NaFlexVit are, such as 'vit_small_patch16_dinov3' or 'eva02_tiny_patch14_224'"
         )
     return None
 

@@ -61,9 +61,8 @@ class TreeAttention(GridAttention):
             raise UserError(f'tree_height must be an integer from 0 to {MAX_HEIGHT}, got {tree_height=}')
         self.tree = Trees(self.num_heads, self.head_dim, int(tree_height), **self.kind_of_weights())
 
-    def init_weights(self) -> None:
-        """What timm's `init_weights` of a model calls, after `to_empty` too."""
-        self.reset_parameters()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
         self.tree.reset_parameters()
 
     def leaves(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
@@ -84,6 +83,8 @@ class TreeMeanAttention(TreeAttention):
     Predicates, values and α have gradients from all tokens (see `trees.py` for the surrogate). α starts at 1 / (h + 1),
     and with h = 0 the output of a patch is the mean of all values.
 
+    Rotary positions reach only what prefix tokens attend to: trees ask what a token is, not where.
+
     In training keys are dropped (`drop_keys`), each from the sums of all nodes of its head's tree.
 
     In evaluation, where no gradient is wanted and neither gate nor norm stands between, the projections of values and
@@ -95,6 +96,8 @@ class TreeMeanAttention(TreeAttention):
         tree_height: h. There are 2^h leaves.
     """
 
+    places_patches = False
+
     def configure(self, *, tree_height: int = 4) -> None:
         self.add_trees(tree_height)
         levels = self.tree.height + 1
@@ -105,8 +108,8 @@ class TreeMeanAttention(TreeAttention):
     def options(self) -> dict[str, Any]:
         return dict(tree_height=self.tree.height)
 
-    def init_weights(self) -> None:
-        super().init_weights()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
         nn.init.constant_(self.level_weight, 1 / self.level_weight.shape[1])
 
     def forward(
