@@ -23,7 +23,7 @@ from vit_efficient.attention import GridAttention, layer_options, swap_attention
 from vit_efficient.attention.performer import attend_features
 from vit_efficient.attention.rotary import rope_of_kept
 from vit_efficient.compress.budget import Budget, kept_grid
-from vit_efficient.compress.cells import PLACES
+from vit_efficient.compress.cells import COORDINATES
 
 CHANNELS = HEADS * DIM
 GRIDS = ((14, 14), (7, 13), (1, 9), (33, 17))
@@ -40,7 +40,7 @@ def randomise(module):
 
 class TestKeptTokens:
     @pytest.mark.parametrize('family', FAMILIES)
-    @pytest.mark.parametrize('places', PLACES)
+    @pytest.mark.parametrize('places', COORDINATES)
     @pytest.mark.parametrize(
         'grid, kept', [((14, 14), (7, 7)), ((7, 13), (3, 5)), ((33, 17), (4, 2)), ((1, 9), (1, 4)), ((28, 42), (4, 3))]
     )

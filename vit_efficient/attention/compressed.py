@@ -167,7 +167,7 @@ class CompressedAttention(GridAttention):
         return self._down(x, grid)
 
     def check_rotary(self) -> None:
-        if self.compress.places is None and self.place in ('x', 'block'):
+        if self.compress.coordinates is None and self.place in ('x', 'block'):
             raise UserError(
                 f'{self.title}: at place={self.place!r} the tokens kept are mixtures of patches that have no place '
                 f"({write_options(self.compress.options)}), and cannot have rotary positions; use place='kv' or "
@@ -175,7 +175,7 @@ class CompressedAttention(GridAttention):
             )
 
     def check_relative_bias(self) -> None:
-        if self.compress.places is None:
+        if self.compress.coordinates is None:
             raise UserError(
                 f'{self.title}: the keys kept are mixtures of patches that have no place '
                 f"({write_options(self.compress.options)}), and cannot have the model's relative position bias; use "
@@ -204,7 +204,7 @@ class CompressedAttention(GridAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as (B, H, tokens, D), with qk-norm and rotated: k and v, and at `qkv` q, of the kept tokens."""
         of_queries = self.place == 'qkv'
-        if rope is not None and self.compress.places is None:
+        if rope is not None and self.compress.coordinates is None:
             return self._rotated_first(x, grid, rope)
         if self.compress.commutes and of_queries:
             q, k, v = self.project_heads(self._down(x, grid), through=partial(self._projected, grid=grid))
@@ -242,7 +242,7 @@ class CompressedAttention(GridAttention):
 
     def _rope_of_kept(self, rope: Tensor, grid: PatchGrid) -> Tensor:
         kept = self.compress.kept_sides(grid)
-        return rope_of_kept(rope, grid.height, grid.width, kept, self.compress.places)
+        return rope_of_kept(rope, grid.height, grid.width, kept, self.compress.coordinates)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid, bias: Bias | None) -> Tensor:
         """(B, H, tokens, D) each → (B, tokens, C)"""

@@ -23,7 +23,7 @@ import torch
 from timm.layers import apply_rot_embed_cat, register_notrace_function
 from torch import Tensor
 
-from vit_efficient.compress.cells import PLACES
+from vit_efficient.compress.cells import COORDINATES
 from vit_efficient.dct.bases import basis, is_eager
 from vit_efficient.grid import smaller
 from vit_efficient.utils.device import on_gpu
@@ -78,26 +78,28 @@ def _rotate(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
     return torch.cat([*first, turned], dim=-2) if prefix else turned
 
 
-def rope_of_kept(rope: Tensor | Rope, height, width, kept: tuple, places: str) -> Tensor:
+def rope_of_kept(rope: Tensor | Rope, height, width, kept: tuple, coordinates: str) -> Tensor:
     """The rotations of the tokens kept of a grid: (…, height · width, 2 D) → (…, h · w, 2 D)
 
     Args:
         rope: Of all patches.
         height, width: The grid.
         kept: h and w.
-        places: Where the tokens lie along a side, of `PLACES`.
+        coordinates: Where the tokens lie along a side, of `COORDINATES`.
     """
-    return _rope_of_kept(*(rope if isinstance(rope, Rope) else (rope, None)), height, width, kept, places)
+    return _rope_of_kept(*(rope if isinstance(rope, Rope) else (rope, None)), height, width, kept, coordinates)
 
 
 @torch.fx.wrap
 @register_notrace_function
-def _rope_of_kept(rope: Tensor, steps: Tensor | None, height, width, kept: tuple, places: str) -> Tensor:
+def _rope_of_kept(rope: Tensor, steps: Tensor | None, height, width, kept: tuple, coordinates: str) -> Tensor:
     h, w = kept
     if type(h) is type(w) is type(height) is type(width) is int and (h, w) == (height, width):
         return rope
     dtype = torch.promote_types(rope.dtype, torch.float32)
-    places_of = [basis(PLACES[places], sizes, rope, real_dtype(rope.device)) for sizes in ((h, height), (w, width))]
+    places_of = [
+        basis(COORDINATES[coordinates], sizes, rope, real_dtype(rope.device)) for sizes in ((h, height), (w, width))
+    ]
     before = [place.floor() for place in places_of]
     row, column = ((place - floor).to(dtype) for place, floor in zip(places_of, before, strict=True))
     patch = (before[0].long()[:, None] * width + before[1].long()).flatten()

@@ -41,9 +41,9 @@ class Compressor(nn.Module):
     #: `commutes` have a method add_constant(y, constant, grid): y (…, m, D) + down(the image that is `constant` (D,)
     #: at every patch).
     keeps_constants: bool = False
-    #: Where kept tokens lie on the grid, of `vit_efficient.compress.cells.PLACES`: then there is `kept_sides` too. None
+    #: Where kept tokens lie on the grid, of `vit_efficient.compress.cells.COORDINATES`: then there is `kept_sides` too. None
     #: where a kept token is a mixture of patches that has no place.
-    places: str | None = None
+    coordinates: str | None = None
 
     @classmethod
     def of_attention(cls, attention: nn.Module, **options) -> 'Compressor':

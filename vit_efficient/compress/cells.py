@@ -24,19 +24,19 @@ def middle_patches(m, n, device: torch.device) -> Tensor:
     return (first[:-1] + first[1:]) // 2
 
 
-def mean_places(m, n, device: torch.device) -> Tensor:
+def mean_coordinates(m, n, device: torch.device) -> Tensor:
     """The mean coordinate of the patches of each cell: (m,)."""
     first = first_patches(m, n, device).to(real_dtype(device))
     return (first[:-1] + first[1:] - 1) / 2
 
 
-def sample_places(m, n, device: torch.device) -> Tensor:
+def sample_coordinates(m, n, device: torch.device) -> Tensor:
     """Where a band-limited resize from n to m samples takes them, at the middles of m equal parts of the side: (m,)."""
     return (torch.arange(m, device=device, dtype=real_dtype(device)) + 0.5) * n / m - 0.5
 
 
 #: Where along a side of n patches each of m kept tokens lies, in patches from the first: (m, n, device) → (m,).
-PLACES = {'means': mean_places, 'middles': middle_patches, 'samples': sample_places}
+COORDINATES = {'means': mean_coordinates, 'middles': middle_patches, 'samples': sample_coordinates}
 
 
 def log_counts(height, width, kept: tuple, prefix, like: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def _between(nodes: Tensor, n, device: torch.device) -> Tensor:
 
 
 def _between_centres(n, m, device: torch.device) -> Tensor:
-    return _between(mean_places(m, n, device), n, device)
+    return _between(mean_coordinates(m, n, device), n, device)
 
 
 def _between_middles(n, m, device: torch.device) -> Tensor:

@@ -105,7 +105,7 @@ class DctCompressor(Compressor):
         self.axes = axes
         self.domain = domain
         self.keeps_constants = domain == 'space'
-        self.places = 'samples' if domain == 'space' and axes == '2d' else None
+        self.coordinates = 'samples' if domain == 'space' and axes == '2d' else None
         self.budget = budgets.Budget(keep_ratio, num_tokens)
         if axes == '1d' and isinstance(self.budget.num_tokens, tuple):
             raise UserError(f"num_tokens must be an integer with axes='1d', got {num_tokens=}")

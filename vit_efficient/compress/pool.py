@@ -94,7 +94,7 @@ class PoolCompressor(Compressor):
     commutes = True
     keeps_constants = True
     picks = False
-    places = 'means'
+    coordinates = 'means'
 
     def __init__(
         self,
@@ -135,4 +135,4 @@ class SubsampleCompressor(PoolCompressor):
     """
 
     picks = True
-    places = 'middles'
+    coordinates = 'middles'

@@ -86,6 +86,21 @@ def as_maps(tokens: Tensor, grid: PatchGrid) -> Tensor:
     return without_prefix(tokens, grid).transpose(1, 2).unflatten(2, (grid.height, grid.width)).contiguous()
 
 
+def as_timm_returns(features: list, prefixes: list | None, final: Any, output_dict: bool, **more: Any) -> Any:
+    """What timm's `forward_intermediates` returns; prefixes and the final tokens are None where they are not wanted."""
+    if output_dict:
+        result = {
+            'image_intermediates': features,
+            'image_intermediates_prefix': prefixes,
+            **more,
+            'image_features': final,
+        }
+        return {key: value for key, value in result.items() if value is not None}
+    if prefixes is not None:
+        features = list(zip(features, prefixes, strict=True))
+    return features if final is None else (final, features)
+
+
 class GridForward:
     """The forward passes of a model of timm's with one patch grid, which is made once and handed down to the blocks.
 
@@ -157,6 +172,25 @@ class GridForward:
         if self.grad_checkpointing and torch.is_tensor(x):  # FX traces with proxies, which cannot be checkpointed
             return checkpoint(block, x, grid, rope, attn_mask, is_causal)
         return block(x, grid, rope, attn_mask=attn_mask, is_causal=is_causal)
+
+    def run_blocks(
+        self, x: Tensor, grid: blocks.Grid, rope: Any, indices: Any, norm: bool, stop_early: bool, *given
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The tokens after the last block that is run, and those after the blocks that timm reads from `indices`.
+
+        Args:
+            x, grid, rope, *given: As of `run_block`.
+            indices, norm, stop_early: As of `forward_intermediates`.
+        """
+        taken, last = feature_indices(len(self.blocks), indices)
+        features = []
+        for i in range(len(self.blocks)):
+            if stop_early and i > last:
+                break
+            x = self.run_block(i, x, grid, rope, *given)
+            if i in taken:
+                features.append(self.norm(x) if norm else x)
+        return x, features
 
     def forward_features(
         self, x: Tensor | Sequence[Tensor], attn_mask: Tensor | None = None, is_causal: bool = False
@@ -232,20 +266,13 @@ class GridForward:
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise UserError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt=}")
-        taken, last = feature_indices(len(self.blocks), indices)
         batch = None
         if isinstance(x, (list, tuple)):
             x, batch, rope = self._embed_list(x, attn_mask, is_causal)
             grid = batch.grids
         else:
             x, grid, rope = self._embed(x)
-        features = []
-        for i in range(len(self.blocks)):
-            if stop_early and i > last:
-                break
-            x = self.run_block(i, x, grid, rope, attn_mask, is_causal)
-            if i in taken:
-                features.append(self.norm(x) if norm else x)
+        x, features = self.run_blocks(x, grid, rope, indices, norm, stop_early, attn_mask, is_causal)
 
         def of_images(tokens: Tensor, function: Callable[[Tensor, PatchGrid], Tensor]) -> Tensor | list[Tensor]:
             if batch is None:
@@ -260,12 +287,7 @@ class GridForward:
         features = [of_images(f, shape) for f in features]
         final = None if intermediates_only else of_images(self.norm(x), lambda tokens, _: tokens)
 
-        if output_dict:
-            result = {'image_intermediates': features, 'image_intermediates_prefix': prefixes, 'image_features': final}
-            return {key: value for key, value in result.items() if value is not None}
-        if prefixes is not None:
-            features = list(zip(features, prefixes, strict=True))
-        return features if intermediates_only else (final, features)
+        return as_timm_returns(features, prefixes, final, output_dict)
 
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None

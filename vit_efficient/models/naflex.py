@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_efficient.grid import PackedGrids, PatchGrid, plain_sizes
-from vit_efficient.models.forward import Batch, GridForward, groups_of
+from vit_efficient.models.forward import Batch, GridForward, as_timm_returns, groups_of
 from vit_efficient.models.rope_steps import with_steps
-from vit_efficient.utils.compat import feature_indices
 from vit_efficient.utils.errors import UserError
 
 
@@ -132,26 +131,14 @@ class EfficientNaFlexVit(GridForward, NaFlexVit):
             raise UserError(
                 f"output_fmt must be 'NLC' of a NaFlex batch, whose images have several grids, got {output_fmt=}"
             )
-        taken, last = feature_indices(len(self.blocks), indices)
         x, batch, rope = self._embed_patches(x, patch_coord, patch_valid, attn_mask)
-        features = []
-        for i in range(len(self.blocks)):
-            if stop_early and i > last:
-                break
-            x = self.run_block(i, x, batch.grids, rope)
-            if i in taken:
-                features.append(self._padded(self.norm(x) if norm else x, batch, patch_coord))
+        x, features = self.run_blocks(x, batch.grids, rope, indices, norm, stop_early)
+        features = [self._padded(f, batch, patch_coord) for f in features]
         prefix = self.num_prefix_tokens
         prefixes = [f[:, :prefix] for f in features] if prefix and return_prefix_tokens else None
         features = [f[:, prefix:] for f in features]
         final = None if intermediates_only else self._padded(self.norm(x), batch, patch_coord)
-        if output_dict:
-            result = {'image_intermediates': features, 'image_intermediates_prefix': prefixes}
-            result |= {'patch_valid': patch_valid, 'image_features': final}
-            return {key: value for key, value in result.items() if value is not None}
-        if prefixes is not None:
-            features = list(zip(features, prefixes, strict=True))
-        return features if intermediates_only else (final, features)
+        return as_timm_returns(features, prefixes, final, output_dict, patch_valid=patch_valid)
 
     def _padded(self, x: Tensor, batch: Batch, patch_coord: Tensor) -> Tensor:
         """(1, T, C) → (B, P + N, C), with the patches of a NaFlex batch and zeros in the place of its padding"""
