@@ -41,8 +41,8 @@ class Compressor(nn.Module):
     #: `commutes` have a method add_constant(y, constant, grid): y (…, m, D) + down(the image that is `constant` (D,)
     #: at every patch).
     keeps_constants: bool = False
-    #: Where kept tokens lie on the grid, of `vit_efficient.compress.cells.COORDINATES`: then there is `kept_sides` too. None
-    #: where a kept token is a mixture of patches that has no place.
+    #: Where kept tokens lie on the grid, of `vit_efficient.compress.cells.COORDINATES`: then there is `kept_sides` too.
+    #: None where a kept token is a mixture of patches that lies nowhere.
     coordinates: str | None = None
 
     @classmethod
@@ -80,7 +80,7 @@ class Compressor(nn.Module):
         raise NotImplementedError
 
     def kept_sides(self, grid: PatchGrid) -> tuple:
-        """h and w, of kept tokens that have places."""
+        """h and w, of kept tokens that have `coordinates`."""
         raise NotImplementedError
 
     def log_counts(self, grid: PatchGrid, like: Tensor) -> Tensor | None:
