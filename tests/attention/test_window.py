@@ -14,6 +14,7 @@ from torch import nn
 import vit_efficient
 from vit_efficient import PatchGrid, create_attention
 from vit_efficient.attention import layer_options, swap_attention, window
+from vit_efficient.attention.windows import Permutation
 from vit_efficient.utils import device
 
 from .test_compressed import EVERYTHING, assert_same, gradients, randomised
@@ -87,11 +88,11 @@ def test_on_gpu(monkeypatch, window_size, shift, prefix):
     check(randomised(create_attention('window', 12, 3, **options)), PatchGrid(7, 13, prefix), batch=1)
     order = torch.randperm(5)
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: window.Permutation.apply(x, order, order.argsort()).square(), x)
-    assert torch.equal(window.Permutation.apply(x, order, order.argsort()), x[:, order])
+    assert torch.autograd.gradgradcheck(lambda x: Permutation.apply(x, order, order.argsort()).square(), x)
+    assert torch.equal(Permutation.apply(x, order, order.argsort()), x[:, order])
 
     def summed(x):
-        return window.Permutation.apply(x, order, order.argsort()).square().sum()
+        return Permutation.apply(x, order, order.argsort()).square().sum()
 
     assert torch.allclose(torch.func.grad(summed)(x), 2 * x)
     assert torch.allclose(torch.func.vmap(summed)(x[:, None]), x.square().sum(dim=(1, 2)))

@@ -16,7 +16,7 @@ channels of queries and keys and E of values.
 
 from collections import defaultdict
 from itertools import chain, product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_function, to_2tuple
@@ -37,11 +37,11 @@ from vit_efficient.attention.relative import (
     window_bias,
 )
 from vit_efficient.attention.rotary import table_of
+from vit_efficient.attention.windows import padding, permuted, runs
 from vit_efficient.dct.bases import basis
-from vit_efficient.grid import PatchGrid, larger, smaller
+from vit_efficient.grid import PatchGrid, smaller
 from vit_efficient.utils.checks import as_sides, check_flag
 from vit_efficient.utils.compat import are_numbers
-from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 
 
@@ -130,34 +130,7 @@ def reorder(x: Tensor, height, width, prefix: int, window: tuple[int, int], shif
     order, places = (basis(build, sizes, x, torch.int64) for build in (_window_order, _window_places))
     if back:
         order, places = places, order
-    return Permutation.apply(x, order, places) if on_gpu(x) else x.index_select(-2, order)
-
-
-class Permutation(torch.autograd.Function):
-    """`x.index_select(-2, order)`, whose gradient is gathered by the inverse of the order.
-
-    PyTorch would add it up: on a GPU with atomics, slower, and in any order.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        return x.index_select(-2, order)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return Permutation.apply(gradient, inverse, order), None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
-        return tangent.index_select(-2, ctx.saved_tensors[0])
+    return permuted(x, order, places)
 
 
 @torch.fx.wrap
@@ -226,8 +199,8 @@ def _attend_windows(q, k, v, n: int, kv_prefix: tuple | None, how: tuple, mask: 
 def _attend_padded(q, k, v, height, width, window, shift, kv_prefix, how) -> Tensor:
     """The patches of a grid whose sides may be symbols, (B, H · W, H, D or E) each → (B, H · W, H, E)"""
     (h, w), area = window, window[0] * window[1]
-    top, rows = _padding(height, h, shift)
-    left, columns = _padding(width, w, shift)
+    top, rows = padding(height, h, shift)
+    left, columns = padding(width, w, shift)
 
     # One axis throughout: torch.export would compare symbolic sizes of several. And the first window once more at the
     # end: it would take a number of one for fixed.
@@ -256,32 +229,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, dropout:
     return attend(*(t.transpose(1, 2) for t in (q, k, v)), scale, fused, dropout, mask).transpose(1, 2)
 
 
-class _Run(NamedTuple):
-    """Windows of the same side, one after the other along an axis."""
-
-    start: int
-    number: int
-    side: int
-
-    @property
-    def span(self) -> slice:
-        return slice(self.start, self.start + self.number * self.side)
-
-
-def _runs(length: int, side: int, shift: bool) -> list[_Run]:
-    """The windows along an axis; those at its ends may be smaller."""
-    if side >= length:
-        return [_Run(0, 1, length)]
-    first = side // 2 if shift else 0
-    number, last = (length - first) // side, (length - first) % side  # torch.compile has no divmod of symbols
-    runs = _Run(0, 1, first), _Run(first, number, side), _Run(length - last, 1, last)
-    return [run for run in runs if run.number and run.side]
-
-
 def _blocks_by_area(height: int, width: int, window: tuple[int, int], shift: bool) -> dict[int, list]:
     """The windows of a grid, as blocks (rows, columns) of equal ones, under the area of each window."""
     by_area = defaultdict(list)
-    for rows, columns in product(_runs(height, window[0], shift), _runs(width, window[1], shift)):
+    for rows, columns in product(runs(height, window[0], shift), runs(width, window[1], shift)):
         by_area[rows.side * columns.side].append((rows, columns))
     return by_area
 
@@ -312,10 +263,3 @@ def _window_order(height: int, width: int, prefix: int, rows: int, columns: int,
 def _window_places(*sizes) -> Tensor:
     """(N,): where each token of the grid is in window order; of the arguments of `_window_order`."""
     return _window_order(*sizes).argsort()
-
-
-def _padding(length, side: int, shift: bool) -> tuple:
-    """What to put before an axis to make its windows whole, and their number; no branch on the length, a symbol."""
-    shifted = smaller(1, larger(0, length - side)) if shift else 0  # 1 where there are several windows
-    before = shifted * (-(side // 2) % side)
-    return before, (before + length + side - 1) // side

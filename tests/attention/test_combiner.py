@@ -1,0 +1,316 @@
+"""Combiner against its definition, in loops; against exact attention where it is exact; and what it costs."""
+
+import math
+
+import pytest
+import torch
+
+from vit_efficient import PatchGrid, create_attention
+from vit_efficient.attention import combiner, layer_options
+from vit_efficient.attention.combiner import SUMMARIES, CombinerAttention
+from vit_efficient.utils import device
+from vit_efficient.utils.errors import UserError
+
+from .test_compressed import EVERYTHING, assert_same, gradients, randomised
+from .test_window import window_along
+
+GRIDS = ((7, 13), (1, 9), (6, 4), (8, 8))
+CUTS = ((4, 2), (3, 3), (4, 3), ((2, 5), (1, 2)), (5, (3, 2)))
+
+
+def pair(sides) -> tuple[int, int]:
+    return sides if isinstance(sides, tuple) else (sides, sides)
+
+
+def cell_along(position: int, length: int, side: int, cell: int, shift: bool) -> int:
+    """The number, in its window, of the cell that holds a position of an axis: they are cut from whole windows."""
+    if side >= length:
+        return position // cell
+    before = side - side // 2 if shift and side > 1 else 0
+    return (position + before) % side // cell
+
+
+def sets_of(grid: PatchGrid, window_size, cell_size, shift: bool) -> list[tuple[tuple, tuple]]:
+    """The window and the cell of each patch, in row-major order."""
+    sets = []
+    for row in range(grid.height):
+        for column in range(grid.width):
+            axes = list(zip((row, column), (grid.height, grid.width), pair(window_size), pair(cell_size), strict=True))
+            window = tuple(window_along(at, length, side, shift) for at, length, side, _ in axes)
+            sets.append((window, (window, tuple(cell_along(*of_axis, shift) for of_axis in axes))))
+    return sets
+
+
+def summary_of(patches, q, k, v, scale, summary, count):
+    """Key, value and bias of a cell, by the equations: q, k and v of a head, (N, D)."""
+    ks, vs = [k[j] for j in patches], [v[j] for j in patches]
+    mean_k = sum(ks) / len(ks)
+    if summary == 'mean':
+        return mean_k, sum(vs) / len(vs), math.log(len(ks)) if count else 0
+    if summary == 'max':
+        query = torch.stack([q[j] for j in patches]).amax(0)
+    else:
+        query = sum(q[j] for j in patches) / len(ks)
+    scores = [scale * (query @ kj) for kj in ks]
+    most = max(s.item() for s in scores)
+    total = sum(torch.exp(s - most) for s in scores)
+    weights = [torch.exp(s - most) / total for s in scores]
+    value = sum(p * vj for p, vj in zip(weights, vs, strict=True))
+    if summary == 'tangent':
+        key = sum(p * kj for p, kj in zip(weights, ks, strict=True))
+        touching = torch.log(total) + most - scale * (query @ key)
+        return key, value, touching if count else 0
+    key = torch.stack(ks).amax(0) if summary == 'max' else mean_k
+    return key, value, math.log(len(ks)) if count else 0
+
+
+def reference(attention: CombinerAttention, x, grid):
+    sets = sets_of(grid, attention.window, attention.cell, attention.shift)
+    cells, windows = {}, {}
+    for j, (window, cell) in enumerate(sets):
+        cells.setdefault(cell, []).append(grid.prefix + j)
+        windows.setdefault(window, []).append(grid.prefix + j)
+
+    def is_far(own, window) -> bool:
+        apart = max(abs(a - b) for a, b in zip(own, window, strict=True))
+        return attention.reach is not None and apart > attention.reach
+
+    images = []
+    for image in x:
+        q, k, v = (t[0] for t in attention.project(image[None]))
+        heads = []
+        for head in range(q.shape[0]):
+            args = (q[head], k[head], v[head], attention.scale, attention.summary, attention.count_bias)
+            of_cells = {cell: summary_of(patches, *args) for cell, patches in cells.items()}
+            of_windows = {window: summary_of(patches, *args) for window, patches in windows.items()}
+            outputs = []
+            for i in range(grid.num_tokens):
+                if i < grid.prefix:
+                    seen = [(k[head, j], v[head, j], 0) for j in range(grid.num_tokens)]
+                else:
+                    own = sets[i - grid.prefix][0]
+                    near = [j for j in range(grid.num_tokens) if j < grid.prefix or sets[j - grid.prefix][0] == own]
+                    seen = [(k[head, j], v[head, j], 0) for j in near]
+                    seen += [s for (window, _), s in of_cells.items() if window != own and not is_far(own, window)]
+                    seen += [s for window, s in of_windows.items() if is_far(own, window)]
+                scores = torch.stack([attention.scale * (q[head, i] @ key) + bias for key, _, bias in seen])
+                outputs.append(scores.softmax(0) @ torch.stack([value for _, value, _ in seen]))
+            heads.append(torch.stack(outputs))
+        y = attention.norm(torch.cat(heads, dim=-1))
+        if attention.gate is not None:
+            y = y * torch.sigmoid(attention.gate(image))
+        images.append(attention.proj(y))
+    return torch.stack(images)
+
+
+def build(seed: int = 0, **options) -> CombinerAttention:
+    torch.manual_seed(seed)
+    return randomised(create_attention('combiner', 8, 2, **{'qkv_bias': True, 'dtype': torch.float64, **options}))
+
+
+def inputs(grid, batch=1):
+    return torch.randn(batch, grid.num_tokens, 8, dtype=torch.float64, requires_grad=True)
+
+
+def check(attention, grid, batch=1, tolerance=1e-12):
+    x = inputs(grid, batch)
+    assert_same(attention(x, grid), reference(attention, x, grid), [x, *attention.parameters()], tolerance)
+
+
+@pytest.fixture(params=[False, True], ids=['numbers', 'symbols'])
+def padded(request, monkeypatch):
+    """Both ways of computing: in the order of windows, and, as for sizes that are symbols, padded and masked."""
+    if request.param:
+        monkeypatch.setattr(combiner, 'are_numbers', lambda *sizes: False)
+
+
+@pytest.mark.usefixtures('padded')
+class TestAgainstLoops:
+    @pytest.mark.parametrize('shift', [False, True])
+    @pytest.mark.parametrize('summary', SUMMARIES)
+    @pytest.mark.parametrize(('window_size', 'cell_size'), CUTS[:3])
+    def test_summaries(self, window_size, cell_size, summary, shift):
+        options = dict(window_size=window_size, cell_size=cell_size, summary=summary, shift=shift)
+        check(build(**options), PatchGrid(7, 13, prefix=1))
+
+    @pytest.mark.parametrize('prefix', [0, 5])
+    @pytest.mark.parametrize('grid', GRIDS)
+    @pytest.mark.parametrize(('window_size', 'cell_size'), CUTS)
+    def test_grids(self, grid, window_size, cell_size, prefix):
+        options = dict(window_size=window_size, cell_size=cell_size, shift=prefix == 0)
+        check(build(**options), PatchGrid(*grid, prefix), batch=2 if grid == (6, 4) else 1)
+
+    @pytest.mark.parametrize('shift', [False, True])
+    @pytest.mark.parametrize('reach', [0, 1, 2, 7])
+    @pytest.mark.parametrize(('grid', 'window_size'), [((7, 13), 3), ((8, 8), 2), ((1, 9), (4, 2)), ((9, 4), (2, 4))])
+    def test_windows_beyond_reach(self, grid, window_size, reach, shift):
+        options = dict(window_size=window_size, cell_size=2, reach=reach, shift=shift)
+        check(build(**options), PatchGrid(*grid, prefix=1), batch=2 if reach == 1 else 1)
+
+    @pytest.mark.parametrize('summary', SUMMARIES)
+    def test_without_counts(self, summary):
+        check(build(window_size=4, cell_size=2, summary=summary, count_bias=False), PatchGrid(6, 7, prefix=1))
+
+    @pytest.mark.parametrize('fused', [True, False])
+    def test_options_of_timm(self, fused):
+        attention = build(window_size=4, cell_size=2, **EVERYTHING)
+        attention.fused_attn = fused
+        check(attention, PatchGrid(7, 5, prefix=2), batch=2)
+
+
+@pytest.mark.parametrize('reach', [None, 1])
+def test_some_windows_at_a_time(monkeypatch, reach):
+    """Chunks of windows, with and without gradients, on the CPU and as GPUs do it, say the same as all at once."""
+    attention, grid = build(window_size=3, cell_size=2, reach=reach), PatchGrid(7, 13, prefix=1)
+    x = inputs(grid, batch=2)
+    whole = attention(x, grid)
+    expected = gradients(whole, [x, *attention.parameters()])
+    with torch.no_grad():
+        without = attention(x, grid)
+    for hosts in (device.HOSTS, ()):
+        monkeypatch.setattr(device, 'HOSTS', hosts)
+        for size in (1, 5000):
+            monkeypatch.setattr(combiner, 'CHUNK_OF_HOST', size)
+            monkeypatch.setattr(combiner, 'CHUNK_OF_GPU', size)
+            y = attention(x, grid)
+            assert torch.allclose(y, whole, atol=1e-13)
+            for actual, wanted in zip(gradients(y, [x, *attention.parameters()]), expected, strict=True):
+                assert torch.allclose(actual, wanted, atol=1e-12)
+            with torch.no_grad():
+                assert torch.allclose(attention(x, grid), without, atol=1e-13)
+
+
+class TestExact:
+    @pytest.mark.parametrize('summary', SUMMARIES)
+    @pytest.mark.parametrize('options', [dict(window_size=13), dict(window_size=3, cell_size=1, shift=True)])
+    def test_one_window_and_cells_of_one_patch(self, summary, options):
+        attention, grid = build(summary=summary, **options), PatchGrid(7, 13, prefix=1)
+        exact = create_attention('full', 8, 2, qkv_bias=True, dtype=torch.float64)
+        exact.load_state_dict(attention.state_dict())
+        x = inputs(grid)
+        assert torch.allclose(attention(x, grid), exact(x, grid), atol=1e-13)
+
+    @pytest.mark.parametrize('summary', SUMMARIES)
+    def test_equal_keys(self, summary):
+        """Patches of a cell that are equal are summarised without loss; so are all keys of a projection of zeros."""
+        attention, grid = build(window_size=4, cell_size=2, summary=summary), PatchGrid(8, 12)
+        x = torch.randn(2, 4, 6, 8, dtype=torch.float64)
+        x = x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1, 2)
+        exact = create_attention('full', 8, 2, qkv_bias=True, dtype=torch.float64)
+        exact.load_state_dict(attention.state_dict())
+        assert torch.allclose(attention(x, grid), exact(x, grid), atol=1e-13)
+        attention.count_bias = False
+        assert not torch.allclose(attention(x, grid), exact(x, grid), atol=1e-3)
+
+    @pytest.mark.parametrize('summary', SUMMARIES)
+    @pytest.mark.parametrize('count_bias', [True, False])
+    def test_weights_sum_to_one(self, summary, count_bias):
+        """Of values that are 1, the expectation is 1."""
+        attention = build(window_size=4, cell_size=3, summary=summary, count_bias=count_bias)
+        with torch.no_grad():
+            attention.qkv.weight[16:] = 0
+            attention.qkv.bias[16:] = 1
+            attention.proj.weight.copy_(torch.eye(8))
+            attention.proj.bias.zero_()
+        grid = PatchGrid(7, 13, prefix=1)
+        assert torch.allclose(attention(inputs(grid, 2), grid), torch.ones((), dtype=torch.float64), atol=1e-13)
+
+
+def test_a_tangent_is_never_above_what_it_stands_for():
+    """What the keys of a cell weigh together, log Σ exp(q·k_j), is met at the mean query and undercut elsewhere."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 1, 9, 4, dtype=torch.float64)
+    key, _, bias = combiner.summarise(q, k, v, None, 0.5, 'tangent', True)
+
+    def excess(query):
+        return (0.5 * query @ k[0, 0, 0].T).logsumexp(-1) - (0.5 * query @ key[0, 0, 0] + bias[0, 0, 0])
+
+    assert excess(q[0, 0, 0].mean(0)) == pytest.approx(0, abs=1e-14)
+    assert (excess(5 * torch.randn(1000, 4, dtype=torch.float64)) >= 0).all()
+    assert 0 <= bias <= math.log(9)
+
+
+@pytest.mark.parametrize('summary', SUMMARIES)
+def test_gradcheck(summary):
+    attention, grid = build(window_size=2, cell_size=(1, 2), summary=summary), PatchGrid(3, 4, prefix=1)
+    assert torch.autograd.gradcheck(lambda x: attention(x, grid), inputs(grid))
+
+
+@pytest.mark.parametrize('summary', SUMMARIES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_large_scores_are_finite(summary, dtype):
+    torch.manual_seed(0)
+    attention = create_attention('combiner', 8, 2, window_size=3, cell_size=2, summary=summary).to(dtype)
+    grid = PatchGrid(5, 7, prefix=1)
+    x = (1e3 * torch.randn(2, grid.num_tokens, 8)).to(dtype).requires_grad_()
+    q, k, _ = attention.project(x)
+    assert (q @ k.mT).abs().max().item() * attention.scale > 1e4
+    y = attention(x, grid)
+    y.float().sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_patches_of_a_cell_may_be_exchanged():
+    attention, grid = build(window_size=4, cell_size=2), PatchGrid(8, 8)
+    x = inputs(grid)
+    patches = torch.arange(64).view(8, 8)
+    order = patches.clone()
+    order[2:4, 4:6] = patches[2:4, 4:6].flip(0, 1)
+    order = order.flatten()
+    assert torch.allclose(attention(x[:, order], grid), attention(x, grid)[:, order], atol=1e-13)
+
+
+def test_windows_alternate_in_a_model():
+    shifts = [layer_options('combiner', {}, layer, 4, (8, 8))['shift'] for layer in range(4)]
+    assert shifts == [False, True, False, True]
+    assert layer_options('combiner', {'shift': False}, 1, 4, (8, 8))['shift'] is False
+
+
+def test_reach_of_the_whole_grid_changes_nothing():
+    grid = PatchGrid(7, 13, prefix=1)
+    x = inputs(grid)
+    assert torch.allclose(build(window_size=3, reach=4)(x, grid), build(window_size=3)(x, grid), atol=1e-14)
+
+
+def test_num_attended_with_reach():
+    """At 9 × 9 windows of 4 × 4: the own one, 8 by their 4 cells, 72 whole."""
+    grid = PatchGrid(36, 36, prefix=1)
+    assert build(window_size=4, cell_size=2, reach=1).num_attended(grid) == 1 + 16 + 8 * 4 + 72
+    assert build(window_size=4, cell_size=2, reach=0).num_attended(grid) == 1 + 16 + 80
+    assert build(window_size=(36, 4), cell_size=2, reach=1).num_attended(grid) == 1 + 144 + 2 * 36 + 6
+
+
+@pytest.mark.parametrize('shift', [False, True])
+@pytest.mark.parametrize('grid', GRIDS)
+@pytest.mark.parametrize(('window_size', 'cell_size'), CUTS)
+def test_num_attended(grid, window_size, cell_size, shift):
+    attention = build(window_size=window_size, cell_size=cell_size, shift=shift)
+    grid = PatchGrid(*grid, prefix=2)
+    sets = sets_of(grid, window_size, cell_size, shift)
+    cells = {cell for _, cell in sets}
+    keys = []
+    for own in {window for window, _ in sets}:
+        near = sum(window == own for window, _ in sets)
+        keys.append((near, 2 + near + sum(window != own for window, _ in cells)))
+    largest = max(near for near, _ in keys)
+    whole = math.prod(
+        min(side, length) for side, length in zip(pair(window_size), (grid.height, grid.width), strict=True)
+    )
+    if largest == whole:  # else no window is whole
+        assert attention.num_attended(grid) == max(n for near, n in keys if near == largest)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(window_size=0), 'window_size must be a positive integer or a pair'),
+        (dict(cell_size=(2, 0)), 'cell_size must be a positive integer or a pair'),
+        (dict(reach=-1), 'reach must be None or an integer of at least 0'),
+        (dict(summary='median'), 'summary must be one of mean, local, tangent, max'),
+        (dict(count_bias=1), 'count_bias must be True or False'),
+        (dict(shift='yes'), 'shift must be True or False'),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(UserError, match=message):
+        create_attention('combiner', 8, 2, **options)

@@ -1,0 +1,563 @@
+"""Combiner: near exactly, far by summaries.
+
+Source: Ren et al., "Combiner: Full Attention Transformer with Sparse Computation Cost", NeurIPS 2021, arXiv 2107.05768.
+Attention is an expectation of values. A query takes the keys near it one by one, and of every other set R of keys a
+summary, whose value is an expectation that does not depend on the query. One softmax goes over both:
+
+    a_j = s q·k_j            of each near key j                        s = 1 / √D
+    b_R = s q·k̄_R + β_R      of each other set R
+    y   = Σ_j softmax(a, b)_j v_j + Σ_R softmax(a, b)_R v̄_R
+
+The paper's patterns are those of sequences. Here the grid is cut into windows, and these into cells, along both axes: a
+patch has near it the prefix tokens and the patches of its window. Of windows up to `reach` away each cell is a set, and
+of those beyond each window. With reach 0 this is the paper's fixed pattern. A prefix token attends to all N tokens
+exactly. In every second layer of a model the windows are shifted by half their sides, as Swin's are.
+
+    summary   weights π_j           key k̄         value v̄      bias β
+    mean                            mean of k     mean of v    log |R|
+    local     softmax(s q̄·k_j)      mean of k     Σ π_j v_j    log |R|
+    tangent   softmax(s q̄·k_j)      Σ π_j k_j     Σ π_j v_j    entropy of π
+    max       softmax(s q̂·k_j)      maximum of k  Σ π_j v_j    log |R|
+
+q̄ is the mean of the queries in the cell, q̂ their maximum, channel by channel, as is that of the keys. `max` without β
+(`count_bias=False`) is the paper's summary. `tangent` is ours: s q·k̄ + β touches, at q = q̄, the logarithm of what the
+keys of the cell weigh together, log Σ_j exp(s q·k_j). That is convex, so a cell never weighs more than its keys did.
+
+Letters: B batch, N tokens, P prefix, w windows, L patches of a window, n cells, m of them in a window, A patches of a
+cell, H heads, of D channels of queries and keys and E of values.
+"""
+
+from itertools import chain, pairwise, product
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import register_notrace_function, to_2tuple
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.functional import attend, bias_as_channel
+from vit_efficient.attention.registry import register_attention
+from vit_efficient.attention.rotary import table_of
+from vit_efficient.attention.windows import padding, permuted, runs
+from vit_efficient.dct.bases import basis, is_eager
+from vit_efficient.grid import PatchGrid, smaller
+from vit_efficient.utils.checks import as_integer, as_sides, check_choice, check_flag
+from vit_efficient.utils.compat import are_numbers
+from vit_efficient.utils.device import on_gpu
+
+SUMMARIES = ('mean', 'local', 'tangent', 'max')
+
+# Bytes of keys and values of the windows that are worked on at once: a CPU keeps them in its cache, a GPU wants large
+# operators.
+CHUNK_OF_HOST, CHUNK_OF_GPU = 2**23, 2**28
+
+
+@register_attention('combiner')
+class CombinerAttention(GridAttention):
+    """Attention to the patches of a window exactly, and to summaries of all other patches.
+
+    A patch attends to the prefix tokens, the patches of its window, and a summary of each cell of other windows, or of
+    a whole window that is far; a prefix token to all N tokens. With one window over the whole grid, or cells of one
+    patch and `reach=None`, this is exact attention; and, unless `count_bias=False`, with keys that are equal in each
+    set.
+
+    Args:
+        dim, num_heads, **kwargs: As timm's `Attention`.
+        window_size: Side of the windows in patches, or the pair (rows, columns). A side that is not smaller than the
+            grid's is taken to be the grid's, and is not shifted. Windows at the border are smaller where it does not
+            divide the grid.
+        cell_size: Side of the cells in patches, or the pair, from the corner of each whole window. The last cells are
+            smaller where it does not divide the window.
+        reach: How many windows away, along either axis, windows are seen by their cells; those beyond are seen whole,
+            one summary each. None: all by their cells.
+        summary: What stands for a cell, 'mean', 'local', 'tangent' or 'max', as in this module.
+        count_bias: Whether a cell weighs as many patches as it has; of 'tangent', as many as its weights are spread
+            over.
+        shift: Whether windows are shifted: the first one along an axis has half the side, rounded down, and the next
+            begin from there. In a model, those of odd layers are, unless it is given.
+    """
+
+    can_be_differential = True
+
+    def configure(
+        self,
+        *,
+        window_size: int | tuple[int, int] = 12,
+        cell_size: int | tuple[int, int] = 4,
+        reach: int | None = None,
+        summary: str = 'tangent',
+        count_bias: bool = True,
+        shift: bool = False,
+    ) -> None:
+        check_choice('summary', summary, SUMMARIES)
+        check_flag('count_bias', count_bias)
+        check_flag('shift', shift)
+        # timm's attentions have a `window_size` of their own, that of their biases.
+        self.window = as_sides('window_size', window_size, '(rows, columns)')
+        self.cell = as_sides('cell_size', cell_size, '(rows, columns)')
+        self.reach = None if reach is None else as_integer('reach', reach, 0, 'None or an integer of at least 0')
+        self.summary = summary
+        self.count_bias = count_bias
+        self.shift = shift
+
+    @classmethod
+    def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
+        return {'shift': layer % 2 == 1, **options}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        window, cell = (list(sides) if isinstance(sides, tuple) else sides for sides in (self.window, self.cell))
+        summary = dict(summary=self.summary, count_bias=self.count_bias)
+        return dict(window_size=window, cell_size=cell, reach=self.reach, **summary, shift=self.shift)
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        self.check_call(x, grid, attn_mask, is_causal)
+        cut = (grid.height, grid.width, to_2tuple(self.window), to_2tuple(self.cell), self.shift)
+        x = reorder(x, grid.prefix, *cut)
+        q, k, v = self.project(x)
+        if rope is not None:
+            q, k = self.rotate(q, k, reorder(table_of(rope), 0, *cut), grid.prefix)
+        how = (self.scale, self.fused_attn, self.drop_rate)
+        far = (self.reach, self.summary, self.count_bias)
+        y = attend_near_and_far(q, k, self.values_of_maps(v), grid.prefix, *cut, *far, how)
+        y = self.norm_and_gate(self.merge_heads(y), x)
+        return self.proj_drop(reorder(self.proj(y), grid.prefix, *cut, back=True))
+
+    def num_attended(self, grid: PatchGrid) -> int:
+        """The keys of a patch in a whole window that no border is near; a prefix token attends to all."""
+        near, own, cells, close, windows = 1, 1, 1, 1, 1
+        sides = zip((grid.height, grid.width), to_2tuple(self.window), to_2tuple(self.cell), strict=True)
+        for length, side, cell in sides:
+            of_window, number = smaller(side, length), padding(length, side, self.shift)[1]
+            near, own = near * of_window, own * _ceil(of_window, cell)
+            cells = cells * _count_cells(length, side, cell, self.shift)
+            windows, close = windows * number, close * smaller(number, 2 * (self.reach or 0) + 1)
+        far = cells - own if self.reach is None else (close - 1) * own + windows - close
+        return grid.prefix + near + far
+
+
+# Leaves for FX, because what they do depends on the sizes.
+
+
+@torch.fx.wrap
+@register_notrace_function
+def reorder(
+    x: Tensor, prefix: int, height, width, window: tuple, cell: tuple, shift: bool, back: bool = False
+) -> Tensor:
+    """(…, N, C) → (…, N, C): prefix tokens, then window after window, in each cell after cell; and `back`.
+
+    Windows of one shape are together. Where sizes are symbols the order stays that of the grid.
+    """
+    if not are_numbers(height, width):
+        return x
+    sizes = (prefix, height, width, *window, *cell, int(shift))
+    order, places = (basis(build, sizes, x, torch.int64) for build in (_order, _places))
+    return permuted(x, places, order) if back else permuted(x, order, places)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def attend_near_and_far(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: int,
+    height,
+    width,
+    window: tuple[int, int],
+    cell: tuple[int, int],
+    shift: bool,
+    reach: int | None,
+    summary: str,
+    count: bool,
+    how: tuple,
+) -> Tensor:
+    """Attention of patches to their windows and to summaries of the others, and of prefix tokens to all.
+
+    Args:
+        q, k, v: (B, H, N, D or E), in the order of `reorder`.
+        prefix, height, width: The grid.
+        window, cell: Their sides, (rows, columns) each.
+        shift, reach, summary, count: The options of the mechanism, `count` for `count_bias`.
+        how: What `functional.attend` takes: scale, fused, dropout.
+
+    Returns:
+        (B, H, N, E), in the same order.
+    """
+    # Split, not sliced: the gradient of a slice is as large as the whole.
+    first, patches = zip(*(t.split_with_sizes([prefix, t.shape[2] - prefix], dim=2) for t in (q, k, v)), strict=True)
+    y = [attend(first[0], k, v, *how)] if prefix else []
+    cut = (height, width, window, cell, shift, reach)
+    attend_patches = _attend_patches if are_numbers(height, width) else _attend_padded
+    return torch.cat([*y, attend_patches(*patches, first[1:], cut, (how[0], summary, count), how)], dim=2)
+
+
+class Summaries(NamedTuple):
+    """What stands for n sets of patches.
+
+    Args:
+        key, value: (B, H, n, D) and (B, H, n, E)
+        bias: Added to their scores, (B, H, n) or (1, 1, n); None where there is none.
+    """
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+
+
+def summarise(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float, summary: str, count: bool
+) -> Summaries:
+    """The summaries of sets of patches, as in this module.
+
+    Args:
+        q, k, v: (B, H, n, A, D or E)
+        valid: (n, A), which of these are patches, at least one in a set; None if all are.
+        scale: s
+        summary: One of `SUMMARIES`.
+        count: Whether there is a bias.
+    """
+    lowest = torch.finfo(q.dtype).min
+    counts = q.new_full((k.shape[2],), k.shape[3])
+    if valid is not None:
+        counts = valid.sum(dim=1).to(q.dtype)
+        shares = (valid / counts[:, None]).to(q.dtype)[:, None]  # (n, 1, A)
+
+    def mean(t: Tensor) -> Tensor:
+        return t.mean(dim=3) if valid is None else (shares @ t).squeeze(3)
+
+    def largest(t: Tensor) -> Tensor:
+        return (t if valid is None else t.masked_fill(~valid[..., None], lowest)).amax(dim=3)
+
+    bias = counts.log()[None, None] if count else None
+    if summary == 'mean':
+        return Summaries(mean(k), mean(v), bias)
+    pool = largest if summary == 'max' else mean
+    scores = (pool(q) * scale).unsqueeze(3) @ k.mT  # (B, H, n, 1, A)
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None], lowest)
+    log_weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(dim=-1)
+    weights = log_weights.exp()
+    value = (weights.to(v.dtype) @ v).squeeze(3)
+    if summary != 'tangent':
+        return Summaries(pool(k), value, bias)
+    if count:
+        surprise = log_weights if valid is None else log_weights.masked_fill(~valid[:, None], 0)
+        bias = -(weights * surprise).sum(dim=(3, 4)).to(q.dtype)
+    return Summaries((weights.to(k.dtype) @ k).squeeze(3), value, bias)
+
+
+def _attend_patches(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, far: tuple, how: tuple) -> Tensor:
+    """(B, H, H · W, D or E) each, in the order of `reorder` → (B, H, H · W, E)
+
+    Args:
+        prefix: Keys and values that all see, (B, H, P, D or E).
+        cut: Height, width, window, cell, shift, reach.
+        far: Of `summarise`, scale, summary and count.
+        how: Scale, fused, dropout.
+    """
+    blocks, (by_cells, whole) = _blocks(*cut[:5]), _kinds(*cut)
+    sizes = [block.windows * block.patches for block in blocks]
+    of_blocks = [
+        [t.unflatten(2, (block.windows, block.patches)) for t in of_block]
+        for block, *of_block in zip(blocks, *(t.split_with_sizes(sizes, dim=2) for t in (q, k, v)), strict=True)
+    ]
+    summaries = [summarise(*_in_cells(q, k, v, blocks, cut), *far)] if by_cells else []
+    summaries += [summarise(*windows, None, *far) for windows in of_blocks] if whole else []
+    summaries = _joined(summaries)
+    y = []
+    for i, windows in enumerate(of_blocks):
+        seen = None if summaries is None else basis(_seen, (*_plain(cut), i), q, torch.int32)
+        y += _attend_windows(*(t.transpose(1, 2) for t in windows), prefix, summaries, seen, how)
+    return torch.cat(y, dim=2)
+
+
+def _joined(parts: list[Summaries]) -> Summaries | None:
+    """The summaries of several kinds of sets, one after the other; None if there are none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    key, value, bias = zip(*parts, strict=True)
+    return Summaries(
+        torch.cat(key, dim=2), torch.cat(value, dim=2), None if bias[0] is None else torch.cat(bias, dim=2)
+    )
+
+
+def _attend_windows(
+    q: Tensor, k: Tensor, v: Tensor, prefix: tuple, far: Summaries | None, seen: Tensor | None, how: tuple
+) -> list[Tensor]:
+    """The patches of windows of one shape, some windows at a time: (B, w, H, L, D or E) each → (B, H, … · L, E)
+
+    Args:
+        prefix: Keys and values that all see, (B, H, P, D or E).
+        far: Summaries, if there are any.
+        seen: As of `_seen`.
+        how: Scale, fused, dropout.
+    """
+    batch, number, heads, area, dim = k.shape
+    most = number
+    if is_eager(q):
+        keys = prefix[0].shape[2] + area + (0 if seen is None else seen.shape[1])
+        bytes_of_one = batch * heads * keys * (dim + v.shape[-1]) * k.element_size()
+        most = max(1, (CHUNK_OF_GPU if on_gpu(q) else CHUNK_OF_HOST) // bytes_of_one)
+    parts = [t.split(most, dim=1) for t in (q, k, v)]
+    parts.append([None] * len(parts[0]) if seen is None else seen.split(most))
+    y = []
+    for of_some in zip(*parts, strict=True):
+        if most < number and torch.is_grad_enabled():
+            # Each window would keep its copy of the summaries for the backward pass.
+            given = dict(use_reentrant=False, preserve_rng_state=how[2] > 0)
+            y.append(checkpoint(_attend_some, *of_some, *prefix, far, *how, **given))
+        else:
+            y.append(_attend_some(*of_some, *prefix, far, *how))
+    return y
+
+
+def _attend_some(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    far: Summaries | None,
+    scale: float,
+    fused: bool,
+    dropout: float,
+) -> Tensor:
+    """As `_attend_windows`, of all windows at once."""
+    batch, number, _, area, _ = k.shape
+    parts_k, parts_v = ([t.unsqueeze(1).expand(-1, number, -1, -1, -1)] for t in (k_prefix, v_prefix))
+    parts_k.append(k)
+    parts_v.append(v)
+    mask = None
+    if seen is not None:
+        index = seen.clamp(min=0).flatten()
+
+        def of_seen(t: Tensor) -> Tensor:  # (B, H, n, …) → (B, w, H, seen, …)
+            return t.index_select(2, index).unflatten(2, seen.shape).transpose(1, 2)
+
+        parts_k.append(of_seen(far.key))
+        parts_v.append(of_seen(far.value))
+        bias = k.new_zeros(1, 1, far.key.shape[2]) if far.bias is None else far.bias
+        mask = of_seen(bias).masked_fill((seen < 0).unsqueeze(1), -torch.inf)
+        mask = F.pad(mask, (k_prefix.shape[2] + area, 0)).unsqueeze(3)
+        mask = mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # (B · w, H or 1, 1, keys)
+    q, k, v = (t.flatten(0, 1) for t in (q, torch.cat(parts_k, dim=3), torch.cat(parts_v, dim=3)))
+    if mask is not None and (mask.requires_grad or (on_gpu(q) and not q.is_meta)):
+        # Fused kernels of CPUs give no gradient of a mask, and the fastest of GPUs take none.
+        lowest = torch.finfo(k.dtype).min / 2 * scale  # a product cannot have −∞
+        q, k = bias_as_channel(q, k, mask.mT.clamp(min=lowest), scale)
+        mask = None
+    y = attend(q, k, v, scale, fused, dropout, mask)
+    return y.unflatten(0, (batch, number)).transpose(1, 2).flatten(2, 3)
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, far: tuple, how: tuple) -> Tensor:
+    """As `_attend_patches`, of a grid whose sides may be symbols, in its own order."""
+    height, width, (h, w), (y, x), shift, reach = cut
+    rows, columns = _ceil(h, y), _ceil(w, x)  # of cells in a window
+    cells, area = rows * columns, y * x
+    top, down = padding(height, h, shift)
+    left, across = padding(width, w, shift)
+
+    # One axis throughout: torch.export would compare symbolic sizes of several. And the first window once more at the
+    # end: it would take a number of one for fixed.
+    windows = down * across
+    slot = torch.arange((windows + 1) * cells * area, device=q.device)
+    window, cell, inside = slot // (cells * area) % windows, slot // area % cells, slot % area
+    row, column = cell // columns * y + inside // x, cell % columns * x + inside % x
+    is_patch = (row < h) & (column < w)
+    row, column = row + window // across * h - top, column + window % across * w - left
+    is_patch = is_patch & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    patch = row.remainder(height) * width + column.remainder(width)  # any will do where it is masked
+    q, k, v = (t.index_select(2, patch) for t in (q, k, v))
+
+    number = torch.arange(windows + 1, device=q.device)
+    own = (number % windows)[:, None]
+    in_cells, in_windows = is_patch.unflatten(0, (-1, area)), is_patch.unflatten(0, (-1, cells * area))
+    of_cell = torch.arange((windows + 1) * cells, device=q.device) // cells
+    by_cells = in_cells.any(dim=1) & (of_cell < windows) & (of_cell != own)  # (w, n)
+    # A cell beyond the border is summarised too, by any patch.
+    in_cells = in_cells | (~in_cells.any(dim=1, keepdim=True) & (torch.arange(area, device=q.device) == 0))
+    summaries, sees = [summarise(*(t.unflatten(2, (-1, area)) for t in (q, k, v)), in_cells, *far)], [in_windows]
+    if reach is not None:
+        apart = torch.maximum((own // across - number // across).abs(), (own % across - number % across).abs())
+        by_cells = by_cells & (apart <= reach).index_select(1, of_cell)
+        whole = (apart > reach) & (number < windows)
+        summaries.append(summarise(*(t.unflatten(2, (-1, cells * area)) for t in (q, k, v)), in_windows, *far))
+    sees = torch.cat([in_windows, by_cells, *([] if reach is None else [whole])], dim=1)
+    sees = F.pad(sees, (prefix[0].shape[2], 0), value=1)
+    summaries = _joined(summaries)
+    mask = torch.zeros_like(sees, dtype=q.dtype).masked_fill(~sees, -torch.inf)[None, :, None, None]
+    if summaries.bias is not None:
+        mask = mask + F.pad(summaries.bias, (prefix[0].shape[2] + cells * area, 0))[:, None, :, None]
+    mask = mask.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
+
+    def seen(first: Tensor, near: Tensor, of_sets: Tensor) -> Tensor:
+        first, of_sets = (t.unsqueeze(1).expand(-1, near.shape[1], -1, -1, -1) for t in (first, of_sets))
+        return torch.cat([first, near, of_sets], dim=3).flatten(0, 1)
+
+    q, k, v = (t.unflatten(2, (-1, cells * area)).transpose(1, 2) for t in (q, k, v))
+    keys, values = seen(prefix[0], k, summaries.key), seen(prefix[1], v, summaries.value)
+    of_slots = attend(q.flatten(0, 1), keys, values, *how, mask)
+    of_slots = of_slots.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+
+    patch = torch.arange(height * width, device=q.device)
+    row, column = patch // width + top, patch % width + left
+    window, row, column = row // h * across + column // w, row % h, column % w
+    cell, inside = row // y * columns + column // x, row % y * x + column % x
+    return of_slots.index_select(2, (window * cells + cell) * area + inside)
+
+
+class _Block(NamedTuple):
+    """Windows of one shape: how many they are, and the sides of the cells of each, along rows and columns."""
+
+    windows: int
+    along_rows: list[int]
+    along_columns: list[int]
+
+    @property
+    def patches(self) -> int:
+        return sum(self.along_rows) * sum(self.along_columns)
+
+    @property
+    def cells(self) -> int:
+        return len(self.along_rows) * len(self.along_columns)
+
+
+def _axis(length: int, side: int, cell: int, shift: bool) -> list[tuple[int, list[int]]]:
+    """The windows along an axis, as runs of equal ones: their number, and the sides of the cells of each."""
+    found = []
+    for run in runs(length, side, shift):
+        # Cells are cut from whole windows: of a window that is cut off by the border, what lies on the grid.
+        start = side - run.side if shift and run.start == 0 and side < length else 0
+        edges = [start, *range(start // cell * cell + cell, start + run.side, cell), start + run.side]
+        found.append((run.number, [b - a for a, b in pairwise(edges)]))
+    return found
+
+
+def _firsts(length: int, side: int, cell: int, shift: bool) -> list[tuple[int, int]]:
+    """The number of the first window of each run along an axis, and how many it has."""
+    numbers = [number for number, _ in _axis(length, side, cell, shift)]
+    return [(sum(numbers[:i]), number) for i, number in enumerate(numbers)]
+
+
+def _blocks(height: int, width: int, window: tuple[int, int], cell: tuple[int, int], shift: bool) -> list[_Block]:
+    """The windows of a grid in the order of `reorder`, those of one shape together."""
+    axes = (_axis(*sides, shift) for sides in zip((height, width), window, cell, strict=True))
+    return [_Block(down * across, rows, columns) for (down, rows), (across, columns) in product(*axes)]
+
+
+def _in_cells(
+    q: Tensor, k: Tensor, v: Tensor, blocks: list[_Block], cut: tuple
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The patches of each cell, and which of them there are: (B, H, H · W, D or E) each → (B, H, n, A, D or E), (n, A)
+
+    The last is None if all cells are of one size.
+    """
+    rows, columns = (set(chain(*sides)) for sides in zip(*(block[1:] for block in blocks), strict=True))
+    area = max(rows) * max(columns)
+    if len(rows) == len(columns) == 1:
+        return *(t.unflatten(2, (-1, area)) for t in (q, k, v)), None
+    counts = basis(_counts, _plain(cut)[:-1], q, torch.int64)
+    inside = torch.arange(area, device=q.device)
+    valid = inside < counts[:, None]
+    patch = (counts.cumsum(0) - counts)[:, None] + torch.where(valid, inside, 0)
+    return *(t.index_select(2, patch.flatten()).unflatten(2, patch.shape) for t in (q, k, v)), valid
+
+
+def _plain(cut: tuple) -> tuple[int, ...]:
+    """Height, width, window, cell, shift and reach as integers, −1 for a reach that is None."""
+    height, width, window, cell, shift, reach = cut
+    return height, width, *window, *cell, int(shift), -1 if reach is None else reach
+
+
+def _kinds(height: int, width: int, window: tuple, cell: tuple, shift: bool, reach: int | None) -> tuple[bool, bool]:
+    """Whether there are windows that others see by their cells, and such that they see whole."""
+    most = max(padding(*of_axis, shift)[1] for of_axis in zip((height, width), window, strict=True))
+    return most > 1 and reach != 0, reach is not None and most > reach + 1
+
+
+def _seen(
+    height: int, width: int, h: int, w: int, y: int, x: int, shift: int, reach: int, block: int, device: torch.device
+) -> Tensor:
+    """(w, seen): which of all summaries the windows of a block see, and −1 where one sees fewer than another.
+
+    Those of cells, if there are any, come before those of windows, each in the order of `reorder`.
+    """
+    cut = (height, width, (h, w), (y, x), bool(shift))
+    blocks = _blocks(*cut)
+    at = [
+        torch.cartesian_prod(*(torch.arange(first, first + number) for first, number in of_axes))
+        for of_axes in product(*(_firsts(*of_axis, bool(shift)) for of_axis in ((height, h, y), (width, w, x))))
+    ]
+    own = torch.cat([torch.full((len(found),), i) for i, found in enumerate(at)]) == block
+    at = torch.cat(at)
+    apart = (at[own][:, None] - at).abs().amax(dim=-1)  # (windows of the block, all)
+    cells = torch.tensor([block.cells for block in blocks]).repeat_interleave(
+        torch.tensor([block.windows for block in blocks])
+    )
+    by_cells, whole = _kinds(*cut, None if reach < 0 else reach)
+    sees = []
+    if by_cells:
+        near = apart > 0 if reach < 0 else (apart > 0) & (apart <= reach)
+        sees.append(near.repeat_interleave(cells, dim=1))
+    if whole:
+        sees.append(apart > reach)
+    sees = torch.cat(sees, dim=1)
+    counts = sees.sum(dim=1, keepdim=True)
+    order = (~sees).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(counts.max())]
+    return torch.where(torch.arange(order.shape[1]) < counts, order, -1).to(device)
+
+
+def _counts(height: int, width: int, h: int, w: int, y: int, x: int, shift: int, device: torch.device) -> Tensor:
+    """(n,): the patches of each cell, in the order of `reorder`."""
+    blocks = _blocks(height, width, (h, w), (y, x), bool(shift))
+    counts = [[row * column for row, column in product(*block[1:])] * block.windows for block in blocks]
+    return torch.tensor(list(chain(*counts)), device=device)
+
+
+def _order(
+    prefix: int, height: int, width: int, h: int, w: int, y: int, x: int, shift: int, device: torch.device
+) -> Tensor:
+    """(N,): the tokens of the grid in the order of `reorder`."""
+    numbers = [  # along each axis the run, the window in it and the cell in this, of each patch
+        [
+            (run, window, cell)
+            for run, (number, sides) in enumerate(_axis(*of_axis, bool(shift)))
+            for window in range(number)
+            for cell, side in enumerate(sides)
+            for _ in range(side)
+        ]
+        for of_axis in ((height, h, y), (width, w, x))
+    ]
+    rows, columns = (torch.tensor(of_axis, device=device).T for of_axis in numbers)
+    rank = torch.zeros(height, width, dtype=torch.int64, device=device)
+    for row, column in zip(rows, columns, strict=True):
+        rank = (rank * height + row[:, None]) * width + column
+    return torch.cat([torch.arange(prefix, device=device), prefix + rank.flatten().argsort(stable=True)])
+
+
+def _places(*sizes) -> Tensor:
+    """(N,): where each token of the grid is in that order; of the arguments of `_order`."""
+    return _order(*sizes).argsort()
+
+
+def _ceil(a, b: int):
+    return (a + b - 1) // b
+
+
+def _count_cells(length, side: int, cell: int, shift: bool):
+    """The cells along an axis, whose length may be a symbol."""
+    before, number = padding(length, side, shift)
+    of_last = length + before - (number - 1) * side
+    return (number - 1) * _ceil(side, cell) + _ceil(of_last, cell) - before // cell
