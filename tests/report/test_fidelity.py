@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +148,14 @@ def test_a_line_of_the_plot_joins_budgets():
     assert [each.curve for each in read_attentions(texts)] == ["dct (place='kv')"] * 2 + ['dct', 'window', 'window']
 
 
+def test_the_attentions_of_the_recipe_can_be_had():
+    recipe = Path(__file__).parents[2] / 'recipes/conversion/attentions.txt'
+    with torch.device('meta'):
+        model = timm.create_model('vit_small_patch14_dinov2', img_size=504, depth=1)
+        for each in read_attentions([f'@{recipe}']):
+            convert(model, each.attention, **each.options)
+
+
 def test_copies_share_their_weights_and_the_model_stays():
     model = timm.create_model('test_vit')
     converted = convert(sharing_weights(model), 'pool')
@@ -178,6 +187,6 @@ def test_mistakes_are_named_before_anything_is_run(prepared, runs, change, named
 def test_folders_without_images_are_named(tmp_path, capsys):
     command = ['table', 'fidelity', 'test_vit', '--img-size', '64', '--attention', 'pool', '--images']
     assert main([*command, str(tmp_path)]) == 2
-    assert f'{tmp_path}: there is no image in it' in capsys.readouterr().err
+    assert f'{tmp_path}: no image in it' in capsys.readouterr().err
     assert main([*command, str(tmp_path / 'none')]) == 2
     assert 'no such folder of images' in capsys.readouterr().err

@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vit_efficient.data.files.images import read_bytes, read_image, to_array
+from vit_efficient.data.files.images import EXTENSIONS, read_bytes, read_image, to_array
 from vit_efficient.data.preprocessing import EvalTransform, Preprocessing
-from vit_efficient.data.sources.folders import is_hidden, is_image
+from vit_efficient.data.sources.folders import is_hidden, is_image, natural_order
 from vit_efficient.utils.errors import UserError
 
 
@@ -37,7 +37,7 @@ class Photograph:
 
 
 def find_photographs(folders: Sequence[str | Path]) -> list[Photograph]:
-    """The images in folders, and in folders therein, by their paths; of those that are equal the first.
+    """The images in folders, and in folders therein, in the natural order of their paths; of equal ones the first.
 
     Raises:
         UserError: If a folder is none, or has no image.
@@ -46,11 +46,11 @@ def find_photographs(folders: Sequence[str | Path]) -> list[Photograph]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f'{folder}: no such folder of images')
-        inside = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob('*'))}
-        paths = [path for path, name in inside.items() if is_image(name) and not is_hidden(name) and path.is_file()]
-        if not paths:
-            raise UserError(f'{folder}: there is no image in it')
-        for path in paths:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()]
+        names = natural_order(name for name in names if is_image(name) and not is_hidden(name))
+        if not names:
+            raise UserError(f'{folder}: no image in it (files that are read end in {", ".join(EXTENSIONS)})')
+        for path in (folder / name for name in names):
             found.setdefault(digest := _digest(path), Photograph(path, _shorter_side(path), digest))
     return list(found.values())
 

@@ -26,7 +26,7 @@ from vit_efficient.models.blocks import AttentionSpec
 from vit_efficient.models.create import create_from_spec, parse_layers
 from vit_efficient.models.forward import kept_tokens
 from vit_efficient.models.inputs import input_size
-from vit_efficient.models.saving import load_model
+from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.report.plot import BUDGETS, Panel, Point, plot_accuracy
 from vit_efficient.report.table import Column, Table
 from vit_efficient.utils.checks import as_integer
@@ -89,13 +89,20 @@ def _wanted(text: str) -> Wanted:
     return Wanted(text, f'{name} ({others})' if others else name, name, options)
 
 
-def open_model(name: str, img_size: int) -> nn.Module:
-    """A pretrained model for square images of a size: a run or model folder, or a name and options for timm."""
-    folder = Path(name.removeprefix('local-dir:'))
-    if folder.is_dir():
-        return load_model(folder, img_size=(img_size, img_size)).eval()
+def open_model(name: str, img_size: int) -> tuple[nn.Module, Preprocessing]:
+    """A pretrained model for square images of a size, and how they become its input.
+
+    Args:
+        name: A run or model folder, after 'local-dir:' or not; or a name of timm, with options or without.
+        img_size: In pixels.
+    """
+    folder = name.removeprefix('local-dir:')
+    if folder != name or Path(folder).is_dir():
+        saved = SavedModel(folder, img_size=(img_size, img_size))
+        return saved.model, saved.preprocessing
     name, options = parse_spec(name)
-    return create_from_spec(name, {'pretrained': True, **options}, img_size).eval()
+    model = create_from_spec(name, {'pretrained': True, **options}, img_size).eval()
+    return model, Preprocessing.of(model)
 
 
 def sharing_weights(model: nn.Module) -> nn.Module:
@@ -196,8 +203,8 @@ class _AtSize:
 
     def __init__(self, name: str, size: int, wanted: Sequence[Wanted], device: torch.device):
         self.size, self.wanted = size, wanted
-        exact = open_model(name, size).to(device)
-        self.preprocessing = Preprocessing.of(exact)
+        exact, self.preprocessing = open_model(name, size)
+        exact.to(device)
         self.prefix = getattr(exact, 'num_prefix_tokens', 0)
         self.models = {AS_IT_IS: exact}
         for each in wanted:
