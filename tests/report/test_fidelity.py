@@ -130,6 +130,14 @@ def test_a_square_is_the_middle_of_a_photograph(tmp_path):
     torch.testing.assert_close(square, torch.from_numpy(image[:, 16:80]).permute(2, 0, 1) / 255)
 
 
+def test_a_model_without_a_class_token(prepared, tmp_path):
+    model = timm.create_model('test_vit', num_classes=0, depth=1, class_token=False, global_pool='avg')
+    save_model(model, tmp_path)
+    text = fidelity_table(str(tmp_path), [prepared / 'photos'], [64], ['subsample'], 'json')
+    own, few = json.loads(text)
+    assert few['prefix'] is own['prefix'] is None and (own['keys'], few['keys']) == (16, 4)
+
+
 def test_files_and_a_file_of_attentions(prepared, tmp_path, capsys):
     (tmp_path / 'few.txt').write_text('# keys\npool\n\nsubsample:keep_ratio=1/4\nsubsample:keep_ratio=1/16\n')
     command = ['table', 'fidelity', str(prepared / 'model'), '--images', str(prepared / 'photos'), '--img-size', '64']

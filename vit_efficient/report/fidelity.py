@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from vit_efficient.conversion import convert
 from vit_efficient.data.preprocessing import Preprocessing
 from vit_efficient.data.squares import Photograph, find_photographs
-from vit_efficient.fidelity import Fidelity, fidelity, final_tokens, mean_fidelity
+from vit_efficient.fidelity import Fidelity, fidelity, final_tokens
 from vit_efficient.flops import count_flops
-from vit_efficient.models.blocks import AttentionSpec
 from vit_efficient.models.create import create_from_spec, parse_layers
 from vit_efficient.models.forward import kept_tokens
 from vit_efficient.models.inputs import input_size
@@ -35,7 +34,7 @@ from vit_efficient.utils.environment import describe_environment, one_line
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import read_text, write_json, write_text
 from vit_efficient.utils.options import parse_spec, write_options
-from vit_efficient.utils.packages import needing
+from vit_efficient.utils.packages import import_optional, needing
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +58,8 @@ class Wanted:
 
     title: str
     curve: str
-    attention: AttentionSpec
-    options: dict[str, Any] = field(default_factory=dict)
+    attention: str
+    options: dict[str, Any]
 
 
 def read_attentions(texts: Sequence[str]) -> list[Wanted]:
@@ -144,7 +143,7 @@ def fidelity_table(
     Raises:
         UserError: If an argument is wrong, an attention cannot be had at a size, or no photograph is large enough.
     """
-    device = choose_device(device)
+    device = choose_device(device, '--device')
     sizes = [as_integer('--img-size', size) for size in img_sizes]
     if len(set(sizes)) < len(sizes):
         raise UserError(f'--img-size: {" ".join(map(str, sizes))} has one twice')
@@ -154,6 +153,8 @@ def fidelity_table(
     for size, of_size in chosen.items():
         if not of_size:
             raise UserError(f'--images: no photograph has {size} pixels on its shorter side, nor more')
+    if out:  # rather than when all is measured
+        import_optional('matplotlib', 'the plot beside the table is drawn with', 'train')
     path = cells or (out / 'cells.json' if out else None)
     at_sizes = [_AtSize(model, size, wanted, device) for size in sizes]
     measured = _Cells(path)
@@ -164,7 +165,7 @@ def fidelity_table(
 
     columns = [*COLUMNS, *(TIMES if times else [])]
     keys = [column.key for column in columns]
-    table = Table(columns, [{key: row[key] for key in keys} for row in rows])
+    table = Table(columns, [{key: row.get(key) for key in keys} for row in rows])
     text = f'{table.render()}\n{_notes(chosen, photographs, enlarge)}Measured on '
     text += f'{one_line(describe_environment(device))}.\n'
     if out:
@@ -257,13 +258,12 @@ class _AtSize:
         for title, curve in zip(self.models, [AS_IT_IS, *(each.curve for each in self.wanted)], strict=True):
             of_model, model = self.cells(title, measured), self.models[title]
             cells = [of_model[photograph.digest] for photograph in photographs]
-            kept = [
-                Fidelity(*(float('nan') if cell[f] is None else cell[f] for f in Fidelity._fields)) for cell in cells
-            ]
+            kept = [name for name in Fidelity._fields if cells[0][name] is not None]
             keys = self.patches if title == AS_IT_IS else fmean(kept_tokens(model, self.size)) - self.prefix
             gmacs = count_flops(model, input_size(model, self.size)).total / 1e9
             row = dict(img_size=self.size, attention=title, curve=curve, gmacs=gmacs)
-            row |= dict(keys=keys, keys_percent=100 * keys / self.patches, **mean_fidelity(kept)._asdict())
+            row |= dict(keys=keys, keys_percent=100 * keys / self.patches)
+            row |= {name: fmean(cell[name] for cell in cells) for name in kept}
             row['gmacs_ratio'] = gmacs / (rows[0]['gmacs'] if rows else gmacs)
             row['milliseconds'] = 1e3 * median(cell['seconds'] for cell in cells)
             row['speed_ratio'] = median(cell['own_seconds'] / cell['seconds'] for cell in cells)
