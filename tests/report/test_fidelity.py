@@ -183,6 +183,7 @@ def test_copies_share_their_weights_and_the_model_stays():
         (dict(img_sizes=[0]), '--img-size'),
         (dict(img_sizes=[40]), '40'),
         (dict(model='vit_tinny_patch16_224'), 'vit_tiny_patch16_224'),
+        (dict(model='runs/none'), 'runs/none: no such model folder'),
     ],
 )
 def test_mistakes_are_named_before_anything_is_run(prepared, runs, change, named):

@@ -96,7 +96,7 @@ def open_model(name: str, img_size: int) -> tuple[nn.Module, Preprocessing]:
         img_size: In pixels.
     """
     folder = name.removeprefix('local-dir:')
-    if folder != name or Path(folder).is_dir():
+    if folder != name or Path(folder).is_dir() or '/' in name.partition(':')[0]:  # which no name of timm has
         saved = SavedModel(folder, img_size=(img_size, img_size))
         return saved.model, saved.preprocessing
     name, options = parse_spec(name)
