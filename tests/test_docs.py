@@ -52,6 +52,7 @@ SMALLER = {
     'benchmark layer': f'--tokens 64 --dim 32 --heads 2 {BENCHMARK}',
     'benchmark model': f'--models vit_full_tiny vit_dct_tiny --img-sizes 32 --batch-size 2 {BENCHMARK}',
     'table families': '--models vit_tiny_patch16_224 vit_tiny_patch16_dinov3_qkvb',
+    'table fidelity': '--img-size 32 --enlarge --device cpu',
     'table flops': '--img-sizes 224',
     'plot': '',
     'leaves': '',

@@ -1,4 +1,4 @@
-"""`vit-efficient table flops …`, `vit-efficient table families …` and `vit-efficient table accuracy …`."""
+"""`vit-efficient table flops …`, `table families …`, `table fidelity …` and `table accuracy …`."""
 
 import argparse
 import sys
@@ -29,6 +29,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     families.add_argument('--format', **FORMAT)
     families.add_argument('--out', type=Path, metavar='FILE', help='write the table to this file')
     families.set_defaults(make=_families_table)
+
+    about = 'what attentions keep of the features of a pretrained model, without training, and what they cost'
+    fidelity = tables.add_parser('fidelity', help=about, description=about)
+    about = "a run or model folder, or a model of timm's as NAME[:KEY=VALUE,…], with its pretrained weights"
+    fidelity.add_argument('model', metavar='MODEL', help=about)
+    about = 'folders of photographs; those that are smaller than the size are left out'
+    fidelity.add_argument('--images', nargs='+', required=True, type=Path, metavar='FOLDER', help=about)
+    about = 'sides of square images, the middle of photographs that are resized to it by their shorter side'
+    fidelity.add_argument('--img-size', nargs='+', required=True, type=int, metavar='PX', help=about)
+    about = 'attentions with their options, and layers=6-11 for some layers; @FILE stands for the lines of a file'
+    fidelity.add_argument('--attention', nargs='+', required=True, metavar='NAME[:KEY=VALUE,…]', help=about)
+    fidelity.add_argument('--enlarge', action='store_true', help='take photographs that are too small, enlarged')
+    fidelity.add_argument(
+        '--no-times', dest='times', action='store_false', help='leave out how long a photograph takes'
+    )
+    fidelity.add_argument('--device', default='auto', help='auto, cpu, cuda, … (default: %(default)s)')
+    fidelity.add_argument('--format', **FORMAT)
+    fidelity.add_argument('--out', type=Path, metavar='DIR', help='for fidelity.md, .csv, .png')
+    about = 'keeps what was measured: the same command goes on, another one adds (default: cells.json in --out)'
+    fidelity.add_argument('--cells', type=Path, metavar='FILE', help=about)
+    fidelity.set_defaults(make=_fidelity_table)
 
     about = 'train the models of recipes, once for each seed, and compare accuracy, FLOPs and speed'
     overrides = dict(takes_overrides=True, epilog='key=value, anywhere, overrides a key of all recipes')
@@ -73,6 +94,15 @@ def _families_table(args: argparse.Namespace) -> None:
 
     attention, options = parse_spec(args.attention)
     _show(families_table(args.models or PLAIN, attention, options, args.format), args.out)
+
+
+def _fidelity_table(args: argparse.Namespace) -> None:
+    for folder in args.images:
+        check_exists(folder, 'folder of images')
+    from vit_efficient.report.fidelity import fidelity_table
+
+    options = {name: getattr(args, name) for name in ('format', 'out', 'cells', 'times', 'enlarge', 'device')}
+    print(fidelity_table(args.model, args.images, args.img_size, args.attention, **options), end='')
 
 
 def _show(text: str, out: Path | None) -> None:

@@ -83,11 +83,11 @@ def _entry_point(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any
         of_base = {'num_classes': config.num_classes, 'img_size': config.input_size[1:]}
         arguments |= {key: value for key, value in of_base.items() if key not in options}
     if 'layers' in options:
-        arguments['layers'] = _layers(options['layers'])
+        arguments['layers'] = parse_layers(options['layers'])
     return 'vit_converted', arguments
 
 
-def _layers(value: Any) -> list[int] | None:
+def parse_layers(value: Any) -> list[int] | None:
     """The blocks that a spec names: an index, a range such as '6-11', or a list of them; all for None."""
     if value is None:
         return None

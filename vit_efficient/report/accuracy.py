@@ -19,7 +19,7 @@ from vit_efficient.models import kept_tokens
 from vit_efficient.report import parts
 from vit_efficient.report.comparison import compare_with_first
 from vit_efficient.report.evaluation import SavedModel
-from vit_efficient.report.plot import Panel, Point, plot_accuracy
+from vit_efficient.report.plot import BUDGETS, Panel, Point, plot_accuracy
 from vit_efficient.report.runs import Entry, check_runs, open_runs, train_missing
 from vit_efficient.report.table import Column, Table
 from vit_efficient.train import Config, load_model
@@ -37,11 +37,7 @@ BATCH_PATCHES = 2**17
 ROUNDS = 9
 # For costs that depend on the data.
 COUNTED_IMAGES = 16
-# Keys of recipes that say how much of something a model takes, at any depth, and those that say which run it is.
-BUDGETS = (
-    *('keep_ratio', 'num_tokens', 'num_landmarks', 'num_features', 'window_size', 'tree_height'),
-    *('patch_keep', 'budget'),  # of coefficients, and of a learned truncation
-)
+# Keys of recipes that say which run it is.
 OF_RUN = ('recipe', 'output', 'seed', 'resume')
 
 

@@ -26,6 +26,13 @@ COLOURS = (
 _STYLES = ('-', '--', ':')
 _MARKERS = 'os^DvPX'
 
+# Options, and keys of recipes at any depth, that say how much of something a model takes: a line joins models that
+# differ in nothing else.
+BUDGETS = (
+    *('keep_ratio', 'num_tokens', 'num_landmarks', 'num_features', 'window_size', 'tree_height'),
+    *('patch_keep', 'budget'),  # of coefficients, and of a learned truncation
+)
+
 
 def line_style(number: int, markers: bool = True) -> dict[str, Any]:
     """How matplotlib draws the line with this number, so that it is told apart from the others."""

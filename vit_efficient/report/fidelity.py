@@ -1,0 +1,310 @@
+"""The table of what attentions make of the features of a pretrained model, without any training.
+
+A photograph goes through the model as it is, and then through a copy with each attention, before the next one does.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_efficient.conversion import convert
+from vit_efficient.data.preprocessing import Preprocessing
+from vit_efficient.data.squares import Photograph, find_photographs
+from vit_efficient.fidelity import Fidelity, fidelity, final_tokens
+from vit_efficient.flops import count_flops
+from vit_efficient.models.create import create_from_spec, parse_layers
+from vit_efficient.models.forward import kept_tokens
+from vit_efficient.models.inputs import input_size
+from vit_efficient.report.evaluation import SavedModel
+from vit_efficient.report.plot import BUDGETS, Panel, Point, plot_accuracy
+from vit_efficient.report.table import Column, Table
+from vit_efficient.utils.checks import as_integer
+from vit_efficient.utils.device import choose_device
+from vit_efficient.utils.environment import describe_environment, one_line
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.files import read_text, write_json, write_text
+from vit_efficient.utils.options import parse_spec, write_options
+from vit_efficient.utils.packages import import_optional, needing
+
+logger = logging.getLogger(__name__)
+
+AS_IT_IS = 'as it is'
+COLUMNS = [Column('img_size', 'px'), Column('attention'), Column('keys', digits=0)]
+COLUMNS += [Column('keys_percent', 'of patches (%)', 1), Column('patch', 'patch cosine', 3)]
+COLUMNS += [Column('centred', 'centred', 3), Column('prefix', 'class', 3)]
+COLUMNS += [Column('gmacs', 'GMACs', 1), Column('gmacs_ratio', 'of the model', 3)]
+TIMES = [Column('milliseconds', 'ms', 0), Column('speed_ratio', 'times as fast', 2)]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An attention of the table.
+
+    Attributes:
+        title: What the table calls it.
+        curve: What the plot calls it: a line joins those that differ in a budget alone.
+        attention, options: As `convert` takes them.
+    """
+
+    title: str
+    curve: str
+    attention: str
+    options: dict[str, Any]
+
+
+def read_attentions(texts: Sequence[str]) -> list[Wanted]:
+    """Attentions as they are written: `NAME[:KEY=VALUE,…]`, or `@FILE` for the lines of a file, without those of #.
+
+    Raises:
+        UserError: If one is given twice, or there is none.
+    """
+    lines = []
+    for text in texts:
+        of_file = read_text(text[1:]).splitlines() if text.startswith('@') else [text]
+        lines += [line.strip() for line in of_file if line.strip() and not line.lstrip().startswith('#')]
+    if not lines:
+        raise UserError(f'no attention in {" ".join(texts)}')
+    for line in lines:
+        if lines.count(line) > 1:
+            raise UserError(f'{line} is given twice')
+    return [_wanted(line) for line in lines]
+
+
+def _wanted(text: str) -> Wanted:
+    name, options = parse_spec(text)
+    if 'layers' in options:
+        options['layers'] = parse_layers(options['layers'])
+    others = write_options({key: value for key, value in options.items() if key not in BUDGETS})
+    return Wanted(text, f'{name} ({others})' if others else name, name, options)
+
+
+def open_model(name: str, img_size: int) -> tuple[nn.Module, Preprocessing]:
+    """A pretrained model for square images of a size, and how they become its input.
+
+    Args:
+        name: A run or model folder, after 'local-dir:' or not; or a name of timm, with options or without.
+        img_size: In pixels.
+    """
+    folder = name.removeprefix('local-dir:')
+    if folder != name or Path(folder).is_dir() or '/' in name.partition(':')[0]:  # which no name of timm has
+        saved = SavedModel(folder, img_size=(img_size, img_size))
+        return saved.model, saved.preprocessing
+    name, options = parse_spec(name)
+    model = create_from_spec(name, {'pretrained': True, **options}, img_size).eval()
+    return model, Preprocessing.of(model)
+
+
+def sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters and buffers are those of the model."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def fidelity_table(
+    model: str,
+    folders: Sequence[str | Path],
+    img_sizes: Sequence[int],
+    attentions: Sequence[str],
+    format: str = 'markdown',
+    out: Path | None = None,
+    cells: Path | None = None,
+    times: bool = True,
+    enlarge: bool = False,
+    device: str = 'auto',
+) -> str:
+    """The table as text: at each size the model as it is, and what each attention keeps of its features and costs.
+
+    What is measured of a photograph is written to a file before the next one is begun: stopped, the same call goes on,
+    and another one measures only what is new. That file knows models, photographs and attentions by what they are, and
+    not the code of an attention: remove it when that has changed.
+
+    Args:
+        model: A run or model folder, or `NAME[:KEY=VALUE,…]` of timm, whose pretrained weights are taken.
+        folders: Of photographs. Those whose shorter side is less than a size are left out of it.
+        img_sizes: Sides of square images, in pixels, to which the shorter sides of photographs are resized.
+        attentions: As `read_attentions` takes them. Random features are drawn from one seed.
+        format: One of `report.table.FORMATS`, of the text that is returned.
+        out: A folder for fidelity.md, fidelity.csv and fidelity.png (centred cosine against keys and GMACs).
+        cells: The file of what was measured; by default cells.json in `out`, else nothing is kept.
+        times: Whether there are columns of the time of a forward pass: its median over photographs, and the median of
+            the ratio of the model's own time to it, both of the same photograph in the same run.
+        enlarge: Take photographs that are too small, enlarged.
+        device: As of a recipe.
+
+    Raises:
+        UserError: If an argument is wrong, an attention cannot be had at a size, or no photograph is large enough.
+    """
+    device = choose_device(device, '--device')
+    sizes = [as_integer('--img-size', size) for size in img_sizes]
+    if len(set(sizes)) < len(sizes):
+        raise UserError(f'--img-size: {" ".join(map(str, sizes))} has one twice')
+    wanted = read_attentions(attentions)
+    photographs = find_photographs(folders)
+    chosen = {size: [each for each in photographs if enlarge or each.shorter_side >= size] for size in sizes}
+    for size, of_size in chosen.items():
+        if not of_size:
+            raise UserError(f'--images: no photograph has {size} pixels on its shorter side, nor more')
+    if out:  # rather than when all is measured
+        import_optional('matplotlib', 'the plot beside the table is drawn with', 'train')
+    path = cells or (out / 'cells.json' if out else None)
+    at_sizes = [_AtSize(model, size, wanted, device) for size in sizes]
+    measured = _Cells(path)
+    rows = []
+    for at_size in at_sizes:
+        at_size.measure(chosen[at_size.size], measured)
+        rows += at_size.rows(chosen[at_size.size], measured)
+
+    columns = [*COLUMNS, *(TIMES if times else [])]
+    keys = [column.key for column in columns]
+    table = Table(columns, [{key: row.get(key) for key in keys} for row in rows])
+    text = f'{table.render()}\n{_notes(chosen, photographs, enlarge)}Measured on '
+    text += f'{one_line(describe_environment(device))}.\n'
+    if out:
+        write_text(out / 'fidelity.md', text)
+        write_text(out / 'fidelity.csv', table.render('csv'))
+        plot_accuracy(_panels(rows, sizes), out / 'fidelity.png')
+        logger.info('saved %s, fidelity.csv, fidelity.png', out / 'fidelity.md')
+    return text if format == 'markdown' else table.render(format)
+
+
+class _Cells:
+    """What was measured, by model, size, attention and photograph; in a file, where there is one."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.values = path, {}
+        if path and path.exists():
+            try:
+                self.values = json.loads(read_text(path))
+            except ValueError as error:
+                raise UserError(f'{path}: not a file of cells ({error}); remove it, or name another') from error
+
+    def of(self, *keys: str) -> dict[str, dict[str, float | None]]:
+        """Those of an attention at a size, by photograph, to be read and added to."""
+        values = self.values
+        for key in keys:
+            values = values.setdefault(key, {})
+        return values
+
+    def save(self) -> None:
+        if self.path:
+            write_json(self.path, self.values)
+
+
+class _AtSize:
+    """A model for images of a size, as it is and with each attention, all with the same weights."""
+
+    def __init__(self, name: str, size: int, wanted: Sequence[Wanted], device: torch.device):
+        self.size, self.wanted = size, wanted
+        exact, self.preprocessing = open_model(name, size)
+        exact.to(device)
+        self.prefix = getattr(exact, 'num_prefix_tokens', 0)
+        self.models = {AS_IT_IS: exact}
+        for each in wanted:
+            # What an attention draws is the same in every run.
+            with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+                torch.manual_seed(0)
+                try:
+                    converted = convert(sharing_weights(exact), each.attention, **each.options)
+                    kept_tokens(converted, size)
+                except UserError as error:
+                    raise UserError(f'{each.title} at {size} px: {error}') from error
+            self.models[each.title] = converted.to(device).eval()
+        full = convert(sharing_weights(exact), 'full')
+        self.patches = kept_tokens(full, size)[0] - self.prefix
+        self.digest = _digest(exact, self.preprocessing)
+
+    def cells(self, title: str, measured: _Cells) -> dict[str, dict[str, float | None]]:
+        """Of one of the models."""
+        layers = [AS_IT_IS] if title == AS_IT_IS else self.models[title].attention_spec()
+        spec = layers[0] if all(layer == layers[0] for layer in layers) else layers
+        return measured.of(self.digest, str(self.size), json.dumps(spec, default=str))
+
+    def measure(self, photographs: Sequence[Photograph], measured: _Cells) -> None:
+        """Measures what was not yet."""
+        with needing('train', 'progress is shown with'):
+            from tqdm import tqdm
+
+        of_models = {title: self.cells(title, measured) for title in self.models}
+        for photograph in tqdm(photographs, f'{self.size:,} px', disable=None):
+            left = [title for title, cells in of_models.items() if photograph.digest not in cells]
+            if not left:
+                continue
+            image = photograph.square(self.preprocessing)
+            reference, own_seconds = self._run(AS_IT_IS, image)
+            for title in left:
+                tokens, seconds = (reference, own_seconds) if title == AS_IT_IS else self._run(title, image)
+                kept = fidelity(reference, tokens, self.prefix)._asdict()
+                kept['prefix'] = kept['prefix'] if self.prefix else None  # JSON has no NaN
+                of_models[title][photograph.digest] = {**kept, 'seconds': seconds, 'own_seconds': own_seconds}
+            measured.save()
+
+    def _run(self, title: str, image: Tensor) -> tuple[Tensor, float]:
+        start = time.perf_counter()
+        (tokens,) = final_tokens(self.models[title], [image])  # on the CPU: a GPU is waited for
+        return tokens, time.perf_counter() - start
+
+    def rows(self, photographs: Sequence[Photograph], measured: _Cells) -> list[dict[str, Any]]:
+        """Those of the table, in which a mean is over photographs."""
+        rows = []
+        for title, curve in zip(self.models, [AS_IT_IS, *(each.curve for each in self.wanted)], strict=True):
+            of_model, model = self.cells(title, measured), self.models[title]
+            cells = [of_model[photograph.digest] for photograph in photographs]
+            kept = [name for name in Fidelity._fields if cells[0][name] is not None]
+            keys = self.patches if title == AS_IT_IS else fmean(kept_tokens(model, self.size)) - self.prefix
+            gmacs = count_flops(model, input_size(model, self.size)).total / 1e9
+            row = dict(img_size=self.size, attention=title, curve=curve, gmacs=gmacs)
+            row |= dict(keys=keys, keys_percent=100 * keys / self.patches)
+            row |= {name: fmean(cell[name] for cell in cells) for name in kept}
+            row['gmacs_ratio'] = gmacs / (rows[0]['gmacs'] if rows else gmacs)
+            row['milliseconds'] = 1e3 * median(cell['seconds'] for cell in cells)
+            row['speed_ratio'] = median(cell['own_seconds'] / cell['seconds'] for cell in cells)
+            rows.append(row)
+        return rows
+
+
+def _digest(model: nn.Module, preprocessing: Preprocessing) -> str:
+    """Of a model and what it is given: its structure, its weights, and how images become its input."""
+    found = hashlib.sha256(f'{model}{preprocessing}'.encode())
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def _notes(chosen: dict[int, list[Photograph]], photographs: Sequence[Photograph], enlarge: bool) -> str:
+    lines = [
+        'Mean over photographs of the cosine of tokens, after the last norm, to those of the model as it is. Centred: '
+        'its mean patch token is taken from both. Class: of its token, and of registers. Keys: patches that a query '
+        'attends to, mean over the layers.\n'
+    ]
+    for size, of_size in chosen.items():
+        small = [each.path.name for each in photographs if each.shorter_side < size]
+        what = 'enlarged' if enlarge else 'left out'
+        aside = f'; {len(small)} of a shorter side below that are {what}, the first one {small[0]}' if small else ''
+        lines.append(f'{size:,} px: {len(of_size)} photographs{aside}.\n')
+    return '\n'.join(lines) + '\n'
+
+
+def _panels(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> list[list[Panel]]:
+    """Centred cosines against shares of keys and GMACs, a row of panels for each size."""
+    costs = {'keys_percent': 'keys (% of patches)', 'gmacs': 'GMACs per image'}
+    return [
+        [
+            Panel(
+                [Point(r['curve'], r[cost], r['centred']) for r in rows if r['img_size'] == size],
+                x,
+                f'centred cosine, {size:,} px',
+            )
+            for cost, x in costs.items()
+        ]
+        for size in sizes
+    ]
