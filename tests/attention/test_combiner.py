@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from vit_efficient import PatchGrid, create_attention
-from vit_efficient.attention import combiner, layer_options
-from vit_efficient.attention.combiner import SUMMARIES, CombinerAttention
+from vit_efficient.attention import layer_options
+from vit_efficient.attention.combiner import CombinerAttention, axial, cells
+from vit_efficient.attention.combiner.summaries import SUMMARIES, summarise
 from vit_efficient.utils import device
 from vit_efficient.utils.errors import UserError
 
@@ -64,37 +65,61 @@ def summary_of(patches, q, k, v, scale, summary, count):
     return key, value, math.log(len(ks)) if count else 0
 
 
-def reference(attention: CombinerAttention, x, grid):
+def cells_seen(attention: CombinerAttention, grid: PatchGrid) -> list[tuple[list[int], list[list[int]]]]:
+    """Of each patch the patches that it sees one by one, and the sets of those that it sees as one."""
     sets = sets_of(grid, attention.window, attention.cell, attention.shift)
     cells, windows = {}, {}
     for j, (window, cell) in enumerate(sets):
-        cells.setdefault(cell, []).append(grid.prefix + j)
-        windows.setdefault(window, []).append(grid.prefix + j)
+        cells.setdefault(cell, []).append(j)
+        windows.setdefault(window, []).append(j)
+    seen = []
+    for own, _ in sets:
+        near = windows[own]
+        apart = {window: max(abs(a - b) for a, b in zip(own, window, strict=True)) for window in windows}
+        far = {window for window in windows if attention.reach is not None and apart[window] > attention.reach}
+        others = [cells[cell] for cell in cells if cell[0] != own and cell[0] not in far]
+        seen.append((near, others + [windows[window] for window in far]))
+    return seen
 
-    def is_far(own, window) -> bool:
-        apart = max(abs(a - b) for a, b in zip(own, window, strict=True))
-        return attention.reach is not None and apart > attention.reach
 
+def axes_seen(attention: CombinerAttention, grid: PatchGrid) -> list[tuple[list[int], list[list[int]]]]:
+    """The same of the axial pattern: its row and column, and of each other column what is not in its row."""
+    places = [(row, column) for row in range(grid.height) for column in range(grid.width)]
+    if attention.transpose:
+        places = [(column, row) for row, column in places]
+    seen = []
+    for row, column in places:
+        near = [j for j, (r, c) in enumerate(places) if r == row or c == column]
+        others = sorted({c for _, c in places} - {column})
+        sets = [[j for j, (r, c) in enumerate(places) if c == other and r != row] for other in others]
+        seen.append((near, [patches for patches in sets if patches]))
+    return seen
+
+
+def reference(attention: CombinerAttention, x, grid):
+    seen = (axes_seen if attention.pattern == 'axial' else cells_seen)(attention, grid)
     images = []
     for image in x:
         q, k, v = (t[0] for t in attention.project(image[None]))
         heads = []
         for head in range(q.shape[0]):
-            args = (q[head], k[head], v[head], attention.scale, attention.summary, attention.count_bias)
-            of_cells = {cell: summary_of(patches, *args) for cell, patches in cells.items()}
-            of_windows = {window: summary_of(patches, *args) for window, patches in windows.items()}
+            patches = (t[head, grid.prefix :] for t in (q, k, v))
+            args = (*patches, attention.scale, attention.summary, attention.count_bias)
+            known = {}
             outputs = []
             for i in range(grid.num_tokens):
-                if i < grid.prefix:
-                    seen = [(k[head, j], v[head, j], 0) for j in range(grid.num_tokens)]
-                else:
-                    own = sets[i - grid.prefix][0]
-                    near = [j for j in range(grid.num_tokens) if j < grid.prefix or sets[j - grid.prefix][0] == own]
-                    seen = [(k[head, j], v[head, j], 0) for j in near]
-                    seen += [s for (window, _), s in of_cells.items() if window != own and not is_far(own, window)]
-                    seen += [s for window, s in of_windows.items() if is_far(own, window)]
-                scores = torch.stack([attention.scale * (q[head, i] @ key) + bias for key, _, bias in seen])
-                outputs.append(scores.softmax(0) @ torch.stack([value for _, value, _ in seen]))
+                keys = [
+                    (k[head, j], v[head, j], 0) for j in range(grid.prefix if i >= grid.prefix else grid.num_tokens)
+                ]
+                if i >= grid.prefix:
+                    near, sets = seen[i - grid.prefix]
+                    keys += [(k[head, grid.prefix + j], v[head, grid.prefix + j], 0) for j in near]
+                    for patches in map(tuple, sets):
+                        if patches not in known:
+                            known[patches] = summary_of(patches, *args)
+                        keys.append(known[patches])
+                scores = torch.stack([attention.scale * (q[head, i] @ key) + bias for key, _, bias in keys])
+                outputs.append(scores.softmax(0) @ torch.stack([value for _, value, _ in keys]))
             heads.append(torch.stack(outputs))
         y = attention.norm(torch.cat(heads, dim=-1))
         if attention.gate is not None:
@@ -121,7 +146,7 @@ def check(attention, grid, batch=1, tolerance=1e-12):
 def padded(request, monkeypatch):
     """Both ways of computing: in the order of windows, and, as for sizes that are symbols, padded and masked."""
     if request.param:
-        monkeypatch.setattr(combiner, 'are_numbers', lambda *sizes: False)
+        monkeypatch.setattr(cells, 'are_numbers', lambda *sizes: False)
 
 
 @pytest.mark.usefixtures('padded')
@@ -158,6 +183,59 @@ class TestAgainstLoops:
         check(attention, PatchGrid(7, 5, prefix=2), batch=2)
 
 
+class TestAxial:
+    @pytest.mark.parametrize('fused', [True, False])
+    @pytest.mark.parametrize('count_bias', [True, False])
+    @pytest.mark.parametrize('summary', SUMMARIES)
+    def test_summaries(self, summary, count_bias, fused):
+        attention = build(pattern='axial', summary=summary, count_bias=count_bias)
+        attention.fused_attn = fused
+        check(attention, PatchGrid(4, 7, prefix=1), batch=2)
+
+    @pytest.mark.parametrize('transpose', [True, False])
+    @pytest.mark.parametrize('prefix', [0, 5])
+    @pytest.mark.parametrize('grid', [(7, 13), (1, 9), (9, 1), (2, 3), (1, 1)])
+    def test_grids(self, grid, prefix, transpose):
+        check(build(pattern='axial', transpose=transpose), PatchGrid(*grid, prefix))
+
+    @pytest.mark.parametrize('summary', SUMMARIES)
+    @pytest.mark.parametrize('grid', [(1, 5), (4, 6)])
+    def test_sizes_that_are_symbols(self, monkeypatch, grid, summary):
+        monkeypatch.setattr(axial, 'are_numbers', lambda *sizes: False)
+        for count_bias in (True, False):
+            attention, grid = build(pattern='axial', summary=summary, count_bias=count_bias), PatchGrid(*grid[:2])
+            x = inputs(grid)
+            with torch.no_grad():
+                assert torch.allclose(attention(x, grid), reference(attention, x, grid), atol=1e-13)
+            grid = (grid.height, grid.width)
+
+    @pytest.mark.parametrize('summary', SUMMARIES)
+    def test_gradcheck(self, summary):
+        attention, grid = build(pattern='axial', summary=summary), PatchGrid(3, 4, prefix=1)
+        assert torch.autograd.gradcheck(lambda x: attention(x, grid), inputs(grid))
+
+    def test_equal_rows_are_summarised_without_loss(self):
+        attention, grid = build(pattern='axial'), PatchGrid(4, 6)
+        x = torch.randn(2, 1, 6, 8, dtype=torch.float64).expand(-1, 4, -1, -1).flatten(1, 2)
+        exact = create_attention('full', 8, 2, qkv_bias=True, dtype=torch.float64)
+        exact.load_state_dict(attention.state_dict())
+        assert torch.allclose(attention(x, grid), exact(x, grid), atol=1e-13)
+
+    def test_num_attended(self):
+        attention = build(pattern='axial')
+        assert attention.num_attended(PatchGrid(7, 13, prefix=1)) == 1 + 13 + 6 + 12
+        assert attention.num_attended(PatchGrid(1, 9, prefix=1)) == 10
+        attention.transpose = True
+        assert attention.num_attended(PatchGrid(7, 13)) == 7 + 12 + 6
+
+    def test_rows_and_columns_change_places_in_a_model(self):
+        of_layers = [layer_options('combiner', dict(pattern='axial'), layer, 4, (8, 8)) for layer in range(3)]
+        assert [options['transpose'] for options in of_layers] == [False, True, False]
+        assert build(**of_layers[1]).options == dict(
+            pattern='axial', summary='tangent', count_bias=True, transpose=True
+        )
+
+
 @pytest.mark.parametrize('reach', [None, 1])
 def test_some_windows_at_a_time(monkeypatch, reach):
     """Chunks of windows, with and without gradients, on the CPU and as GPUs do it, say the same as all at once."""
@@ -170,8 +248,8 @@ def test_some_windows_at_a_time(monkeypatch, reach):
     for hosts in (device.HOSTS, ()):
         monkeypatch.setattr(device, 'HOSTS', hosts)
         for size in (1, 5000):
-            monkeypatch.setattr(combiner, 'CHUNK_OF_HOST', size)
-            monkeypatch.setattr(combiner, 'CHUNK_OF_GPU', size)
+            monkeypatch.setattr(cells, 'CHUNK_OF_HOST', size)
+            monkeypatch.setattr(cells, 'CHUNK_OF_GPU', size)
             y = attention(x, grid)
             assert torch.allclose(y, whole, atol=1e-13)
             for actual, wanted in zip(gradients(y, [x, *attention.parameters()]), expected, strict=True):
@@ -220,7 +298,7 @@ def test_a_tangent_is_never_above_what_it_stands_for():
     """What the keys of a cell weigh together, log Σ exp(q·k_j), is met at the mean query and undercut elsewhere."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 1, 9, 4, dtype=torch.float64)
-    key, _, bias = combiner.summarise(q, k, v, None, 0.5, 'tangent', True)
+    key, _, bias = summarise(q, k, v, None, 0.5, 'tangent', True)
 
     def excess(query):
         return (0.5 * query @ k[0, 0, 0].T).logsumexp(-1) - (0.5 * query @ key[0, 0, 0] + bias[0, 0, 0])
@@ -305,6 +383,9 @@ def test_num_attended(grid, window_size, cell_size, shift):
     [
         (dict(window_size=0), 'window_size must be a positive integer or a pair'),
         (dict(cell_size=(2, 0)), 'cell_size must be a positive integer or a pair'),
+        (dict(pattern='rows'), 'pattern must be one of cells, axial'),
+        (dict(pattern='axial', window_size=4), 'window_size=4 is of another pattern'),
+        (dict(transpose=False), 'transpose=False is of another pattern'),
         (dict(reach=-1), 'reach must be None or an integer of at least 0'),
         (dict(summary='median'), 'summary must be one of mean, local, tangent, max'),
         (dict(count_bias=1), 'count_bias must be True or False'),

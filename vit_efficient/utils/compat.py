@@ -206,6 +206,37 @@ def attend_with_lse(
     return y[..., :dim], lse
 
 
+def flash_attention_on_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fused attention of CPUs and the logarithms of its denominators: of no gradient.
+
+    Args:
+        q, k, v: (B, H, queries or keys, D)
+        mask: Added to the scores, of four axes.
+
+    Returns:
+        (B, H, queries, D) and (B, H, queries), in float32 at least.
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attention(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+
+
+def flash_attention_on_cpu_backward(
+    dy: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of queries, keys and values, from that of the output y of `flash_attention_on_cpu`."""
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(dy, q, k, v, y, lse, 0.0, False, attn_mask=mask, scale=scale)
+
+
 def attend_varlen(
     q: torch.Tensor,
     k: torch.Tensor,

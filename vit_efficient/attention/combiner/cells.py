@@ -1,155 +1,47 @@
-"""Combiner: near exactly, far by summaries.
-
-Source: Ren et al., "Combiner: Full Attention Transformer with Sparse Computation Cost", NeurIPS 2021, arXiv 2107.05768.
-Attention is an expectation of values. A query takes the keys near it one by one, and of every other set R of keys a
-summary, whose value is an expectation that does not depend on the query. One softmax goes over both:
-
-    a_j = s q·k_j            of each near key j                        s = 1 / √D
-    b_R = s q·k̄_R + β_R      of each other set R
-    y   = Σ_j softmax(a, b)_j v_j + Σ_R softmax(a, b)_R v̄_R
-
-The paper's patterns are those of sequences. Here the grid is cut into windows, and these into cells, along both axes: a
-patch has near it the prefix tokens and the patches of its window. Of windows up to `reach` away each cell is a set, and
-of those beyond each window. With reach 0 this is the paper's fixed pattern. A prefix token attends to all N tokens
-exactly. In every second layer of a model the windows are shifted by half their sides, as Swin's are.
-
-    summary   weights π_j           key k̄         value v̄      bias β
-    mean                            mean of k     mean of v    log |R|
-    local     softmax(s q̄·k_j)      mean of k     Σ π_j v_j    log |R|
-    tangent   softmax(s q̄·k_j)      Σ π_j k_j     Σ π_j v_j    entropy of π
-    max       softmax(s q̂·k_j)      maximum of k  Σ π_j v_j    log |R|
-
-q̄ is the mean of the queries in the cell, q̂ their maximum, channel by channel, as is that of the keys. `max` without β
-(`count_bias=False`) is the paper's summary. `tangent` is ours: s q·k̄ + β touches, at q = q̄, the logarithm of what the
-keys of the cell weigh together, log Σ_j exp(s q·k_j). That is convex, so a cell never weighs more than its keys did.
+"""Combiner's pattern of windows and cells: the patches of a window, and summaries of the cells of all others.
 
 Letters: B batch, N tokens, P prefix, w windows, L patches of a window, n cells, m of them in a window, A patches of a
 cell, H heads, of D channels of queries and keys and E of values.
 """
 
-from itertools import chain, pairwise, product
-from typing import Any, NamedTuple
+from itertools import accumulate, chain, pairwise, product
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from timm.layers import register_notrace_function, to_2tuple
+from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.combiner.summaries import Summaries, joined, summarise
 from vit_efficient.attention.functional import attend, bias_as_channel
-from vit_efficient.attention.registry import register_attention
-from vit_efficient.attention.rotary import table_of
 from vit_efficient.attention.windows import padding, permuted, runs
 from vit_efficient.dct.bases import basis, is_eager
-from vit_efficient.grid import PatchGrid, smaller
-from vit_efficient.utils.checks import as_integer, as_sides, check_choice, check_flag
+from vit_efficient.grid import smaller
 from vit_efficient.utils.compat import are_numbers
 from vit_efficient.utils.device import on_gpu
-
-SUMMARIES = ('mean', 'local', 'tangent', 'max')
 
 # Bytes of keys and values of the windows that are worked on at once: a CPU keeps them in its cache, a GPU wants large
 # operators.
 CHUNK_OF_HOST, CHUNK_OF_GPU = 2**23, 2**28
 
 
-@register_attention('combiner')
-class CombinerAttention(GridAttention):
-    """Attention to the patches of a window exactly, and to summaries of all other patches.
-
-    A patch attends to the prefix tokens, the patches of its window, and a summary of each cell of other windows, or of
-    a whole window that is far; a prefix token to all N tokens. With one window over the whole grid, or cells of one
-    patch and `reach=None`, this is exact attention; and, unless `count_bias=False`, with keys that are equal in each
-    set.
-
-    Args:
-        dim, num_heads, **kwargs: As timm's `Attention`.
-        window_size: Side of the windows in patches, or the pair (rows, columns). A side that is not smaller than the
-            grid's is taken to be the grid's, and is not shifted. Windows at the border are smaller where it does not
-            divide the grid.
-        cell_size: Side of the cells in patches, or the pair, from the corner of each whole window. The last cells are
-            smaller where it does not divide the window.
-        reach: How many windows away, along either axis, windows are seen by their cells; those beyond are seen whole,
-            one summary each. None: all by their cells.
-        summary: What stands for a cell, 'mean', 'local', 'tangent' or 'max', as in this module.
-        count_bias: Whether a cell weighs as many patches as it has; of 'tangent', as many as its weights are spread
-            over.
-        shift: Whether windows are shifted: the first one along an axis has half the side, rounded down, and the next
-            begin from there. In a model, those of odd layers are, unless it is given.
-    """
-
-    can_be_differential = True
-
-    def configure(
-        self,
-        *,
-        window_size: int | tuple[int, int] = 12,
-        cell_size: int | tuple[int, int] = 4,
-        reach: int | None = None,
-        summary: str = 'tangent',
-        count_bias: bool = True,
-        shift: bool = False,
-    ) -> None:
-        check_choice('summary', summary, SUMMARIES)
-        check_flag('count_bias', count_bias)
-        check_flag('shift', shift)
-        # timm's attentions have a `window_size` of their own, that of their biases.
-        self.window = as_sides('window_size', window_size, '(rows, columns)')
-        self.cell = as_sides('cell_size', cell_size, '(rows, columns)')
-        self.reach = None if reach is None else as_integer('reach', reach, 0, 'None or an integer of at least 0')
-        self.summary = summary
-        self.count_bias = count_bias
-        self.shift = shift
-
-    @classmethod
-    def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
-        return {'shift': layer % 2 == 1, **options}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        window, cell = (list(sides) if isinstance(sides, tuple) else sides for sides in (self.window, self.cell))
-        summary = dict(summary=self.summary, count_bias=self.count_bias)
-        return dict(window_size=window, cell_size=cell, reach=self.reach, **summary, shift=self.shift)
-
-    def forward(
-        self,
-        x: Tensor,
-        grid: PatchGrid,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        self.check_call(x, grid, attn_mask, is_causal)
-        cut = (grid.height, grid.width, to_2tuple(self.window), to_2tuple(self.cell), self.shift)
-        x = reorder(x, grid.prefix, *cut)
-        q, k, v = self.project(x)
-        if rope is not None:
-            q, k = self.rotate(q, k, reorder(table_of(rope), 0, *cut), grid.prefix)
-        how = (self.scale, self.fused_attn, self.drop_rate)
-        far = (self.reach, self.summary, self.count_bias)
-        y = attend_near_and_far(q, k, self.values_of_maps(v), grid.prefix, *cut, *far, how)
-        y = self.norm_and_gate(self.merge_heads(y), x)
-        return self.proj_drop(reorder(self.proj(y), grid.prefix, *cut, back=True))
-
-    def num_attended(self, grid: PatchGrid) -> int:
-        """The keys of a patch in a whole window that no border is near; a prefix token attends to all."""
-        near, own, cells, close, windows = 1, 1, 1, 1, 1
-        sides = zip((grid.height, grid.width), to_2tuple(self.window), to_2tuple(self.cell), strict=True)
-        for length, side, cell in sides:
-            of_window, number = smaller(side, length), padding(length, side, self.shift)[1]
-            near, own = near * of_window, own * _ceil(of_window, cell)
-            cells = cells * _count_cells(length, side, cell, self.shift)
-            windows, close = windows * number, close * smaller(number, 2 * (self.reach or 0) + 1)
-        far = cells - own if self.reach is None else (close - 1) * own + windows - close
-        return grid.prefix + near + far
+def count_seen(height, width, window: tuple[int, int], cell: tuple[int, int], shift: bool, reach: int | None):
+    """The patches and summaries that a patch attends to, in a whole window that no border is near; of sides that may be
+    symbols."""
+    near, own, cells, close, windows = 1, 1, 1, 1, 1
+    for length, side, of_cell in zip((height, width), window, cell, strict=True):
+        of_window, number = smaller(side, length), padding(length, side, shift)[1]
+        near, own = near * of_window, own * _ceil(of_window, of_cell)
+        cells = cells * _count_cells(length, side, of_cell, shift)
+        windows, close = windows * number, close * smaller(number, 2 * (reach or 0) + 1)
+    return near + (cells - own if reach is None else (close - 1) * own + windows - close)
 
 
-# Leaves for FX, because what they do depends on the sizes.
+# Leaves for FX, because what they do depends on the sizes; called in this module, where FX finds them.
 
 
-@torch.fx.wrap
-@register_notrace_function
 def reorder(
     x: Tensor, prefix: int, height, width, window: tuple, cell: tuple, shift: bool, back: bool = False
 ) -> Tensor:
@@ -157,6 +49,12 @@ def reorder(
 
     Windows of one shape are together. Where sizes are symbols the order stays that of the grid.
     """
+    return _reorder(x, prefix, height, width, window, cell, shift, back)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _reorder(x: Tensor, prefix: int, height, width, window: tuple, cell: tuple, shift: bool, back: bool) -> Tensor:
     if not are_numbers(height, width):
         return x
     sizes = (prefix, height, width, *window, *cell, int(shift))
@@ -164,8 +62,6 @@ def reorder(
     return permuted(x, places, order) if back else permuted(x, order, places)
 
 
-@torch.fx.wrap
-@register_notrace_function
 def attend_near_and_far(
     q: Tensor,
     k: Tensor,
@@ -193,67 +89,18 @@ def attend_near_and_far(
     Returns:
         (B, H, N, E), in the same order.
     """
+    cut = (height, width, window, cell, shift, reach)
+    return _attend_near_and_far(q, k, v, prefix, cut, (how[0], summary, count), how)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _attend_near_and_far(q: Tensor, k: Tensor, v: Tensor, prefix: int, cut: tuple, far: tuple, how: tuple) -> Tensor:
     # Split, not sliced: the gradient of a slice is as large as the whole.
     first, patches = zip(*(t.split_with_sizes([prefix, t.shape[2] - prefix], dim=2) for t in (q, k, v)), strict=True)
     y = [attend(first[0], k, v, *how)] if prefix else []
-    cut = (height, width, window, cell, shift, reach)
-    attend_patches = _attend_patches if are_numbers(height, width) else _attend_padded
-    return torch.cat([*y, attend_patches(*patches, first[1:], cut, (how[0], summary, count), how)], dim=2)
-
-
-class Summaries(NamedTuple):
-    """What stands for n sets of patches.
-
-    Args:
-        key, value: (B, H, n, D) and (B, H, n, E)
-        bias: Added to their scores, (B, H, n) or (1, 1, n); None where there is none.
-    """
-
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
-
-
-def summarise(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float, summary: str, count: bool
-) -> Summaries:
-    """The summaries of sets of patches, as in this module.
-
-    Args:
-        q, k, v: (B, H, n, A, D or E)
-        valid: (n, A), which of these are patches, at least one in a set; None if all are.
-        scale: s
-        summary: One of `SUMMARIES`.
-        count: Whether there is a bias.
-    """
-    lowest = torch.finfo(q.dtype).min
-    counts = q.new_full((k.shape[2],), k.shape[3])
-    if valid is not None:
-        counts = valid.sum(dim=1).to(q.dtype)
-        shares = (valid / counts[:, None]).to(q.dtype)[:, None]  # (n, 1, A)
-
-    def mean(t: Tensor) -> Tensor:
-        return t.mean(dim=3) if valid is None else (shares @ t).squeeze(3)
-
-    def largest(t: Tensor) -> Tensor:
-        return (t if valid is None else t.masked_fill(~valid[..., None], lowest)).amax(dim=3)
-
-    bias = counts.log()[None, None] if count else None
-    if summary == 'mean':
-        return Summaries(mean(k), mean(v), bias)
-    pool = largest if summary == 'max' else mean
-    scores = (pool(q) * scale).unsqueeze(3) @ k.mT  # (B, H, n, 1, A)
-    if valid is not None:
-        scores = scores.masked_fill(~valid[:, None], lowest)
-    log_weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(dim=-1)
-    weights = log_weights.exp()
-    value = (weights.to(v.dtype) @ v).squeeze(3)
-    if summary != 'tangent':
-        return Summaries(pool(k), value, bias)
-    if count:
-        surprise = log_weights if valid is None else log_weights.masked_fill(~valid[:, None], 0)
-        bias = -(weights * surprise).sum(dim=(3, 4)).to(q.dtype)
-    return Summaries((weights.to(k.dtype) @ k).squeeze(3), value, bias)
+    attend_patches = _attend_patches if are_numbers(*cut[:2]) else _attend_padded
+    return torch.cat([*y, attend_patches(*patches, first[1:], cut, far, how)], dim=2)
 
 
 def _attend_patches(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, far: tuple, how: tuple) -> Tensor:
@@ -273,22 +120,12 @@ def _attend_patches(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, 
     ]
     summaries = [summarise(*_in_cells(q, k, v, blocks, cut), *far)] if by_cells else []
     summaries += [summarise(*windows, None, *far) for windows in of_blocks] if whole else []
-    summaries = _joined(summaries)
+    summaries = joined(summaries)
     y = []
     for i, windows in enumerate(of_blocks):
         seen = None if summaries is None else basis(_seen, (*_plain(cut), i), q, torch.int32)
         y += _attend_windows(*(t.transpose(1, 2) for t in windows), prefix, summaries, seen, how)
     return torch.cat(y, dim=2)
-
-
-def _joined(parts: list[Summaries]) -> Summaries | None:
-    """The summaries of several kinds of sets, one after the other; None if there are none."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    key, value, bias = zip(*parts, strict=True)
-    return Summaries(
-        torch.cat(key, dim=2), torch.cat(value, dim=2), None if bias[0] is None else torch.cat(bias, dim=2)
-    )
 
 
 def _attend_windows(
@@ -396,7 +233,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, f
         summaries.append(summarise(*(t.unflatten(2, (-1, cells * area)) for t in (q, k, v)), in_windows, *far))
     sees = torch.cat([in_windows, by_cells, *([] if reach is None else [whole])], dim=1)
     sees = F.pad(sees, (prefix[0].shape[2], 0), value=1)
-    summaries = _joined(summaries)
+    summaries = joined(summaries)
     mask = torch.zeros_like(sees, dtype=q.dtype).masked_fill(~sees, -torch.inf)[None, :, None, None]
     if summaries.bias is not None:
         mask = mask + F.pad(summaries.bias, (prefix[0].shape[2] + cells * area, 0))[:, None, :, None]
@@ -445,10 +282,10 @@ def _axis(length: int, side: int, cell: int, shift: bool) -> list[tuple[int, lis
     return found
 
 
-def _firsts(length: int, side: int, cell: int, shift: bool) -> list[tuple[int, int]]:
-    """The number of the first window of each run along an axis, and how many it has."""
-    numbers = [number for number, _ in _axis(length, side, cell, shift)]
-    return [(sum(numbers[:i]), number) for i, number in enumerate(numbers)]
+def _window_numbers(length: int, side: int, cell: int, shift: bool) -> list[range]:
+    """The numbers of the windows of each run along an axis."""
+    ends = list(accumulate((number for number, _ in _axis(length, side, cell, shift)), initial=0))
+    return [range(*run) for run in pairwise(ends)]
 
 
 def _blocks(height: int, width: int, window: tuple[int, int], cell: tuple[int, int], shift: bool) -> list[_Block]:
@@ -496,27 +333,25 @@ def _seen(
     """
     cut = (height, width, (h, w), (y, x), bool(shift))
     blocks = _blocks(*cut)
-    at = [
-        torch.cartesian_prod(*(torch.arange(first, first + number) for first, number in of_axes))
-        for of_axes in product(*(_firsts(*of_axis, bool(shift)) for of_axis in ((height, h, y), (width, w, x))))
-    ]
-    own = torch.cat([torch.full((len(found),), i) for i, found in enumerate(at)]) == block
-    at = torch.cat(at)
-    apart = (at[own][:, None] - at).abs().amax(dim=-1)  # (windows of the block, all)
-    cells = torch.tensor([block.cells for block in blocks]).repeat_interleave(
-        torch.tensor([block.windows for block in blocks])
-    )
+    ends = np.cumsum([0, *(of_block.windows for of_block in blocks)])
+    at = np.empty((ends[-1], 2), dtype=np.int64)  # row and column of each window
+    for i, axes in enumerate(
+        product(_window_numbers(height, h, y, bool(shift)), _window_numbers(width, w, x, bool(shift)))
+    ):
+        at[ends[i] : ends[i + 1]] = list(product(*axes))
+    apart = np.abs(at[ends[block] : ends[block + 1], None] - at).max(axis=-1)  # (windows of the block, all)
     by_cells, whole = _kinds(*cut, None if reach < 0 else reach)
     sees = []
     if by_cells:
-        near = apart > 0 if reach < 0 else (apart > 0) & (apart <= reach)
-        sees.append(near.repeat_interleave(cells, dim=1))
+        near = (apart > 0) & ((apart <= reach) | (reach < 0))
+        cells = np.repeat([of_block.cells for of_block in blocks], np.diff(ends))
+        sees.append(np.repeat(near, cells, axis=1))
     if whole:
         sees.append(apart > reach)
-    sees = torch.cat(sees, dim=1)
-    counts = sees.sum(dim=1, keepdim=True)
-    order = (~sees).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(counts.max())]
-    return torch.where(torch.arange(order.shape[1]) < counts, order, -1).to(device)
+    sees = np.concatenate(sees, axis=1)
+    counts = sees.sum(axis=1, keepdims=True)
+    order = np.argsort(~sees, axis=1, kind='stable')[:, : counts.max()]
+    return torch.tensor(np.where(np.arange(order.shape[1]) < counts, order, -1), device=device)
 
 
 def _counts(height: int, width: int, h: int, w: int, y: int, x: int, shift: int, device: torch.device) -> Tensor:

@@ -1,0 +1,126 @@
+"""The attention called `combiner`."""
+
+from typing import Any
+
+from timm.layers import to_2tuple
+from torch import Tensor
+
+from vit_efficient.attention.base import GridAttention
+from vit_efficient.attention.combiner.axial import attend_axially
+from vit_efficient.attention.combiner.cells import attend_near_and_far, count_seen, reorder
+from vit_efficient.attention.combiner.summaries import SUMMARIES
+from vit_efficient.attention.registry import register_attention
+from vit_efficient.attention.rotary import table_of
+from vit_efficient.grid import PatchGrid, smaller
+from vit_efficient.utils.checks import as_integer, as_sides, check_choice, check_flag
+from vit_efficient.utils.errors import UserError
+
+PATTERNS = ('cells', 'axial')
+
+
+@register_attention('combiner')
+class CombinerAttention(GridAttention):
+    """Attention to the patches that are near exactly, and to summaries of all others.
+
+    Where all patches are near this is exact attention, also with cells of one patch and `reach=None`; and, unless
+    `count_bias=False`, with keys that are equal in each set that is summarised.
+
+    Args:
+        dim, num_heads, **kwargs: As timm's `Attention`.
+        pattern: What is near, and what is summarised: 'cells' or 'axial', as in `vit_efficient.attention.combiner`.
+        summary: What stands for a set, 'mean', 'local', 'tangent' or 'max', as there.
+        count_bias: Whether a set weighs as many patches as it has; of 'tangent', as many as its weights are spread
+            over.
+        window_size: Of cells: side of the windows in patches, or the pair (rows, columns); 12 by default. A side that
+            is not smaller than the grid's is taken to be the grid's, and is not shifted. Windows at the border are
+            smaller where it does not divide the grid.
+        cell_size: Of cells: their side in patches, or the pair, from the corner of each whole window; 4 by default.
+            The last cells are smaller where it does not divide the window.
+        reach: Of cells: how many windows away, along either axis, windows are seen by their cells; those beyond are
+            seen whole, one summary each. None: all by their cells.
+        shift: Of cells: whether windows are shifted: the first one along an axis has half the side, rounded down, and
+            the next begin from there. In a model, those of odd layers are, unless it is given.
+        transpose: Of axial: whether the sets are of rows rather than of columns. In a model, those of odd layers are,
+            unless it is given.
+    """
+
+    can_be_differential = True
+
+    def configure(
+        self,
+        *,
+        pattern: str = 'cells',
+        summary: str = 'tangent',
+        count_bias: bool = True,
+        window_size: int | tuple[int, int] | None = None,
+        cell_size: int | tuple[int, int] | None = None,
+        reach: int | None = None,
+        shift: bool | None = None,
+        transpose: bool | None = None,
+    ) -> None:
+        check_choice('pattern', pattern, PATTERNS)
+        check_choice('summary', summary, SUMMARIES)
+        check_flag('count_bias', count_bias)
+        of_cells = dict(window_size=window_size, cell_size=cell_size, reach=reach, shift=shift)
+        for name, value in (of_cells if pattern == 'axial' else dict(transpose=transpose)).items():
+            if value is not None:
+                raise UserError(f'{name}={value!r} is of another pattern than pattern={pattern!r}: leave it out')
+        for name, value in dict(shift=shift, transpose=transpose).items():
+            check_flag(name, False if value is None else value)
+        self.pattern = pattern
+        self.summary = summary
+        self.count_bias = count_bias
+        self.transpose = bool(transpose)
+        # timm's attentions have a `window_size` of their own, that of their biases.
+        self.window = as_sides('window_size', 12 if window_size is None else window_size, '(rows, columns)')
+        self.cell = as_sides('cell_size', 4 if cell_size is None else cell_size, '(rows, columns)')
+        self.reach = None if reach is None else as_integer('reach', reach, 0, 'None or an integer of at least 0')
+        self.shift = bool(shift)
+
+    @classmethod
+    def at_layer(cls, options: dict[str, Any], layer: int, depth: int, grid_size: tuple[int, int]) -> dict[str, Any]:
+        alternating = 'transpose' if options.get('pattern') == 'axial' else 'shift'
+        return {alternating: layer % 2 == 1, **options}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        common = dict(pattern=self.pattern, summary=self.summary, count_bias=self.count_bias)
+        if self.pattern == 'axial':
+            return dict(**common, transpose=self.transpose)
+        window, cell = (list(sides) if isinstance(sides, tuple) else sides for sides in (self.window, self.cell))
+        return dict(**common, window_size=window, cell_size=cell, reach=self.reach, shift=self.shift)
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        self.check_call(x, grid, attn_mask, is_causal)
+        far = (self.summary, self.count_bias)
+        if self.pattern == 'axial':
+            q, k, v = self.project(x)
+            q, k = self.rotate(q, k, rope, grid.prefix)
+            of_grid = (grid.prefix, grid.height, grid.width, self.transpose)
+            v = self.drop_keys(self.values_of_maps(v))
+            y = attend_axially(q, k, v, *of_grid, *far, (self.scale, self.fused_attn))
+            return self.finish(self.merge_heads(y), x)
+        cut = (grid.height, grid.width, to_2tuple(self.window), to_2tuple(self.cell), self.shift)
+        x = reorder(x, grid.prefix, *cut)
+        q, k, v = self.project(x)
+        if rope is not None:
+            q, k = self.rotate(q, k, reorder(table_of(rope), 0, *cut), grid.prefix)
+        how = (self.scale, self.fused_attn, self.drop_rate)
+        y = attend_near_and_far(q, k, self.values_of_maps(v), grid.prefix, *cut, self.reach, *far, how)
+        y = self.norm_and_gate(self.merge_heads(y), x)
+        return self.proj_drop(reorder(self.proj(y), grid.prefix, *cut, back=True))
+
+    def num_attended(self, grid: PatchGrid) -> int:
+        """The keys of a patch, of 'cells' in a whole window that no border is near; a prefix token attends to all."""
+        if self.pattern == 'axial':
+            height, width = (grid.width, grid.height) if self.transpose else (grid.height, grid.width)
+            return grid.prefix + width + height - 1 + smaller(1, height - 1) * (width - 1)
+        cut = (grid.height, grid.width, to_2tuple(self.window), to_2tuple(self.cell), self.shift)
+        return grid.prefix + count_seen(*cut, self.reach)
