@@ -91,7 +91,10 @@ class Planner:
 
     @property
     def loss_name(self) -> str:
-        return self.loss if isinstance(self.loss, str) else f'{self.loss.__module__}.{self.loss.__qualname__}'
+        if isinstance(self.loss, str):
+            return self.loss
+        named = self.loss if hasattr(self.loss, '__qualname__') else type(self.loss)
+        return f'{named.__module__}.{named.__qualname__}'
 
     def _about(self) -> dict[str, str]:
         """What measurements are of. Those of named losses are all kept, so that they are of one kind."""
@@ -218,7 +221,8 @@ class Planner:
                     continue
                 # One image at a time: what the blocks of the exact model are given is large.
                 self._references[image], inputs = self.probe.exact(self.images[image])
-                self._record(self._references[image], self._exact, image)
+                if self._known(self._exact, image) is None:
+                    self._record(self._references[image], self._exact, image)
                 for layer, option in places:
                     given = inputs[: self.layers[layer] + 1]
                     tokens = self.probe.tokens(self.images[image], alone[layer, option], given)

@@ -9,9 +9,11 @@ from torch import nn
 from vit_efficient.benchmark.models import ModelCandidate, ModelSetting, benchmark_models
 from vit_efficient.data import Preprocessing
 from vit_efficient.models import create_from_spec
+from vit_efficient.models.inputs import takes_coefficients
 from vit_efficient.models.plans import Plan
 from vit_efficient.planning import Planner
 from vit_efficient.report.evaluation import SavedModel
+from vit_efficient.report.plot import COLOURS
 from vit_efficient.report.table import Column, Table
 from vit_efficient.utils.checks import multiples_around
 from vit_efficient.utils.errors import UserError
@@ -38,6 +40,8 @@ def open_model(name: str, img_size: int) -> tuple[nn.Module, Preprocessing]:
         name, options = parse_spec(name)
         model = create_from_spec(name, {'pretrained': True, **options}, img_size)
         preprocessing = Preprocessing.of(model)
+    if takes_coefficients(model):
+        raise UserError(f'{name}: it takes DCT coefficients, and a plan is measured on pixels')
     for side in getattr(getattr(model, 'patch_embed', None), 'patch_size', ()):
         if img_size % side:
             instead = multiples_around(img_size, side)
@@ -92,20 +96,19 @@ def plot_plan(planner: Planner, plan: Plan, path: str | Path) -> None:
 
     losses = planner.sensitivities().T
     options, layers = losses.shape
-    figure = Figure(figsize=(2.6 + 0.55 * layers, 1.4 + 0.4 * options), dpi=150, layout='constrained')
+    figure = Figure(figsize=(3.6 + 0.4 * layers, 1.6 + 0.35 * options), dpi=150, layout='constrained')
     axes = figure.subplots()
-    positive = losses[losses > 0]
-    scale = LogNorm(positive.min(), positive.max()) if positive.size and positive.min() < positive.max() else None
-    least = positive.min() if positive.size else None  # what loses nothing has no logarithm
-    shown = axes.imshow(losses.clip(least), cmap='YlOrRd', norm=scale, aspect='auto')
+    worst = losses.max() if losses.max() > 0 else 1.0
+    scale = LogNorm(worst / 1e4, worst)  # what costs less costs nothing
+    shown = axes.imshow(losses.clip(worst / 1e4), cmap='YlOrRd', norm=scale, aspect='auto')
     for layer, option in enumerate(planner.numbers(plan)):
-        axes.add_patch(Rectangle((layer - 0.5, option - 0.5), 1, 1, fill=False, edgecolor='#0072B2', linewidth=2))
+        axes.add_patch(Rectangle((layer - 0.5, option - 0.5), 1, 1, fill=False, edgecolor=COLOURS[0], linewidth=2))
     axes.set_xticks(range(layers), planner.layers)
     axes.set_yticks(range(options), planner.labels, fontsize='small')
     axes.set_xlabel('block')
-    axes.set_title(
-        f'{plan.model}, {plan.img_size[0]} px: {plan.share:.0%} of its {plan.unit}, loss {plan.measured:.3g}',
-        fontsize='medium',
+    sides = ' × '.join(map(str, plan.img_size))
+    figure.suptitle(
+        f'{plan.model}, {sides} px\n{plan.share:.1%} of the {plan.unit}: loss {plan.measured:.3g}', fontsize='medium'
     )
-    figure.colorbar(shown, label=f'loss ({planner.loss_name}) of one layer alone')
+    figure.colorbar(shown, label=f'{planner.loss_name}, of one layer alone')
     save_figure(figure, path)
