@@ -28,7 +28,7 @@ def read_crops(
         enlarge: Whether smaller images are enlarged; they are left out by default.
 
     Returns:
-        Tensors (C, img_size, img_size), and how many images were left out as too small.
+        Tensors (C, img_size, img_size), and how many images were left out as too small until there were enough.
 
     Raises:
         UserError: If there is no image, or none is large enough; or one cannot be read.
@@ -39,7 +39,7 @@ def read_crops(
     where = ', '.join(map(str, folders))
     if not files:
         raise UserError(f'{where}: no image (files that are read end in {", ".join(EXTENSIONS)})')
-    step = max(1, len(files) // limit)
+    step = -(-len(files) // limit)
     channels = preprocessing.input_size[0]
     size = (channels, img_size, img_size)
     transform = EvalTransform(replace(preprocessing, input_size=size, crop_pct=1.0, crop_mode='center'))
