@@ -1,7 +1,6 @@
 """`vit-efficient plan MODEL --images FOLDER … --img-size 1024 --budget 0.4 --out plan.yaml`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from vit_efficient_cli.parsing import check_exists
@@ -41,9 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     for path in args.images:
         check_exists(path, 'folder of images')
-    from vit_efficient.data.crops import read_crops
     from vit_efficient.planning import Planner
-    from vit_efficient.report.plans import front_table, open_model, plot_plan, sensitivity_table
+    from vit_efficient.report.plans import front_table, open_images, open_model, plot_plan, sensitivity_table
     from vit_efficient.utils.checks import as_integer, as_share
     from vit_efficient.utils.device import choose_device
     from vit_efficient.utils.errors import UserError
@@ -60,10 +58,9 @@ def run(args: argparse.Namespace) -> None:
         import_optional('matplotlib', 'the picture beside --out is drawn with', 'train')
     device, img_size = choose_device(args.device, '--device'), as_integer('--img-size', args.img_size)
     options = None if args.options is None else [parse_spec(text) for text in args.options]
+    limit = as_integer('--limit', args.limit)
     model, preprocessing = open_model(args.model, img_size)
-    images, too_small = read_crops(args.images, preprocessing, img_size, args.limit, args.enlarge)
-    left_out = f'; {too_small} left out as too small' * bool(too_small)
-    print(f'{len(images)} images of {img_size} × {img_size} pixels{left_out}', file=sys.stderr)
+    images = open_images(args.images, preprocessing, img_size, limit, args.enlarge)
     planner = Planner(model.to(device), images, options, args.unit, args.loss, args.table)
     plans = [planner.plan(budget, args.refine) for budget in budgets]
     for plan in plans:

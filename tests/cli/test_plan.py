@@ -41,7 +41,7 @@ def test_plan_and_picture(here, capsys):
     words = command('--budget', '3/4', '--options', *OPTIONS, '--out', 'new/plan.yaml', '--table', 'table.json')
     assert main(words) == 0
     said = capsys.readouterr()
-    assert '3 images of 64 × 64 pixels; 1 left out as too small\n' in said.err
+    assert '3 images of 64 × 64 pixels; left out 1 of 5, which are smaller\n' in said.err
     head, _, *layers = rows(said.out)
     assert head == ['block', 'as it is', *OPTIONS]
     found = Plan.load('new/plan.yaml')
@@ -89,10 +89,10 @@ def test_front(here, capsys):
         (command('--budget', '.5', '--budgets', '.5'), 'give --budget, or several as --budgets'),
         (command('--budget', '0.1'), 'budget=0.1 cannot be had'),
         (command('--budget', '.9', size=60), '60 is not a multiple of the patch size 16; use 48 or 64'),
-        (command('--budget', '.9', size=96), r'images: none of 5 images has 96 pixels'),
+        (command('--budget', '.9', size=96), '--images: none of 5 has 96 pixels'),
         (command('--budget', '.9', '--options', 'dctt'), "options: dctt: unknown attention 'dctt'"),
         (command('--budget', '.9', '--out', 'plan.json'), '--out must end in .yaml, got plan.json'),
-        (command('--budget', '.9', '--limit', '0'), 'limit must be a positive integer'),
+        (command('--budget', '.9', '--limit', '0'), '--limit must be a positive integer'),
         (['plan', 'none', *command('--budget', '.9')[2:]], "timm knows no model 'none'"),
         (['plan', 'local-dir:none', *command('--budget', '.9')[2:]], 'none: no such model folder'),
         (['plan', 'model', '--images', 'image', '--img-size', '64'], 'image: no such folder of images; did you mean'),

@@ -1,13 +1,16 @@
 """Plans as tables and pictures: what each attention costs in each layer, and what a budget buys."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vit_efficient.benchmark.models import ModelCandidate, ModelSetting, benchmark_models
 from vit_efficient.data import Preprocessing
+from vit_efficient.data.squares import find_photographs
 from vit_efficient.models import create_from_spec
 from vit_efficient.models.inputs import takes_coefficients
 from vit_efficient.models.plans import Plan
@@ -20,6 +23,8 @@ from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
 from vit_efficient.utils.options import parse_spec
 from vit_efficient.utils.packages import needing
+
+logger = logging.getLogger(__name__)
 
 
 def open_model(name: str, img_size: int) -> tuple[nn.Module, Preprocessing]:
@@ -47,6 +52,35 @@ def open_model(name: str, img_size: int) -> tuple[nn.Module, Preprocessing]:
             instead = multiples_around(img_size, side)
             raise UserError(f'{img_size=} is not a multiple of the patch size {side}; use {instead}')
     return model.eval(), preprocessing
+
+
+def open_images(
+    folders: Sequence[str | Path], preprocessing: Preprocessing, img_size: int, limit: int, enlarge: bool = False
+) -> list[Tensor]:
+    """The middle of photographs, as a model takes them, (C, img_size, img_size); a line is logged that counts them.
+
+    Args:
+        folders: As `find_photographs` takes them.
+        preprocessing: Of the model.
+        img_size: Side, in pixels.
+        limit: The most images; of more they are taken evenly from all.
+        enlarge: Whether smaller ones are enlarged, and not left out.
+
+    Raises:
+        UserError: If there is no photograph, or none is large enough.
+    """
+    found = find_photographs(folders)
+    large = [each for each in found if enlarge or each.shorter_side >= img_size]
+    if not large:
+        raise UserError(
+            f'--images: none of {len(found)} has {img_size} pixels on each side; take larger ones, a smaller '
+            '--img-size, or --enlarge, which flatters every attention'
+        )
+    count, few = min(limit, len(large)), len(found) - len(large)
+    left_out = f'; left out {few} of {len(found)}, which are smaller' * bool(few)
+    logger.info('%d images of %d × %d pixels%s', count, img_size, img_size, left_out)
+    preprocessing = replace(preprocessing, input_size=(preprocessing.input_size[0], img_size, img_size))
+    return [large[i * len(large) // count].square(preprocessing) for i in range(count)]
 
 
 def sensitivity_table(planner: Planner, plan: Plan) -> Table:
