@@ -38,7 +38,7 @@ def open_model(name: str, img_size: int) -> tuple[nn.Module, Preprocessing]:
         UserError: If there is no such model, its weights cannot be had, or its patches do not divide the images.
     """
     folder = name.removeprefix('local-dir:')
-    if folder != name or Path(folder).is_dir():
+    if folder != name or Path(folder).is_dir() or '/' in name.partition(':')[0]:  # which no name of timm has
         saved = SavedModel(folder, img_size=(img_size, img_size))
         model, preprocessing = saved.model, saved.preprocessing
     else:
