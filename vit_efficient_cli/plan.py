@@ -23,12 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--unit', choices=('gmacs', 'ms', 'keys'), default='gmacs', help=about)
     about = 'attentions that a layer may have instead of its own (default: several that the model can have)'
     parser.add_argument('--options', nargs='+', metavar='NAME[:KEY=VALUE,…]', help=about)
-    about = 'what is compared of the final features: error (default), or the cosine patch, centred or prefix'
-    parser.add_argument('--loss', choices=('error', 'patch', 'centred', 'prefix'), default='error', help=about)
+    about = 'of the final features: a cosine, centred (default), patch or prefix, or the squared error'
+    parser.add_argument('--loss', choices=('centred', 'patch', 'error', 'prefix'), default='centred', help=about)
     about = 'images that are measured, taken evenly from all (default: %(default)s)'
     parser.add_argument('--limit', type=int, default=16, metavar='N', help=about)
     parser.add_argument('--enlarge', action='store_true', help='enlarge smaller images instead of leaving them out')
-    about = 'plans beside the best sum that are tried at most (default: %(default)s)'
+    about = 'plans next to the best so far that are tried at most (default: %(default)s)'
     parser.add_argument('--refine', type=int, default=8, metavar='N', help=about)
     parser.add_argument('--out', type=Path, metavar='FILE.yaml', help='of the plan; a picture, .png, goes beside it')
     about = 'JSON that keeps what is measured: stopped, the same command goes on'

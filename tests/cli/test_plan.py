@@ -50,7 +50,7 @@ def test_plan_and_picture(here, capsys):
         assert cells[0] == str(i)
         [bold] = [k for k, cell in enumerate(cells) if cell.startswith('**')]
         assert name == ['full', 'subsample', 'dct'][bold - 1]
-    assert f'loss (error) {found.measured:.4g} measured, {found.predicted:.4g} predicted' in said.out
+    assert f'loss (centred) {found.measured:.4g} measured, {found.predicted:.4g} predicted' in said.out
     assert 'saved new/plan.yaml and new/plan.png' in said.out
     assert (here / 'new/plan.png').read_bytes().startswith(b'\x89PNG')
     model = timm.create_model('local-dir:model', pretrained=True, img_size=64)
@@ -67,10 +67,10 @@ def test_plan_and_picture(here, capsys):
 @pytest.mark.usefixtures('short_clocks')
 def test_front(here, capsys):
     budgets = ['--budgets', '0.9', '0.7', '--out', 'plan.yaml', '--no-memory', '--unit', 'keys']
-    assert main(command(*budgets, '--options', OPTIONS[0], '--refine', '0', '--loss', 'centred')) == 0
+    assert main(command(*budgets, '--options', OPTIONS[0], '--refine', '0', '--loss', 'error')) == 0
     said = capsys.readouterr().out
     head, _, *front = rows(said)
-    assert head[:4] == ['budget (keys)', 'loss (centred)', 'predicted', 'patch cosine']
+    assert head[:4] == ['budget (keys)', 'loss (error)', 'predicted', 'patch cosine']
     assert [row[0] for row in front] == ['as it is', '0.7', '0.9'] and front[0][1:6] == ['0.0000'] * 2 + ['1.0000'] * 3
     for row in front[1:]:
         found = Plan.load(f'plan-{row[0]}.yaml')

@@ -1,8 +1,9 @@
 """Where in a model a budget is best spent: `plan(model, images, budget=0.4)`.
 
 Layers differ much in what a cheaper attention costs there. Each is measured in each layer alone, without training; what
-they cost together is taken to be the sum, and the best sum within the budget is found exactly. Since sums can be wrong,
-the best of the found plan, its neighbours, and one attention in all layers is measured with all layers at once.
+they cost together is taken to be the sum, and the least sum within the budget is found exactly. Since sums can be
+wrong, the least sums of several losses, their neighbours, and one attention in all layers are measured with all layers
+at once.
 """
 
 import os
@@ -24,7 +25,7 @@ def plan(
     options: Sequence[LayerSpec] | None = None,
     *,
     unit: str = 'gmacs',
-    loss: Loss = 'error',
+    loss: Loss = 'centred',
     refine: int = 8,
     table: str | os.PathLike | None = None,
     progress: bool = True,
@@ -43,10 +44,10 @@ def plan(
         unit: Of the cost: 'gmacs', the multiply-accumulates of the whole model, embedding, MLPs and head included;
             'ms', the measured time of the same for one image; or 'keys', the sum over layers of the keys of a query.
         loss: How far the features after the last block and the final norm are from what they were, a mean over images:
-            'error', the squared error of patch tokens over their variance; 'patch', 'centred' or 'prefix', 1 less
-            the cosine of that name in `vit_efficient.fidelity`; or a function (reference, tokens) → number, of tokens
+            'centred', 'patch' or 'prefix', 1 less the cosine of that name in `vit_efficient.fidelity`; 'error', the
+            squared error of patch tokens over their variance; or a function (reference, tokens) → number, of tokens
             (N, C), prefix tokens first.
-        refine: How many plans beside the best sum, those nearest to the best plan so far, are tried at most.
+        refine: How many plans that differ in one or two layers from the best so far are tried at most.
         table: A JSON file that keeps what has been measured; stopped at any moment, the same call goes on from there.
         progress: Whether bars are shown, in a terminal.
 

