@@ -40,7 +40,8 @@ def plan(
         images: (C, H, W) each, all of one size, preprocessed for the model. A few are enough.
         budget: What the model may cost, as a share of what it costs as it is, 0 < budget ≤ 1.
         options: Attentions that a layer may have, each a name or (name, options); beside them it may always stay as it
-            is. By default `planning.OPTIONS`, without those that the model refuses.
+            is. By default `planning.OPTIONS`, without those that the model refuses. Of what begins at random, such as
+            trees, one draw is measured.
         unit: Of the cost: 'gmacs', the multiply-accumulates of the whole model, embedding, MLPs and head included;
             'ms', the measured time of the same for one image; or 'keys', the sum over layers of the keys of a query.
         loss: How far the features after the last block and the final norm are from what they were, a mean over images:

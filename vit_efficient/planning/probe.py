@@ -104,7 +104,8 @@ class Probe:
         Args:
             image: (C, H, W)
             assignment: The option of each layer.
-            inputs: Of the blocks that the first layer changed comes after; these are not run. None: all are run.
+            inputs: What blocks of the model as it is are given, up to that of the first layer that is not as it is. The
+                blocks before that are not run; with none given all are.
 
         Returns:
             (N, C), float32, on the CPU.

@@ -144,5 +144,5 @@ def plot_plan(planner: Planner, plan: Plan, path: str | Path) -> None:
     figure.suptitle(
         f'{plan.model}, {sides} px\n{plan.share:.1%} of the {plan.unit}: loss {plan.measured:.3g}', fontsize='medium'
     )
-    figure.colorbar(shown, label=f'{planner.loss_name}, of one layer alone')
+    figure.colorbar(shown, label=f'loss ({planner.loss_name}) of one layer alone')
     save_figure(figure, path)
