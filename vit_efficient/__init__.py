@@ -10,12 +10,14 @@ from vit_efficient.flops import FlopCount, count_flops
 from vit_efficient.graphs import graphed
 from vit_efficient.grid import PatchGrid
 from vit_efficient.models import DctPatchEmbed, freeze_truncation, kept_tokens, save_model
+from vit_efficient.planning import Plan, plan
 from vit_efficient.version import __version__
 
 __all__ = [
     'DctPatchEmbed',
     'FlopCount',
     'PatchGrid',
+    'Plan',
     '__version__',
     'convert',
     'convert_patch_embed',
@@ -26,6 +28,7 @@ __all__ = [
     'graphed',
     'kept_tokens',
     'list_attentions',
+    'plan',
     'register_attention',
     'save_model',
 ]

@@ -1,6 +1,7 @@
 """Swap the attention of a timm ViT that you already have, keeping its weights."""
 
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from vit_efficient.models import blocks
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
+from vit_efficient.models.plans import Plan, as_spec
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
 from vit_efficient.models.served import MODELS, served_model
@@ -23,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def convert(
-    model: nn.Module, attention: blocks.AttentionSpec, layers: int | Iterable[int] | None = None, **options
+    model: nn.Module,
+    attention: blocks.AttentionSpec | Plan | os.PathLike,
+    layers: int | Iterable[int] | None = None,
+    **options,
 ) -> nn.Module:
     """Swaps the attention of a model in place; every weight stays the same tensor.
 
@@ -40,7 +45,8 @@ def convert(
         model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), `Eva` (EVA-02, Perception Encoder,
             RoPE-ViT, DINOv3, …), `Beit`, `VisionTransformerRelPos`, `NaFlexVit` or `VisionTransformerSAM`, or one
             converted before; also in the wrapper that `features_only=True` or `torch.compile` puts around it.
-        attention: A registered attention's name, or (name, options), or a list with one of these for each of `layers`.
+        attention: A registered attention's name, or (name, options), or a list with one of these for each of `layers`;
+            or a plan (`vit_efficient.plan`) or the path of its file, .yaml.
         layers: Indices of the blocks to convert, negative ones from the end; all by default. Blocks of SAM that attend
             in windows of their own stay as they are, and cannot be among them.
         **options: Of a single attention, such as `keep_ratio`.
@@ -59,7 +65,7 @@ def convert(
             'cannot convert this model: each of its blocks attends in windows of its own, none among all patches'
         )
     before = set(vit.parameters())
-    swap_attentions(vit, attention, layers, **options)
+    swap_attentions(vit, as_spec(attention), layers, **options)
     notes = set()
     for module in vit.modules():
         start = getattr(module, 'start_in_trained', None)

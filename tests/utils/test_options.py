@@ -5,7 +5,7 @@ import timm
 from vit_efficient import save_model
 from vit_efficient.models.create import create_from_spec
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.options import parse_value
+from vit_efficient.utils.options import parse_spec, parse_value, write_spec
 from vit_efficient.utils.packages import import_plugins
 from vit_efficient_cli import main
 
@@ -27,6 +27,23 @@ pytestmark = pytest.mark.once
 )
 def test_values_are_those_of_recipes(text, value):
     assert parse_value(text) == value
+
+
+@pytest.mark.parametrize(
+    ('text', 'options'),
+    [
+        ('pool', {}),
+        ('dct:keep_ratio=1/4,place=block', dict(keep_ratio=0.25, place='block')),
+        ('pool:keep_ratio=1/3', dict(keep_ratio=1 / 3)),
+        ('pool:keep_ratio=0.30000000000000004', dict(keep_ratio=0.1 + 0.2)),
+        ('window:window_size=[4,8],shift=True', dict(window_size=[4, 8], shift=True)),
+        ('pool:num_tokens=None,scale=2.0', dict(num_tokens=None, scale=2.0)),
+    ],
+)
+def test_specs_are_read_as_they_are_written(text, options):
+    name = text.partition(':')[0]
+    assert write_spec(name, options) == text
+    assert parse_spec(text) == (name, options)
 
 
 def test_attention_kwargs_are_a_mapping():

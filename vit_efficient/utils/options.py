@@ -76,6 +76,20 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     return name, given
 
 
+def write_spec(name: str, options: dict[str, Any]) -> str:
+    """What `parse_spec` reads as this name and these options: 'name:key=value,…'."""
+    return name + ':' * bool(options) + ','.join(f'{key}={_write_value(value)}' for key, value in options.items())
+
+
+def _write_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f'[{",".join(map(_write_value, value))}]'
+    if isinstance(value, float) and not value.is_integer():
+        fraction = Fraction(value).limit_denominator(1000)
+        return str(fraction) if float(fraction) == value else repr(value)
+    return str(value)
+
+
 def write_options(options: dict[str, Any]) -> str:
     """Options as they would be given to a function: 'key=value, …', lists as tuples, those that are None left out."""
     shown = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}

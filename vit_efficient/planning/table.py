@@ -1,0 +1,68 @@
+"""What has been measured, in a JSON file that is whole after each entry: who is killed goes on where it stopped."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_efficient.utils.errors import UserError, one_line
+from vit_efficient.utils.files import write_text, writing
+
+
+class Table:
+    """Measurements by their keys.
+
+    Args:
+        path: The file, which need not exist; None: they are kept in memory.
+        about: What they are of, by name.
+
+    Raises:
+        UserError: If the file is no such table, or one of something else; it names what differs.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, about: dict[str, str]):
+        self.path = None if path is None else Path(path)
+        self._entries: dict[str, Any] = {'about': about}
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            self._entries = json.loads(self.path.read_text(encoding='utf-8'))
+            earlier = dict(self._entries['about'])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f'table={path}: not a table of vit-efficient plan ({one_line(error)})') from error
+        differing = [name for name in about if earlier.get(name) != about[name]]
+        if differing:
+            said = ', '.join(f'{name} (was {earlier.get(name)}, is {about[name]})' for name in differing)
+            raise UserError(f'table={path} is of another {said}; name another file, or delete this one')
+
+    def get(self, *keys: str) -> Any:
+        """What is known under these keys, or None."""
+        found = self._entries
+        for key in keys:
+            found = found.get(key) if found else None
+        return found
+
+    def set(self, value: Any, *keys: str) -> None:
+        """Adds a measurement, and writes the file."""
+        *parents, last = keys
+        entries = self._entries
+        for key in parents:
+            entries = entries.setdefault(key, {})
+        entries[last] = value
+        if self.path is not None:
+            with writing(self.path):
+                write_text(self.path, json.dumps(self._entries, ensure_ascii=False) + '\n')
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of tensors and their names, sixteen hexadecimal digits."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
