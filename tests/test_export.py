@@ -22,6 +22,8 @@ VARIANTS = [
     ('linformer', dict(num_tokens=9)),
     ('pool', {}),
     ('subsample', {}),
+    ('monarch', {}),
+    ('monarch', dict(block_size=5, steps=2)),
     ('nystrom', dict(num_landmarks=(3, 2))),
     ('performer', {}),
     ('window', dict(window_size=3)),

@@ -17,6 +17,7 @@ MECHANISMS = [
     *(('linformer', {'grid_size': (6, 6), 'num_tokens': 9, 'sharing': sharing}) for sharing in ('none', 'key-value')),
     ('pool', {}),
     ('subsample', {}),
+    ('monarch', {}),
     ('nystrom', {}),
     ('performer', {}),
     ('treeformer_tc', {'tree_height': 2}),

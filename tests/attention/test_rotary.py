@@ -20,6 +20,7 @@ from tests.attention.reference import (
 from tests.attention.rotations import DIM, FAMILIES, HEADS, patches, rope_at, turn
 from vit_efficient import PatchGrid, create_attention, list_attentions
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
+from vit_efficient.attention.monarch import attend_blocks
 from vit_efficient.attention.performer import attend_features
 from vit_efficient.attention.rotary import rope_of_kept
 from vit_efficient.compress.budget import Budget, kept_grid
@@ -114,6 +115,7 @@ EXACT = {
     'pool-x': ('pool', dict(keep_ratio=1, place='x')),
     'subsample-qkv': ('subsample', dict(keep_ratio=1, place='qkv')),
     'linformer': ('linformer', dict(projection='mean', keep_ratio=1)),
+    'monarch': ('monarch', dict(block_size=1000)),
     'window': ('window', dict(window_size=40)),
     'treeformer_tf': ('treeformer_tf', dict(tree_height=0)),
 }
@@ -251,7 +253,7 @@ def test_mixtures_of_patches(case, prefix):
 
 
 @pytest.mark.parametrize('prefix', [0, 5])
-@pytest.mark.parametrize('name', ['nystrom', 'performer', 'window', 'treeformer_tf', 'treeformer_tc'])
+@pytest.mark.parametrize('name', ['monarch', 'nystrom', 'performer', 'window', 'treeformer_tf', 'treeformer_tc'])
 def test_other_mechanisms(name, prefix):
     """Queries and keys are turned first: by those the equations of each hold. Landmarks are means of what is not
     turned, turned where their cells lie; trees route what is not turned."""
@@ -272,6 +274,9 @@ def test_other_mechanisms(name, prefix):
         if name == 'performer':
             of_head = (t[None, None] for t in (turned_q, turned_k, v))
             y = attend_features(*of_head, attention.features, attention.scale, False)[0, 0]
+        elif name == 'monarch':
+            of_head = (t[None, None] for t in (turned_q, turned_k, v))
+            y = attend_blocks(*of_head, prefix, (7, 13, 0), 1, attention.scale, False)[0, 0]
         elif name == 'nystrom':
             down, at = with_prefix(pooling(7, 13, (3, 5)), prefix), rotations.means(7, 13, (3, 5))
             q_m, k_m = (turn(down @ t, angles, head, at, prefix, False) for t in (q, k))

@@ -38,6 +38,8 @@ VARIANTS = [
     ('pool', {}),
     ('subsample', dict(place='x', keep_ratio=0.1)),
     ('pool', dict(place='block')),
+    ('monarch', {}),
+    ('monarch', dict(block_size=5, steps=2)),
     ('nystrom', dict(num_landmarks=(3, 2), residual_kernel=3)),
     ('nystrom', dict(num_landmarks=(2, 3), pinv='exact')),
     ('performer', {}),
