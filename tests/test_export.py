@@ -21,6 +21,8 @@ VARIANTS = [
     ('dct1d', {}),
     ('linformer', dict(num_tokens=9)),
     ('pool', {}),
+    ('pool', dict(summary='local')),
+    ('pool', dict(summary='medoid')),
     ('subsample', {}),
     ('monarch', {}),
     ('monarch', dict(block_size=5, steps=2)),

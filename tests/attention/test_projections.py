@@ -16,6 +16,7 @@ MECHANISMS = [
     ('dct1d', {'local': 3}),
     *(('linformer', {'grid_size': (6, 6), 'num_tokens': 9, 'sharing': sharing}) for sharing in ('none', 'key-value')),
     ('pool', {}),
+    ('pool', {'summary': 'local'}),
     ('subsample', {}),
     ('monarch', {}),
     ('nystrom', {}),

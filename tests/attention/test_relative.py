@@ -193,6 +193,7 @@ def test_without_an_index_it_is_the_same_at_any_size():
         ('linformer', dict(num_tokens=4, grid_size=(4, 4)), "'linformer': the keys kept are mixtures.*use 'pool'"),
         ('dct1d', {}, "'dct1d': the keys kept are mixtures.*axes='1d'"),
         ('dct', dict(domain='frequency', place='kv'), "'dct': the keys kept are mixtures.*domain='frequency'"),
+        ('pool', dict(summary='medoid'), "'pool': the keys kept .* it chooses .*use 'pool' .without summary='medoid'"),
         ('monarch', {}, "'monarch' cannot have the model's relative position bias.*use 'pool'"),
         ('nystrom', {}, "'nystrom' cannot have the model's relative position bias.*use 'pool'"),
         ('performer', {}, "'performer' cannot have"),
