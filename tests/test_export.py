@@ -25,7 +25,7 @@ VARIANTS = [
     ('pool', dict(summary='medoid')),
     ('subsample', {}),
     ('monarch', {}),
-    ('monarch', dict(block_size=5, steps=2)),
+    ('monarch', dict(block_size=3, steps=2)),
     ('nystrom', dict(num_landmarks=(3, 2))),
     ('performer', {}),
     ('window', dict(window_size=3)),

@@ -94,7 +94,7 @@ class TestAgainstEquations:
     @pytest.mark.parametrize('prefix, batch', [(0, 2), (1, 1), (5, 1)])
     @pytest.mark.parametrize('grid, size', [((7, 13), 5), ((8, 8), 4), ((1, 9), 2), ((9, 2), 2)])
     def test_by_default(self, grid, size, prefix, batch, steps):
-        """Blocks are about half of √L."""
+        """Blocks have about half the root of the number of patches."""
         self.check(PatchGrid(*grid, prefix), batch, size, dict(steps=steps), qkv_bias=True)
 
     @pytest.mark.parametrize('size', [1, 2, 3, 4, 5, 9, 10, 14, 15, 20])

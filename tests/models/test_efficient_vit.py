@@ -41,7 +41,7 @@ VARIANTS = [
     ('pool', dict(summary='local')),
     ('pool', dict(summary='medoid')),
     ('monarch', {}),
-    ('monarch', dict(block_size=5, steps=2)),
+    ('monarch', dict(block_size=3, steps=2)),
     ('nystrom', dict(num_landmarks=(3, 2), residual_kernel=3)),
     ('nystrom', dict(num_landmarks=(2, 3), pinv='exact')),
     ('performer', {}),

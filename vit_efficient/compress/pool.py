@@ -132,7 +132,8 @@ class PoolCompressor(Compressor):
             and what its mean query reads of its values; or 'medoid': key and value of the patch whose key has the
             largest cosine with the mean key (the least distance from it keeps less of a pretrained model). Both are of
             queries and keys with qk-norm. With rotary positions 'local' is of those before rotation, its keys then
-            being rotated at the mean coordinate of the cell; 'medoid' of rotated ones, since it keeps patches where they lie.
+            being rotated at the mean coordinate of the cell; 'medoid' of rotated ones, since it keeps patches where
+            they lie.
     """
 
     commutes = True
