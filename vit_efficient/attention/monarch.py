@@ -52,7 +52,8 @@ class MonarchAttention(GridAttention):
         block_size: The most patches of a block, b: a row of the grid is cut into as few equal blocks as that allows, or
             as many whole rows are a block. By default half the root of the number of patches: on a square grid half a
             row. The paper's whole root costs little less (a query as much as 3 b + 2 m keys), and on DINOv2 kept less.
-        steps: How often R and L are computed in turn.
+        steps: How often R and L are computed in turn. More come nearer to the best M, and on DINOv2 to what the exact
+            model computes on some grids only.
     """
 
     can_be_differential = True
@@ -199,7 +200,7 @@ def _attend_patches(
         q, k, v: (B, H, m, b, D or E), the scale being in q.
         k_prefix, v_prefix: (B, H, 1, P, D or E)
         is_patch_mb: Which places of the blocks have a patch, (m, b); None if all have.
-        steps, fused: As in `attend_blocks`.
+        steps, fused: As in `attend_in_blocks`.
     """
     prefix = k_prefix.shape[3]
     k_prefix, v_prefix = (t.expand(-1, -1, q.shape[3], -1, -1) for t in (k_prefix, v_prefix))
