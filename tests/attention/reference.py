@@ -151,6 +151,31 @@ def subsample_down_and_up(height: int, width: int, kept: tuple[int, int]) -> tup
     return down, torch.kron(interpolation(rows, height), interpolation(columns, width))
 
 
+def local_expectations(q: Tensor, k: Tensor, v: Tensor, grid, kept: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Of each cell the mean key, and the values as its mean query reads them; prefix tokens before; (N, D) each."""
+    keys, values = list(k[: grid.prefix]), list(v[: grid.prefix])
+    for patches in cells(grid.height, grid.width, kept):
+        of_cell = [grid.prefix + patch for patch in patches]
+        keys.append(sum(k[i] for i in of_cell) / len(of_cell))
+        query = sum(q[i] for i in of_cell) / len(of_cell)
+        weights = torch.softmax(torch.stack([query @ k[i] / math.sqrt(k.shape[1]) for i in of_cell]), dim=0)
+        values.append(sum(weight * v[i] for weight, i in zip(weights, of_cell, strict=True)))
+    return torch.stack(keys), torch.stack(values)
+
+
+def medoids(q: Tensor, k: Tensor, v: Tensor, grid, kept: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Of each cell the patch whose key has the largest cosine with the mean key; prefix tokens before; (N, D) each."""
+    chosen = list(range(grid.prefix))
+    for patches in cells(grid.height, grid.width, kept):
+        of_cell = [grid.prefix + patch for patch in patches]
+        mean = sum(k[i] for i in of_cell) / len(of_cell)
+        chosen.append(max(of_cell, key=lambda i: float(k[i] @ mean / (k[i].norm() * mean.norm()))))
+    return k[chosen], v[chosen]
+
+
+SUMMARIES = {'local': local_expectations, 'medoid': medoids}
+
+
 def linformer(attention, x: Tensor, prefix: int, project) -> Tensor:
     """Linformer's attention, eq. 7: softmax(Q (E K)ᵀ / √d) · (F V) in each head, the prefix tokens beside E K and F V.
 

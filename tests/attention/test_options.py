@@ -30,6 +30,7 @@ INTEGERS = [
     ('nystrom', dict(residual_kernel=N(3)), dict(residual_kernel=[3, 3])),
     ('nystrom', dict(residual_kernel=(N(3), N(5))), dict(residual_kernel=[3, 5])),
     ('nystrom', dict(residual_kernel=N(0)), dict(residual_kernel=0)),
+    ('monarch', dict(block_size=N(6), steps=N(2)), dict(block_size=6, steps=2)),
     ('performer', dict(num_features=N(20)), dict(num_features=20)),
     ('window', dict(window_size=N(3)), dict(window_size=3)),
     ('window', dict(window_size=[N(3), N(4)]), dict(window_size=[3, 4])),

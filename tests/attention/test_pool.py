@@ -4,13 +4,22 @@ import math
 
 import pytest
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, DiffAttention
+from torch import nn
 
 from vit_efficient import PatchGrid, create_attention
 from vit_efficient.attention import functional, swap_attention
 from vit_efficient.compress.budget import Budget, kept_grid
 
-from .reference import cells, pool_down_and_up, reference, subsample_down_and_up, with_prefix
+from .reference import (
+    SUMMARIES,
+    cells,
+    pool_down_and_up,
+    reference,
+    softmax_attention,
+    subsample_down_and_up,
+    with_prefix,
+)
 from .test_compressed import EVERYTHING, GRIDS, PLACES, PREFIXES, assert_same, randomised
 
 MATRICES = {'pool': pool_down_and_up, 'subsample': subsample_down_and_up}
@@ -61,6 +70,98 @@ class TestAgainstEquations:
         check(randomised(attention), PatchGrid(7, 13, 5))
 
 
+def summarised(attention, x, grid, kept, summary, counts):
+    """The equations of place kv, with qk-norm before; `attention` lends its parameters."""
+    heads, dim, images = attention.num_heads, attention.head_dim, []
+    for image in x:
+        qkv = nn.functional.linear(image, attention.qkv.weight, attention.qkv.bias)
+        outputs = []
+        for head in range(heads):
+            q, k, v = (qkv[:, (part * heads + head) * dim :][:, :dim] for part in range(3))
+            q, k = attention.q_norm(q), attention.k_norm(k)
+            outputs.append(softmax_attention(q, *SUMMARIES[summary](q, k, v, grid, kept), counts))
+        y = attention.norm(torch.cat(outputs, dim=1))
+        if attention.gate is not None:
+            y = y * torch.sigmoid(attention.gate(image))
+        images.append(attention.proj(y))
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize('summary', SUMMARIES)
+class TestSummaries:
+    """What stands for a cell at place kv, read off its queries and keys."""
+
+    @pytest.mark.parametrize('fused', [True, False])
+    @pytest.mark.parametrize('prefix, extra', [(0, dict(qkv_bias=True)), (5, {}), (1, EVERYTHING)])
+    @pytest.mark.parametrize('grid, kept', [((7, 13), (3, 5)), ((1, 9), (1, 4)), ((8, 6), (4, 2))])
+    @pytest.mark.parametrize('count_bias', [True, False])
+    def test_against_equations(self, summary, count_bias, grid, kept, prefix, extra, fused):
+        options = dict(summary=summary, num_tokens=kept, count_bias=count_bias, dtype=torch.float64)
+        attention, grid = randomised(create_attention('pool', 12, 3, **options, **extra)), PatchGrid(*grid, prefix)
+        attention.fused_attn = fused
+        counts = [1] * prefix + [len(patches) if count_bias else 1 for patches in cells(grid.height, grid.width, kept)]
+        x = torch.randn(2, grid.num_tokens, 12, dtype=torch.float64, requires_grad=True)
+        expected = summarised(attention, x, grid, kept, summary, torch.tensor(counts, dtype=torch.float64))
+        assert_same(attention(x, grid), expected, [x, *attention.parameters()], 1e-9)
+
+    @pytest.mark.parametrize('prefix', PREFIXES)
+    @pytest.mark.parametrize('cls', [Attention, DiffAttention])
+    def test_nothing_left_out_is_exact_attention(self, summary, prefix, cls):
+        exact, grid = randomised(cls(48, 4, qkv_bias=True)).eval(), PatchGrid(7, 13, prefix)
+        x = torch.randn(1, grid.num_tokens, 48, requires_grad=True)
+        attention = swap_attention(exact, 'pool', keep_ratio=1, summary=summary)
+        assert_same(attention(x, grid), exact(x), [x, *exact.parameters()], 1e-5)
+
+    def test_image_of_equal_cells_is_attended_exactly(self, summary):
+        exact, grid, x = DiffAttention(48, 4).eval(), PatchGrid(7, 13, 5), torch.randn(1, 96, 48)
+        for patches in cells(7, 13, kept_grid(7, 13, Budget(keep_ratio=0.25))):
+            x[:, [grid.prefix + patch for patch in patches]] = torch.randn(48)
+        attention = swap_attention(exact, 'pool', summary=summary)
+        assert (attention(x, grid) - exact(x)).abs().max() < 1e-6
+
+    def test_both_maps_of_a_differential_head_read_the_same_patches(self, summary):
+        """What stands for a cell is that of a map: its keys, and the values that both maps share."""
+        attention = swap_attention(randomised(DiffAttention(24, 2)), 'pool', summary=summary, num_tokens=(2, 3)).eval()
+        grid, seen, hook = PatchGrid(4, 6), [], attention.compress.keys_and_values
+        attention.compress.keys_and_values = lambda *args: seen.append(args) or hook(*args)
+        attention(torch.randn(1, 24, 24), grid)
+        ((q, k, v, _),) = seen
+        assert q.shape == k.shape == (1, 4, 24, 6) and v.shape == (1, 4, 24, 12)
+
+    @pytest.mark.parametrize('autocast', [True, False])
+    def test_large_scores(self, summary, autocast):
+        attention = create_attention('pool', 48, 3, summary=summary)
+        with torch.no_grad():
+            attention.qkv.weight[:96] *= 300
+        x = torch.randn(2, 92, 48, requires_grad=True)
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            y = attention(x, PatchGrid(7, 13, 1))
+        y.float().sum().backward()
+        assert y.isfinite().all() and x.grad.isfinite().all()
+
+    @pytest.mark.parametrize('place', ['x', 'qkv', 'block'])
+    def test_elsewhere_there_are_no_queries(self, summary, place):
+        with pytest.raises(ValueError, match=f"summary='{summary}'.* only stand at place='kv', got place='{place}'"):
+            create_attention('pool', 12, 3, summary=summary, place=place)
+
+    def test_is_saved(self, summary):
+        assert create_attention('pool', 12, 3, summary=summary).options['summary'] == summary
+
+    def test_is_no_option_of_subsampling(self, summary):
+        with pytest.raises(ValueError, match="'subsample' has no option 'summary'"):
+            create_attention('subsample', 12, 3, summary=summary)
+
+
+def test_a_medoid_is_a_patch():
+    grid, compress = PatchGrid(5, 7), create_attention('pool', 12, 3, summary='medoid', num_tokens=(2, 3)).compress
+    q, k, v = torch.randn(3, 2, 3, 35, 4)
+    kept_k, kept_v = compress.keys_and_values(q, k, v, grid)
+    at = (kept_k[..., None, :] == k[:, :, None]).all(-1).float().argmax(-1)
+    assert torch.equal(v.gather(2, at[..., None].expand(-1, -1, -1, 4)), kept_v)
+    for i, patches in enumerate(cells(5, 7, (2, 3))):
+        assert set(at[..., i].flatten().tolist()) <= set(patches)
+
+
 @pytest.mark.parametrize('place', PLACES)
 @pytest.mark.parametrize('grid', GRIDS)
 @pytest.mark.parametrize('prefix', PREFIXES)
@@ -107,6 +208,11 @@ def test_num_attended(name):
 def test_bad_options(name, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         create_attention(name, 12, 3, **options)
+
+
+def test_an_unknown_summary():
+    with pytest.raises(ValueError, match="summary must be one of mean, local, medoid, got summary='median'"):
+        create_attention('pool', 12, 3, summary='median')
 
 
 def test_pair_beyond_the_grid(name):

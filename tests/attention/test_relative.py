@@ -153,6 +153,19 @@ def test_truncated_keys(name, place, fused):
             assert (found - expected).abs().max() < 1e-9
 
 
+def test_local_expectations():
+    """Weights of values are of queries and keys alone; the scores of what stands for cells have their biases."""
+    grid, x = PatchGrid(5, 7, prefix=1), torch.randn(2, 36, DIM, dtype=torch.float64)
+    for original in attentions((5, 7), 1):
+        attention = swap_attention(original.double(), 'pool', summary='local', num_tokens=(2, 3)).eval()
+        q, k, v = attention.project(x)
+        of_cells = attention.compress.keys_and_values(q[:, :, 1:] * attention.scale, k[:, :, 1:], v[:, :, 1:], grid)
+        k, v = (torch.cat([t[:, :, :1], of_cell], dim=2) for t, of_cell in zip((k, v), of_cells, strict=True))
+        weights = (q @ k.mT * attention.scale + slow(whole_of(original), (2, 3), (5, 7), 1, False, True)).softmax(-1)
+        expected = attention.proj((weights @ v).transpose(1, 2).flatten(2))
+        assert (attention(x, grid) - expected).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize('shift', [False, True])
 @pytest.mark.parametrize('prefix', [0, 1])
 def test_windows(prefix, shift):
@@ -193,6 +206,8 @@ def test_without_an_index_it_is_the_same_at_any_size():
         ('linformer', dict(num_tokens=4, grid_size=(4, 4)), "'linformer': the keys kept are mixtures.*use 'pool'"),
         ('dct1d', {}, "'dct1d': the keys kept are mixtures.*axes='1d'"),
         ('dct', dict(domain='frequency', place='kv'), "'dct': the keys kept are mixtures.*domain='frequency'"),
+        ('pool', dict(summary='medoid'), "'pool': the keys kept .* it chooses .*use 'pool' .without summary='medoid'"),
+        ('monarch', {}, "'monarch' cannot have the model's relative position bias.*use 'pool'"),
         ('nystrom', {}, "'nystrom' cannot have the model's relative position bias.*use 'pool'"),
         ('performer', {}, "'performer' cannot have"),
         ('treeformer_tf', {}, "'treeformer_tf' cannot have"),

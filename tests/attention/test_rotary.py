@@ -10,6 +10,8 @@ from torch import nn
 
 from tests.attention import rotations
 from tests.attention.reference import (
+    SUMMARIES,
+    cells,
     down_and_up,
     pool_down_and_up,
     pooling,
@@ -20,6 +22,7 @@ from tests.attention.reference import (
 from tests.attention.rotations import DIM, FAMILIES, HEADS, patches, rope_at, turn
 from vit_efficient import PatchGrid, create_attention, list_attentions
 from vit_efficient.attention import GridAttention, layer_options, swap_attention
+from vit_efficient.attention.monarch import attend_in_blocks
 from vit_efficient.attention.performer import attend_features
 from vit_efficient.attention.rotary import rope_of_kept
 from vit_efficient.compress.budget import Budget, kept_grid
@@ -251,7 +254,32 @@ def test_mixtures_of_patches(case, prefix):
 
 
 @pytest.mark.parametrize('prefix', [0, 5])
-@pytest.mark.parametrize('name', ['nystrom', 'performer', 'window', 'treeformer_tf', 'treeformer_tc'])
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('summary', SUMMARIES)
+def test_summaries(summary, family, prefix):
+    """Local expectations are of what is not turned, their keys turned at the mean coordinate; medoids stay."""
+    grid, kept, half = PatchGrid(7, 13, prefix), (3, 5), family == 'dinov3'
+    angles, fine, at = FAMILIES[family](7, 13), patches(7, 13), rotations.means(7, 13, (3, 5))
+    attention = build('pool', summary=summary, num_tokens=kept)
+    attention.rotate_half = half
+    counts = torch.tensor([1] * prefix + [len(cell) for cell in cells(7, 13, kept)], dtype=torch.float64)
+    x, heads = torch.randn(1, grid.num_tokens, CHANNELS, dtype=torch.float64), []
+    for head in range(HEADS):
+        q, k, v = (heads_of(attention, x[0], part)[head] for part in range(3))
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        turned_q, turned_k = (turn(t, angles, head, fine, prefix, half) for t in (q, k))
+        if summary == 'medoid':
+            k, v = SUMMARIES[summary](turned_q, turned_k, v, grid, kept)
+        else:
+            k, v = SUMMARIES[summary](q, k, v, grid, kept)
+            k = turn(k, angles, head, at, prefix, half)
+        heads.append(softmax_attention(turned_q, k, v, counts))
+    actual = attention(x, grid, rope_at(angles, fine, half))
+    assert (actual[0] - finished(attention, heads)).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize('prefix', [0, 5])
+@pytest.mark.parametrize('name', ['monarch', 'nystrom', 'performer', 'window', 'treeformer_tf', 'treeformer_tc'])
 def test_other_mechanisms(name, prefix):
     """Queries and keys are turned first: by those the equations of each hold. Landmarks are means of what is not
     turned, turned where their cells lie; trees route what is not turned."""
@@ -272,6 +300,9 @@ def test_other_mechanisms(name, prefix):
         if name == 'performer':
             of_head = (t[None, None] for t in (turned_q, turned_k, v))
             y = attend_features(*of_head, attention.features, attention.scale, False)[0, 0]
+        elif name == 'monarch':
+            of_head = (t[None, None] for t in (turned_q, turned_k, v))
+            y = attend_in_blocks(*of_head, 7, 13, prefix, None, 1, attention.scale, False)[0, 0]
         elif name == 'nystrom':
             down, at = with_prefix(pooling(7, 13, (3, 5)), prefix), rotations.means(7, 13, (3, 5))
             q_m, k_m = (turn(down @ t, angles, head, at, prefix, False) for t in (q, k))

@@ -52,6 +52,7 @@ def test_layers():
     'name, options, forward, both',
     [
         ('performer', {}, 24, 90),
+        ('monarch', {}, 35, 90),
         ('nystrom', {}, 54, 200),
         ('window', {'window_size': 8, 'shift': True}, 8, 28),
         ('dct', {}, 7, 22),

@@ -44,7 +44,9 @@ def test_any_axes(name, options, grid):
             assert compress.up(kept, grid).shape == few.shape
 
 
-@pytest.mark.parametrize('name', ['dct', 'pool', 'nystrom', 'performer', 'window', 'treeformer_tc', 'treeformer_tf'])
+@pytest.mark.parametrize(
+    'name', ['dct', 'pool', 'monarch', 'nystrom', 'performer', 'window', 'treeformer_tc', 'treeformer_tf']
+)
 @pytest.mark.parametrize('shape', [(9, 12), (1, 2, 9, 12)])
 def test_attentions_take_one_batch(name, shape):
     with pytest.raises(ValueError, match=rf'{name}.* takes x as \(B, N, C\), got \({shape[0]}, '):

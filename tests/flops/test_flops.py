@@ -41,9 +41,10 @@ OURS = [
     ),
     *(('vit_linformer_tiny', {'attention_kwargs': {'projection': p}}) for p in ('mean', 'max', 'conv')),
     *((f'vit_{name}_tiny', {'attention_kwargs': {'place': p}}) for name in ('pool', 'subsample') for p in ('x', 'kv')),
-    *((f'vit_{name}_tiny', {}) for name in ('nystrom', 'performer', 'window', 'treeformer_tc')),
+    *(('vit_pool_tiny', {'attention_kwargs': {'summary': summary}}) for summary in ('local', 'medoid')),
+    *((f'vit_{name}_tiny', {}) for name in ('monarch', 'nystrom', 'performer', 'window', 'treeformer_tc')),
 ]
-NO_TRANSFORM = ('vit_full_tiny', 'vit_performer_tiny', 'vit_window_tiny', 'vit_treeformer_tc_tiny')
+NO_TRANSFORM = ('vit_full_tiny', 'vit_monarch_tiny', 'vit_performer_tiny', 'vit_window_tiny', 'vit_treeformer_tc_tiny')
 PICKS = ('vit_subsample_tiny', {'attention_kwargs': {'place': 'kv'}})
 
 

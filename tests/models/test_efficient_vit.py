@@ -38,12 +38,17 @@ VARIANTS = [
     ('pool', {}),
     ('subsample', dict(place='x', keep_ratio=0.1)),
     ('pool', dict(place='block')),
+    ('pool', dict(summary='local')),
+    ('pool', dict(summary='medoid')),
+    ('monarch', {}),
+    ('monarch', dict(block_size=3, steps=2)),
     ('nystrom', dict(num_landmarks=(3, 2), residual_kernel=3)),
     ('nystrom', dict(num_landmarks=(2, 3), pinv='exact')),
     ('performer', {}),
     ('window', dict(window_size=3)),
     ('treeformer_tc', dict(tree_height=3)),
 ]
+FIXED_SIZE = ('monarch', 'local', 'medoid')  # of which no graph leaves the image size open
 NO_GRAPH = [  # what they do depends on the data
     ('treeformer_tf', dict(tree_height=2)),
     ('treeformer_tf', dict(tree_height=3, num_leaves=2)),
@@ -397,6 +402,11 @@ class TestModes:
     def test_export_with_open_image_size(self, graph_variant):
         model = build(**one_of_each(*graph_variant), dynamic_img_size=True)
         height, width = (torch.export.Dim(name, min=7, max=64) for name in ('height', 'width'))
+        name, options = graph_variant
+        if not {name, options.get('summary')}.isdisjoint(FIXED_SIZE):
+            with pytest.raises(ValueError, match='needs a fixed image size'):
+                torch.export.export(model, (self.x,), dynamic_shapes={'x': {2: 8 * height, 3: 8 * width}})
+            return
         program = torch.export.export(model, (self.x,), dynamic_shapes={'x': {2: 8 * height, 3: 8 * width}})
         for size in ((64, 64), (56, 104), (104, 200)):
             x = torch.randn(2, 3, *size)

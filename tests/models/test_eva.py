@@ -221,7 +221,9 @@ def test_what_mechanisms_add_is_made_anew(attention):
     assert all(tensor.isfinite().all() for tensor in model.blocks[0].attn.state_dict().values())
 
 
-@pytest.mark.parametrize('attention', ['dct1d', 'linformer', 'nystrom', 'performer', 'treeformer_tc', 'treeformer_tf'])
+@pytest.mark.parametrize(
+    'attention', ['dct1d', 'linformer', 'monarch', 'nystrom', 'performer', 'treeformer_tc', 'treeformer_tf']
+)
 def test_every_mechanism_trains(attention):
     options = dict(place='qkv') if attention == 'dct1d' else {}
     model = vit_efficient.convert(build(MIXED), attention, **options).train()
@@ -232,7 +234,9 @@ def test_every_mechanism_trains(attention):
 
 
 @pytest.mark.parametrize('name, dynamic', [(DINOV3, True), (DINOV3, False), (MIXED, False)])
-@pytest.mark.parametrize('attention', ['full', 'dct', 'pool', 'window', 'nystrom', 'linformer', 'treeformer_tc'])
+@pytest.mark.parametrize(
+    'attention', ['full', 'dct', 'pool', 'window', 'monarch', 'nystrom', 'linformer', 'treeformer_tc']
+)
 def test_fx(name, dynamic, attention):
     """timm's own feature extractor traces it, as it does the model that is not converted."""
     model = vit_efficient.convert(build(name, dynamic_img_size=dynamic), attention)

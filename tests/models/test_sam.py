@@ -173,7 +173,9 @@ class TestLayers:
             convert(build('relative', global_attn_indexes=()), 'pool')
 
 
-@pytest.mark.parametrize('attention', ['linformer', 'nystrom', 'performer', 'treeformer_tf', 'treeformer_tc', 'dct1d'])
+@pytest.mark.parametrize(
+    'attention', ['linformer', 'monarch', 'nystrom', 'performer', 'treeformer_tf', 'treeformer_tc', 'dct1d']
+)
 def test_what_cannot_have_a_bias_is_refused(attention):
     model = build('relative')
     kinds = [type(module) for module in model.modules()]

@@ -1,6 +1,13 @@
 """Efficient attentions, by name. A module here registers what it defines; importing it is all that is needed."""
 
-from vit_efficient.attention import combiner, compressed, nystrom, performer, window  # these register themselves
+from vit_efficient.attention import (
+    combiner,
+    compressed,
+    monarch,
+    nystrom,
+    performer,
+    window,
+)  # these register themselves
 from vit_efficient.attention.base import FullAttention, GridAttention, create_attention, layer_options, swap_attention
 from vit_efficient.attention.compressed import CompressedAttention
 from vit_efficient.attention.registry import get_attention, list_attentions, on_register, register_attention
@@ -16,6 +23,7 @@ __all__ = [
     'get_attention',
     'layer_options',
     'list_attentions',
+    'monarch',
     'nystrom',
     'on_register',
     'performer',

@@ -108,6 +108,11 @@ class CompressedAttention(GridAttention):
         self.compress = chosen.of_attention(self, **compressor_options)
         if self.compress.up is None and place != 'kv':
             raise UserError(f"compressor {compressor!r} has no way up, it can only stand at place='kv', got {place=}")
+        if self.compress.has_summaries and place != 'kv':
+            raise UserError(
+                f'compressor {compressor!r} with {write_options(self.compress.options)} reads queries and keys: it can '
+                f"only stand at place='kv', got {place=}"
+            )
         self.compressor = compressor
         self.place = place
         self.of_block = place == 'block'
@@ -177,9 +182,9 @@ class CompressedAttention(GridAttention):
     def check_relative_bias(self) -> None:
         if self.compress.coordinates is None:
             raise UserError(
-                f'{self.title}: the keys kept are mixtures of patches that have no place '
+                f'{self.title}: the keys kept are mixtures of patches that have no place, or patches that it chooses '
                 f"({write_options(self.compress.options)}), and cannot have the model's relative position bias; use "
-                "'pool', 'subsample' or 'window', or 'dct' with domain='space' and axes='2d'"
+                "'pool' (without summary='medoid'), 'subsample' or 'window', or 'dct' with domain='space' and axes='2d'"
             )
 
     def _among_kept(self, x_BmC: Tensor, grid: PatchGrid, rope: Tensor | None, bias: Bias | None = None) -> Tensor:
@@ -188,7 +193,7 @@ class CompressedAttention(GridAttention):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = self.rotate(q, k, self._rope_of_kept(rope, grid), grid.prefix)
-        return self.norm_and_gate(self._attend(q, k, v, grid, bias), x_BmC)
+        return self.norm_and_gate(self._attend(q, k, self.values_of_maps(v), grid, bias), x_BmC)
 
     def _on_projections(self, x: Tensor, grid: PatchGrid, rope: Tensor | None, bias: Bias | None = None) -> Tensor:
         q, k, v = self._compressed_projections(x, grid, rope)
@@ -202,8 +207,10 @@ class CompressedAttention(GridAttention):
     def _compressed_projections(
         self, x: Tensor, grid: PatchGrid, rope: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as (B, H, tokens, D), with qk-norm and rotated: k and v, and at `qkv` q, of the kept tokens."""
+        """q, k, v as (B, H, tokens, D or E), with qk-norm and rotated: k and v, and at `qkv` q, of the kept tokens."""
         of_queries = self.place == 'qkv'
+        if self.compress.has_summaries:
+            return self._summaries(x, grid, rope)
         if rope is not None and self.compress.coordinates is None:
             return self._rotated_first(x, grid, rope)
         if self.compress.commutes and of_queries:
@@ -220,7 +227,7 @@ class CompressedAttention(GridAttention):
             of_kept = self._rope_of_kept(rope, grid)
             q = rotate(q, of_kept if of_queries else rope, grid.prefix, self.rotate_half)
             k = rotate(k, of_kept, grid.prefix, self.rotate_half)
-        return q, k, v
+        return q, k, self.values_of_maps(v)
 
     def _projected_apart(self, x: Tensor, grid: PatchGrid) -> list[Tensor]:
         """Queries of all tokens, keys and values of the kept ones, which are compressed before they are projected."""
@@ -238,14 +245,30 @@ class CompressedAttention(GridAttention):
         q, k = self.rotate(q, k, rope, grid.prefix)
         down_k, down_v = self.compress.ways_down
         q = self._down(q, grid) if self.place == 'qkv' else q
-        return q, self._down(k, grid, down_k), self._down(v, grid, down_v)
+        return q, self._down(k, grid, down_k), self.values_of_maps(self._down(v, grid, down_v))
+
+    def _summaries(self, x: Tensor, grid: PatchGrid, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_compressed_projections`, of a compressor that `has_summaries`."""
+        q, k, v = self.project(x)
+        v = self.values_of_maps(v)
+        rotates_first = rope is not None and self.compress.coordinates is None
+        if rotates_first:
+            q, k = self.rotate(q, k, rope, grid.prefix)
+        (_, of_q), (k_prefix, of_k), (v_prefix, of_v) = (self._split(t, grid) for t in (q, k, v))
+        of_k, of_v = self.compress.keys_and_values(of_q * self.scale, of_k, of_v, grid)
+        if grid.prefix:
+            of_k, of_v = torch.cat([k_prefix, of_k], dim=-2), torch.cat([v_prefix, of_v], dim=-2)
+        if rope is not None and not rotates_first:
+            q = rotate(q, rope, grid.prefix, self.rotate_half)
+            of_k = rotate(of_k, self._rope_of_kept(rope, grid), grid.prefix, self.rotate_half)
+        return q, of_k, of_v
 
     def _rope_of_kept(self, rope: Tensor, grid: PatchGrid) -> Tensor:
         kept = self.compress.kept_sides(grid)
         return rope_of_kept(rope, grid.height, grid.width, kept, self.compress.coordinates)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid, bias: Bias | None) -> Tensor:
-        """(B, H, tokens, D) each → (B, tokens, C)"""
+        """(B, H, tokens, D or E) each → (B, tokens, C)"""
         if bias is None:
             mask = self.compress.log_counts(grid, q)
         else:
@@ -255,7 +278,7 @@ class CompressedAttention(GridAttention):
                 mask = decomposed_of_kept(bias, q, grid.height, grid.width, *how)
             else:
                 mask = bias_of_kept(bias, grid.prefix, *how, q)
-        y = attend(q, k, self.values_of_maps(v), self.scale, self.fused_attn, self.attn_drop, mask)
+        y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, mask)
         return self.merge_heads(y)
 
     def _project_up(self, y_BmC: Tensor, grid: PatchGrid) -> Tensor:

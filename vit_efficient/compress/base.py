@@ -42,8 +42,10 @@ class Compressor(nn.Module):
     #: at every patch).
     keeps_constants: bool = False
     #: Where kept tokens lie on the grid, of `vit_efficient.compress.cells.COORDINATES`: then there is `kept_sides` too.
-    #: None where a kept token is a mixture of patches that lies nowhere.
+    #: None where a kept token lies nowhere that the grid tells: a mixture of patches, say.
     coordinates: str | None = None
+    #: Whether its kept keys and values are what `keys_and_values` returns: then it can only stand at place `kv`.
+    has_summaries: bool = False
 
     @classmethod
     def of_attention(cls, attention: nn.Module, **options) -> 'Compressor':
@@ -74,6 +76,18 @@ class Compressor(nn.Module):
     def ways_down(self) -> tuple[nn.Module, nn.Module]:
         """The way down of keys, and that of values."""
         return self.down, self.down
+
+    def keys_and_values(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor]:
+        """Keys and values that stand for those of all patches, of a compressor that `has_summaries`.
+
+        Args:
+            q, k, v: Of the patches, with qk-norm: (B, H, height · width, D), v (B, H, height · width, E). The scale of
+                scores is in q. They are rotated already if it has no `coordinates`.
+
+        Returns:
+            (B, H, m, D), (B, H, m, E)
+        """
+        raise NotImplementedError
 
     def num_kept(self, grid: PatchGrid) -> int:
         """m, the number of tokens that `down` leaves of the patches of `grid`."""

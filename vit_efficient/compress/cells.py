@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vit_efficient.dct.bases import along, basis
 from vit_efficient.grid import plain_sizes
-from vit_efficient.utils.precision import product_dtype, real_dtype
+from vit_efficient.utils.precision import product_dtype, real_dtype, without_autocast
 
 
 def first_patches(m, n, device: torch.device) -> Tensor:
@@ -107,15 +107,72 @@ def whole_cells(count: int, height: int, width: int) -> Tensor:
     return maps / maps.sum((1, 2), keepdim=True)
 
 
+def _patches_of_side(m, n, device: torch.device) -> Tensor:
+    """The patches of each cell of a side, as many as the longest has: (m, longest). Shorter ones repeat their last."""
+    first = first_patches(m, n, device)
+    return torch.minimum(first[:-1, None] + torch.arange((n + m - 1) // m, device=device), first[1:, None] - 1)
+
+
+def patches_of_cells(height, width, h, w, device: torch.device) -> Tensor:
+    """The patches of each cell, in row-major order, as many as the largest has: (h · w, S), some repeated in others."""
+    rows, columns = _patches_of_side(h, height, device), _patches_of_side(w, width, device)
+    return (rows[:, None, :, None] * width + columns[:, None]).flatten(2).flatten(0, 1)
+
+
+def is_repeated(height, width, h, w, device: torch.device) -> Tensor:
+    """Which entries of `patches_of_cells` are there already: (h · w, S)."""
+    again = [
+        torch.arange((n + m - 1) // m, device=device) >= first_patches(m, n, device).diff()[:, None]
+        for m, n in ((h, height), (w, width))
+    ]
+    return (again[0][:, None, :, None] | again[1][:, None]).flatten(2).flatten(0, 1)
+
+
 def largest(x_HWD: Tensor, kept: tuple) -> Tensor:
     """The largest value of each cell: (…, H, W, D) → (…, h, w, D)."""
     for dim, n, m in zip((-3, -2), plain_sizes(x_HWD.shape[-3:-1]), kept, strict=True):
-        first = first_patches(m, n, x_HWD.device)
-        longest = -(-n // m)
-        # Shorter cells repeat their last patch.
-        patches = torch.minimum(first[:-1, None] + torch.arange(longest, device=first.device), first[1:, None] - 1)
-        x_HWD = x_HWD.index_select(dim, patches.flatten()).unflatten(dim, (m, longest)).amax(dim)
+        patches = _patches_of_side(m, n, x_HWD.device)
+        x_HWD = x_HWD.index_select(dim, patches.flatten()).unflatten(dim, patches.shape).amax(dim)
     return x_HWD
+
+
+def local_expectations(q: Tensor, k: Tensor, v: Tensor, height, width, kept: tuple) -> tuple[Tensor, Tensor]:
+    """The mean key of each cell, and what its mean query reads of its values, by a softmax over its patches.
+
+    Args:
+        q, k, v: (…, H · W, D), v (…, H · W, E), the scale of scores being in q.
+
+    Returns:
+        (…, h · w, D), (…, h · w, E)
+    """
+    sizes = (height, width, *kept)
+    patches = basis(patches_of_cells, sizes, k, torch.int64)
+    mean_q, mean_k = (means(t.unflatten(-2, (height, width)), kept).flatten(-3, -2) for t in (q, k))
+    k_of_cells, v_of_cells = (t.index_select(-2, patches.flatten()).unflatten(-2, patches.shape) for t in (k, v))
+    scores = k_of_cells @ mean_q[..., None].to(k.dtype)  # (…, h · w, S, 1)
+    repeated = basis(is_repeated, sizes, k, torch.bool)
+    weights = scores.masked_fill(repeated[..., None], -torch.inf).softmax(dim=-2)
+    return mean_k, (weights.mT.to(v.dtype) @ v_of_cells).squeeze(-2)
+
+
+def medoids(k: Tensor, v: Tensor, height, width, kept: tuple) -> tuple[Tensor, Tensor]:
+    """Key and value of the patch of each cell whose key has the largest cosine with the cell's mean key.
+
+    Args:
+        k, v: (…, H · W, D or E)
+
+    Returns:
+        (…, h · w, D or E), twice.
+    """
+    patches = basis(patches_of_cells, (height, width, *kept), k, torch.int64)
+    with torch.no_grad(), without_autocast(k):  # of what is rounded, another patch would be chosen
+        exact_k = k.to(torch.promote_types(k.dtype, torch.float32))
+        mean_k = means(exact_k.unflatten(-2, (height, width)), kept).flatten(-3, -2)
+        k_of_cells = exact_k.index_select(-2, patches.flatten()).unflatten(-2, patches.shape)
+        along_mean = (k_of_cells @ mean_k[..., None]).squeeze(-1)
+        nearest = (along_mean / k_of_cells.norm(dim=-1)).argmax(dim=-1, keepdim=True)
+        at = patches.expand(*nearest.shape[:-1], -1).gather(-1, nearest)  # (…, h · w, 1)
+    return tuple(t.gather(-2, at.expand(*at.shape[:-1], t.shape[-1])) for t in (k, v))
 
 
 def interpolate(y_hwD: Tensor, size: tuple, picked: bool) -> Tensor:
