@@ -1,5 +1,6 @@
 """Swap the attention of a timm ViT that you already have, keeping its weights."""
 
+import copy
 import logging
 import os
 from collections.abc import Iterable
@@ -74,6 +75,11 @@ def convert(
     if notes and not next(vit.parameters()).is_meta:  # where it is only tried
         logger.warning(f'convert adds {", and ".join(sorted(notes))}: no checkpoint has them; fine-tune the model')
     return model
+
+
+def sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model with the same parameters and buffers: to convert, while the model stays as it is."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def swap_attentions(

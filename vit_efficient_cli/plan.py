@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
     for path in args.images:
         check_exists(path, 'folder of images')
     from vit_efficient.planning import Planner
-    from vit_efficient.report.plans import front_table, open_images, open_model, plot_plan, sensitivity_table
+    from vit_efficient.report.evaluation import open_model
+    from vit_efficient.report.plans import front_table, open_images, plot_plan, sensitivity_table
     from vit_efficient.utils.checks import as_integer, as_share
     from vit_efficient.utils.device import choose_device
     from vit_efficient.utils.errors import UserError

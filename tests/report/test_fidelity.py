@@ -12,11 +12,12 @@ from PIL import Image
 
 from tests.data.trees import pixels
 from vit_efficient import convert, count_flops, save_model
+from vit_efficient.conversion import sharing_weights
 from vit_efficient.data.preprocessing import Preprocessing
 from vit_efficient.data.squares import find_photographs
 from vit_efficient.fidelity import fidelity, final_tokens
 from vit_efficient.report import fidelity as table
-from vit_efficient.report.fidelity import fidelity_table, read_attentions, sharing_weights
+from vit_efficient.report.fidelity import fidelity_table, read_attentions
 from vit_efficient.utils.errors import UserError
 from vit_efficient_cli import main
 

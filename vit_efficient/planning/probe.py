@@ -1,6 +1,5 @@
 """A model as it is measured: its layers take any of several attentions, and a pass can begin at any block."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_efficient.conversion import convert
+from vit_efficient.conversion import convert, sharing_weights
 from vit_efficient.flops import count_flops
 from vit_efficient.models import blocks
 from vit_efficient.models.served import served_model
@@ -39,9 +38,7 @@ class Probe:
     """
 
     def __init__(self, model: nn.Module, input_size: Sequence[int]):
-        served = served_model(model)
-        shared = {id(tensor): tensor for tensor in (*served.parameters(), *served.buffers())}
-        self.model = copy.deepcopy(served, shared).eval()
+        self.model = sharing_weights(served_model(model)).eval()
         convert(self.model, 'full', layers=[])
         self.input_size = tuple(input_size)
         self.arguments = model_args(self.model)

@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from vit_efficient import data
+from vit_efficient.models import create_from_spec
 from vit_efficient.train import Config, Evaluation, evaluate, load_model
 from vit_efficient.train.distributed import processes
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.train.tasks import Task
+from vit_efficient.utils.checks import multiples_around
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.options import parse_spec
 
 logger = logging.getLogger(__name__)
 
@@ -102,3 +107,30 @@ def evaluate_saved(
         sampler = data.EpochSampler(len(samples), shuffle=False, rank=team.rank, world_size=team.world_size, even=False)
         loader = data.create_loader(samples, sampler, batch_size, workers, pin=team.device.type == 'cuda')
         return evaluate(model.to(team.device), loader, team, amp, task)
+
+
+def open_model(name: str, img_size: int) -> tuple[nn.Module, data.Preprocessing]:
+    """A pretrained model for images of a size, and their preprocessing.
+
+    Args:
+        name: A name of timm, with options or without; or a run or model folder, after 'local-dir:' or not.
+        img_size: Side of square images, in pixels.
+
+    Raises:
+        UserError: If there is no such model, its weights cannot be had, or its patches do not divide the images.
+    """
+    folder = name.removeprefix('local-dir:')
+    if folder != name or Path(folder).is_dir() or '/' in name.partition(':')[0]:  # which no name of timm has
+        saved = SavedModel(folder, img_size=(img_size, img_size))
+        model, preprocessing = saved.model, saved.preprocessing
+    else:
+        name, options = parse_spec(name)
+        model = create_from_spec(name, {'pretrained': True, **options}, img_size)
+        preprocessing = data.Preprocessing.of(model)
+    if data.takes_coefficients(model):
+        raise UserError(f'{name}: it takes DCT coefficients, and is to be given pixels')
+    for side in getattr(getattr(model, 'patch_embed', None), 'patch_size', ()):
+        if img_size % side:
+            instead = multiples_around(img_size, side)
+            raise UserError(f'{img_size=} is not a multiple of the patch size {side}; use {instead}')
+    return model.eval(), preprocessing

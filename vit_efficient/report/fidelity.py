@@ -3,7 +3,6 @@
 A photograph goes through the model as it is, and then through a copy with each attention, before the next one does.
 """
 
-import copy
 import hashlib
 import json
 import logging
@@ -17,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_efficient.conversion import convert
+from vit_efficient.conversion import convert, sharing_weights
 from vit_efficient.data.preprocessing import Preprocessing
 from vit_efficient.data.squares import Photograph, find_photographs
 from vit_efficient.fidelity import Fidelity, fidelity, final_tokens
 from vit_efficient.flops import count_flops
-from vit_efficient.models.create import create_from_spec, parse_layers
+from vit_efficient.models.create import parse_layers
 from vit_efficient.models.forward import kept_tokens
 from vit_efficient.models.inputs import input_size
-from vit_efficient.report.evaluation import SavedModel
+from vit_efficient.report.evaluation import open_model
 from vit_efficient.report.plot import BUDGETS, Panel, Point, plot_accuracy
 from vit_efficient.report.table import Column, Table
 from vit_efficient.utils.checks import as_integer
@@ -86,27 +85,6 @@ def _wanted(text: str) -> Wanted:
         options['layers'] = parse_layers(options['layers'])
     others = write_options({key: value for key, value in options.items() if key not in BUDGETS})
     return Wanted(text, f'{name} ({others})' if others else name, name, options)
-
-
-def open_model(name: str, img_size: int) -> tuple[nn.Module, Preprocessing]:
-    """A pretrained model for square images of a size, and how they become its input.
-
-    Args:
-        name: A run or model folder, after 'local-dir:' or not; or a name of timm, with options or without.
-        img_size: In pixels.
-    """
-    folder = name.removeprefix('local-dir:')
-    if folder != name or Path(folder).is_dir() or '/' in name.partition(':')[0]:  # which no name of timm has
-        saved = SavedModel(folder, img_size=(img_size, img_size))
-        return saved.model, saved.preprocessing
-    name, options = parse_spec(name)
-    model = create_from_spec(name, {'pretrained': True, **options}, img_size).eval()
-    return model, Preprocessing.of(model)
-
-
-def sharing_weights(model: nn.Module) -> nn.Module:
-    """A copy of a model whose parameters and buffers are those of the model."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def fidelity_table(

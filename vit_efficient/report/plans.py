@@ -6,52 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit_efficient.benchmark.models import ModelCandidate, ModelSetting, benchmark_models
 from vit_efficient.data import Preprocessing
 from vit_efficient.data.squares import find_photographs
-from vit_efficient.models import create_from_spec
-from vit_efficient.models.inputs import takes_coefficients
 from vit_efficient.models.plans import Plan
 from vit_efficient.planning import Planner
-from vit_efficient.report.evaluation import SavedModel
 from vit_efficient.report.plot import COLOURS
 from vit_efficient.report.table import Column, Table
-from vit_efficient.utils.checks import multiples_around
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
-from vit_efficient.utils.options import parse_spec
 from vit_efficient.utils.packages import needing
 
 logger = logging.getLogger(__name__)
-
-
-def open_model(name: str, img_size: int) -> tuple[nn.Module, Preprocessing]:
-    """A pretrained model for images of a size, and their preprocessing.
-
-    Args:
-        name: A name of timm, with options or without; or a run or model folder, after 'local-dir:' or not.
-        img_size: Side of square images, in pixels.
-
-    Raises:
-        UserError: If there is no such model, its weights cannot be had, or its patches do not divide the images.
-    """
-    folder = name.removeprefix('local-dir:')
-    if folder != name or Path(folder).is_dir() or '/' in name.partition(':')[0]:  # which no name of timm has
-        saved = SavedModel(folder, img_size=(img_size, img_size))
-        model, preprocessing = saved.model, saved.preprocessing
-    else:
-        name, options = parse_spec(name)
-        model = create_from_spec(name, {'pretrained': True, **options}, img_size)
-        preprocessing = Preprocessing.of(model)
-    if takes_coefficients(model):
-        raise UserError(f'{name}: it takes DCT coefficients, and a plan is measured on pixels')
-    for side in getattr(getattr(model, 'patch_embed', None), 'patch_size', ()):
-        if img_size % side:
-            instead = multiples_around(img_size, side)
-            raise UserError(f'{img_size=} is not a multiple of the patch size {side}; use {instead}')
-    return model.eval(), preprocessing
 
 
 def open_images(
