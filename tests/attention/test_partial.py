@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vit_efficient.attention.partial import attend_with_lse, combine
+from vit_efficient.flops.engine import _Counter
 
 SCALE = 0.4
 
@@ -90,3 +91,10 @@ def test_large_scores(fused, dtype):
     expected = whole(*(t.double() for t in (q, k, v)))[0]
     error = (combine(parts).output.double() - expected).abs().max()
     assert error < (1e-3 if dtype == torch.float32 else 0.05)
+
+
+def test_products_are_counted():
+    q, k, v = (t.detach() for t in inputs())
+    with _Counter() as counter:
+        attend_with_lse(q, k, v, SCALE, fused=True)
+    assert sum(counter.counts.values()) == 2 * 3 * 7 * 11 * (6 + 6)

@@ -48,7 +48,7 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, 
         fused: Whether to use PyTorch's fused attention, on a CPU. Elsewhere, and in a graph, it is written out.
         mask: As of `vit_efficient.attention.functional`, of no more than four axes, without a gradient.
     """
-    if fused and is_eager(q) and not on_gpu(q) and k.shape[-2]:
+    if fused and is_eager(q) and not (q.is_meta or on_gpu(q)) and k.shape[-2]:
         return Part(*_Fused.apply(q, k, v, scale, mask))
     scores = masked((q * scale) @ k.mT, mask)
     lse = scores.logsumexp(dim=-1)

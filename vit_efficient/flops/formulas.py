@@ -96,6 +96,11 @@ def _attention(inputs: list, output: Shape) -> int:
     return math.prod(output[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
+@register_flops('aten::_scaled_dot_product_flash_attention_for_cpu', batched=True)
+def _attention_with_lse(inputs: list, outputs: list) -> int:
+    return _attention(inputs, outputs[0])
+
+
 @register_flops('aten::linalg_pinv', batched=True)
 def _pinv(inputs: list, output: Shape) -> int:
     # Nominal, for square matrices: 21 n³ FLOPs, half as many MACs, for a singular value decomposition (Golub & Van
