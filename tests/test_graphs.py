@@ -169,7 +169,9 @@ def test_bad_arguments(options, message):
 
 @pytest.mark.cuda
 class TestOnGpu:
-    @pytest.mark.parametrize('attention', ['full', 'dct', 'dct1d', 'pool', 'linformer', 'monarch', 'nystrom', 'window'])
+    @pytest.mark.parametrize(
+        'attention', ['full', 'dct', 'dct1d', 'pool', 'linformer', 'combiner', 'monarch', 'nystrom', 'window']
+    )
     @pytest.mark.parametrize('amp', [False, True])
     def test_replays_what_the_model_computes(self, attention, amp):
         from vit_efficient.dct.bases import memo

@@ -41,6 +41,7 @@ MECHANISMS: dict[str, tuple[dict[str, Any], str]] = {
     'linformer': (dict(num_tokens=16), 'mixtures (untrained)'),
     'pool': (dict(keep_ratio=1 / 16), 'means of cells'),
     'subsample': (dict(keep_ratio=1 / 16), 'every 4th row and column'),
+    'combiner': (dict(window_size=4, cell_size=4), 'its window, and a summary of each other'),
     'monarch': ({}, 'all, by way of half rows'),
     'nystrom': (dict(num_landmarks=16), 'all, by way of 16 means'),
     'performer': (dict(num_features=64), 'all, by 64 random features'),

@@ -34,7 +34,7 @@ class TestDropout:
         assert 0.4 < (attention(torch.randn(2, 92, 12), GRID) == 0).float().mean() < 0.6
 
 
-@pytest.mark.parametrize('name', ('monarch', 'nystrom', 'performer', 'treeformer_tc'))
+@pytest.mark.parametrize('name', ('combiner', 'monarch', 'nystrom', 'performer', 'treeformer_tc'))
 class TestDropoutWithoutAMatrix:
     """There is no N × N matrix: keys are dropped, each from all queries of its head."""
 

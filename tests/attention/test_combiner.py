@@ -291,6 +291,24 @@ class TestExact:
         assert torch.allclose(attention(inputs(grid, 2), grid), torch.ones((), dtype=torch.float64), atol=1e-13)
 
 
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('options', [dict(window_size=3, cell_size=2, reach=1), dict(pattern='axial')])
+def test_rotary_positions(monkeypatch, options, half):
+    """Queries and keys are turned first, where they lie."""
+    attention, grid = build(**options), PatchGrid(4, 7, prefix=1)
+    attention.rotate_half = half
+    rope = torch.randn(28, 8, dtype=torch.float64)
+    x = inputs(grid)
+    actual, project = attention(x, grid, rope), attention.project
+
+    def turned(x):
+        q, k, v = project(x)
+        return *attention.rotate(q, k, rope, grid.prefix), v
+
+    monkeypatch.setattr(attention, 'project', turned)
+    assert torch.allclose(actual, reference(attention, x, grid), atol=1e-13)
+
+
 def test_a_tangent_is_never_above_what_it_stands_for():
     """What the keys of a cell weigh together, log Σ exp(q·k_j), is met at the mean query and undercut elsewhere."""
     torch.manual_seed(0)

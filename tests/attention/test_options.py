@@ -30,6 +30,8 @@ INTEGERS = [
     ('nystrom', dict(residual_kernel=N(3)), dict(residual_kernel=[3, 3])),
     ('nystrom', dict(residual_kernel=(N(3), N(5))), dict(residual_kernel=[3, 5])),
     ('nystrom', dict(residual_kernel=N(0)), dict(residual_kernel=0)),
+    ('combiner', dict(window_size=N(3), cell_size=N(2), reach=N(1)), dict(window_size=3, cell_size=2, reach=1)),
+    ('combiner', dict(window_size=[N(3), N(4)], cell_size=(N(1), N(2))), dict(window_size=[3, 4], cell_size=[1, 2])),
     ('monarch', dict(block_size=N(6), steps=N(2)), dict(block_size=6, steps=2)),
     ('performer', dict(num_features=N(20)), dict(num_features=20)),
     ('window', dict(window_size=N(3)), dict(window_size=3)),

@@ -18,6 +18,8 @@ MECHANISMS = [
     ('pool', {}),
     ('pool', {'summary': 'local'}),
     ('subsample', {}),
+    ('combiner', {'window_size': 3, 'cell_size': 2}),
+    ('combiner', {'pattern': 'axial'}),
     ('monarch', {}),
     ('nystrom', {}),
     ('performer', {}),

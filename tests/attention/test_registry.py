@@ -34,6 +34,7 @@ def test_a_name_is_taken_once(register):
     [
         ('full', {}, None, None),
         ('dct', {}, None, None),
+        ('combiner', {}, None, None),
         ('monarch', {}, None, None),
         ('nystrom', {}, None, None),
         ('nystrom', dict(pinv='exact'), "pinv='iterative'", None),

@@ -45,7 +45,7 @@ def test_any_axes(name, options, grid):
 
 
 @pytest.mark.parametrize(
-    'name', ['dct', 'pool', 'monarch', 'nystrom', 'performer', 'window', 'treeformer_tc', 'treeformer_tf']
+    'name', ['dct', 'pool', 'combiner', 'monarch', 'nystrom', 'performer', 'window', 'treeformer_tc', 'treeformer_tf']
 )
 @pytest.mark.parametrize('shape', [(9, 12), (1, 2, 9, 12)])
 def test_attentions_take_one_batch(name, shape):

@@ -42,9 +42,18 @@ OURS = [
     *(('vit_linformer_tiny', {'attention_kwargs': {'projection': p}}) for p in ('mean', 'max', 'conv')),
     *((f'vit_{name}_tiny', {'attention_kwargs': {'place': p}}) for name in ('pool', 'subsample') for p in ('x', 'kv')),
     *(('vit_pool_tiny', {'attention_kwargs': {'summary': summary}}) for summary in ('local', 'medoid')),
-    *((f'vit_{name}_tiny', {}) for name in ('monarch', 'nystrom', 'performer', 'window', 'treeformer_tc')),
+    ('vit_combiner_tiny', {'attention_kwargs': {'window_size': 3, 'cell_size': 2, 'reach': 1}}),
+    ('vit_combiner_tiny', {'attention_kwargs': {'pattern': 'axial'}}),
+    *((f'vit_{name}_tiny', {}) for name in ('combiner', 'monarch', 'nystrom', 'performer', 'window', 'treeformer_tc')),
 ]
-NO_TRANSFORM = ('vit_full_tiny', 'vit_monarch_tiny', 'vit_performer_tiny', 'vit_window_tiny', 'vit_treeformer_tc_tiny')
+NO_TRANSFORM = (
+    'vit_full_tiny',
+    'vit_combiner_tiny',
+    'vit_monarch_tiny',
+    'vit_performer_tiny',
+    'vit_window_tiny',
+    'vit_treeformer_tc_tiny',
+)
 PICKS = ('vit_subsample_tiny', {'attention_kwargs': {'place': 'kv'}})
 
 

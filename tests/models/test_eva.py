@@ -222,7 +222,7 @@ def test_what_mechanisms_add_is_made_anew(attention):
 
 
 @pytest.mark.parametrize(
-    'attention', ['dct1d', 'linformer', 'monarch', 'nystrom', 'performer', 'treeformer_tc', 'treeformer_tf']
+    'attention', ['dct1d', 'linformer', 'combiner', 'monarch', 'nystrom', 'performer', 'treeformer_tc', 'treeformer_tf']
 )
 def test_every_mechanism_trains(attention):
     options = dict(place='qkv') if attention == 'dct1d' else {}
@@ -235,7 +235,7 @@ def test_every_mechanism_trains(attention):
 
 @pytest.mark.parametrize('name, dynamic', [(DINOV3, True), (DINOV3, False), (MIXED, False)])
 @pytest.mark.parametrize(
-    'attention', ['full', 'dct', 'pool', 'window', 'monarch', 'nystrom', 'linformer', 'treeformer_tc']
+    'attention', ['full', 'dct', 'pool', 'window', 'combiner', 'monarch', 'nystrom', 'linformer', 'treeformer_tc']
 )
 def test_fx(name, dynamic, attention):
     """timm's own feature extractor traces it, as it does the model that is not converted."""

@@ -221,7 +221,8 @@ class TestEachClass:
                     model(x)
 
     @pytest.mark.parametrize(
-        'attention', ['linformer', 'monarch', 'nystrom', 'performer', 'treeformer_tf', 'treeformer_tc', 'dct1d']
+        'attention',
+        ['linformer', 'combiner', 'monarch', 'nystrom', 'performer', 'treeformer_tf', 'treeformer_tc', 'dct1d'],
     )
     def test_what_cannot_have_a_bias_is_refused(self, name, attention):
         model = build(name)

@@ -236,7 +236,7 @@ class TestModels:
         exact = convert(copy.deepcopy(model), 'full')
         torch.testing.assert_close(exact(images()), expected, atol=1e-6, rtol=1e-6)
         parameters = dict(model.named_parameters())
-        for attention in ('dct', 'linformer', 'window', 'monarch', 'nystrom', 'performer'):
+        for attention in ('dct', 'linformer', 'window', 'combiner', 'monarch', 'nystrom', 'performer'):
             options = {'linformer': dict(num_tokens=4), 'window': dict(window_size=2), 'nystrom': dict(num_landmarks=6)}
             convert(model, attention, **options.get(attention, {}))
             assert model(images()).isfinite().all() and not torch.equal(model(images()), expected)
@@ -414,6 +414,8 @@ class TestDifferential:
         [
             ('nystrom', dict(num_landmarks=24, pinv='exact', residual_kernel=3)),
             ('linformer', dict(num_tokens=24)),
+            ('combiner', dict(window_size=3, cell_size=1)),
+            ('combiner', dict(window_size=12)),
             ('monarch', dict(block_size=24)),
         ],
     )

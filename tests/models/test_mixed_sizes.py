@@ -44,6 +44,7 @@ MECHANISMS = {
     'pool-block': ('pool', dict(place='block')),
     'subsample-qkv': ('subsample', dict(place='qkv')),
     'window': ('window', dict(window_size=3)),
+    'combiner': ('combiner', dict(window_size=3, cell_size=2)),
     'monarch': ('monarch', {}),
     'nystrom': ('nystrom', dict(num_landmarks=4)),
     'treeformer_tf': ('treeformer_tf', dict(tree_height=1)),

@@ -69,7 +69,7 @@ def test_with_drawn_coordinates(side):
 
 @pytest.mark.parametrize('name', ['vit_pe_core_tiny_patch16_384', 'vit_small_patch16_dinov3', 'naflex'])
 @pytest.mark.parametrize(
-    'attention', ['full', 'pool', 'dct', 'window', 'monarch', 'nystrom', 'performer', 'treeformer_tc']
+    'attention', ['full', 'pool', 'dct', 'window', 'combiner', 'monarch', 'nystrom', 'performer', 'treeformer_tc']
 )
 def test_models_on_small_grids(name, attention):
     """Every mechanism takes what the model hands down there; a model that keeps all is timm's."""
