@@ -22,6 +22,8 @@ VARIANTS = [
     ('linformer', dict(num_tokens=9)),
     ('pool', {}),
     ('subsample', {}),
+    ('merge', {}),
+    ('merge', dict(place='x', local_first=True)),
     ('nystrom', dict(num_landmarks=(3, 2))),
     ('performer', {}),
     ('window', dict(window_size=3)),

@@ -41,6 +41,7 @@ OURS = [
     ),
     *(('vit_linformer_tiny', {'attention_kwargs': {'projection': p}}) for p in ('mean', 'max', 'conv')),
     *((f'vit_{name}_tiny', {'attention_kwargs': {'place': p}}) for name in ('pool', 'subsample') for p in ('x', 'kv')),
+    *(('vit_merge_tiny', {'attention_kwargs': {'place': place, 'local_first': place == 'x'}}) for place in ('x', 'kv')),
     *((f'vit_{name}_tiny', {}) for name in ('nystrom', 'performer', 'window', 'treeformer_tc')),
 ]
 NO_TRANSFORM = ('vit_full_tiny', 'vit_performer_tiny', 'vit_window_tiny', 'vit_treeformer_tc_tiny')
