@@ -75,7 +75,10 @@ def matrices(groups, patches, prefix):
 
 
 def means_of_places(groups, width):
-    return [tuple(sum(axis) / len(group) for axis in zip(*(divmod(p, width) for p in group))) for group in groups]
+    return [
+        tuple(sum(axis) / len(group) for axis in zip(*(divmod(p, width) for p in group), strict=True))
+        for group in groups
+    ]
 
 
 @pytest.mark.parametrize('local_first', [False, True])

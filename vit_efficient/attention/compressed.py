@@ -167,7 +167,7 @@ class CompressedAttention(GridAttention):
         return self.proj_drop(y)
 
     def down(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, State]:
-        """The tokens that a block keeps at place 'block', (B, N, C) → (B, m, C), and the state of `forward` and `up`."""
+        """The tokens that a block keeps at place 'block', (B, N, C) → (B, m, C); a state for `forward` and `up`."""
         self.check_call(x, grid)
         return self._down(x, grid)
 

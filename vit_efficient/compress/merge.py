@@ -117,7 +117,7 @@ def alike_pairs(tokens: Tensor, left: Tensor, n) -> tuple[Tensor, Tensor]:
     """
     a, b = left[:, ::2], left[:, 1::2]
     similarity, best = most_similar(tokens[:, ::2], tokens[:, 1::2])
-    merged = similarity.argsort(dim=1, descending=True, stable=True)[:, : left.shape[1] - n]
+    merged = best_first(similarity)[:, : left.shape[1] - n]
     return a.gather(1, merged), b.gather(1, best.gather(1, merged))
 
 
@@ -150,9 +150,16 @@ def alike_cells(tokens: Tensor, places: Tensor, n) -> tuple[Tensor, Tensor]:
         places: Of the patches of cells, (cells, 4).
     """
     similarity = tokens[:, places].sum(dim=2).square().sum(dim=2)
-    merged = similarity.argsort(dim=1, descending=True, stable=True)[:, : (tokens.shape[1] - n) // 3]
+    merged = best_first(similarity)[:, : (tokens.shape[1] - n) // 3]
     first, *others = places[merged].unbind(2)
     return torch.cat(others, dim=1), first.repeat(1, 3)
+
+
+def best_first(similarity: Tensor) -> Tensor:
+    """The order of the largest values, of equal ones the first: (B, n)"""
+    if torch.compiler.is_exporting():  # ONNX has one sort, which is stable; so is PyTorch's on a CPU, said or not
+        return similarity.sort(dim=1, descending=True).indices
+    return similarity.sort(dim=1, descending=True, stable=True).indices
 
 
 def join(root: Tensor, tokens: Tensor, into: Tensor, n) -> tuple[Tensor, Tensor]:
@@ -166,12 +173,14 @@ def groups_of(root: Tensor, left: Tensor) -> Groups:
     """The groups of all that have one root, in the order of the roots that are left: (B, N), (B, m)"""
     number = torch.arange(left.shape[1], device=left.device).expand_as(left)
     owner = torch.zeros_like(root).scatter(1, left, number).gather(1, root)
-    sizes = torch.zeros_like(left).scatter_add(1, owner, torch.ones_like(owner))  # of integers: in any order
-    return Groups(owner, owner.argsort(dim=1, stable=True), sizes)
+    sizes = torch.zeros_like(left).scatter_add(1, owner, torch.ones_like(owner))  # integers, in whatever order
+    patches = owner.shape[1]
+    order = (owner * patches + torch.arange(patches, device=owner.device)).sort(dim=1).values % patches
+    return Groups(owner, order, sizes)
 
 
 def means(x: Tensor, groups: Groups) -> Tensor:
-    """(B, N, D) → (B, m, D). As bags of rows, whose sums have one order on every device, and so have their gradients."""
+    """(B, N, D) → (B, m, D), as bags of rows: on a GPU too these and their gradients are summed in one order."""
     image = torch.arange(x.shape[0], device=x.device)[:, None]
     patch = (groups.order + image * x.shape[1]).flatten()
     sizes = groups.sizes.flatten()
