@@ -6,9 +6,14 @@ Local-then-Global Token Merging for Efficient Semantic Segmentation with Plain V
 2406.09936: whole cells of 2 × 2 patches first.
 
 A round takes every second token, A, and finds for it the most similar of the others, B, by the cosine of their means;
-the most similar pairs become one, at most all of A. So there are several rounds until m tokens are left: of a quarter,
-two. Tokens are taken along a path that goes through the rows to and fro, so that A and B are a checkerboard at first
-and neighbours later. Of pairs that are equally similar those of the first tokens on it are merged.
+the most similar pairs become one, at most a third of all tokens. So there are several rounds until m tokens are left:
+of a quarter, four. Tokens are taken along a path that goes through the rows to and fro, so that A and B are a
+checkerboard at first and neighbours later. Of pairs that are equally similar those of the first tokens on it are
+merged.
+
+More rounds are measured to be worth it. Where DINOv2-S/14 is converted, all layers with a quarter of the keys, 504 px,
+the centred cosine of patch tokens (`vit_efficient.fidelity`) is .972 over 6 photographs, and .921 where all of A may be
+merged at once, in two rounds. Without `count_bias` it is .645.
 
 Letters: B batch, H heads, N patches, m kept, n tokens left before a round, D channels.
 """
@@ -97,13 +102,13 @@ def rounds(height, width, budget: budgets.Budget, local_first: bool) -> list:
         left.append(n)
     if type(n) is int and type(kept) is int:
         while n > kept:
-            n = max(n // 2, kept)
+            n = max(2 * n // 3, kept)
             left.append(n)
         return left
     if budget.keep_ratio is None:
         raise UserError(f'num_tokens={budget.num_tokens} needs a fixed image size; give keep_ratio where there is none')
-    for _ in range(math.ceil(-math.log2(budget.keep_ratio))):
-        n = larger(n // 2, kept)
+    for _ in range(math.ceil(math.log(budget.keep_ratio) / math.log(2 / 3))):
+        n = larger(2 * n // 3, kept)
         left.append(n)
     return left
 
