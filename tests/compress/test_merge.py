@@ -57,9 +57,8 @@ def groups_in_loops(tokens, height, width, kept, local_first=False):
         a, b = groups[::2], groups[1::2]
         scores = [[cosine(mean(one), mean(other)) for other in b] for one in a]
         nearest = [best_first(row)[0] for row in scores]
-        merged = best_first([row[i] for row, i in zip(scores, nearest, strict=True)])[
-            : min(len(groups) - kept, -(-len(groups) // 3))
-        ]
+        count = min(len(groups) - kept, -(-len(groups) // 3))
+        merged = best_first([row[i] for row, i in zip(scores, nearest, strict=True)])[:count]
         for i in merged:
             b[nearest[i]].extend(a[i])
         groups = [group for i, group in enumerate(groups) if i % 2 or i // 2 not in merged]

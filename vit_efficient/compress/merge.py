@@ -114,7 +114,9 @@ def rounds(height, width, budget: budgets.Budget, local_first: bool) -> list:
 
 
 def alike_pairs(tokens: Tensor, left: Tensor, n) -> tuple[Tensor, Tensor]:
-    """The tokens of A to be merged so that n are left, and those of B that they are merged into: (B, …) each.
+    """The tokens of A, and what each is merged into so that n are left, a token of B or itself: (B, …) each.
+
+    There is none that is empty: of open sizes torch.export would fix that it is not.
 
     Args:
         tokens: Of length 1, (B, tokens, D).
@@ -122,8 +124,10 @@ def alike_pairs(tokens: Tensor, left: Tensor, n) -> tuple[Tensor, Tensor]:
     """
     a, b = left[:, ::2], left[:, 1::2]
     similarity, best = most_similar(tokens[:, ::2], tokens[:, 1::2])
-    merged = best_first(similarity)[:, : left.shape[1] - n]
-    return a.gather(1, merged), b.gather(1, best.gather(1, merged))
+    order = best_first(similarity)
+    a, b = a.gather(1, order), b.gather(1, best.gather(1, order))
+    rank = torch.arange(a.shape[1], device=a.device)
+    return a, torch.where(rank < left.shape[1] - n, b, a)
 
 
 def most_similar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,9 +159,10 @@ def alike_cells(tokens: Tensor, places: Tensor, n) -> tuple[Tensor, Tensor]:
         places: Of the patches of cells, (cells, 4).
     """
     similarity = tokens[:, places].sum(dim=2).square().sum(dim=2)
-    merged = best_first(similarity)[:, : (tokens.shape[1] - n) // 3]
-    first, *others = places[merged].unbind(2)
-    return torch.cat(others, dim=1), first.repeat(1, 3)
+    first, others = places[best_first(similarity)].split([1, 3], dim=2)
+    rank = torch.arange(places.shape[0], device=places.device)[:, None]
+    into = torch.where(rank < (tokens.shape[1] - n) // 3, first, others)
+    return others.flatten(1), into.flatten(1)
 
 
 def best_first(similarity: Tensor) -> Tensor:
