@@ -29,6 +29,8 @@ VARIANTS = [
     ('combiner', dict(pattern='axial')),
     ('monarch', {}),
     ('monarch', dict(block_size=3, steps=2)),
+    ('merge', {}),
+    ('merge', dict(place='x', local_first=True)),
     ('nystrom', dict(num_landmarks=(3, 2))),
     ('performer', {}),
     ('window', dict(window_size=3)),

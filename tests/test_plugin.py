@@ -54,8 +54,8 @@ class FirstRows(nn.Module):
         super().__init__()
         self.rows = rows
 
-    def forward(self, x, grid):
-        return x.unflatten(-2, (grid.height, grid.width))[..., : self.rows, :, :].flatten(-3, -2)
+    def forward(self, x, grid, state=None):
+        return x.unflatten(-2, (grid.height, grid.width))[..., : self.rows, :, :].flatten(-3, -2), None
 
 
 @register_compressor('plugged_rows')

@@ -360,11 +360,11 @@ class TestImageSize:
         )
         randomised(attention)
         x = torch.randn(1, 48, 12, dtype=torch.float64)
-        _, k, v = attention._compressed_projections(x, PatchGrid(6, 8))
+        _, k, v, _ = attention._compressed_projections(x, PatchGrid(6, 8))
         larger = dct.resample(x.unflatten(1, (6, 8)), (12, 16), dims=(1, 2)).flatten(1, 2)
         grid = PatchGrid(12, 16)
         if options.get('projection') != 'conv':  # a convolution cuts windows out, which is not band-limited
-            _, k_larger, v_larger = attention._compressed_projections(larger, grid)
+            _, k_larger, v_larger, _ = attention._compressed_projections(larger, grid)
             assert torch.allclose(k_larger, k) and torch.allclose(v_larger, v)
         on_the_fly = attention(larger, grid)
         attention.set_grid_size(12, 16)

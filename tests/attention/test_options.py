@@ -21,6 +21,7 @@ INTEGERS = [
     ('dct1d', dict(num_tokens=N(9)), dict(num_tokens=9)),
     ('pool', dict(num_tokens=(N(3), np.int32(4))), dict(num_tokens=[3, 4])),
     ('subsample', dict(num_tokens=np.uint8(9)), dict(num_tokens=9)),
+    ('merge', dict(num_tokens=N(9)), dict(num_tokens=9)),
     ('linformer', dict(num_tokens=N(5), grid_size=(N(7), N(13))), dict(num_tokens=5)),
     ('linformer', dict(num_tokens=dict(first=N(8), last=N(4))), dict(num_tokens=8)),
     ('linformer', dict(num_tokens=[N(8), N(4)]), dict(num_tokens=8)),

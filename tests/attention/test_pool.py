@@ -193,7 +193,7 @@ def test_image_of_equal_cells_is_attended_exactly(name, grid):
 def test_subsampling_takes_every_nth_patch():
     down = create_attention('subsample', 12, 3).compress.down
     patches = torch.arange(6 * 8.0).reshape(48, 1)
-    assert down(patches, PatchGrid(6, 8)).flatten().tolist() == [
+    assert down(patches, PatchGrid(6, 8))[0].flatten().tolist() == [
         row * 8 + column for row in (1, 3, 5) for column in (1, 3, 5, 7)
     ]
 

@@ -141,15 +141,14 @@ def test_truncated_keys(name, place, fused):
             attention = swap_attention(original, name, place=place, num_tokens=kept, **options).double().eval()
             attention.fused_attn = fused
             bias = slow(whole_of(original), kept, (5, 7), prefix, place != 'kv', counted)
-            down = partial(attention._down, grid=grid)
-            q, k, v = attention.project_heads(down(x) if place in ('x', 'block') else x)
+            kept_x = attention._down(x, grid)[0]
+            q, k, v = attention.project_heads(kept_x if place in ('x', 'block') else x)
             if place in ('kv', 'qkv'):
-                k, v = down(k), down(v)
-                q = down(q) if place == 'qkv' else q
+                q, k, v, _ = attention._kept_of_heads(q, k, v, grid)
             weights = attention.q_norm(q) @ attention.k_norm(k).mT * attention.scale + bias
             y = (weights.softmax(-1) @ v).transpose(1, 2).flatten(2)
-            expected = attention.proj(y if place in ('kv', 'block') else attention.up(y, grid))
-            found = attention(attention.down(x, grid) if place == 'block' else x, grid)
+            expected = attention.proj(y if place in ('kv', 'block') else attention.up(y, grid, None))
+            found = attention(attention.down(x, grid)[0] if place == 'block' else x, grid)
             assert (found - expected).abs().max() < 1e-9
 
 

@@ -116,6 +116,7 @@ EXACT = {
     'pool-kv': ('pool', dict(keep_ratio=1)),
     'pool-x': ('pool', dict(keep_ratio=1, place='x')),
     'subsample-qkv': ('subsample', dict(keep_ratio=1, place='qkv')),
+    'merge-kv': ('merge', dict(keep_ratio=1)),
     'linformer': ('linformer', dict(projection='mean', keep_ratio=1)),
     'window': ('window', dict(window_size=40)),
     'treeformer_tf': ('treeformer_tf', dict(tree_height=0)),

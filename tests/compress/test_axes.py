@@ -30,7 +30,7 @@ def test_any_axes(name, options, grid):
     own = dict(grid_size=(grid.height, grid.width)) if name == 'learned' else {}
     compress = get_compressor(name)(**options, **own)
     x = torch.randn(3, 2, grid.num_patches, 6)
-    y = compress.down(x, grid)
+    y, _ = compress.down(x, grid)
     cases = [(x[0], y[0]), (x[None], y[None]), (x[:0], y[:0])]
     if options.get('sharing') == 'none':
         with pytest.raises(ValueError, match=r'each of 2 heads has a projection: .* got \(3[25], 6\)'):
@@ -38,10 +38,10 @@ def test_any_axes(name, options, grid):
     else:
         cases.append((x[0, 0], y[0, 0]))
     for few, expected in cases:
-        kept = compress.down(few, grid)
+        kept, state = compress.down(few, grid)
         torch.testing.assert_close(kept, expected)
         if compress.up is not None:
-            assert compress.up(kept, grid).shape == few.shape
+            assert compress.up(kept, grid, state).shape == few.shape
 
 
 @pytest.mark.parametrize(

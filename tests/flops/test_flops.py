@@ -41,6 +41,7 @@ OURS = [
     ),
     *(('vit_linformer_tiny', {'attention_kwargs': {'projection': p}}) for p in ('mean', 'max', 'conv')),
     *((f'vit_{name}_tiny', {'attention_kwargs': {'place': p}}) for name in ('pool', 'subsample') for p in ('x', 'kv')),
+    *(('vit_merge_tiny', {'attention_kwargs': {'place': place, 'local_first': place == 'x'}}) for place in ('x', 'kv')),
     *(('vit_pool_tiny', {'attention_kwargs': {'summary': summary}}) for summary in ('local', 'medoid')),
     ('vit_combiner_tiny', {'attention_kwargs': {'window_size': 3, 'cell_size': 2, 'reach': 1}}),
     ('vit_combiner_tiny', {'attention_kwargs': {'pattern': 'axial'}}),

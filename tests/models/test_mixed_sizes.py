@@ -42,6 +42,8 @@ MECHANISMS = {
     'dct-x': ('dct', {}),
     'pool-kv': ('pool', {}),
     'pool-block': ('pool', dict(place='block')),
+    'merge-kv': ('merge', {}),
+    'merge-block': ('merge', dict(place='block')),
     'subsample-qkv': ('subsample', dict(place='qkv')),
     'window': ('window', dict(window_size=3)),
     'combiner': ('combiner', dict(window_size=3, cell_size=2)),

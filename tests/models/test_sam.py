@@ -244,7 +244,7 @@ def test_truncated_keys(name, options, place, fused):
     x = torch.randn(2, 30, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def down(tokens):
-        return attention.compress.down(tokens, grid)
+        return attention.compress.down(tokens, grid)[0]
 
     q, k, v = attention.project_heads(down(x) if place in ('x', 'block') else x)
     if place in ('kv', 'qkv'):
@@ -254,8 +254,8 @@ def test_truncated_keys(name, options, place, fused):
     counted = options.get('count_bias', False)
     bias = slow_bias(original, q, (5, 6), kept, place != 'kv', counted)
     y = ((q @ k.mT * attention.scale + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
-    expected = attention.proj(y if place in ('kv', 'block') else attention.up(y, grid))
-    found = attention(attention.down(x, grid) if place == 'block' else x, grid)
+    expected = attention.proj(y if place in ('kv', 'block') else attention.up(y, grid, None))
+    found = attention(attention.down(x, grid)[0] if place == 'block' else x, grid)
     assert (found - expected).abs().max() < 1e-9
 
 
@@ -279,7 +279,7 @@ def test_rotations_of_truncated_keys(place):
     q, k, v = attention.project(pooled)
     q = apply_rot_embed_cat(q, of_kept) if place == 'x' else apply_rot_embed_cat(attention.project(normed)[0], rope)
     y = ((q @ apply_rot_embed_cat(k, of_kept).mT * attention.scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
-    y = x + attention.proj(attention.up(y, grid) if place == 'x' else y).unflatten(1, (7, 13))
+    y = x + attention.proj(attention.up(y, grid, None) if place == 'x' else y).unflatten(1, (7, 13))
     assert (block(x) - y - block.mlp(block.norm2(y))).abs().max() < 1e-9
 
 

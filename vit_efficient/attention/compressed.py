@@ -34,8 +34,10 @@ from vit_efficient.attention.relative import (
     check_grid,
     grid_of_bias,
 )
-from vit_efficient.attention.rotary import rope_of_kept, rotate
+from vit_efficient.attention.rotary import rope_at, rope_of_kept, rotate
 from vit_efficient.compress import COMPRESSORS, get_compressor
+from vit_efficient.compress.base import State
+from vit_efficient.compress.cells import COORDINATES
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import argument_names, as_integer, check_choice, check_options
 from vit_efficient.utils.errors import UserError
@@ -71,13 +73,14 @@ class LocalMixing(nn.Conv2d):
 @register_attention('linformer', compressor='learned', place='kv')
 @register_attention('pool', compressor='pool', place='kv')
 @register_attention('subsample', compressor='subsample', place='kv')
+@register_attention('merge', compressor='merge', place='kv')
 class CompressedAttention(GridAttention):
     """timm's attention among the tokens that a compressor keeps.
 
     qk-norm acts after compression. At place `x` the whole of timm's attention runs on the kept tokens, with its gate
     and its norm; at `block` too, but there it is the block that goes down and up (`GridBlock` of the models), and
-    `forward` takes the kept tokens. At `qkv` and `kv` gate and norm act at full resolution, and the output projection
-    stands after them.
+    `forward` takes the kept tokens and the `state` that `down` gave with them. At `qkv` and `kv` gate and norm act at
+    full resolution, and the output projection stands after them.
 
     Where the compressor commutes with projections (the DCT does), the result is the same if channels are projected on
     the kept tokens, before going up or after coming down; so that is done. At `kv` this uses the rows of `qkv` apart,
@@ -145,6 +148,7 @@ class CompressedAttention(GridAttention):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         shared_bias: RelativeBias | None = None,
+        state: State = None,
     ) -> Tensor:
         if rope is not None:
             self.check_rotary()
@@ -154,10 +158,11 @@ class CompressedAttention(GridAttention):
             check_grid(self.title, grid_of_bias(bias), grid.height, grid.width)
         if self.of_block:
             check_kept(self.title, x.shape, self.num_attended(grid), attn_mask, is_causal)
-            return self.proj_drop(self.proj(self._among_kept(x, grid, rope, bias)))
+            return self.proj_drop(self.proj(self._among_kept(x, grid, state, rope, bias)))
         self.check_call(x, grid, attn_mask, is_causal)
         if self.place == 'x':
-            y = self._project_up(self._among_kept(self._down(x, grid), grid, rope, bias), grid)
+            kept, state = self._down(x, grid)
+            y = self._project_up(self._among_kept(kept, grid, state, rope, bias), grid, state)
         else:
             y = self._on_projections(x, grid, rope, bias)
         if self.local is not None:
@@ -166,8 +171,8 @@ class CompressedAttention(GridAttention):
             y = torch.cat([prefix, patches], dim=1) if grid.prefix else patches
         return self.proj_drop(y)
 
-    def down(self, x: Tensor, grid: PatchGrid) -> Tensor:
-        """The tokens that a block keeps at place 'block': (B, N, C) → (B, m, C)."""
+    def down(self, x: Tensor, grid: PatchGrid) -> tuple[Tensor, State]:
+        """The tokens that a block keeps at place 'block', (B, N, C) → (B, m, C); a state for `forward` and `up`."""
         self.check_call(x, grid)
         return self._down(x, grid)
 
@@ -180,54 +185,65 @@ class CompressedAttention(GridAttention):
             )
 
     def check_relative_bias(self) -> None:
-        if self.compress.coordinates is None:
+        if self.compress.coordinates not in COORDINATES:
             raise UserError(
-                f'{self.title}: the keys kept are mixtures of patches that have no place, or patches that it chooses '
+                f'{self.title}: the keys kept are mixtures of patches and no cells of the grid, or patches that it chooses '
                 f"({write_options(self.compress.options)}), and cannot have the model's relative position bias; use "
                 "'pool' (without summary='medoid'), 'subsample' or 'window', or 'dct' with domain='space' and axes='2d'"
             )
 
-    def _among_kept(self, x_BmC: Tensor, grid: PatchGrid, rope: Tensor | None, bias: Bias | None = None) -> Tensor:
+    def _among_kept(
+        self, x_BmC: Tensor, grid: PatchGrid, state: State, rope: Tensor | None, bias: Bias | None
+    ) -> Tensor:
         """timm's attention on the kept tokens, but for the output projection."""
         q, k, v = self.project_heads(x_BmC)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = self.rotate(q, k, self._rope_of_kept(rope, grid), grid.prefix)
-        return self.norm_and_gate(self._attend(q, k, self.values_of_maps(v), grid, bias), x_BmC)
+            q, k = self.rotate(q, k, self._rope_of_kept(rope, grid, state), grid.prefix)
+        return self.norm_and_gate(self._attend(q, k, self.values_of_maps(v), grid, state, bias), x_BmC)
 
-    def _on_projections(self, x: Tensor, grid: PatchGrid, rope: Tensor | None, bias: Bias | None = None) -> Tensor:
-        q, k, v = self._compressed_projections(x, grid, rope)
-        y = self._attend(q, k, v, grid, bias)
+    def _on_projections(self, x: Tensor, grid: PatchGrid, rope: Tensor | None, bias: Bias | None) -> Tensor:
+        q, k, v, state = self._compressed_projections(x, grid, rope)
+        y = self._attend(q, k, v, grid, state, bias)
         if self.place == 'qkv':
             if self.gate is None and isinstance(self.norm, nn.Identity):
-                return self._project_up(y, grid)
-            y = self.up(y, grid)
+                return self._project_up(y, grid, state)
+            y = self.up(y, grid, state)
         return self.proj(self.norm_and_gate(y, x))
 
     def _compressed_projections(
         self, x: Tensor, grid: PatchGrid, rope: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as (B, H, tokens, D or E), with qk-norm and rotated: k and v, and at `qkv` q, of the kept tokens."""
-        of_queries = self.place == 'qkv'
+    ) -> tuple[Tensor, Tensor, Tensor, State]:
+        """q, k, v as (B, H, tokens, D or E), with qk-norm and rotated: k and v, and at `qkv` q, of the kept tokens; and
+        the state of the keys, which the others follow."""
         if self.compress.has_summaries:
-            return self._summaries(x, grid, rope)
+            return *self._summaries(x, grid, rope), None
+        of_queries, state = self.place == 'qkv', None
+        commutes = self.compress.commutes and not self.compress.matches
         if rope is not None and self.compress.coordinates is None:
             return self._rotated_first(x, grid, rope)
-        if self.compress.commutes and of_queries:
-            q, k, v = self.project_heads(self._down(x, grid), through=partial(self._projected, grid=grid))
-        elif self.compress.commutes and (self.qkv is None or is_fused(self)):
+        if commutes and of_queries:
+            q, k, v = self.project_heads(self._down(x, grid)[0], through=partial(self._projected, grid=grid))
+        elif commutes and (self.qkv is None or is_fused(self)):
             q, k, v = self._projected_apart(x, grid)
         else:
             q, k, v = self.project_heads(x)
-            down_k, down_v = self.compress.ways_down
-            k, v = self._down(k, grid, down_k), self._down(v, grid, down_v)
-            q = self._down(q, grid) if of_queries else q
+            q, k, v, state = self._kept_of_heads(q, k, v, grid)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            of_kept = self._rope_of_kept(rope, grid)
+            of_kept = self._rope_of_kept(rope, grid, state)
             q = rotate(q, of_kept if of_queries else rope, grid.prefix, self.rotate_half)
             k = rotate(k, of_kept, grid.prefix, self.rotate_half)
-        return q, k, self.values_of_maps(v)
+        return q, k, self.values_of_maps(v), state
+
+    def _kept_of_heads(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid) -> tuple[Tensor, Tensor, Tensor, State]:
+        """As `_compressed_projections`, of projections: keys and values, and at `qkv` queries, go down."""
+        down_k, down_v = self.compress.ways_down
+        k, state = self._down(k, grid, down_k)
+        v, _ = self._down(v, grid, down_v, state)
+        if self.place == 'qkv':
+            q, _ = self._down(q, grid, state=state)
+        return q, k, v, state
 
     def _projected_apart(self, x: Tensor, grid: PatchGrid) -> list[Tensor]:
         """Queries of all tokens, keys and values of the kept ones, which are compressed before they are projected."""
@@ -236,16 +252,15 @@ class CompressedAttention(GridAttention):
         heads = self.project_heads(x, 0, 1)
         for first, last, way in ways:
             through = partial(self._projected, grid=grid, way=way)
-            heads += self.project_heads(self._down(x, grid, way), first, last, through)
+            heads += self.project_heads(self._down(x, grid, way)[0], first, last, through)
         return heads
 
-    def _rotated_first(self, x: Tensor, grid: PatchGrid, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotated_first(self, x: Tensor, grid: PatchGrid, rope: Tensor) -> tuple[Tensor, Tensor, Tensor, State]:
         """As `_compressed_projections`, where kept tokens have no place: queries and keys are rotated, then mixed."""
         q, k, v = self.project(x)
         q, k = self.rotate(q, k, rope, grid.prefix)
-        down_k, down_v = self.compress.ways_down
-        q = self._down(q, grid) if self.place == 'qkv' else q
-        return q, self._down(k, grid, down_k), self.values_of_maps(self._down(v, grid, down_v))
+        q, k, v, state = self._kept_of_heads(q, k, v, grid)
+        return q, k, self.values_of_maps(v), state
 
     def _summaries(self, x: Tensor, grid: PatchGrid, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """As `_compressed_projections`, of a compressor that `has_summaries`."""
@@ -260,17 +275,20 @@ class CompressedAttention(GridAttention):
             of_k, of_v = torch.cat([k_prefix, of_k], dim=-2), torch.cat([v_prefix, of_v], dim=-2)
         if rope is not None and not rotates_first:
             q = rotate(q, rope, grid.prefix, self.rotate_half)
-            of_k = rotate(of_k, self._rope_of_kept(rope, grid), grid.prefix, self.rotate_half)
+            of_k = rotate(of_k, self._rope_of_kept(rope, grid, None), grid.prefix, self.rotate_half)
         return q, of_k, of_v
 
-    def _rope_of_kept(self, rope: Tensor, grid: PatchGrid) -> Tensor:
+    def _rope_of_kept(self, rope: Tensor, grid: PatchGrid, state: State) -> Tensor:
+        if self.compress.coordinates == 'groups':
+            rows, columns = self.compress.centres(grid, state)
+            return rope_at(rope, grid.height, grid.width, rows, columns)
         kept = self.compress.kept_sides(grid)
         return rope_of_kept(rope, grid.height, grid.width, kept, self.compress.coordinates)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid, bias: Bias | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: PatchGrid, state: State, bias: Bias | None) -> Tensor:
         """(B, H, tokens, D or E) each → (B, tokens, C)"""
         if bias is None:
-            mask = self.compress.log_counts(grid, q)
+            mask = self.compress.log_counts(grid, q, state)
         else:
             kept, counted = self.compress.kept_sides(grid), getattr(self.compress, 'count_bias', False)
             how = kept, self.place != 'kv', counted
@@ -281,11 +299,11 @@ class CompressedAttention(GridAttention):
         y = attend(q, k, v, self.scale, self.fused_attn, self.attn_drop, mask)
         return self.merge_heads(y)
 
-    def _project_up(self, y_BmC: Tensor, grid: PatchGrid) -> Tensor:
+    def _project_up(self, y_BmC: Tensor, grid: PatchGrid, state: State) -> Tensor:
         """up, then the output projection: the other way round where that is the same, on fewer tokens."""
         if not self.compress.commutes:
-            return self.proj(self.up(y_BmC, grid))
-        return self.up(self._projected(self.proj, y_BmC, grid), grid)
+            return self.proj(self.up(y_BmC, grid, state))
+        return self.up(self._projected(self.proj, y_BmC, grid), grid, state)
 
     def _projected(
         self, projection: Projection, x_BmC: Tensor, grid: PatchGrid, way: nn.Module | None = None
@@ -309,20 +327,22 @@ class CompressedAttention(GridAttention):
         # Split, not sliced: the gradient of a slice is as large as the whole.
         return x.split_with_sizes([grid.prefix, x.shape[-2] - grid.prefix], dim=-2)
 
-    def _down(self, x: Tensor, grid: PatchGrid, way: nn.Module | None = None) -> Tensor:
+    def _down(
+        self, x: Tensor, grid: PatchGrid, way: nn.Module | None = None, state: State = None
+    ) -> tuple[Tensor, State]:
         way = way or self.compress.down
         if not grid.prefix:
-            return way(x, grid)
+            return way(x, grid, state)
         prefix, patches = self._split(x, grid)
-        kept = way(patches, grid)
-        return torch.cat([prefix.to(kept.dtype), kept], dim=-2)
+        kept, state = way(patches, grid, state)
+        return torch.cat([prefix.to(kept.dtype), kept], dim=-2), state
 
-    def up(self, y: Tensor, grid: PatchGrid) -> Tensor:
+    def up(self, y: Tensor, grid: PatchGrid, state: State) -> Tensor:
         """Kept tokens back to all: (…, m, C) → (…, N, C)."""
         if not grid.prefix:
-            return self.compress.up(y, grid)
+            return self.compress.up(y, grid, state)
         prefix, kept = self._split(y, grid)
-        return torch.cat([prefix, self.compress.up(kept, grid)], dim=-2)
+        return torch.cat([prefix, self.compress.up(kept, grid, state)], dim=-2)
 
     def num_attended(self, grid: PatchGrid) -> int:
         return grid.prefix + self.compress.num_kept(grid)

@@ -67,8 +67,8 @@ def bias_as_channel(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[T
 
 
 def is_bias_of_keys(mask: Tensor) -> bool:
-    """Whether a mask is (1, keys), added to the scores of all queries."""
-    return mask.ndim == 2 and mask.shape[0] == 1 and mask.dtype != torch.bool
+    """Whether a mask is (…, 1, keys), added to the scores of all queries."""
+    return mask.shape[-2] == 1 and mask.dtype != torch.bool
 
 
 # Leaves for FX, to which nothing is None.
@@ -81,7 +81,7 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, 
     if mask is not None and is_bias_of_keys(mask) and (mask.requires_grad or (on_gpu(q) and not q.is_meta)):
         # Few fused kernels take a mask that has a gradient, and the fastest of GPUs takes none; this one costs no
         # queries × keys matrix.
-        q, k = bias_as_channel(q, k, mask[0, :, None], scale)
+        q, k = bias_as_channel(q, k, mask.mT, scale)
         mask = None
     more = max(0, q.shape[-1] - v.shape[-1])  # fused kernels want values of as many channels
     v = F.pad(v, (0, more)) if more else v

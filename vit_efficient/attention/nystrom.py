@@ -132,7 +132,7 @@ class NystromAttention(GridAttention):
     def _means(self, x: Tensor, grid: PatchGrid) -> Tensor:
         """Landmarks of queries or keys: (B, H, N, D) → (B, H, m, D)"""
         patches_BLC = x[:, :, grid.prefix :].transpose(1, 2).flatten(2)  # of all heads at once
-        means = self.landmarks(patches_BLC, grid).unflatten(2, (self.num_maps, -1)).transpose(1, 2)
+        means = self.landmarks(patches_BLC, grid)[0].unflatten(2, (self.num_maps, -1)).transpose(1, 2)
         means = means.contiguous()  # fused attention takes no other
         return torch.cat([x[:, :, : grid.prefix].to(means.dtype), means], dim=2) if grid.prefix else means
 

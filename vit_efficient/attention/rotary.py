@@ -25,7 +25,8 @@ from torch import Tensor
 
 from vit_efficient.compress.cells import COORDINATES
 from vit_efficient.dct.bases import basis, is_eager
-from vit_efficient.grid import smaller
+from vit_efficient.grid import plain_sizes, smaller
+from vit_efficient.utils.compat import are_numbers
 from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.precision import real_dtype
 
@@ -96,20 +97,59 @@ def _rope_of_kept(rope: Tensor, steps: Tensor | None, height, width, kept: tuple
     h, w = kept
     if type(h) is type(w) is type(height) is type(width) is int and (h, w) == (height, width):
         return rope
-    dtype = torch.promote_types(rope.dtype, torch.float32)
-    places_of = [
+    coordinates_of = [
         basis(COORDINATES[coordinates], sizes, rope, real_dtype(rope.device)) for sizes in ((h, height), (w, width))
     ]
-    before = [place.floor() for place in places_of]
-    row, column = ((place - floor).to(dtype) for place, floor in zip(places_of, before, strict=True))
-    patch = (before[0].long()[:, None] * width + before[1].long()).flatten()
-    sine, cosine = rope.index_select(-2, patch).to(dtype).unflatten(-2, (h, w)).chunk(2, dim=-1)
-    steps = steps_between(rope, height, width) if steps is None else steps
-    down, across = (step.to(dtype)[..., None, None, :] for step in steps)
-    angle = row[:, None, None] * down + column[None, :, None] * across
+    (row, y), (column, x) = (_split(each, rope) for each in coordinates_of)
+    near = rope.index_select(-2, (row[:, None] * width + column).flatten()).unflatten(-2, (h, w))
+    down, across = (step[..., None, None, :] for step in _steps(rope, steps, height, width))
+    return _turned_on(near, y[:, None, None] * down + x[:, None] * across).flatten(-3, -2)
+
+
+def rope_at(rope: Tensor | Rope, height, width, rows: Tensor, columns: Tensor) -> Tensor:
+    """The rotations at coordinates of each image: (B, 1 or H, m, 2 D)
+
+    Args:
+        rope: Of all patches.
+        height, width: The grid.
+        rows, columns: In patches from the first, (B, m) each; of as many as there are patches, theirs.
+    """
+    return _rope_at(*(rope if isinstance(rope, Rope) else (rope, None)), height, width, rows, columns)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _rope_at(rope: Tensor, steps: Tensor | None, height, width, rows: Tensor, columns: Tensor) -> Tensor:
+    patches, kept = plain_sizes((rope.shape[-2], rows.shape[1]))
+    if are_numbers(patches, kept) and patches == kept:
+        return rope
+    (row, y), (column, x) = _split(rows, rope), _split(columns, rope)
+    down, across = (step[..., None, :] for step in _steps(rope, steps, height, width))
+    # From (N, 2 D) and (H, N, 2 D) too: one more axis of images.
+    table = rope[(None,) * (4 - rope.ndim)].expand(rows.shape[0], -1, -1, -1)
+    patch = (row * width + column)[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+    return _turned_on(table.gather(2, patch), y[:, None, :, None] * down + x[:, None, :, None] * across)
+
+
+def _split(coordinates: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    """The patch before each coordinate, and the fraction of a step that it lies farther, exact enough for `rope`."""
+    before = coordinates.floor()
+    return before.long(), (coordinates - before).to(torch.promote_types(rope.dtype, torch.float32))
+
+
+def _turned_on(rope: Tensor, angle: Tensor) -> Tensor:
+    """Rotations (…, 2 D), turned on by angles (…, D)."""
+    sine, cosine = rope.to(angle.dtype).chunk(2, dim=-1)
     sine_more, cosine_more = angle.sin(), angle.cos()
     sine, cosine = sine * cosine_more + cosine * sine_more, cosine * cosine_more - sine * sine_more
-    return torch.cat([sine, cosine], dim=-1).flatten(-3, -2).to(rope.dtype)
+    return torch.cat([sine, cosine], dim=-1).to(rope.dtype)
+
+
+def _steps(rope: Tensor, steps: Tensor | None, height, width) -> tuple[Tensor, Tensor]:
+    """The angles from a patch to the one below it and to the one on its right, as they are known; (…, D) each."""
+    down, across = steps_between(rope, height, width) if steps is None else steps
+    dtype = torch.promote_types(rope.dtype, torch.float32)
+    return down.to(dtype), across.to(dtype)
 
 
 def steps_between(rope: Tensor, height, width) -> tuple[Tensor, Tensor]:

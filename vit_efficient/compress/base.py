@@ -10,6 +10,9 @@ from vit_efficient.utils.checks import argument_names, nearest
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.options import write_options
 
+#: What a way down hands on.
+State = tuple[Tensor, ...] | None
+
 COMPRESSORS: dict[str, type['Compressor']] = {}
 
 # Arguments that a compressor with weights may have, and that the attention it is of fills in.
@@ -21,8 +24,12 @@ class Compressor(nn.Module):
 
     Both ways are modules, so that what they cost is found under their names:
 
-        down(x, grid): (…, H · W, D) → (…, m, D)
-        up(y, grid):   (…, m, D) → (…, H · W, D)
+        down(x, grid, state=None): (…, H · W, D) → (…, m, D), and a state
+        up(y, grid, state):        (…, m, D) → (…, H · W, D)
+
+    The state is what a way down that depends on the tokens found out and hands on, a tuple of tensors: to the way up,
+    to `centres` and `log_counts`, and to the way down of other tokens that are to go the same way, as values go with
+    their keys. All others hand on None. Nothing is kept in the modules.
 
     Raises:
         UserError: By a constructor, if an argument is missing or out of range.
@@ -41,8 +48,11 @@ class Compressor(nn.Module):
     #: `commutes` have a method add_constant(y, constant, grid): y (…, m, D) + down(the image that is `constant` (D,)
     #: at every patch).
     keeps_constants: bool = False
-    #: Where kept tokens lie on the grid, of `vit_efficient.compress.cells.COORDINATES`: then there is `kept_sides` too.
-    #: None where a kept token lies nowhere that the grid tells: a mixture of patches, say.
+    #: Whether the way down depends on the tokens. Then queries and values go down as their keys do.
+    matches: bool = False
+    #: Where kept tokens lie on the grid, of `vit_efficient.compress.cells.COORDINATES`: then there is `kept_sides` too;
+    #: 'groups' if the state says it: then there is `centres`. None where a kept token is a mixture of patches that lies
+    #: nowhere.
     coordinates: str | None = None
     #: Whether its kept keys and values are what `keys_and_values` returns: then it can only stand at place `kv`.
     has_summaries: bool = False
@@ -94,18 +104,24 @@ class Compressor(nn.Module):
         raise NotImplementedError
 
     def kept_sides(self, grid: PatchGrid) -> tuple:
-        """h and w, of kept tokens that have `coordinates`."""
+        """h and w, of kept tokens whose coordinates are those of cells."""
         raise NotImplementedError
 
-    def log_counts(self, grid: PatchGrid, like: Tensor) -> Tensor | None:
+    def centres(self, grid: PatchGrid, state: State) -> tuple[Tensor, Tensor]:
+        """Row and column of each kept token of each image, in patches from the first: (B, m) each."""
+        raise NotImplementedError
+
+    def log_counts(self, grid: PatchGrid, like: Tensor, state: State = None) -> Tensor | None:
         """What is added to the score of each key, so that it weighs as many patches as it stands for.
 
         Args:
             grid: The layout of the tokens.
             like: Has the dtype and device of the result.
+            state: What the way down of the keys gave.
 
         Returns:
-            (1, prefix + m), or None where it would be the same for all keys.
+            (1, prefix + m), or (B, 1, 1, prefix + m) if it is each image's own; None where it would be the same for all
+            keys.
         """
         return None
 

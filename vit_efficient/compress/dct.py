@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_efficient.compress import budget as budgets
-from vit_efficient.compress.base import Compressor, register_compressor
+from vit_efficient.compress.base import Compressor, State, register_compressor
 from vit_efficient.dct import transforms
 from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.grid import PatchGrid
@@ -45,14 +45,14 @@ class _Way(nn.Module):
 
 
 class Down(_Way):
-    def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
+    def forward(self, x: Tensor, grid: PatchGrid, state: State = None) -> tuple[Tensor, State]:
         if self.axes == '1d':
             m = budgets.kept_count(grid.height, grid.width, self.budget)
-            return transforms.transform(x, self.kinds[0], (-2,), (m,))
+            return transforms.transform(x, self.kinds[0], (-2,), (m,)), None
         size = budgets.kept_grid(grid.height, grid.width, self.budget)
         sizes = (size[0], size[1])
         y = transforms.transform(x, self.kinds[0], (-3, -2), sizes, (grid.height, grid.width))
-        return self.windowed(y, sizes)
+        return self.windowed(y, sizes), None
 
     def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:
         """y (…, m, D) + the coefficients of the image that is `constant` (D,) at every patch; of `frequency`."""
@@ -61,7 +61,7 @@ class Down(_Way):
 
 
 class Up(_Way):
-    def forward(self, y: Tensor, grid: PatchGrid) -> Tensor:
+    def forward(self, y: Tensor, grid: PatchGrid, state: State) -> Tensor:
         if self.axes == '1d':
             return transforms.transform(y, self.kinds[1], (-2,), (grid.height * grid.width,))
         size = budgets.kept_grid(grid.height, grid.width, self.budget)
@@ -120,7 +120,7 @@ class DctCompressor(Compressor):
         learned = {'learned': True} if self.window is not None else {}
         return dict(axes=self.axes, domain=self.domain, **self.budget.options, **learned)
 
-    def log_counts(self, grid: PatchGrid, like: Tensor) -> Tensor | None:
+    def log_counts(self, grid: PatchGrid, like: Tensor, state: State = None) -> Tensor | None:
         """The logarithms of the gains, by which a coefficient that is faded out is faded out as a key."""
         if self.window is None or self.domain == 'space':
             return None

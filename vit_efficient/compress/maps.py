@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from vit_efficient import dct
 from vit_efficient.compress import budget as budgets
 from vit_efficient.compress import cells
+from vit_efficient.compress.base import State
 from vit_efficient.dct.bases import along
 from vit_efficient.grid import PatchGrid, plain_sizes
 from vit_efficient.utils.errors import UserError
@@ -111,8 +112,8 @@ class Linear(Maps):
             self.weight.copy_(self.means())
         return 'projections, which start as the means of cells of the patch grid'
 
-    def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
-        return project(x, self.weight, grid.height, grid.width)
+    def forward(self, x: Tensor, grid: PatchGrid, state: State = None) -> tuple[Tensor, State]:
+        return project(x, self.weight, grid.height, grid.width), None
 
     def add_constant(self, y: Tensor, constant: Tensor, grid: PatchGrid) -> Tensor:
         sums = self.weight[0].sum((-2, -1))  # the same at every image size
@@ -168,8 +169,8 @@ class Conv(Maps):
     def kernel_size(self, height: int, width: int) -> tuple[int, int]:
         return kernel_size(*budgets.sides(height, width, self.axes), self.budget)
 
-    def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
-        return convolve(x, self.weight, *budgets.sides(grid.height, grid.width, self.axes), self.budget)
+    def forward(self, x: Tensor, grid: PatchGrid, state: State = None) -> tuple[Tensor, State]:
+        return convolve(x, self.weight, *budgets.sides(grid.height, grid.width, self.axes), self.budget), None
 
     def extra_repr(self) -> str:
         kernels, channels, *size = self.weight.shape

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vit_efficient.compress import budget as budgets
 from vit_efficient.compress import cells
-from vit_efficient.compress.base import Compressor, register_compressor
+from vit_efficient.compress.base import Compressor, State, register_compressor
 from vit_efficient.grid import PatchGrid, plain_sizes
 from vit_efficient.utils.checks import check_choice, check_flag
 from vit_efficient.utils.errors import UserError
@@ -105,8 +105,8 @@ class Down(nn.Module):
         self.way = way
         self.axes = axes
 
-    def forward(self, x: Tensor, grid: PatchGrid) -> Tensor:
-        return shrink(x, *budgets.sides(grid.height, grid.width, self.axes), self.budget, self.way)
+    def forward(self, x: Tensor, grid: PatchGrid, state: State = None) -> tuple[Tensor, State]:
+        return shrink(x, *budgets.sides(grid.height, grid.width, self.axes), self.budget, self.way), None
 
 
 class Up(nn.Module):
@@ -115,7 +115,7 @@ class Up(nn.Module):
         self.budget = budget
         self.picked = picked
 
-    def forward(self, y: Tensor, grid: PatchGrid) -> Tensor:
+    def forward(self, y: Tensor, grid: PatchGrid, state: State) -> Tensor:
         return interpolate(y, grid.height, grid.width, self.budget, self.picked)
 
 
@@ -178,7 +178,7 @@ class PoolCompressor(Compressor):
         h, w = self.kept_sides(grid)
         return h * w
 
-    def log_counts(self, grid: PatchGrid, like: Tensor) -> Tensor | None:
+    def log_counts(self, grid: PatchGrid, like: Tensor, state: State = None) -> Tensor | None:
         return log_counts(grid.height, grid.width, grid.prefix, self.budget, like) if self.count_bias else None
 
 

@@ -90,27 +90,36 @@ class OnGrid:
                 several sizes those of each.
             attn_mask, is_causal: As timm's.
         """
-        sublayers = self.sublayers(grid, rope, attn_mask, is_causal)
         attention, *_ = self.own_attentions().values()
         if not attention.of_block:
-            for adds in sublayers:
+            for adds in self.sublayers(grid, rope, attn_mask, is_causal):
                 x = x + adds(x)
             return x
-        y = on_each(attention.down, x, grid)
-        added = sublayers[0](y)
-        for adds in sublayers[1:]:
+        y, state = down_on_each(attention, x, grid)
+        first, *others = self.sublayers(grid, rope, attn_mask, is_causal, state)
+        added = first(y)
+        for adds in others:
             added = added + adds(y + added)
-        return x + on_each(attention.up, added, grid, attention)
+        return x + on_each(attention.up, added, grid, attention, state)
 
-    def attend(self, attention: nn.Module, x: Tensor, grid: Grid, rope: Any, attn_mask, is_causal) -> Tensor:
-        """What an attention makes of x; one that knows of no positions is not told that there are none."""
+    def attend(
+        self, attention: nn.Module, x: Tensor, grid: Grid, rope: Any, attn_mask, is_causal, state: Any = None
+    ) -> Tensor:
+        """What an attention makes of x; one that knows of no positions is not told that there are none.
+
+        Args:
+            state: What its way down gave with x, at place 'block'.
+        """
         if isinstance(grid, PackedGrids):
-            ropes = iter(rope or [None] * len(grid.groups))
-            return on_each(
-                lambda part, g: self.attend(attention, part, g, next(ropes), attn_mask, is_causal), x, grid, attention
-            )
-        positions = {} if rope is None else {self.positions: rope}
-        return attention(x, grid, **positions, attn_mask=attn_mask, is_causal=is_causal)
+
+            def of_one(part: Tensor, g: PatchGrid, rope: Any, state: Any) -> Tensor:
+                return self.attend(attention, part, g, rope, attn_mask, is_causal, state)
+
+            return on_each(of_one, x, grid, attention, rope, state)
+        given = {} if rope is None else {self.positions: rope}
+        if state is not None:
+            given['state'] = state
+        return attention(x, grid, **given, attn_mask=attn_mask, is_causal=is_causal)
 
     def drop(self, drop_path: nn.Module, x: Tensor, grid: Grid) -> Tensor:
         """Drop path, which drops what is added to some images."""
@@ -121,17 +130,28 @@ class OnGrid:
 
 
 def on_each(
-    function: Callable[[Tensor, PatchGrid], Tensor], x: Tensor, grid: Grid, attention: nn.Module | None = None
+    function: Callable[..., Tensor], x: Tensor, grid: Grid, attention: nn.Module, *given: Sequence | None
 ) -> Tensor:
-    """function(tokens, grid); of images of several sizes, of those of each size.
+    """function(tokens, grid, *given); of images of several sizes, of those of each size.
 
     Args:
-        attention: Where x are the tokens that it is given, which at place 'block' are those that it keeps.
+        x: The tokens that the attention is given, which at place 'block' are those that it keeps.
+        given: What else the function takes; of several sizes that of each, or None.
     """
     if not isinstance(grid, PackedGrids):
-        return function(x, grid)
-    kept = attention.num_attended if attention is not None and attention.of_block else None
-    return grid.join(function(part, g) for part, (g, _) in zip(grid.split(x, kept), grid.groups, strict=True))
+        return function(x, grid, *given)
+    parts = grid.split(x, attention.num_attended if attention.of_block else None)
+    of_each = (each or [None] * len(parts) for each in given)
+    grids = (g for g, _ in grid.groups)
+    return grid.join(function(*arguments) for arguments in zip(parts, grids, *of_each, strict=True))
+
+
+def down_on_each(attention: nn.Module, x: Tensor, grid: Grid) -> tuple[Tensor, Any]:
+    """The tokens that a block keeps and the state; of images of several sizes, those of each size."""
+    if not isinstance(grid, PackedGrids):
+        return attention.down(x, grid)
+    kept = [attention.down(part, g) for part, (g, _) in zip(grid.split(x), grid.groups, strict=True)]
+    return grid.join(part for part, _ in kept), [state for _, state in kept]
 
 
 def linear_macs(module: nn.Module) -> int:
