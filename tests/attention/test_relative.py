@@ -205,7 +205,11 @@ def test_without_an_index_it_is_the_same_at_any_size():
         ('linformer', dict(num_tokens=4, grid_size=(4, 4)), "'linformer': the keys kept are mixtures.*use 'pool'"),
         ('dct1d', {}, "'dct1d': the keys kept are mixtures.*axes='1d'"),
         ('dct', dict(domain='frequency', place='kv'), "'dct': the keys kept are mixtures.*domain='frequency'"),
-        ('pool', dict(summary='medoid'), "'pool': the keys kept .* it chooses .*use 'pool' .without summary='medoid'"),
+        (
+            'pool',
+            dict(summary='medoid'),
+            "'pool': the keys kept .* chosen patches .*use 'pool' .without summary='medoid'",
+        ),
         ('combiner', {}, "'combiner' cannot have the model's relative position bias.*use 'pool'"),
         ('monarch', {}, "'monarch' cannot have the model's relative position bias.*use 'pool'"),
         ('nystrom', {}, "'nystrom' cannot have the model's relative position bias.*use 'pool'"),

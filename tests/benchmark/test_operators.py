@@ -52,7 +52,7 @@ def test_layers():
     'name, options, forward, both',
     [
         ('performer', {}, 24, 90),
-        ('combiner', {'window_size': 8, 'cell_size': 4}, 60, 200),
+        ('combiner', {'window_size': 16, 'cell_size': 8}, 45, 130),
         ('monarch', {}, 35, 90),
         ('nystrom', {}, 54, 200),
         ('window', {'window_size': 8, 'shift': True}, 8, 28),

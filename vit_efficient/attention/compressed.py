@@ -187,7 +187,7 @@ class CompressedAttention(GridAttention):
     def check_relative_bias(self) -> None:
         if self.compress.coordinates not in COORDINATES:
             raise UserError(
-                f'{self.title}: the keys kept are mixtures of patches and no cells of the grid, or patches that it chooses '
+                f'{self.title}: the keys kept are mixtures of patches and no cells of the grid, or chosen patches '
                 f"({write_options(self.compress.options)}), and cannot have the model's relative position bias; use "
                 "'pool' (without summary='medoid'), 'subsample' or 'window', or 'dct' with domain='space' and axes='2d'"
             )

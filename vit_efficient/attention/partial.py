@@ -16,6 +16,7 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.backends import cuda  # what it enables holds for CPUs too
 from torch.nn import functional as F
 
 from vit_efficient.attention.functional import masked
@@ -48,7 +49,7 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, 
         fused: Whether to use PyTorch's fused attention, on a CPU. Elsewhere, and in a graph, it is written out.
         mask: As of `vit_efficient.attention.functional`, of no more than four axes, without a gradient.
     """
-    if fused and is_eager(q) and not (q.is_meta or on_gpu(q)) and k.shape[-2]:
+    if fused and k.shape[-2] and is_eager(q) and not (q.is_meta or on_gpu(q)) and cuda.flash_sdp_enabled():
         return Part(*_Fused.apply(q, k, v, scale, mask))
     scores = masked((q * scale) @ k.mT, mask)
     lse = scores.logsumexp(dim=-1)

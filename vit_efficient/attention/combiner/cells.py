@@ -375,11 +375,12 @@ def _order(
         ]
         for of_axis in ((height, h, y), (width, w, x))
     ]
-    rows, columns = (torch.tensor(of_axis, device=device).T for of_axis in numbers)
-    rank = torch.zeros(height, width, dtype=torch.int64, device=device)
-    for row, column in zip(rows, columns, strict=True):
-        rank = (rank * height + row[:, None]) * width + column
-    return torch.cat([torch.arange(prefix, device=device), prefix + rank.flatten().argsort(stable=True)])
+    rows, columns = (np.array(of_axis).T for of_axis in numbers)
+    keys = [
+        np.broadcast_to(key, (height, width)) for pair in zip(rows[:, :, None], columns, strict=True) for key in pair
+    ]
+    order = np.lexsort([key.ravel() for key in reversed(keys)])  # the last key counts first
+    return torch.tensor(np.concatenate([np.arange(prefix), prefix + order]), device=device)
 
 
 def _places(*sizes) -> Tensor:
