@@ -224,6 +224,18 @@ class TestWhatIsAdded:
         convert(build('vit_tiny_patch16_224'), 'treeformer_tc')
         assert caplog.text.count('trees, which start at random: no checkpoint has them; fine-tune') == 1
 
+    def test_options_that_keep_more_are_the_default(self):
+        """Of a model that is trained, pooled keys come with values as their cells read them; saved options say it."""
+        summaries = {}
+        for attention, options in (('pool', {}), ('pool', dict(place='x')), ('pool', dict(summary='mean'))):
+            model = convert(timm.create_model('test_vit'), attention, **options)
+            summaries[str(options)] = model.attention_spec()[0][1]['summary']
+            again = convert(timm.create_model('test_vit'), model.attention_spec())
+            assert again.attention_spec() == model.attention_spec()
+        assert list(summaries.values()) == ['local', 'mean', 'mean']
+        assert convert(timm.create_model('test_vit'), 'subsample').attention_spec()[0][0] == 'subsample'
+        assert timm.create_model('vit_pool_tiny', depth=1).attention_spec()[0][1]['summary'] == 'mean'
+
     @pytest.mark.parametrize(
         ('attention', 'options'),
         [('dct', dict(keep_ratio=1, local=3)), ('nystrom', dict(num_landmarks=16, pinv='exact', residual_kernel=3))],

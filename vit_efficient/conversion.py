@@ -11,6 +11,7 @@ import torch
 from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
 from torch import nn
 
+from vit_efficient.attention import trained_options
 from vit_efficient.models import blocks
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.plans import Plan, as_spec
@@ -40,7 +41,8 @@ def convert(
     registered ones do. Other layers keep the attention they have. `convert(model, 'full')` is the way back.
 
     What a mechanism adds starts so that outputs change as little as they can: convolutions at zero, Linformer's
-    projections as means of cells of the patch grid. A warning is logged where they, or trees, have to be trained.
+    projections as means of cells of the patch grid. A warning is logged where they, or trees, have to be trained. For
+    the same reason `pool` at place 'kv' has summary='local' here, unless `summary` is given.
 
     Args:
         model: A timm `VisionTransformer` (plain, DeiT, DINOv2, CLIP, SigLIP, …), `Eva` (EVA-02, Perception Encoder,
@@ -66,7 +68,7 @@ def convert(
             'cannot convert this model: each of its blocks attends in windows of its own, none among all patches'
         )
     before = set(vit.parameters())
-    swap_attentions(vit, as_spec(attention), layers, **options)
+    swap_attentions(vit, as_spec(attention), layers, trained=True, **options)
     notes = set()
     for module in vit.modules():
         start = getattr(module, 'start_in_trained', None)
@@ -83,9 +85,17 @@ def sharing_weights(model: nn.Module) -> nn.Module:
 
 
 def swap_attentions(
-    model: nn.Module, attention: blocks.AttentionSpec, layers: int | Iterable[int] | None = None, **options
+    model: nn.Module,
+    attention: blocks.AttentionSpec,
+    layers: int | Iterable[int] | None = None,
+    trained: bool = False,
+    **options,
 ) -> None:
-    """As `convert`, of a model that is served; what a mechanism adds starts as in a model that is trained with it."""
+    """As `convert`, of a model that is served; what a mechanism adds starts as in a model that is trained with it.
+
+    Args:
+        trained: Whether options that are not given are those for a model that is trained already.
+    """
     depth, served = len(model.blocks), blocks.grid_blocks(model)
     indices = list(served) if layers is None else _indices(layers)
     for i in indices:
@@ -97,6 +107,8 @@ def swap_attentions(
                 f'layers: block {i} attends in windows of its own and stays as it is; those to name are {others}'
             )
     spec = blocks.attention_per_layer(attention, options, len(indices))
+    if trained:
+        spec = [(name, trained_options(name, given)) for name, given in spec]
     wanted = dict(zip([i % depth for i in indices], spec, strict=True))
     if len(wanted) < len(indices):
         raise UserError(f'layers names a block twice: {indices}')

@@ -324,14 +324,18 @@ class TestRegistered:
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(
-    'name, attention',
-    [(DINOV3, 'dct'), ('eva02_tiny_patch14_224', 'pool'), ('vit_pe_core_tiny_patch16_384', 'subsample')],
+    'name, attention, options',
+    [
+        (DINOV3, 'dct', {}),
+        ('eva02_tiny_patch14_224', 'pool', dict(summary='mean')),
+        ('vit_pe_core_tiny_patch16_384', 'subsample', {}),
+    ],
 )
-def test_exported_with_open_image_size(name, attention, tmp_path):
+def test_exported_with_open_image_size(name, attention, options, tmp_path):
     """Of other sizes than the one that is traced: PyTorch's program, and ONNX of it."""
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
-    model = vit_efficient.convert(build(name, dynamic_img_size=True, depth=1), attention)
+    model = vit_efficient.convert(build(name, dynamic_img_size=True, depth=1), attention, **options)
     height, width = (torch.export.Dim(side, min=7, max=64) for side in ('height', 'width'))
     program = torch.export.export(model, (images(),), dynamic_shapes=({2: 8 * height, 3: 8 * width},))
     with warnings.catch_warnings():

@@ -8,7 +8,14 @@ from vit_efficient.attention import (
     performer,
     window,
 )  # these register themselves
-from vit_efficient.attention.base import FullAttention, GridAttention, create_attention, layer_options, swap_attention
+from vit_efficient.attention.base import (
+    FullAttention,
+    GridAttention,
+    create_attention,
+    layer_options,
+    swap_attention,
+    trained_options,
+)
 from vit_efficient.attention.compressed import CompressedAttention
 from vit_efficient.attention.registry import get_attention, list_attentions, on_register, register_attention
 from vit_efficient.attention.treeformer import tc, tf
@@ -31,5 +38,6 @@ __all__ = [
     'swap_attention',
     'tc',
     'tf',
+    'trained_options',
     'window',
 ]

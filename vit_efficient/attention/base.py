@@ -168,6 +168,12 @@ class GridAttention(Attention):
         """
         return options
 
+    @classmethod
+    def in_trained(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options in a model that is trained already, from those given, preset included: what is not said may have
+        another default there, with which outputs change less."""
+        return options
+
     def _configure(self, mechanism: str, options: dict[str, Any]) -> None:
         if mechanism:
             self.mechanism = mechanism
@@ -481,6 +487,12 @@ def check_no_mask(title: str, source: str, attn_mask: Tensor | None, is_causal: 
     if attn_mask is not None or is_causal:
         argument = 'is_causal' if attn_mask is None else 'attn_mask'
         raise UserError(f"{title} cannot have {argument}: timm's {source} takes no masks")
+
+
+def trained_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of an attention in a model that is trained already: its preset, those given, and `in_trained`."""
+    cls, preset = get_attention(name)
+    return cls.in_trained({**preset, **options})
 
 
 def layer_options(

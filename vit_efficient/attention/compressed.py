@@ -126,6 +126,11 @@ class CompressedAttention(GridAttention):
         compressor = COMPRESSORS.get(options.get('compressor'))
         return compressor.at_layer(options, layer, depth, grid_size) if compressor else options
 
+    @classmethod
+    def in_trained(cls, options: dict[str, Any]) -> dict[str, Any]:
+        compressor = COMPRESSORS.get(options.get('compressor'))
+        return compressor.in_trained(options) if compressor else options
+
     def set_grid_size(self, height: int, width: int) -> None:
         self.compress.set_grid_size(height, width)
 

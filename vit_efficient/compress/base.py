@@ -77,6 +77,11 @@ class Compressor(nn.Module):
         """As `GridAttention.at_layer`, of the compressor's own options."""
         return options
 
+    @classmethod
+    def in_trained(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """As `GridAttention.in_trained`."""
+        return options
+
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that build it, in types that JSON has."""

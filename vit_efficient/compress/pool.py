@@ -133,7 +133,7 @@ class PoolCompressor(Compressor):
             largest cosine with the mean key (the least distance from it keeps less of a pretrained model). Both are of
             queries and keys with qk-norm. With rotary positions 'local' is of those before rotation, its keys then
             being rotated at the mean coordinate of the cell; 'medoid' of rotated ones, since it keeps patches where
-            they lie.
+            they lie. 'mean' by default, and 'local' where a model that is trained is converted.
     """
 
     commutes = True
@@ -163,6 +163,10 @@ class PoolCompressor(Compressor):
             self.summarise = Summarise(self.budget, summary)
         if summary == 'medoid':
             self.coordinates = None
+
+    @classmethod
+    def in_trained(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {'summary': 'local', **options} if options.get('place') == 'kv' else options
 
     @property
     def options(self) -> dict[str, Any]:
@@ -200,6 +204,10 @@ class SubsampleCompressor(PoolCompressor):
         count_bias: bool = True,
     ):
         super().__init__(keep_ratio, num_tokens, count_bias)
+
+    @classmethod
+    def in_trained(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return options
 
     @property
     def options(self) -> dict[str, Any]:

@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 #: What each layer may become where nothing else is asked for.
 OPTIONS: tuple[Spec, ...] = (
+    ('combiner', {'window_size': 12, 'cell_size': 4}),
+    ('combiner', {'window_size': 8, 'cell_size': 4, 'reach': 1}),
+    ('merge', {'keep_ratio': 1 / 4}),
+    ('merge', {'keep_ratio': 1 / 4, 'place': 'x'}),
+    ('merge', {'keep_ratio': 1 / 4, 'place': 'block'}),
     ('subsample', {'keep_ratio': 1 / 4}),
-    ('subsample', {'keep_ratio': 1 / 16}),
-    ('pool', {'keep_ratio': 1 / 4}),
-    ('dct', {'keep_ratio': 1 / 4}),
-    ('dct', {'keep_ratio': 1 / 4, 'place': 'block'}),
-    ('window', {'window_size': 12}),
 )
 UNITS = ('gmacs', 'ms', 'keys')
 #: By name. Summed over layers, 'centred' ranks whole plans best: of 49 of DINOv2-S/14 on photographs at 504 px, the sum
