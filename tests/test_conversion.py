@@ -188,7 +188,7 @@ class TestWhatIsAdded:
     @pytest.mark.parametrize('sharing', ['none', 'headwise', 'key-value', 'layerwise'])
     def test_linformer_starts_as_pooling(self, sharing, caplog):
         pooled, plain = (build('vit_tiny_patch16_224', img_size=(64, 96)) for _ in range(2))
-        convert(pooled, 'pool', num_tokens=(2, 3), count_bias=False)
+        convert(pooled, 'pool', summary='mean', num_tokens=(2, 3), count_bias=False)
         assert not caplog.text
         convert(plain, 'linformer', num_tokens=6, sharing=sharing)
         x = image(plain)
