@@ -98,13 +98,14 @@ def attend_near_and_far(
 def _attend_near_and_far(q: Tensor, k: Tensor, v: Tensor, prefix: int, cut: tuple, far: tuple, how: tuple) -> Tensor:
     # Split, not sliced: the gradient of a slice is as large as the whole.
     first, patches = zip(*(t.split_with_sizes([prefix, t.shape[2] - prefix], dim=2) for t in (q, k, v)), strict=True)
-    y = [attend(first[0], k, v, *how)] if prefix else []
+    y = [attend(first[0], k, v, *how).transpose(1, 2)] if prefix else []
     attend_patches = _attend_patches if are_numbers(*cut[:2]) else _attend_padded
-    return torch.cat([*y, attend_patches(*patches, first[1:], cut, far, how)], dim=2)
+    y += attend_patches(*patches, first[1:], cut, far, how)
+    return torch.cat(y, dim=1).transpose(1, 2)  # the heads of a token beside each other, where they are merged
 
 
-def _attend_patches(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, far: tuple, how: tuple) -> Tensor:
-    """(B, H, H · W, D or E) each, in the order of `reorder` → (B, H, H · W, E)
+def _attend_patches(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, far: tuple, how: tuple) -> list[Tensor]:
+    """(B, H, H · W, D or E) each, in the order of `reorder` → (B, …, H, E), some patches after others
 
     Args:
         prefix: Keys and values that all see, (B, H, P, D or E).
@@ -125,13 +126,13 @@ def _attend_patches(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, 
     for i, windows in enumerate(of_blocks):
         seen = None if summaries is None else basis(_seen, (*_plain(cut), i), q, torch.int32)
         y += _attend_windows(*(t.transpose(1, 2) for t in windows), prefix, summaries, seen, how)
-    return torch.cat(y, dim=2)
+    return y
 
 
 def _attend_windows(
     q: Tensor, k: Tensor, v: Tensor, prefix: tuple, far: Summaries | None, seen: Tensor | None, how: tuple
 ) -> list[Tensor]:
-    """The patches of windows of one shape, some windows at a time: (B, w, H, L, D or E) each → (B, H, … · L, E)
+    """The patches of windows of one shape, some windows at a time: (B, w, H, L, D or E) each → (B, … · L, H, E)
 
     Args:
         prefix: Keys and values that all see, (B, H, P, D or E).
@@ -195,10 +196,10 @@ def _attend_some(
         q, k = bias_as_channel(q, k, mask.mT.clamp(min=lowest), scale)
         mask = None
     y = attend(q, k, v, scale, fused, dropout, mask)
-    return y.unflatten(0, (batch, number)).transpose(1, 2).flatten(2, 3)
+    return y.transpose(1, 2).unflatten(0, (batch, number)).flatten(1, 2)
 
 
-def _attend_padded(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, far: tuple, how: tuple) -> Tensor:
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, far: tuple, how: tuple) -> list[Tensor]:
     """As `_attend_patches`, of a grid whose sides may be symbols, in its own order."""
     height, width, (h, w), (y, x), shift, reach = cut
     rows, columns = _ceil(h, y), _ceil(w, x)  # of cells in a window
@@ -246,13 +247,13 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, f
     q, k, v = (t.unflatten(2, (-1, cells * area)).transpose(1, 2) for t in (q, k, v))
     keys, values = seen(prefix[0], k, summaries.key), seen(prefix[1], v, summaries.value)
     of_slots = attend(q.flatten(0, 1), keys, values, *how, mask)
-    of_slots = of_slots.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+    of_slots = of_slots.transpose(1, 2).unflatten(0, (q.shape[0], -1)).flatten(1, 2)
 
     patch = torch.arange(height * width, device=q.device)
     row, column = patch // width + top, patch % width + left
     window, row, column = row // h * across + column // w, row % h, column % w
     cell, inside = row // y * columns + column // x, row % y * x + column % x
-    return of_slots.index_select(2, (window * cells + cell) * area + inside)
+    return [of_slots.index_select(1, (window * cells + cell) * area + inside)]
 
 
 class _Block(NamedTuple):

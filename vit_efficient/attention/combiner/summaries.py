@@ -48,8 +48,9 @@ def summarise(
     bias = counts.log()[None, None] if count else None
     if summary == 'mean':
         return Summaries(mean(k), mean(v), bias)
+    k, v = k.contiguous(), v.contiguous()  # once, and not in each product
     pool = largest if summary == 'max' else mean
-    scores = (pool(q) * scale).unsqueeze(3) @ k.mT  # (B, H, n, 1, A)
+    scores = (k @ (pool(q) * scale).unsqueeze(4)).mT  # (B, H, n, 1, A)
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None], lowest)
     log_weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(dim=-1)
