@@ -20,8 +20,8 @@ from vit_efficient.flops import count_flops
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 0.1
-#: By the name of the recipe: the mechanism, its options, the one that sets the cost, and how much of it there may be
-#: for N patches.
+#: By the name of the recipe: the mechanism, its options, the one that sets the cost, how much of it there may be for N
+#: patches, and the least, beyond which costs grow (1 if it is left out).
 RIVALS = {
     'dct': ('dct', {}, 'num_tokens', lambda n: n),
     'frequency': ('dct', {'domain': 'frequency'}, 'num_tokens', lambda n: n),
@@ -32,6 +32,17 @@ RIVALS = {
     'nystrom': ('nystrom', {}, 'num_landmarks', lambda n: n),
     'performer': ('performer', {}, 'num_features', lambda n: n),
     'window': ('window', {}, 'window_size', math.isqrt),
+    'combiner': ('combiner', {'cell_size': 8}, 'window_size', math.isqrt, 8),
+    'combiner-paper': (
+        'combiner',
+        {'reach': 0, 'shift': False, 'summary': 'max', 'count_bias': False},
+        'window_size',
+        math.isqrt,
+        8,
+    ),
+    'merge': ('merge', {}, 'num_tokens', lambda n: n),
+    'merge-x': ('merge', {'place': 'x'}, 'num_tokens', lambda n: n),
+    'monarch': ('monarch', {}, 'block_size', lambda n: n, 32),
 }
 
 
@@ -43,12 +54,12 @@ def attention_gmacs(name: str, model_args: dict[str, Any]) -> float:
 
 def closest(rival: str, budget: float, model_args: dict[str, Any]) -> tuple[dict[str, Any], float]:
     """The options with which a mechanism costs closest to the budget, and its GMACs: cost grows with the last one."""
-    name, options, knob, most = RIVALS[rival]
+    name, options, knob, most, *least = RIVALS[rival]
 
     def cost(value: int) -> float:
         return attention_gmacs(name, {**model_args, 'attention_kwargs': {**options, knob: value}})
 
-    low, high = 1, most((model_args['img_size'] // model_args['patch_size']) ** 2)
+    low, high = (least or [1])[0], most((model_args['img_size'] // model_args['patch_size']) ** 2)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
