@@ -168,7 +168,8 @@ class TestAgainstLoops:
     @pytest.mark.parametrize('reach', [0, 1, 2, 7])
     @pytest.mark.parametrize(('grid', 'window_size'), [((5, 9), 2), ((7, 4), 2), ((1, 9), (4, 2)), ((9, 4), (2, 4))])
     def test_windows_beyond_reach(self, grid, window_size, reach):
-        options = dict(window_size=window_size, cell_size=2, reach=reach, shift=grid[0] > 5)
+        options = dict(window_size=window_size, reach=reach, shift=grid[0] > 5)
+        options |= dict(cell_size=2) if reach else {}
         check(build(**options), PatchGrid(*grid, prefix=1), batch=2 if grid[0] == 1 else 1)
 
     @pytest.mark.parametrize('summary', SUMMARIES)
@@ -369,7 +370,7 @@ def test_num_attended_with_reach():
     """At 9 × 9 windows of 4 × 4: the own one, 8 by their 4 cells, 72 whole."""
     grid = PatchGrid(36, 36, prefix=1)
     assert build(window_size=4, cell_size=2, reach=1).num_attended(grid) == 1 + 16 + 8 * 4 + 72
-    assert build(window_size=4, cell_size=2, reach=0).num_attended(grid) == 1 + 16 + 80
+    assert build(window_size=4, reach=0).num_attended(grid) == 1 + 16 + 80
     assert build(window_size=(36, 4), cell_size=2, reach=1).num_attended(grid) == 1 + 144 + 2 * 36 + 6
 
 
@@ -401,6 +402,7 @@ def test_num_attended(grid, window_size, cell_size, shift):
         (dict(pattern='rows'), 'pattern must be one of cells, axial'),
         (dict(pattern='axial', window_size=4), 'window_size=4 is of another pattern'),
         (dict(transpose=False), 'transpose=False is of another pattern'),
+        (dict(reach=0, cell_size=2), 'cell_size=2 has no effect with reach=0'),
         (dict(reach=-1), 'reach must be None or an integer of at least 0'),
         (dict(summary='median'), 'summary must be one of mean, local, tangent, max'),
         (dict(count_bias=1), 'count_bias must be True or False'),

@@ -35,7 +35,7 @@ class CombinerAttention(GridAttention):
             is not smaller than the grid's is taken to be the grid's, and is not shifted. Windows at the border are
             smaller where it does not divide the grid.
         cell_size: Of cells: their side in patches, or the pair, from the corner of each whole window; 4 by default.
-            The last cells are smaller where it does not divide the window.
+            The last cells are smaller where it does not divide the window. None with reach 0.
         reach: Of cells: how many windows away, along either axis, windows are seen by their cells; those beyond are
             seen whole, one summary each. None: all by their cells.
         shift: Of cells: whether windows are shifted: the first one along an axis has half the side, rounded down, and
@@ -65,6 +65,10 @@ class CombinerAttention(GridAttention):
         for name, value in (of_cells if pattern == 'axial' else dict(transpose=transpose)).items():
             if value is not None:
                 raise UserError(f'{name}={value!r} is of another pattern than pattern={pattern!r}: leave it out')
+        if reach == 0 and cell_size is not None:
+            raise UserError(
+                f'{cell_size=} has no effect with reach=0, by which no window is seen by its cells: leave it out'
+            )
         for name, value in dict(shift=shift, transpose=transpose).items():
             check_flag(name, False if value is None else value)
         self.pattern = pattern
@@ -88,7 +92,8 @@ class CombinerAttention(GridAttention):
         if self.pattern == 'axial':
             return dict(**common, transpose=self.transpose)
         window, cell = (list(sides) if isinstance(sides, tuple) else sides for sides in (self.window, self.cell))
-        return dict(**common, window_size=window, cell_size=cell, reach=self.reach, shift=self.shift)
+        cells = {} if self.reach == 0 else dict(cell_size=cell)
+        return dict(**common, window_size=window, **cells, reach=self.reach, shift=self.shift)
 
     def forward(
         self,
