@@ -41,7 +41,8 @@ MECHANISMS: dict[str, tuple[dict[str, Any], str]] = {
     'linformer': (dict(num_tokens=16), 'mixtures (untrained)'),
     'pool': (dict(keep_ratio=1 / 16), 'means of cells'),
     'subsample': (dict(keep_ratio=1 / 16), 'every 4th row and column'),
-    'combiner': (dict(window_size=4, cell_size=4), 'its window, and a summary of each other'),
+    'merge': (dict(keep_ratio=1 / 16), 'means of alike patches'),
+    'combiner': (dict(window_size=4, reach=0), 'its 4 × 4, others by one key'),
     'monarch': ({}, 'all, by way of half rows'),
     'nystrom': (dict(num_landmarks=16), 'all, by way of 16 means'),
     'performer': (dict(num_features=64), 'all, by 64 random features'),
@@ -88,8 +89,8 @@ def draw_mechanisms(path: str | Path, names: Sequence[str] = tuple(MECHANISMS)) 
 
     image, query = photograph(), QUERY[0] * GRID.width + QUERY[1]
     known = features(image, GRID)
-    figure = Figure(figsize=(8, 6.9), dpi=100, layout='constrained', facecolor='white')
-    panels = figure.subplots(3, 4).flatten()
+    figure = Figure(figsize=(10, 6.9), dpi=100, layout='constrained', facecolor='white')
+    panels = figure.subplots(3, 5).flatten()
     side = image.shape[-1] / GRID.width
     panels[0].imshow(image.permute(1, 2, 0).numpy())
     panels[0].set_xticks([side * i for i in range(GRID.width)], [])
