@@ -13,6 +13,7 @@ from vit_efficient.utils import device
 from vit_efficient.utils.errors import UserError
 
 from .test_compressed import EVERYTHING, assert_same, gradients, randomised
+from .test_monarch import Largest
 from .test_window import window_along
 
 GRIDS = ((7, 13), (1, 9), (6, 4), (8, 8))
@@ -412,3 +413,13 @@ def test_num_attended(grid, window_size, cell_size, shift):
 def test_bad_options(options, message):
     with pytest.raises(UserError, match=message):
         create_attention('combiner', 8, 2, **options)
+
+
+@pytest.mark.parametrize('options', [dict(window_size=8), dict(window_size=8, reach=1), dict(pattern='axial')])
+def test_no_matrix_of_all_tokens(monkeypatch, options):
+    """Nothing is larger than queries, keys and values with a few channels more, forward and backward."""
+    monkeypatch.setattr(cells, 'CHUNK_OF_HOST', 2**16)
+    attention, grid = create_attention('combiner', 12, 3, qkv_bias=True, **options), PatchGrid(32, 32)
+    with Largest() as largest:
+        attention(torch.randn(1, 1024, 12), grid).sum().backward()
+    assert largest.numbers <= 1.5 * 3 * 1024 * (12 + 3 * 4)
