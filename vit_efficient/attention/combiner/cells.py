@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vit_efficient.attention.combiner.summaries import Summaries, joined, summarise
-from vit_efficient.attention.functional import attend, bias_as_channel
+from vit_efficient.attention.functional import attend
 from vit_efficient.attention.windows import padding, permuted, runs
 from vit_efficient.dct.bases import basis, is_eager
 from vit_efficient.grid import smaller
@@ -189,11 +189,6 @@ def _attend_some(
         mask = F.pad(mask, (k_prefix.shape[2] + area, 0)).unsqueeze(3)
         mask = mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # (B · w, H or 1, 1, keys)
     q, k, v = (t.flatten(0, 1) for t in (q, torch.cat(parts_k, dim=3), torch.cat(parts_v, dim=3)))
-    if mask is not None and (mask.requires_grad or (on_gpu(q) and not q.is_meta)):
-        # Fused kernels of CPUs give no gradient of a mask, and the fastest of GPUs take none.
-        lowest = torch.finfo(k.dtype).min / 2 * scale  # a product cannot have −∞
-        q, k = bias_as_channel(q, k, mask.mT.clamp(min=lowest), scale)
-        mask = None
     y = attend(q, k, v, scale, fused, dropout, mask)
     return y.unflatten(0, (batch, number)).transpose(1, 2).flatten(2, 3)
 
