@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vit_efficient.attention import trained_options
 from vit_efficient.benchmark.models import ModelCandidate, ModelSetting, benchmark_models
 from vit_efficient.data import Preprocessing
 from vit_efficient.data.squares import find_photographs
@@ -72,7 +73,9 @@ def front_table(planner: Planner, plans: Sequence[Plan], rounds: int = 5, memory
         kept = {key: plan.fidelity.get(key) for key in same}
         rows.append(dict(plan=f'{plan.budget:g}', loss=plan.measured, predicted=plan.predicted, **kept))
     arguments = {key: value for key, value in probe.arguments.items() if key != 'img_size'}
-    specs = [arguments['attention'], *(plan.layers for plan in plans)]
+    # A model that is built begins with other options than one that is converted.
+    converted = [[(name, trained_options(name, options)) for name, options in plan.layers] for plan in plans]
+    specs = [arguments['attention'], *converted]
     entry = probe.model.pretrained_cfg['architecture']
     candidates = [
         ModelCandidate(entry, {**arguments, 'attention': spec}, row['plan'])
