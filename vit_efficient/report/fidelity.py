@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vit_efficient.conversion import convert, sharing_weights
 from vit_efficient.data.preprocessing import Preprocessing
-from vit_efficient.data.squares import Photograph, find_photographs
+from vit_efficient.data.squares import Photograph, find_photographs, large_enough
 from vit_efficient.fidelity import Fidelity, fidelity, final_tokens
 from vit_efficient.flops import count_flops
 from vit_efficient.models.create import parse_layers
@@ -127,10 +127,7 @@ def fidelity_table(
         raise UserError(f'--img-size: {" ".join(map(str, sizes))} has one twice')
     wanted = read_attentions(attentions)
     photographs = find_photographs(folders)
-    chosen = {size: [each for each in photographs if enlarge or each.shorter_side >= size] for size in sizes}
-    for size, of_size in chosen.items():
-        if not of_size:
-            raise UserError(f'--images: no photograph has {size} pixels on its shorter side, nor more')
+    chosen = {size: large_enough(photographs, size, enlarge) for size in sizes}
     if out:  # rather than when all is measured
         import_optional('matplotlib', 'the plot beside the table is drawn with', 'train')
     path = cells or (out / 'cells.json' if out else None)
