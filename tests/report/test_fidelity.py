@@ -83,6 +83,13 @@ def test_rows_are_what_a_user_would_measure(prepared, rows):
     assert few['gmacs_ratio'] == few['gmacs'] / own['gmacs']
 
 
+def test_a_converted_model_as_it_is_has_the_keys_that_it_has(prepared, tmp_path, runs):
+    model = timm.create_model(f'local-dir:{prepared / "model"}', pretrained=True, img_size=64)
+    save_model(convert(model, 'subsample', keep_ratio=1 / 4), tmp_path)
+    text = fidelity_table(str(tmp_path), [prepared / 'photos'], [64], ['full'], 'json')
+    assert [(row['keys'], row['keys_percent']) for row in json.loads(text)] == [(4, 25), (16, 100)]
+
+
 def test_nothing_is_measured_twice(rows, tmp_path, runs):
     cells = tmp_path / 'cells.json'
     first = rows(['subsample'], cells=cells)

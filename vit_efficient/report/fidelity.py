@@ -234,7 +234,8 @@ class _AtSize:
             of_model, model = self.cells(title, measured), self.models[title]
             cells = [of_model[photograph.digest] for photograph in photographs]
             kept = [name for name in Fidelity._fields if cells[0][name] is not None]
-            keys = self.patches if title == AS_IT_IS else fmean(kept_tokens(model, self.size)) - self.prefix
+            on_grid = convert(sharing_weights(model), 'full', layers=[])  # timm's own models do not say their keys
+            keys = fmean(kept_tokens(on_grid, self.size)) - self.prefix
             gmacs = count_flops(model, input_size(model, self.size)).total / 1e9
             row = dict(img_size=self.size, attention=title, curve=curve, gmacs=gmacs)
             row |= dict(keys=keys, keys_percent=100 * keys / self.patches)
