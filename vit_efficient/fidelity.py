@@ -76,7 +76,7 @@ def fidelity(reference: Tensor, tokens: Tensor, prefix: int) -> Fidelity:
     """
     if reference.shape != tokens.shape or reference.ndim != 2 or not 0 <= prefix < reference.shape[0]:
         raise UserError(
-            f'fidelity needs two times the tokens (N, C) of one image, N > {prefix=}, got {tuple(reference.shape)} and '
+            f'fidelity compares tokens (N, C) of one image, N > {prefix=}, got {tuple(reference.shape)} and '
             f'{tuple(tokens.shape)}'
         )
     reference, tokens = reference.double(), tokens.double()
