@@ -131,8 +131,8 @@ def fidelity_table(
     if out:  # rather than when all is measured
         import_optional('matplotlib', 'the plot beside the table is drawn with', 'train')
     path = cells or (out / 'cells.json' if out else None)
-    at_sizes = [_AtSize(model, size, wanted, device) for size in sizes]
     measured = _Cells(path)
+    at_sizes = [_AtSize(model, size, wanted, device) for size in sizes]
     rows = []
     for at_size in at_sizes:
         at_size.measure(chosen[at_size.size], measured)

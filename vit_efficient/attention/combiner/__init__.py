@@ -9,7 +9,7 @@ summary, whose value is an expectation that does not depend on the query. One so
     y   = Σ_j softmax(a, b)_j v_j + Σ_R softmax(a, b)_R v̄_R
 
 The paper's patterns are those of sequences; here they are those of a grid. A prefix token attends to all N tokens, and
-all see it exactly. Of a patch there are two patterns:
+all see it exactly. For a patch there are two patterns:
 
 - `cells`: the grid is cut into windows, and each window into cells. Near are the patches of the own window. Each cell
   of the other windows is a set; with a `reach`, of windows up to that many away, and each window beyond is one set.

@@ -25,6 +25,9 @@ class CombinerAttention(GridAttention):
     This is exact attention where all patches are near, with cells of one patch (`reach` None) and, unless
     `count_bias=False`, where the keys of each set are equal.
 
+    With rotary positions queries and keys are turned first, and summaries are of what is turned: frequencies that turn
+    far within a cell count less in its key.
+
     Attention dropout drops weights, of patches and of sets, where the pattern is 'cells', and keys where it is 'axial'
     (`drop_keys`), each from all queries of its head.
 
