@@ -47,6 +47,13 @@ def test_tokens_of_images_of_several_sizes_and_modes_stay():
     )
 
 
+def test_the_map_of_a_sam_is_tokens():
+    model = timm.create_model('samvit_base_patch16', embed_dim=32, depth=1, num_heads=2, img_size=64)
+    image = torch.randn(3, 64, 64)
+    [tokens] = final_tokens(model, [image])
+    torch.testing.assert_close(tokens.T.unflatten(1, (4, 4)), model.eval().forward_features(image[None])[0])
+
+
 @pytest.mark.parametrize(('shape', 'prefix'), [((3, 8), 1), ((4, 8), 4)])
 def test_other_shapes_are_refused(shape, prefix):
     with pytest.raises(UserError, match='of one image'):

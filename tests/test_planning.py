@@ -18,6 +18,7 @@ from vit_efficient.fidelity import fidelity, final_tokens, mean_fidelity
 from vit_efficient.models.blocks import GridBlock
 from vit_efficient.planning import LOSSES, Planner, knapsack
 from vit_efficient.planning.knapsack import choose
+from vit_efficient.report.plans import front_table
 from vit_efficient.utils.errors import UserError
 
 OPTIONS = [
@@ -164,6 +165,14 @@ class TestMeasured:
         monkeypatch.setattr('vit_efficient.benchmark.timing.take_turns', None)
         again = Planner(build(), draw(1), OPTIONS, unit='ms', table=table)
         assert np.array_equal(again.costs()[0], costs) and again.costs()[1] == rest
+
+    @pytest.mark.usefixtures('short_clocks')
+    def test_the_front_is_of_models_that_are_converted(self):
+        """In which pooled keys have other values than in one that is built so."""
+        planner = Planner(build(), draw(1), ['pool'])
+        found = planner.plan(0.99, refine=0)
+        exact, row = front_table(planner, [found], rounds=1, memory=False).rows
+        assert ('pool', {}) in found.layers and (exact['gmacs'], row['gmacs']) == found.gmacs
 
     def test_other_losses(self, tmp_path):
         images = draw()

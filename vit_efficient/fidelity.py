@@ -46,19 +46,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def final_tokens(model: nn.Module, images: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The tokens of each image after the last block and the final norm.
+    """The tokens of each image after the last block and the final norm, of SAM after its neck.
 
     Args:
         model: A timm ViT, converted or not; it is evaluated, and left in the modes that it was in.
         images: (C, height, width) each, preprocessed for the model, of sizes that it takes.
 
     Yields:
-        (N, C) each, on the CPU.
+        (N, C) each, float32, on the CPU.
     """
     weight = next(model.parameters())
     for image in images:
         with _evaluating(model):
             tokens = model.forward_features(image[None].to(weight.device, weight.dtype))[0]
+        if tokens.ndim == 3:  # the map of a VisionTransformerSAM, (C, H, W)
+            tokens = tokens.flatten(1).T
         yield tokens.float().cpu()
 
 
@@ -74,7 +76,7 @@ def fidelity(reference: Tensor, tokens: Tensor, prefix: int) -> Fidelity:
     """
     if reference.shape != tokens.shape or reference.ndim != 2 or not 0 <= prefix < reference.shape[0]:
         raise UserError(
-            f'fidelity needs two times the tokens (N, C) of one image, N > {prefix=}, got {tuple(reference.shape)} and '
+            f'fidelity compares tokens (N, C) of one image, N > {prefix=}, got {tuple(reference.shape)} and '
             f'{tuple(tokens.shape)}'
         )
     reference, tokens = reference.double(), tokens.double()

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     options = None if args.options is None else [parse_spec(text) for text in args.options]
     limit = as_integer('--limit', args.limit)
     model, preprocessing = open_model(args.model, img_size)
-    images = open_images(args.images, preprocessing, img_size, limit, args.enlarge)
+    images = open_images(args.images, preprocessing, limit, args.enlarge)
     planner = Planner(model.to(device), images, options, args.unit, args.loss, args.table)
     plans = [planner.plan(budget, args.refine) for budget in budgets]
     for plan in plans:

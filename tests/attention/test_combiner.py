@@ -12,7 +12,7 @@ from vit_efficient.attention.combiner.summaries import SUMMARIES, summarise
 from vit_efficient.utils import device
 from vit_efficient.utils.errors import UserError
 
-from .test_compressed import EVERYTHING, assert_same, gradients, randomised
+from .test_compressed import EVERYTHING, gradients, randomised
 from .test_monarch import Largest
 from .test_window import window_along
 
@@ -138,19 +138,21 @@ def inputs(grid, batch=1):
     return torch.randn(batch, grid.num_tokens, 8, dtype=torch.float64, requires_grad=True)
 
 
-def check(attention, grid, batch=1, tolerance=1e-12):
+def check(attention, grid, batch=1):
+    """Cells both ways: in the order of windows, and, as for sizes that are symbols, padded and masked."""
     x = inputs(grid, batch)
-    assert_same(attention(x, grid), reference(attention, x, grid), [x, *attention.parameters()], tolerance)
+    given = [x, *attention.parameters()]
+    expected = reference(attention, x, grid)
+    wanted = [expected, *gradients(expected, given)]
+    for padded in (False, True) if attention.pattern == 'cells' else (False,):
+        with pytest.MonkeyPatch.context() as patch:
+            if padded:
+                patch.setattr(cells, 'are_numbers', lambda *sizes: False)
+            y = attention(x, grid)
+        for actual, one in zip([y, *gradients(y, given)], wanted, strict=True):
+            assert (actual - one).abs().max() <= 1e-12 * one.abs().max().clamp(min=1e-3), padded
 
 
-@pytest.fixture(params=[False, True], ids=['numbers', 'symbols'])
-def padded(request, monkeypatch):
-    """Both ways of computing: in the order of windows, and, as for sizes that are symbols, padded and masked."""
-    if request.param:
-        monkeypatch.setattr(cells, 'are_numbers', lambda *sizes: False)
-
-
-@pytest.mark.usefixtures('padded')
 class TestAgainstLoops:
     @pytest.mark.parametrize('summary', SUMMARIES)
     @pytest.mark.parametrize(('window_size', 'cell_size', 'shift'), [(4, 2, False), (3, 3, True), (4, 3, True)])

@@ -86,3 +86,14 @@ def test_channels_are_whole_16_bytes(dtype, multiple, dim):
     assert wide_q.shape[-1] == wide_k.shape[-1] == dim + multiple - dim % multiple
     expected = q.double() @ k.double().mT + 2 * bias.mT.double()
     assert torch.allclose(wide_q.double() @ wide_k.double().mT, expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
+def test_a_bias_of_minus_infinity_hides_keys(dtype):
+    q, k, v = (t.to(dtype) for t in (torch.randn(5, 8), torch.randn(7, 8), torch.randn(7, 8)))
+    bias = torch.zeros(1, 7, dtype=dtype).index_fill(1, torch.tensor([2, 5]), -torch.inf).requires_grad_()
+    kept = torch.tensor([0, 1, 3, 4, 6])
+    y = attend(q, k, v, 0.3, True, 0.0, bias)
+    assert torch.allclose(y, attend(q, k[kept], v[kept], 0.3, True), atol=2e-3 if dtype == torch.float16 else 1e-14)
+    y.sum().backward()
+    assert bias.grad.isfinite().all() and not bias.grad[0, [2, 5]].any()

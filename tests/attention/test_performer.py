@@ -101,13 +101,13 @@ class TestOnGpu:
         """In float64, which the kernel does not take."""
         called = []
 
-        def attend_with_lse(q, k, v, scale):
+        def flash_attention_on_gpu(q, k, v, scale):
             assert q.shape[-1] == k.shape[-1] and q.shape[-1] % 8 == 0
             scores = scale * q @ k.mT
             called.append(scores.shape)
             return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
 
-        monkeypatch.setattr(performer, 'attend_with_lse', attend_with_lse)
+        monkeypatch.setattr(performer, 'flash_attention_on_gpu', flash_attention_on_gpu)
         monkeypatch.setattr(performer, 'all_half', lambda *_: True)
         attention, x = self.build(**arguments).eval(), torch.randn(2, 96, 12, dtype=torch.float64)
         with torch.no_grad():

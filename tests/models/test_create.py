@@ -29,8 +29,9 @@ def create(spec, img_size=None, **factory):
         ('vit_dct_tiny:compressor=pool,count_bias=False,axes=2d', None, "'axes'"),
         ('vit_linformer_tiny:num_tokens=9,sharing=headwise,qk_norm=True', 'linformer', dict(sharing='headwise')),
         ('vit_full_tiny:attention=nystrom,num_landmarks=4', 'nystrom', dict(num_landmarks=4)),
-        ('vit_converted:base=vit_tiny_patch16_224,attention=pool,num_tokens=4', 'pool', dict(num_tokens=4)),
-        ('convert:vit_tiny_patch16_224:pool,num_tokens=4', 'pool', dict(num_tokens=4)),
+        ('vit_converted:base=vit_tiny_patch16_224,attention=pool,num_tokens=4', 'pool', dict(summary='mean')),
+        ('convert:vit_tiny_patch16_224:pool,num_tokens=4', 'pool', dict(num_tokens=4, summary='local')),
+        ('convert:vit_tiny_patch16_224:pool,place=x', 'pool', dict(place='x', summary='mean')),
     ],
 )
 def test_options_of_the_attention(spec, name, options):

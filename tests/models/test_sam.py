@@ -269,7 +269,8 @@ def test_rotations_of_truncated_keys(place):
         return torch.cat([angles.sin(), angles.cos()], -1)
 
     grid, kept, frequencies = PatchGrid(7, 13), (3, 4), torch.rand(2, 8, dtype=torch.float64) - 0.5
-    block = convert(build('rotary'), 'pool', place=place, num_tokens=kept, count_bias=False).double().blocks[0]
+    options = dict(place=place, num_tokens=kept, count_bias=False, summary='mean')
+    block = convert(build('rotary'), 'pool', **options).double().blocks[0]
     attention, x = block.attn, torch.randn(2, 7, 13, 48, dtype=torch.float64)
     attention.rope.pos_embed = rope = at([*itertools.product(range(7), range(13))])
     patches = [[row * 13 + column for row, column in cell] for cell in cells(kept, (7, 13))]

@@ -17,6 +17,7 @@ from vit_efficient.data.preprocessing import Preprocessing
 from vit_efficient.data.squares import find_photographs
 from vit_efficient.fidelity import fidelity, final_tokens
 from vit_efficient.report import fidelity as table
+from vit_efficient.report.evaluation import open_model
 from vit_efficient.report.fidelity import fidelity_table, read_attentions
 from vit_efficient.utils.errors import UserError
 from vit_efficient_cli import main
@@ -82,6 +83,13 @@ def test_rows_are_what_a_user_would_measure(prepared, rows):
     assert few['gmacs_ratio'] == few['gmacs'] / own['gmacs']
 
 
+def test_a_converted_model_as_it_is_has_the_keys_that_it_has(prepared, tmp_path, runs):
+    model = timm.create_model(f'local-dir:{prepared / "model"}', pretrained=True, img_size=64)
+    save_model(convert(model, 'subsample', keep_ratio=1 / 4), tmp_path)
+    text = fidelity_table(str(tmp_path), [prepared / 'photos'], [64], ['full'], 'json')
+    assert [(row['keys'], row['keys_percent']) for row in json.loads(text)] == [(4, 25), (16, 100)]
+
+
 def test_nothing_is_measured_twice(rows, tmp_path, runs):
     cells = tmp_path / 'cells.json'
     first = rows(['subsample'], cells=cells)
@@ -129,6 +137,12 @@ def test_a_square_is_the_middle_of_a_photograph(tmp_path):
     assert photograph.shorter_side == 64
     square = photograph.square(Preprocessing((3, 64, 64), (0.0,) * 3, (1.0,) * 3, 'bicubic', 0.9, 'squash'))
     torch.testing.assert_close(square, torch.from_numpy(image[:, 16:80]).permute(2, 0, 1) / 255)
+
+
+def test_images_are_of_the_size_asked_for_where_a_model_takes_any():
+    for name in ('naflexvit_base_patch16_gap', 'vit_tiny_patch16_224'):
+        _, preprocessing = open_model(f'{name}:pretrained=false,depth=1', 64)
+        assert preprocessing.input_size == (3, 64, 64)
 
 
 def test_a_model_without_a_class_token(prepared, tmp_path):
@@ -179,7 +193,7 @@ def test_copies_share_their_weights_and_the_model_stays():
         (dict(attentions=['subsampel']), 'subsampel at 64 px: unknown attention'),
         (dict(attentions=['pool', 'pool']), 'pool is given twice'),
         (dict(attentions=['dct:keep_ratio=2']), 'dct:keep_ratio=2 at 64 px: keep_ratio'),
-        (dict(img_sizes=[1024]), 'no photograph has 1024 pixels'),
+        (dict(img_sizes=[1024]), 'none of 3 has 1024 pixels on each side; take larger ones'),
         (dict(img_sizes=[64, 64]), 'one twice'),
         (dict(img_sizes=[0]), '--img-size'),
         (dict(img_sizes=[40]), '40'),

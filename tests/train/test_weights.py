@@ -266,6 +266,18 @@ def test_layers_that_were_others_are_named(data, tmp_path):
     assert [name for name, _ in load_model(tmp_path / 'run').attention_spec()] == ['pool', 'pool']
 
 
+@pytest.mark.parametrize('options', [{}, dict(summary='mean')])
+@pytest.mark.parametrize('how', ['folder', 'file'])
+def test_weights_of_a_converted_model_go_into_what_it_was(tmp_path, how, options):
+    """Also by options that have another default in a conversion."""
+    expected = convert(told_model(), 'pool', **options)
+    save_model(expected, tmp_path)
+    source = tmp_path / ('model.safetensors' if how == 'file' else '')
+    model = create(source, PLAIN, attention='pool', attention_kwargs=options)
+    assert model.attention_spec() == expected.attention_spec()
+    assert_same_features(model, expected)
+
+
 def test_what_an_attention_adds_is_told_of_once(data, tmp_path, caplog):
     _, source = saved(tmp_path / 'plain', 'ours')
     config = tiny_recipe(data, tmp_path / 'run')

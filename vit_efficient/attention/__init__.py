@@ -1,13 +1,7 @@
 """Efficient attentions, by name. A module here registers what it defines; importing it is all that is needed."""
 
-from vit_efficient.attention import (
-    combiner,
-    compressed,
-    monarch,
-    nystrom,
-    performer,
-    window,
-)  # these register themselves
+# These register themselves.
+from vit_efficient.attention import combiner, compressed, monarch, nystrom, performer, window
 from vit_efficient.attention.base import (
     FullAttention,
     GridAttention,

@@ -170,8 +170,8 @@ class GridAttention(Attention):
 
     @classmethod
     def in_trained(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """The options in a model that is trained already, from those given, preset included: what is not said may have
-        another default there, with which outputs change less."""
+        """The options in a model that is trained already, from those given (preset included): an option that is not
+        given may have another default there, by which outputs change less."""
         return options
 
     def _configure(self, mechanism: str, options: dict[str, Any]) -> None:

@@ -80,8 +80,8 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, 
     """`attend` by `F.scaled_dot_product_attention`."""
     if mask is not None and is_bias_of_keys(mask) and (mask.requires_grad or (on_gpu(q) and not q.is_meta)):
         # Few fused kernels take a mask that has a gradient, and the fastest of GPUs takes none; this one costs no
-        # queries × keys matrix.
-        q, k = bias_as_channel(q, k, mask.mT, scale)
+        # queries × keys matrix. A product cannot have −∞.
+        q, k = bias_as_channel(q, k, mask.mT.clamp(min=torch.finfo(k.dtype).min / 2 * scale), scale)
         mask = None
     more = max(0, q.shape[-1] - v.shape[-1])  # fused kernels want values of as many channels
     v = F.pad(v, (0, more)) if more else v

@@ -37,7 +37,7 @@ class Part(NamedTuple):
     lse: Tensor
 
 
-# A leaf for FX, which way it takes depends on the tensors.
+# A leaf for FX, since which way it takes depends on the tensors.
 @torch.fx.wrap
 @register_notrace_function
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, mask: Tensor | None = None) -> Part:
@@ -73,9 +73,9 @@ def _combined(a: Part, b: Part) -> Part:
 class _Fused(torch.autograd.Function):
     """PyTorch's fused attention on a CPU, with the gradient of its log-sum-exp too.
 
-    Its backward pass takes the gradient of the scores to be P (dP − Δ), with Δ = Σ dy · y. A gradient of the
-    log-sum-exp, g, makes it P (dP − (Δ − g)): of a channel more of outputs, −g, whose gradient is 1 and whose values
-    are 0.
+    Its backward pass takes the gradient of the scores to be P (dP − Δ), with Δ = Σ dy · y. With a gradient g of the
+    log-sum-exp it is P (dP − (Δ − g)). One more channel makes Δ that much less: its output is −g, with the gradient 1,
+    and its values are 0, so that dP stays.
     """
 
     @staticmethod

@@ -29,7 +29,7 @@ from vit_efficient.attention.functional import attend, bias_as_channel
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.grid import PatchGrid
 from vit_efficient.utils.checks import as_integer
-from vit_efficient.utils.compat import attend_with_lse, has_flash_attention, unwrap
+from vit_efficient.utils.compat import flash_attention_on_gpu, has_flash_attention, unwrap
 from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import without_autocast
@@ -187,7 +187,7 @@ def attend_twice(q: Tensor, k: Tensor, v: Tensor, features: Tensor, scale: float
     """
     w = features.expand(*k.shape[:2], -1, -1)
     half_square = k.float().square().sum(dim=-1, keepdim=True) * (-0.5 * scale**0.5)
-    u, log_total = attend_with_lse(*_with_bias(w, k, half_square), v, scale**0.5)
+    u, log_total = flash_attention_on_gpu(*_with_bias(w, k, half_square), v, scale**0.5)
     return attend(*_with_bias(q, w, log_total.unsqueeze(-1) * scale**-0.5), u, scale**0.5, True)
 
 

@@ -112,7 +112,8 @@ def rope_at(rope: Tensor | Rope, height, width, rows: Tensor, columns: Tensor) -
     Args:
         rope: Of all patches.
         height, width: The grid.
-        rows, columns: In patches from the first, (B, m) each; of as many as there are patches, theirs.
+        rows, columns: In patches from the first, (B, m) each. If there are as many as patches, they are taken to be
+            those of the patches, in order.
     """
     return _rope_at(*(rope if isinstance(rope, Rope) else (rope, None)), height, width, rows, columns)
 

@@ -5,13 +5,13 @@ Sources: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, arXiv 22
 Local-then-Global Token Merging for Efficient Semantic Segmentation with Plain Vision Transformers", CVPR 2024, arXiv
 2406.09936: whole cells of 2 × 2 patches first.
 
-A round takes every second token, A, and finds for it the most similar of the others, B, by the cosine of their means;
-the most similar pairs become one, at most a third of all tokens. So there are several rounds until m tokens are left:
-of a quarter, four. Tokens are taken along a path that goes through the rows to and fro, so that A and B are a
-checkerboard at first and neighbours later. Of pairs that are equally similar those of the first tokens on it are
+A round takes every second token (A) and finds for each the most similar of the others (B), by the cosine of their
+means. The most similar pairs are merged, by which at most a third of all tokens go, so that it takes several rounds
+until m are left: four for a quarter. Tokens are taken along a path that goes through the rows to and fro, so that A and
+B are a checkerboard at first and neighbours later. Of pairs that are equally similar, those that come first on it are
 merged.
 
-More rounds are measured to be worth it. Where DINOv2-S/14 is converted, all layers with a quarter of the keys, 504 px,
+More rounds are worth it. Where DINOv2-S/14 is converted, all layers with a quarter of the keys, 504 px,
 the centred cosine of patch tokens (`vit_efficient.fidelity`) is .972 over 6 photographs, and .921 where all of A may be
 merged at once, in two rounds. Without `count_bias` it is .645.
 

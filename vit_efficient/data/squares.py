@@ -55,6 +55,21 @@ def find_photographs(folders: Sequence[str | Path]) -> list[Photograph]:
     return list(found.values())
 
 
+def large_enough(photographs: Sequence[Photograph], img_size: int, enlarge: bool) -> list[Photograph]:
+    """Those whose shorter side has as many pixels; all of them, if smaller ones may be enlarged.
+
+    Raises:
+        UserError: If there is none.
+    """
+    found = [each for each in photographs if enlarge or each.shorter_side >= img_size]
+    if not found:
+        raise UserError(
+            f'--images: none of {len(photographs)} has {img_size} pixels on each side; take larger ones, a smaller '
+            '--img-size, or --enlarge, which flatters every attention'
+        )
+    return found
+
+
 def _shorter_side(path: Path) -> int:
     try:
         with Image.open(path) as image:

@@ -15,7 +15,7 @@ from timm.layers import PatchEmbed
 from timm.models import model_entrypoint
 from torch import nn
 
-from vit_efficient.attention import get_attention
+from vit_efficient.attention import get_attention, trained_options
 from vit_efficient.compress import get_compressor
 from vit_efficient.models.served import MODELS
 from vit_efficient.utils.checks import argument_names, check_options, is_integer, multiples_around, nearest
@@ -40,6 +40,8 @@ def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = 
     """
     entry, own = _entry_point(name, options)
     arguments = _arguments(name, options) | own
+    if own:  # what is not said is as `vit_efficient.convert` has it
+        arguments['attention_kwargs'] = trained_options(own['attention'], arguments.get('attention_kwargs') or {})
     if img_size is not None:
         if 'img_size' in options:
             raise UserError(

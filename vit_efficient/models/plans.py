@@ -25,7 +25,7 @@ class Plan:
         share: What it costs, as such a share.
         gmacs: Billions of multiply-accumulates for an image, of the model as it was and with this plan.
         loss: The name of the loss.
-        predicted: The sum over layers of the losses of each alone.
+        predicted: The loss of the model as it was, and what each layer alone adds to it.
         measured: The loss of the model with this plan.
         fidelity: The measured `vit_efficient.fidelity.Fidelity`, by name, but for what the model has not.
     """

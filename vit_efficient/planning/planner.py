@@ -189,7 +189,7 @@ class Planner:
         return tuple(specs.index(spec) for specs, spec in zip(of_layers, plan.layers, strict=True))
 
     def costs(self) -> tuple[np.ndarray, float]:
-        """What each option costs in each layer, (layers, options), and the rest of the model. GMACs are in MACs."""
+        """What each option costs in each layer, (layers, options), and the rest of the model; of 'gmacs' in MACs."""
         if self.unit == 'keys':
             return np.array(self.probe.keys, dtype=float).T, 0.0
         if self.unit == 'gmacs':
@@ -250,8 +250,8 @@ class Planner:
                     bar.update()
             found = [self._known(assignment, image) for image in range(len(self.images))]
             kept = mean_fidelity([Fidelity(*(math.nan if v is None else v for v in values[:4])) for values in found])
-            named = isinstance(self.loss, str)
-            self._means[assignment] = LOSSES[self.loss](kept) if named else float(np.mean([v[4] for v in found])), kept
+            loss = LOSSES[self.loss](kept) if isinstance(self.loss, str) else float(np.mean([v[4] for v in found]))
+            self._means[assignment] = loss, kept
         return self._means[assignment]
 
     def _alone(self, layer: int, option: int) -> Assignment:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_efficient.conversion import convert, sharing_weights
+from vit_efficient.fidelity import final_tokens
 from vit_efficient.flops import count_flops
 from vit_efficient.models import blocks
 from vit_efficient.models.served import served_model
@@ -94,25 +95,19 @@ class Probe:
             found |= self._attentions[option][layer]
         blocks.set_attentions(self.model, found)
 
-    @torch.no_grad()
     def tokens(self, image: Tensor, assignment: Sequence[int], inputs: Sequence[Tensor] = ()) -> Tensor:
-        """The tokens after the last block and the final norm.
+        """The tokens of an image, as `vit_efficient.fidelity.final_tokens` gives them.
 
         Args:
             image: (C, H, W)
             assignment: The option of each layer.
             inputs: What blocks of the model as it is are given, up to that of the first layer that is not as it is. The
                 blocks before that are not run; with none given all are.
-
-        Returns:
-            (N, C), float32, on the CPU.
         """
         self.put(assignment)
         with self._standing_in(inputs):
-            tokens = self.model.forward_features(self._batch(image))[0]
-        if tokens.ndim == 3:  # the map of a VisionTransformerSAM, (C, H, W)
-            tokens = tokens.flatten(1).T
-        return tokens.float().cpu()
+            [tokens] = final_tokens(self.model, [image])
+        return tokens
 
     def exact(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The tokens of the model as it is, and what each of its blocks is given."""
@@ -141,16 +136,14 @@ class Probe:
         from vit_efficient.benchmark.timing import Call
 
         self.put([0] * len(self.layers))
-        return self._least([Call(partial(self.model, self._batch(image)), context=torch.no_grad)])[0]
+        batch = image[None].to(self.device, next(self.model.parameters()).dtype)
+        return self._least([Call(partial(self.model, batch), context=torch.no_grad)])[0]
 
     def _least(self, calls: list[Callable[[], object]]) -> list[float]:
         from vit_efficient.benchmark import timing
 
         timed = timing.take_turns(calls, self.device, rounds=3, max_seconds=20)
         return [1e3 * min(seconds) for seconds in timed]
-
-    def _batch(self, image: Tensor) -> Tensor:
-        return image[None].to(self.device, next(self.model.parameters()).dtype)
 
     @contextmanager
     def _called(self, modules: Sequence[nn.Module]) -> Iterator[list[tuple[tuple, dict]]]:

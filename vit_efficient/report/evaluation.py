@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,8 @@ def open_model(name: str, img_size: int) -> tuple[nn.Module, data.Preprocessing]
         name, options = parse_spec(name)
         model = create_from_spec(name, {'pretrained': True, **options}, img_size)
         preprocessing = data.Preprocessing.of(model)
+        # Of a model that takes any size it says the model's own.
+        preprocessing = replace(preprocessing, input_size=(preprocessing.input_size[0], img_size, img_size))
     if data.takes_coefficients(model):
         raise UserError(f'{name}: it takes DCT coefficients, and is to be given pixels')
     for side in getattr(getattr(model, 'patch_embed', None), 'patch_size', ()):

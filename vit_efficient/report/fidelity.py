@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vit_efficient.conversion import convert, sharing_weights
 from vit_efficient.data.preprocessing import Preprocessing
-from vit_efficient.data.squares import Photograph, find_photographs
+from vit_efficient.data.squares import Photograph, find_photographs, large_enough
 from vit_efficient.fidelity import Fidelity, fidelity, final_tokens
 from vit_efficient.flops import count_flops
 from vit_efficient.models.create import parse_layers
@@ -127,15 +127,12 @@ def fidelity_table(
         raise UserError(f'--img-size: {" ".join(map(str, sizes))} has one twice')
     wanted = read_attentions(attentions)
     photographs = find_photographs(folders)
-    chosen = {size: [each for each in photographs if enlarge or each.shorter_side >= size] for size in sizes}
-    for size, of_size in chosen.items():
-        if not of_size:
-            raise UserError(f'--images: no photograph has {size} pixels on its shorter side, nor more')
+    chosen = {size: large_enough(photographs, size, enlarge) for size in sizes}
     if out:  # rather than when all is measured
         import_optional('matplotlib', 'the plot beside the table is drawn with', 'train')
     path = cells or (out / 'cells.json' if out else None)
-    at_sizes = [_AtSize(model, size, wanted, device) for size in sizes]
     measured = _Cells(path)
+    at_sizes = [_AtSize(model, size, wanted, device) for size in sizes]
     rows = []
     for at_size in at_sizes:
         at_size.measure(chosen[at_size.size], measured)
@@ -237,7 +234,8 @@ class _AtSize:
             of_model, model = self.cells(title, measured), self.models[title]
             cells = [of_model[photograph.digest] for photograph in photographs]
             kept = [name for name in Fidelity._fields if cells[0][name] is not None]
-            keys = self.patches if title == AS_IT_IS else fmean(kept_tokens(model, self.size)) - self.prefix
+            on_grid = convert(sharing_weights(model), 'full', layers=[])  # timm's own models do not say their keys
+            keys = fmean(kept_tokens(on_grid, self.size)) - self.prefix
             gmacs = count_flops(model, input_size(model, self.size)).total / 1e9
             row = dict(img_size=self.size, attention=title, curve=curve, gmacs=gmacs)
             row |= dict(keys=keys, keys_percent=100 * keys / self.patches)

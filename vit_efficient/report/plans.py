@@ -2,20 +2,19 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vit_efficient.attention import trained_options
 from vit_efficient.benchmark.models import ModelCandidate, ModelSetting, benchmark_models
 from vit_efficient.data import Preprocessing
-from vit_efficient.data.squares import find_photographs
+from vit_efficient.data.squares import find_photographs, large_enough
 from vit_efficient.models.plans import Plan
 from vit_efficient.planning import Planner
 from vit_efficient.report.plot import COLOURS
 from vit_efficient.report.table import Column, Table
-from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
 from vit_efficient.utils.packages import needing
 
@@ -23,14 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 def open_images(
-    folders: Sequence[str | Path], preprocessing: Preprocessing, img_size: int, limit: int, enlarge: bool = False
+    folders: Sequence[str | Path], preprocessing: Preprocessing, limit: int, enlarge: bool = False
 ) -> list[Tensor]:
-    """The middle of photographs, as a model takes them, (C, img_size, img_size); a line is logged that counts them.
+    """The middle of photographs, as a model takes them, (C, side, side) each; a line is logged that counts them.
 
     Args:
         folders: As `find_photographs` takes them.
-        preprocessing: Of the model.
-        img_size: Side, in pixels.
+        preprocessing: Of the model, for square images.
         limit: The most images; of more they are taken evenly from all.
         enlarge: Whether smaller ones are enlarged, and not left out.
 
@@ -38,16 +36,11 @@ def open_images(
         UserError: If there is no photograph, or none is large enough.
     """
     found = find_photographs(folders)
-    large = [each for each in found if enlarge or each.shorter_side >= img_size]
-    if not large:
-        raise UserError(
-            f'--images: none of {len(found)} has {img_size} pixels on each side; take larger ones, a smaller '
-            '--img-size, or --enlarge, which flatters every attention'
-        )
+    *_, side = preprocessing.input_size
+    large = large_enough(found, side, enlarge)
     count, few = min(limit, len(large)), len(found) - len(large)
     left_out = f'; left out {few} of {len(found)}, which are smaller' * bool(few)
-    logger.info('%d images of %d × %d pixels%s', count, img_size, img_size, left_out)
-    preprocessing = replace(preprocessing, input_size=(preprocessing.input_size[0], img_size, img_size))
+    logger.info('%d images of %d × %d pixels%s', count, side, side, left_out)
     return [large[i * len(large) // count].square(preprocessing) for i in range(count)]
 
 
@@ -72,7 +65,9 @@ def front_table(planner: Planner, plans: Sequence[Plan], rounds: int = 5, memory
         kept = {key: plan.fidelity.get(key) for key in same}
         rows.append(dict(plan=f'{plan.budget:g}', loss=plan.measured, predicted=plan.predicted, **kept))
     arguments = {key: value for key, value in probe.arguments.items() if key != 'img_size'}
-    specs = [arguments['attention'], *(plan.layers for plan in plans)]
+    # A model that is built begins with other options than one that is converted.
+    converted = [[(name, trained_options(name, options)) for name, options in plan.layers] for plan in plans]
+    specs = [arguments['attention'], *converted]
     entry = probe.model.pretrained_cfg['architecture']
     candidates = [
         ModelCandidate(entry, {**arguments, 'attention': spec}, row['plan'])

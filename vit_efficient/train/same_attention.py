@@ -9,6 +9,7 @@ import re
 import shlex
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def convert_as_asked(model: nn.Module, config: ModelConfig, weights_follow: bool
     """
     if not config.attention:
         return model
-    change = swap_attentions if weights_follow else convert
+    change = partial(swap_attentions, trained=True) if weights_follow else convert
     try:
         change(served_model(model), config.attention, config.layers, **config.attention_kwargs)
     except UserError as error:

@@ -189,7 +189,7 @@ def map_instances(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
     return tree_map_only(kind, function, tree)
 
 
-def attend_with_lse(
+def flash_attention_on_gpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention and the logarithms of its denominators, without gradients, in half precision on a GPU.

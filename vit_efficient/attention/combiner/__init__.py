@@ -9,14 +9,15 @@ summary, whose value is an expectation that does not depend on the query. One so
     y   = Σ_j softmax(a, b)_j v_j + Σ_R softmax(a, b)_R v̄_R
 
 The paper's patterns are those of sequences; here they are those of a grid. A prefix token attends to all N tokens, and
-all see it exactly. Of a patch there are two patterns:
+all see it exactly. For a patch there are two patterns:
 
-- `cells`: the grid is cut into windows, and these into cells. Near are the patches of its window. Of windows up to
-  `reach` away each cell is a set, and of those beyond each window. With reach 0 this is the paper's fixed pattern. In
-  every second layer of a model the windows are shifted by half their sides, as Swin's are.
-- `axial`: near are the patches of its row and of its column. Of every other column the patches that are not in its row
-  are a set. In every second layer of a model rows and columns change places. (The paper's own, for images without
-  causality, is in an appendix that we have not seen, and its code covers the image twice.)
+- `cells`: the grid is cut into windows, and each window into cells. Near are the patches of the own window. Each cell
+  of the other windows is a set; with a `reach`, of windows up to that many away, and each window beyond is one set.
+  With reach 0 this is the paper's fixed pattern. In every second layer of a model the windows are shifted by half their
+  sides, as Swin's are.
+- `axial`: near are the patches of the own row and of the own column. The rest of every other column, without the patch
+  in the own row, is a set. In every second layer of a model rows and columns change places. (The paper's own, for
+  images without causality, is in an appendix that we have not seen, and its code covers the image twice.)
 
     summary   weights π_j           key k̄         value v̄      bias β
     mean                            mean of k     mean of v    log |R|

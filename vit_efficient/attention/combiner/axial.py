@@ -57,12 +57,12 @@ def _attend_axially(q, k, v, prefix: int, height, width, transpose: bool, summar
 
 
 def _attend_patches(
-    q: Tensor, k: Tensor, v: Tensor, prefix: tuple, summary: str, count: bool, scale: float, fused: bool
+    q: Tensor, k: Tensor, v: Tensor, kv_prefix: tuple, summary: str, count: bool, scale: float, fused: bool
 ) -> Tensor:
-    """(B, H, R, C, D or E) each → (B, H, R, C, E); `prefix` are keys and values that all see, (B, H, P, D or E)."""
+    """(B, H, R, C, D or E) each → (B, H, R, C, E); `kv_prefix` are keys and values that all see, (B, H, P, D or E)."""
     batch, _, rows, columns, _ = q.shape
     in_rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # (B · R, H, C, D or E)
-    near = [t.repeat_interleave(rows, dim=0) for t in prefix]
+    near = [t.repeat_interleave(rows, dim=0) for t in kv_prefix]
     if are_numbers(rows) and rows == 1:
         keys, values = (torch.cat(parts, dim=2) for parts in zip(near, in_rows[1:], strict=True))
         y = attend_with_lse(in_rows[0], keys, values, scale, fused).output

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vit_efficient.attention.combiner.summaries import Summaries, joined, summarise
-from vit_efficient.attention.functional import attend, bias_as_channel
+from vit_efficient.attention.functional import attend
 from vit_efficient.attention.windows import padding, permuted, runs
 from vit_efficient.dct.bases import basis, is_eager
 from vit_efficient.grid import smaller
@@ -104,11 +104,13 @@ def _attend_near_and_far(q: Tensor, k: Tensor, v: Tensor, prefix: int, cut: tupl
     return torch.cat(y, dim=1).transpose(1, 2)  # the heads of a token beside each other, where they are merged
 
 
-def _attend_patches(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, far: tuple, how: tuple) -> list[Tensor]:
+def _attend_patches(
+    q: Tensor, k: Tensor, v: Tensor, kv_prefix: tuple, cut: tuple, far: tuple, how: tuple
+) -> list[Tensor]:
     """(B, H, H · W, D or E) each, in the order of `reorder` → (B, …, H, E), some patches after others
 
     Args:
-        prefix: Keys and values that all see, (B, H, P, D or E).
+        kv_prefix: Keys and values that all see, (B, H, P, D or E).
         cut: Height, width, window, cell, shift, reach.
         far: Of `summarise`, scale, summary and count.
         how: Scale, fused, dropout.
@@ -125,25 +127,25 @@ def _attend_patches(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, 
     y = []
     for i, windows in enumerate(of_blocks):
         seen = None if summaries is None else basis(_seen, (*_plain(cut), i), q, torch.int32)
-        y += _attend_windows(*(t.transpose(1, 2) for t in windows), prefix, summaries, seen, how)
+        y += _attend_windows(*(t.transpose(1, 2) for t in windows), kv_prefix, summaries, seen, how)
     return y
 
 
 def _attend_windows(
-    q: Tensor, k: Tensor, v: Tensor, prefix: tuple, far: Summaries | None, seen: Tensor | None, how: tuple
+    q: Tensor, k: Tensor, v: Tensor, kv_prefix: tuple, summaries: Summaries | None, seen: Tensor | None, how: tuple
 ) -> list[Tensor]:
     """The patches of windows of one shape, some windows at a time: (B, w, H, L, D or E) each → (B, … · L, H, E)
 
     Args:
-        prefix: Keys and values that all see, (B, H, P, D or E).
-        far: Summaries, if there are any.
+        kv_prefix: Keys and values that all see, (B, H, P, D or E).
+        summaries: Of all sets, if there are any.
         seen: As of `_seen`.
         how: Scale, fused, dropout.
     """
     batch, number, heads, area, dim = k.shape
     most = number
     if is_eager(q):
-        keys = prefix[0].shape[2] + area + (0 if seen is None else seen.shape[1])
+        keys = kv_prefix[0].shape[2] + area + (0 if seen is None else seen.shape[1])
         bytes_of_one = batch * heads * keys * (dim + v.shape[-1]) * k.element_size()
         most = max(1, (CHUNK_OF_GPU if on_gpu(q) else CHUNK_OF_HOST) // bytes_of_one)
     parts = [t.split(most, dim=1) for t in (q, k, v)]
@@ -153,9 +155,9 @@ def _attend_windows(
         if most < number and torch.is_grad_enabled():
             # Each window would keep its copy of the summaries for the backward pass.
             given = dict(use_reentrant=False, preserve_rng_state=how[2] > 0)
-            y.append(checkpoint(_attend_some, *of_some, *prefix, far, *how, **given))
+            y.append(checkpoint(_attend_some, *of_some, *kv_prefix, summaries, *how, **given))
         else:
-            y.append(_attend_some(*of_some, *prefix, far, *how))
+            y.append(_attend_some(*of_some, *kv_prefix, summaries, *how))
     return y
 
 
@@ -166,7 +168,7 @@ def _attend_some(
     seen: Tensor | None,
     k_prefix: Tensor,
     v_prefix: Tensor,
-    far: Summaries | None,
+    summaries: Summaries | None,
     scale: float,
     fused: bool,
     dropout: float,
@@ -183,23 +185,20 @@ def _attend_some(
         def of_seen(t: Tensor) -> Tensor:  # (B, H, n, …) → (B, w, H, seen, …)
             return t.index_select(2, index).unflatten(2, seen.shape).transpose(1, 2)
 
-        parts_k.append(of_seen(far.key))
-        parts_v.append(of_seen(far.value))
-        bias = k.new_zeros(1, 1, far.key.shape[2]) if far.bias is None else far.bias
+        parts_k.append(of_seen(summaries.key))
+        parts_v.append(of_seen(summaries.value))
+        bias = k.new_zeros(1, 1, summaries.key.shape[2]) if summaries.bias is None else summaries.bias
         mask = of_seen(bias).masked_fill((seen < 0).unsqueeze(1), -torch.inf)
         mask = F.pad(mask, (k_prefix.shape[2] + area, 0)).unsqueeze(3)
         mask = mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # (B · w, H or 1, 1, keys)
     q, k, v = (t.flatten(0, 1) for t in (q, torch.cat(parts_k, dim=3), torch.cat(parts_v, dim=3)))
-    if mask is not None and (mask.requires_grad or (on_gpu(q) and not q.is_meta)):
-        # Fused kernels of CPUs give no gradient of a mask, and the fastest of GPUs take none.
-        lowest = torch.finfo(k.dtype).min / 2 * scale  # a product cannot have −∞
-        q, k = bias_as_channel(q, k, mask.mT.clamp(min=lowest), scale)
-        mask = None
     y = attend(q, k, v, scale, fused, dropout, mask)
     return y.transpose(1, 2).unflatten(0, (batch, number)).flatten(1, 2)
 
 
-def _attend_padded(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, far: tuple, how: tuple) -> list[Tensor]:
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, kv_prefix: tuple, cut: tuple, far: tuple, how: tuple
+) -> list[Tensor]:
     """As `_attend_patches`, of a grid whose sides may be symbols, in its own order."""
     height, width, (h, w), (y, x), shift, reach = cut
     rows, columns = _ceil(h, y), _ceil(w, x)  # of cells in a window
@@ -226,18 +225,18 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, f
     by_cells = in_cells.any(dim=1) & (of_cell < windows) & (of_cell != own)  # (w, n)
     # A cell beyond the border is summarised too, by any patch.
     in_cells = in_cells | (~in_cells.any(dim=1, keepdim=True) & (torch.arange(area, device=q.device) == 0))
-    summaries, sees = [summarise(*(t.unflatten(2, (-1, area)) for t in (q, k, v)), in_cells, *far)], [in_windows]
+    summaries = [summarise(*(t.unflatten(2, (-1, area)) for t in (q, k, v)), in_cells, *far)]
     if reach is not None:
         apart = torch.maximum((own // across - number // across).abs(), (own % across - number % across).abs())
         by_cells = by_cells & (apart <= reach).index_select(1, of_cell)
         whole = (apart > reach) & (number < windows)
         summaries.append(summarise(*(t.unflatten(2, (-1, cells * area)) for t in (q, k, v)), in_windows, *far))
     sees = torch.cat([in_windows, by_cells, *([] if reach is None else [whole])], dim=1)
-    sees = F.pad(sees, (prefix[0].shape[2], 0), value=1)
+    sees = F.pad(sees, (kv_prefix[0].shape[2], 0), value=1)
     summaries = joined(summaries)
     mask = torch.zeros_like(sees, dtype=q.dtype).masked_fill(~sees, -torch.inf)[None, :, None, None]
     if summaries.bias is not None:
-        mask = mask + F.pad(summaries.bias, (prefix[0].shape[2] + cells * area, 0))[:, None, :, None]
+        mask = mask + F.pad(summaries.bias, (kv_prefix[0].shape[2] + cells * area, 0))[:, None, :, None]
     mask = mask.expand(q.shape[0], -1, -1, -1, -1).flatten(0, 1)
 
     def seen(first: Tensor, near: Tensor, of_sets: Tensor) -> Tensor:
@@ -245,7 +244,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, prefix: tuple, cut: tuple, f
         return torch.cat([first, near, of_sets], dim=3).flatten(0, 1)
 
     q, k, v = (t.unflatten(2, (-1, cells * area)).transpose(1, 2) for t in (q, k, v))
-    keys, values = seen(prefix[0], k, summaries.key), seen(prefix[1], v, summaries.value)
+    keys, values = seen(kv_prefix[0], k, summaries.key), seen(kv_prefix[1], v, summaries.value)
     of_slots = attend(q.flatten(0, 1), keys, values, *how, mask)
     of_slots = of_slots.transpose(1, 2).unflatten(0, (q.shape[0], -1)).flatten(1, 2)
 

@@ -22,26 +22,33 @@ PATTERNS = ('cells', 'axial')
 class CombinerAttention(GridAttention):
     """Attention to the patches that are near exactly, and to summaries of all others.
 
-    Where all patches are near this is exact attention, also with cells of one patch and `reach=None`; and, unless
-    `count_bias=False`, with keys that are equal in each set that is summarised.
+    This is exact attention where all patches are near, with cells of one patch (`reach` None) and, unless
+    `count_bias=False`, where the keys of each set are equal.
+
+    With rotary positions queries and keys are turned first, and summaries are of what is turned: frequencies that turn
+    far within a cell count less in its key.
+
+    Attention dropout drops weights, of patches and of sets, where the pattern is 'cells', and keys where it is 'axial'
+    (`drop_keys`), each from all queries of its head.
 
     Args:
         dim, num_heads, **kwargs: As timm's `Attention`.
         pattern: What is near, and what is summarised: 'cells' or 'axial', as in `vit_efficient.attention.combiner`.
         summary: What stands for a set, 'mean', 'local', 'tangent' or 'max', as there.
-        count_bias: Whether a set weighs as many patches as it has; of 'tangent', as many as its weights are spread
-            over.
-        window_size: Of cells: side of the windows in patches, or the pair (rows, columns); 12 by default. A side that
-            is not smaller than the grid's is taken to be the grid's, and is not shifted. Windows at the border are
-            smaller where it does not divide the grid.
-        cell_size: Of cells: their side in patches, or the pair, from the corner of each whole window; 4 by default.
-            The last cells are smaller where it does not divide the window. None with reach 0.
-        reach: Of cells: how many windows away, along either axis, windows are seen by their cells; those beyond are
-            seen whole, one summary each. None: all by their cells.
-        shift: Of cells: whether windows are shifted: the first one along an axis has half the side, rounded down, and
-            the next begin from there. In a model, those of odd layers are, unless it is given.
-        transpose: Of axial: whether the sets are of rows rather than of columns. In a model, those of odd layers are,
-            unless it is given.
+        count_bias: Whether the bias β is added to the score of a set, so that it weighs as many patches as it has, or
+            with 'tangent' as many as its weights are spread over.
+        window_size: With 'cells', the side of the windows in patches, or the pair (rows, columns); 12 by default. A
+            side that is not smaller than the grid's is taken to be the grid's, and is not shifted. Windows at the
+            border are smaller where it does not divide the grid.
+        cell_size: With 'cells', the side of the cells in patches, or the pair; 4 by default. They begin at the upper
+            left corner of each window, also where that is beyond the border; the last ones are smaller where it does
+            not divide the window. It has no place with reach 0.
+        reach: With 'cells', up to how many windows away, along either axis, a window is seen by its cells. Beyond, it
+            is seen by one summary. None: each by its cells.
+        shift: With 'cells', whether windows are shifted: the first one along an axis has half the side, rounded down,
+            and the next begin from there. In a model, those of odd layers are, unless it is given.
+        transpose: With 'axial', whether sets are rows instead of columns. In a model, those of odd layers are, unless
+            it is given.
     """
 
     can_be_differential = True
@@ -123,7 +130,7 @@ class CombinerAttention(GridAttention):
         return self.proj_drop(reorder(self.proj(y), grid.prefix, *cut, back=True))
 
     def num_attended(self, grid: PatchGrid) -> int:
-        """The keys of a patch, of 'cells' in a whole window that no border is near; a prefix token attends to all."""
+        """The keys of a patch, with 'cells' in a whole window that no border is near. A prefix token attends to all."""
         if self.pattern == 'axial':
             height, width = (grid.width, grid.height) if self.transpose else (grid.height, grid.width)
             return grid.prefix + width + height - 1 + smaller(1, height - 1) * (width - 1)

@@ -24,14 +24,14 @@ class Summaries(NamedTuple):
 def summarise(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float, summary: str, count: bool
 ) -> Summaries:
-    """The summaries of sets of patches, as in this module.
+    """The summaries of n sets of up to A patches, by the table of `vit_efficient.attention.combiner`.
 
     Args:
         q, k, v: (B, H, n, A, D or E)
         valid: (n, A), which of these are patches, at least one in a set; None if all are.
         scale: s
         summary: One of `SUMMARIES`.
-        count: Whether there is a bias.
+        count: Whether there is a bias β.
     """
     lowest = torch.finfo(q.dtype).min
     counts = q.new_full((k.shape[2],), k.shape[3])
