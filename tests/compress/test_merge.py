@@ -139,7 +139,7 @@ def test_in_chunks(monkeypatch):
     x, grid = torch.randn(2, 91, 6), PatchGrid(7, 13)
     compress = get_compressor('merge')()
     expected = compress.down(x, grid)[1]
-    monkeypatch.setattr(merging, 'CHUNK_OF_CPU', 100)
+    monkeypatch.setattr(merging, 'CHUNK_OF_HOST', 100)
     assert all(torch.equal(a, b) for a, b in zip(compress.down(x, grid)[1], expected, strict=True))
 
 

@@ -37,7 +37,7 @@ from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import real_dtype, without_autocast
 
 # Similarities of an image at once: those of a CPU stay in its cache.
-CHUNK, CHUNK_OF_CPU = 2**26, 2**18
+CHUNK_OF_HOST, CHUNK_OF_GPU = 2**18, 2**26
 
 
 class Groups(NamedTuple):
@@ -135,7 +135,7 @@ def most_similar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     number, size = plain_sizes((b.shape[0], b.shape[1]))
     chunks = [a]
     if are_numbers(size):
-        at_once = CHUNK_OF_CPU if is_eager(a) and not on_gpu(a) else CHUNK // (number if are_numbers(number) else 1)
+        at_once = CHUNK_OF_HOST if is_eager(a) and not on_gpu(a) else CHUNK_OF_GPU // (number if are_numbers(number) else 1)
         chunks = a.split(max(1, at_once // size), dim=1)
     found = [torch.bmm(chunk, b.mT).max(dim=2) for chunk in chunks]
     if len(found) == 1:

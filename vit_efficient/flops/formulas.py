@@ -98,6 +98,7 @@ def _attention(inputs: list, output: Shape) -> int:
 
 @register_flops('aten::_scaled_dot_product_flash_attention_for_cpu', batched=True)
 def _attention_with_lse(inputs: list, outputs: list) -> int:
+    # Channels that are padded for it are counted, since they are computed.
     return _attention(inputs, outputs[0])
 
 
