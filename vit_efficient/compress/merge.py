@@ -135,7 +135,8 @@ def most_similar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     number, size = plain_sizes((b.shape[0], b.shape[1]))
     chunks = [a]
     if are_numbers(size):
-        at_once = CHUNK_OF_HOST if is_eager(a) and not on_gpu(a) else CHUNK_OF_GPU // (number if are_numbers(number) else 1)
+        images = number if are_numbers(number) else 1
+        at_once = CHUNK_OF_HOST if is_eager(a) and not on_gpu(a) else CHUNK_OF_GPU // images
         chunks = a.split(max(1, at_once // size), dim=1)
     found = [torch.bmm(chunk, b.mT).max(dim=2) for chunk in chunks]
     if len(found) == 1:
