@@ -116,3 +116,15 @@ def test_gradients_of_each_image(name, options, fused, monkeypatch):
         attention(image[None], GRID).square().sum().backward()
         for key, each in attention.named_parameters():
             assert torch.allclose(found[key][i], each.grad, rtol=1e-4, atol=1e-4 * each.grad.abs().max() + 1e-9)
+
+
+@pytest.mark.parametrize(('name', 'options'), [*((name, {}) for name in MECHANISMS if name != 'treeformer_tc'), AXIAL])
+def test_forward_mode(name, options):
+    """By torch.func, where attention is not fused, which PyTorch has no forward mode of; nor have means of trees."""
+    attention, x = build(name, **options, dtype=torch.float64).eval(), torch.randn(2, 92, 12, dtype=torch.float64)
+    attention.fused_attn = False
+    along = torch.randn_like(x)
+    y, slope = torch.func.jvp(lambda x: attention(x, GRID), (x,), (along,))
+    assert torch.allclose(y, attention(x, GRID), atol=1e-12)
+    by_differences = (attention(x + 1e-6 * along, GRID) - attention(x - 1e-6 * along, GRID)) / 2e-6
+    assert torch.allclose(slope, by_differences, atol=1e-6)
