@@ -380,6 +380,8 @@ def test_num_attended_within_reach_of_all(grid, window_size, cell_size, shift):
     options = dict(window_size=window_size, cell_size=cell_size, shift=shift)
     grid = PatchGrid(*grid, prefix=2)
     assert build(**options, reach=9).num_attended(grid) == build(**options).num_attended(grid)
+    for reach in range(3):
+        assert build(**options | dict(cell_size=1), reach=reach).num_attended(grid) <= grid.num_tokens
 
 
 @pytest.mark.compiled

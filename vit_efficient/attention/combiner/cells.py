@@ -37,7 +37,7 @@ def count_seen(height, width, window: tuple[int, int], cell: tuple[int, int], sh
         reached = number
         if reach is not None:  # at the borders windows have fewer cells
             reached = smaller(number, 2 * reach + 1)
-            of_axis = smaller(of_axis, reached * of_own)
+            of_axis = smaller(of_axis - (number - reached), reached * of_own)
         near, own, cells = near * of_window, own * of_own, cells * of_axis
         windows, close = windows * number, close * reached
     return near + cells - own + windows - close
