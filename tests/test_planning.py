@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import signal
+from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -294,6 +296,7 @@ class TestFiles:
             ('[full, full]', r'not a plan .*without layers, model'),
             ('model: x\nlayers: [full]\nsize: 3', 'with size'),
             ('layers: full', 'layers must be a list'),
+            ('layers: [{dct: {1: 2}}, full, full]', 'got .*{1: 2}'),
             ('layers: [{dct: 3}]', "a layer is an attention or .*got {'dct': 3}"),
             ('gmacs: 3', 'gmacs must be a list of two numbers'),
         ],
@@ -309,6 +312,20 @@ class TestFiles:
             path.write_text(text)
         with pytest.raises(UserError, match=message):
             convert(build(), path)
+
+    def test_fractions_written_by_hand(self, planner, tmp_path):
+        path = tmp_path / 'plan.yaml'
+        planner.plan(1).save(path)
+        path.write_text(path.read_text().replace('[full,', '[{subsample: {keep_ratio: 1/4}},'))
+        assert convert(build(), path).attention_spec()[0][1]['keep_ratio'] == 0.25
+
+    def test_numbers_of_any_kind(self, tmp_path):
+        options = ('subsample', dict(num_tokens=np.int64(4)))
+        found = plan(build(), draw(1), np.float64(0.95), options, refine=np.int64(0))
+        assert options in found.layers
+        found = replace(found, layers=[*found.layers, ('subsample', dict(keep_ratio=Fraction(1, 4)))])
+        found.save(tmp_path / 'plan.yaml')
+        assert Plan.load(tmp_path / 'plan.yaml').layers == found.layers
 
     def test_a_plan_of_another_depth(self, planner):
         with pytest.raises(UserError, match='attention lists 3 layers, there are 2'):
@@ -407,7 +424,7 @@ class TestTable:
         with pytest.raises(UserError, match=r'table.json is of another weights \(was'):
             Planner(model, draw(), OPTIONS[:1], table=path)
 
-    @pytest.mark.parametrize('text', ['', '{}', '[1]', '{"about": 3}'])
+    @pytest.mark.parametrize('text', ['', '{}', '[1]', '{"about": 3}', '{"about": {}, "layers": null}'])
     def test_no_table(self, text, tmp_path):
         (tmp_path / 'table.json').write_text(text)
         with pytest.raises(UserError, match='not a table of vit-efficient plan'):
@@ -421,6 +438,10 @@ class TestTable:
         (dict(images=[torch.zeros(64, 64)]), 'images must be tensors'),
         (dict(images=[*draw(1), *draw(1, 32)]), 'of one size'),
         (dict(images=['photo.jpg']), 'got str'),
+        (dict(images=None), 'must be a list of tensors .*got NoneType'),
+        (dict(images=draw(1)[0]), r'tensors \(C, H, W\) .*got torch.float32, \(64, 64\)'),
+        (dict(images=[torch.zeros(3, 64, 64, dtype=torch.uint8)]), 'floating-point numbers.*got torch.uint8'),
+        (dict(model=build().to('meta')), 'the model is on the meta device'),
         (dict(images=draw(1, 60)), '60'),
         (dict(images=draw(1, 32)), 'the model was built for 64'),
         (dict(images=[torch.zeros(1, 64, 64)]), r'input_size=\(1, 64, 64\)'),
@@ -429,17 +450,23 @@ class TestTable:
         (dict(unit='flops'), 'unit must be one of gmacs, ms, keys'),
         (dict(loss='mse'), 'loss must be one of centred, patch'),
         (dict(loss=lambda a, b: float('nan')), 'is not finite'),
+        (dict(loss=lambda a, b: a - b), r'must return one number, got Tensor of shape \(17, 32\)'),
+        (dict(loss=lambda a, b: None), 'must return one number, got None'),
+        (dict(loss=lambda a, b: 0.0, table='t.json'), 't.json knows a loss by its name, and .*<lambda> may be any'),
         (dict(refine=-1), 'refine must be'),
         (dict(options=['dctt']), "options: dctt: unknown attention 'dctt'; did you mean dct"),
         (dict(options=[('dct', dict(keep=3))]), 'keep'),
         (dict(options=['dct', 'dct']), 'options has dct twice'),
         (dict(options=[3]), 'got 3'),
+        (dict(options=3), 'got 3'),
+        (dict(options={'dct': dict(keep_ratio=1 / 2)}), 'got {'),
+        (dict(options=[('dct', {1: 2})]), r"got \('dct', {1: 2}\)"),
     ],
 )
 def test_errors(changed, message):
-    given = dict(images=draw(1), budget=0.9, options=OPTIONS[:1])
+    given = dict(model=build(), images=draw(1), budget=0.9, options=OPTIONS[:1])
     with pytest.raises(UserError, match=message):
-        plan(build(), **given | changed)
+        plan(**given | changed)
 
 
 def test_without_prefix_tokens_their_cosine_is_no_loss():

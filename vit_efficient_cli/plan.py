@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'names is what vit_efficient.convert takes.'
     )
     parser.add_argument('model', help="timm's name of a pretrained model, or a run or model folder")
-    about = 'photographs, in folders or files; a few are enough, of the kind that the model is for'
+    about = 'folders of photographs; a few are enough, of the kind that the model is for'
     parser.add_argument('--images', nargs='+', type=Path, required=True, metavar='FOLDER', help=about)
     parser.add_argument('--img-size', type=int, required=True, metavar='PX', help='side of the square images')
     about = 'what the model may cost, as a share of what it costs as it is, such as 0.4 or 1/2'

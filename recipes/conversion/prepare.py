@@ -260,6 +260,9 @@ def main(argv: list[str] | None = None) -> int:
     about = 'folders of .whl and .deb files, where packages are looked for first'
     parser.add_argument('--from', dest='given', nargs='+', type=Path, default=[], metavar='DIR', help=about)
     args = parser.parse_args(argv)
+    for folder in args.given:
+        if not folder.is_dir():
+            parser.error(f'--from {folder}: no such folder')
     status = 0
     with tempfile.TemporaryDirectory() as fetched:
         for name in args.only:

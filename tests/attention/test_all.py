@@ -6,9 +6,11 @@ from torch._subclasses import FakeTensorMode
 
 from vit_efficient import PatchGrid, create_attention, list_attentions
 from vit_efficient.attention import layer_options
+from vit_efficient.attention.combiner import cells
 
 GRID = PatchGrid(7, 13, 1)
 MECHANISMS = [name for name in list_attentions() if name != 'full']
+AXIAL = pytest.param('combiner', dict(pattern='axial'), id='axial')
 
 
 def build(name, **options):
@@ -82,3 +84,47 @@ def test_devices_are_not_mixed(name, training):
         with torch.set_grad_enabled(training):
             y = attention(torch.randn(2, 92, 12, device='cuda'), GRID)
         assert y.device.type == 'cuda' and y.shape == (2, 92, 12)
+
+
+@pytest.mark.parametrize(('name', 'options'), [*((name, {}) for name in MECHANISMS), AXIAL])
+def test_no_images(name, options):
+    """As a data loader that sorts images out may hand down."""
+    attention, x = build(name, **options), torch.randn(0, 92, 12, requires_grad=True)
+    y = attention(x, GRID)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 92, 12)
+
+
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize(
+    ('name', 'options'), [*((name, {}) for name in MECHANISMS if not name.startswith('treeformer')), AXIAL]
+)
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
+def test_gradients_of_each_image(name, options, fused, monkeypatch):
+    """By torch.func, whatever is fused or checkpointed elsewhere. (Trees have gradients of their own.)"""
+    monkeypatch.setattr(cells, 'CHUNK_OF_HOST', 1)
+    attention, x = build(name, **options).eval(), torch.randn(2, 92, 12)
+    attention.fused_attn = fused
+    weights = {key: each.detach() for key, each in attention.named_parameters()}
+
+    def loss(weights, image):
+        return torch.func.functional_call(attention, weights, (image[None], GRID)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    for i, image in enumerate(x):
+        attention.zero_grad()
+        attention(image[None], GRID).square().sum().backward()
+        for key, each in attention.named_parameters():
+            assert torch.allclose(found[key][i], each.grad, rtol=1e-4, atol=1e-4 * each.grad.abs().max() + 1e-9)
+
+
+@pytest.mark.parametrize(('name', 'options'), [*((name, {}) for name in MECHANISMS if name != 'treeformer_tc'), AXIAL])
+def test_forward_mode(name, options):
+    """By torch.func, where attention is not fused, which PyTorch has no forward mode of; nor have means of trees."""
+    attention, x = build(name, **options, dtype=torch.float64).eval(), torch.randn(2, 92, 12, dtype=torch.float64)
+    attention.fused_attn = False
+    along = torch.randn_like(x)
+    y, slope = torch.func.jvp(lambda x: attention(x, GRID), (x,), (along,))
+    assert torch.allclose(y, attention(x, GRID), atol=1e-12)
+    by_differences = (attention(x + 1e-6 * along, GRID) - attention(x - 1e-6 * along, GRID)) / 2e-6
+    assert torch.allclose(slope, by_differences, atol=1e-6)

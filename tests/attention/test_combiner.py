@@ -380,6 +380,27 @@ def test_num_attended_with_reach():
 @pytest.mark.parametrize('shift', [False, True])
 @pytest.mark.parametrize('grid', GRIDS)
 @pytest.mark.parametrize(('window_size', 'cell_size'), CUTS)
+def test_num_attended_within_reach_of_all(grid, window_size, cell_size, shift):
+    options = dict(window_size=window_size, cell_size=cell_size, shift=shift)
+    grid = PatchGrid(*grid, prefix=2)
+    assert build(**options, reach=9).num_attended(grid) == build(**options).num_attended(grid)
+    for reach in range(3):
+        assert build(**options | dict(cell_size=1), reach=reach).num_attended(grid) <= grid.num_tokens
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize('reach', [None, 1, 0])
+def test_compiled_where_cells_are_of_one_size(reach):
+    torch.compiler.reset()
+    attention, grid = build(window_size=2, cell_size=2, reach=reach), PatchGrid(6, 8, prefix=1)
+    compiled = torch.compile(attention, fullgraph=True, backend='eager')
+    x = inputs(grid)
+    assert torch.allclose(compiled(x, grid), attention(x, grid), atol=1e-13)
+
+
+@pytest.mark.parametrize('shift', [False, True])
+@pytest.mark.parametrize('grid', GRIDS)
+@pytest.mark.parametrize(('window_size', 'cell_size'), CUTS)
 def test_num_attended(grid, window_size, cell_size, shift):
     attention = build(window_size=window_size, cell_size=cell_size, shift=shift)
     grid = PatchGrid(*grid, prefix=2)

@@ -176,6 +176,12 @@ def test_a_command_that_fails_says_why(tmp_path, monkeypatch, capsys):
     assert ': E: Unable to locate package; fetch the package' in capsys.readouterr().err
 
 
+def test_a_folder_of_packages_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        prepare([str(tmp_path), '--only', 'mvtb', '--from', str(tmp_path / 'slip')])
+    assert f'--from {tmp_path / "slip"}: no such folder' in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, fetched, capsys):
     (tmp_path / 'file').touch()
     assert prepare([str(tmp_path / 'file'), '--only', 'mvtb', '--from', str(fetched)]) == 2

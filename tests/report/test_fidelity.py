@@ -208,6 +208,15 @@ def test_mistakes_are_named_before_anything_is_run(prepared, runs, change, named
     assert not runs
 
 
+@pytest.mark.parametrize('text', ['[1', '[1]'])
+def test_another_file_is_no_file_of_cells(prepared, runs, tmp_path, text):
+    (tmp_path / 'cells.json').write_text(text)
+    given = dict(model=str(prepared / 'model'), folders=[prepared / 'photos'], img_sizes=[64], attentions=['pool'])
+    with pytest.raises(UserError, match='cells.json: not a file of cells'):
+        fidelity_table(**given, cells=tmp_path / 'cells.json')
+    assert not runs
+
+
 def test_folders_without_images_are_named(tmp_path, capsys):
     command = ['table', 'fidelity', 'test_vit', '--img-size', '64', '--attention', 'pool', '--images']
     assert main([*command, str(tmp_path)]) == 2

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from vit_efficient.attention.functional import masked
 from vit_efficient.dct.bases import is_eager
-from vit_efficient.utils.compat import flash_attention_on_cpu, flash_attention_on_cpu_backward
+from vit_efficient.utils.compat import flash_attention_on_cpu, flash_attention_on_cpu_backward, is_transformed
 from vit_efficient.utils.device import on_gpu
 
 
@@ -46,10 +46,12 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, 
     Args:
         q, k, v: (B, H, queries, D), (B, H, keys, D), (B, H, keys, E); there may be no keys.
         scale: The factor of the scores.
-        fused: Whether to use PyTorch's fused attention, on a CPU. Elsewhere, and in a graph, it is written out.
+        fused: Whether to use PyTorch's fused attention, on a CPU. Elsewhere, in a graph, and under transforms of
+            `torch.func`, it is written out.
         mask: As of `vit_efficient.attention.functional`, of no more than four axes, without a gradient.
     """
-    if fused and k.shape[-2] and is_eager(q) and not (q.is_meta or on_gpu(q)) and cuda.flash_sdp_enabled():
+    plain = is_eager(q) and not (q.is_meta or on_gpu(q) or is_transformed(q))
+    if fused and k.shape[-2] and plain and cuda.flash_sdp_enabled():
         return Part(*_Fused.apply(q, k, v, scale, mask))
     scores = masked((q * scale) @ k.mT, mask)
     lse = scores.logsumexp(dim=-1)

@@ -31,7 +31,7 @@ from vit_efficient.compress.base import Compressor, State, register_compressor
 from vit_efficient.dct.bases import is_eager
 from vit_efficient.grid import PatchGrid, larger, plain_sizes, smaller
 from vit_efficient.utils.checks import check_flag
-from vit_efficient.utils.compat import are_numbers
+from vit_efficient.utils.compat import are_numbers, is_transformed
 from vit_efficient.utils.device import on_gpu
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.precision import real_dtype, without_autocast
@@ -193,6 +193,10 @@ def groups_of(root: Tensor, left: Tensor) -> Groups:
 def means(x: Tensor, groups: Groups) -> Tensor:
     """(B, N, D) → (B, m, D), as bags of rows: on a GPU too these and their gradients are summed in one order."""
     image = torch.arange(x.shape[0], device=x.device)[:, None]
+    if is_transformed(x):  # torch.func has no forward mode of bags
+        into = (groups.owner + image * groups.sizes.shape[1]).flatten()
+        sums = x.new_zeros(groups.sizes.numel(), x.shape[2]).index_add(0, into, x.flatten(0, 1))
+        return sums.unflatten(0, groups.sizes.shape) / groups.sizes[..., None]
     patch = (groups.order + image * x.shape[1]).flatten()
     sizes = groups.sizes.flatten()
     y = F.embedding_bag(patch, x.flatten(0, 1), sizes.cumsum(0) - sizes, mode='mean')

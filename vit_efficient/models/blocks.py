@@ -418,21 +418,22 @@ def attention_per_layer(attention: AttentionSpec, options: dict[str, Any] | None
         return [(attention, dict(options or {}))] * depth
     if options:
         raise UserError(f'attention_kwargs={options} beside {attention=}: put the options there, as (name, options)')
-    if _is_named(attention):
+    if is_named(attention):
         return [tuple(attention)] * depth
     layers = attention if isinstance(attention, (list, tuple)) else [attention]
     for layer in layers:
-        if not isinstance(layer, str) and not _is_named(layer):
+        if not isinstance(layer, str) and not is_named(layer):
             raise UserError(f"attention: a layer is 'name' or ('name', {{options}}), got {layer!r}")
     if len(layers) != depth:
         raise UserError(f'attention lists {len(layers)} layers, there are {depth}')
     return [(layer, {}) if isinstance(layer, str) else tuple(layer) for layer in layers]
 
 
-def _is_named(spec: Any) -> bool:
-    """Whether it is a name with its options."""
+def is_named(spec: Any) -> bool:
+    """Whether it is a name with its options, and no list of several."""
     pair = isinstance(spec, (list, tuple)) and len(spec) == 2
-    return pair and isinstance(spec[0], str) and isinstance(spec[1], dict)
+    named = pair and isinstance(spec[0], str) and isinstance(spec[1], dict)
+    return named and all(isinstance(key, str) for key in spec[1])
 
 
 def check_blocks(model: nn.Module) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from vit_efficient.models.blocks import AttentionSpec
+from vit_efficient.utils.checks import is_integer, is_real
 from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.files import write_text
+from vit_efficient.utils.options import parse_fractions
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Plan:
     def save(self, path: str | os.PathLike) -> None:
         """Writes it as YAML, numbers rounded to six digits."""
         values = asdict(self)
-        layers = [{name: options} if options else name for name, options in values.pop('layers')]  # last: they are many
-        values = _rounded(values) | {'layers': layers}
+        layers = [{name: options} if options else name for name, options in values.pop('layers')]
+        values = _plain(values, '.6g') | {'layers': _plain(layers)}  # last: they are many
         write_text(path, yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120))
 
     @classmethod
@@ -79,13 +81,15 @@ class Plan:
         return cls(**values)
 
 
-def _rounded(value: Any) -> Any:
-    """Plain values, with floats of six digits."""
+def _plain(value: Any, digits: str = '') -> Any:
+    """Values as YAML has them, without those of NumPy and fractions; real numbers of so many digits."""
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
+        return {key: _plain(each, digits) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(each) for each in value]
-    return float(f'{value:.6g}') if isinstance(value, float) else value
+        return [_plain(each, digits) for each in value]
+    if is_integer(value):
+        return int(value)
+    return float(format(float(value), digits)) if is_real(value) else value
 
 
 def _layer(layer: Any, path: str | os.PathLike) -> tuple[str, dict[str, Any]]:
@@ -94,7 +98,7 @@ def _layer(layer: Any, path: str | os.PathLike) -> tuple[str, dict[str, Any]]:
     if isinstance(layer, dict) and len(layer) == 1:
         [(name, options)] = layer.items()
         if isinstance(name, str) and isinstance(options, dict):
-            return name, options
+            return name, parse_fractions(options)
     raise UserError(f'{path}: a layer is an attention or {{attention: {{option: value}}}}, got {layer!r}')
 
 

@@ -50,6 +50,7 @@ def plan(
             (N, C), prefix tokens first.
         refine: How many plans that differ in one or two layers from the best so far are tried at most.
         table: A JSON file that keeps what has been measured; stopped at any moment, the same call goes on from there.
+            It knows a function by its name alone: another file is for one that has changed.
         progress: Whether bars are shown, in a terminal.
 
     Returns:

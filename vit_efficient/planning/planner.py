@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_efficient.fidelity import Fidelity, fidelity, mean_fidelity
-from vit_efficient.models.blocks import LayerSpec, attention_per_layer
+from vit_efficient.models.blocks import LayerSpec, attention_per_layer, is_named
 from vit_efficient.models.plans import Plan
 from vit_efficient.planning.knapsack import choose
 from vit_efficient.planning.probe import Probe, Spec
@@ -80,6 +80,11 @@ class Planner:
         if not callable(loss):
             check_choice('loss', loss, LOSSES)
         self.images, self.unit, self.loss, self._progress = _checked(images), unit, loss, progress
+        if table is not None and self.loss_name.endswith(('<lambda>', 'functools.partial')):
+            raise UserError(
+                f'table={os.fspath(table)} knows a loss by its name, and {self.loss_name} may be any: define it by '
+                'def, or leave table out'
+            )
         self.probe = Probe(model, self.images[0].shape)
         if loss == 'prefix' and not self.probe.model.num_prefix_tokens:
             raise UserError("loss='prefix' is of prefix tokens, and the model has none; use loss='centred'")
@@ -112,8 +117,10 @@ class Planner:
 
     def _add_options(self, options: Sequence[LayerSpec] | None) -> None:
         """Has the probe add those that it can have; one that is asked for must be."""
-        options_given = [options] if isinstance(options, str) else OPTIONS if options is None else options
-        for name, given in attention_per_layer(list(options_given), None, len(options_given)):
+        wanted = OPTIONS if options is None else options
+        if not isinstance(wanted, (list, tuple)) or is_named(wanted):
+            wanted = [wanted]
+        for name, given in attention_per_layer(wanted, None, len(wanted)):
             label = write_spec(name, given)
             if label in self.labels:
                 raise UserError(f'options has {label} twice')
@@ -271,11 +278,19 @@ class Planner:
         """Adds to the table what an image keeps of its features: a `Fidelity`, and the loss that is the user's own."""
         reference = self._references[image]
         kept = fidelity(reference, tokens, self.probe.model.num_prefix_tokens)
-        own = [] if isinstance(self.loss, str) else [float(self.loss(reference, tokens))]
+        own = [] if isinstance(self.loss, str) else [self._own_loss(reference, tokens)]
         keys = self._keys(assignment, image)
         if not all(map(math.isfinite, own or [LOSSES[self.loss](kept)])):
             raise UserError(f'the loss {self.loss_name} of image {image} is not finite with {" ".join(keys[:-1])}')
         self._table.set([None if math.isnan(value) else value for value in (*kept, *own)], *keys)
+
+    def _own_loss(self, reference: Tensor, tokens: Tensor) -> float:
+        value = self.loss(reference, tokens)
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            got = f'Tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)
+            raise UserError(f'loss: {self.loss_name} must return one number, got {got}') from error
 
     def _bar(self, what: str, total: int) -> Any:
         tqdm = import_optional('tqdm', 'progress is shown by', 'train').tqdm
@@ -283,16 +298,22 @@ class Planner:
 
 
 def _checked(images: Sequence[Tensor]) -> list[Tensor]:
-    images = list(images)
+    try:
+        images = list(images)
+    except TypeError as error:
+        raise UserError(f'images must be a list of tensors (C, H, W), got {type(images).__name__}') from error
     if not images:
         raise UserError('images must hold at least one image (C, H, W)')
     for image in images:
-        if not isinstance(image, Tensor) or image.ndim != 3 or image.shape != images[0].shape:
-            shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
+            got = f'{image.dtype}, {tuple(image.shape)}' if isinstance(image, Tensor) else type(image).__name__
             raise UserError(
-                f'images must be tensors (C, H, W) of one size, which costs are for, got {shape} beside '
-                f'{tuple(getattr(images[0], "shape", ()))}'
+                f'images must be tensors (C, H, W) of floating-point numbers, preprocessed for the model, got {got} '
+                'among them'
             )
+        if image.shape != images[0].shape:
+            shapes = f'{tuple(image.shape)} beside {tuple(images[0].shape)}'
+            raise UserError(f'images must be of one size, which costs are for, got {shapes}')
     return images
 
 

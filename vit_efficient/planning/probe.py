@@ -14,6 +14,7 @@ from vit_efficient.flops import count_flops
 from vit_efficient.models import blocks
 from vit_efficient.models.served import served_model
 from vit_efficient.utils.compat import model_args
+from vit_efficient.utils.errors import UserError
 
 Spec = tuple[str, dict[str, Any]]  # the name of an attention, and its options
 
@@ -41,6 +42,8 @@ class Probe:
     def __init__(self, model: nn.Module, input_size: Sequence[int]):
         self.model = sharing_weights(served_model(model)).eval()
         convert(self.model, 'full', layers=[])
+        if self.device.type == 'meta':
+            raise UserError('the model is on the meta device, without weights to measure: load them first')
         self.input_size = tuple(input_size)
         self.arguments = model_args(self.model)
         self.layers = list(blocks.grid_blocks(self.model))

@@ -33,6 +33,8 @@ class Table:
         try:
             self._entries = json.loads(self.path.read_text(encoding='utf-8'))
             earlier = dict(self._entries['about'])
+            if not all(isinstance(section, dict) for section in self._entries.values()):
+                raise ValueError('a section of it is no mapping')
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f'table={path}: not a table of vit-efficient plan ({one_line(error)})') from error
         differing = [name for name in about if earlier.get(name) != about[name]]

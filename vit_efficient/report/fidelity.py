@@ -159,6 +159,8 @@ class _Cells:
         if path and path.exists():
             try:
                 self.values = json.loads(read_text(path))
+                if not isinstance(self.values, dict):
+                    raise ValueError('it is no mapping')
             except ValueError as error:
                 raise UserError(f'{path}: not a file of cells ({error}); remove it, or name another') from error
 

@@ -69,21 +69,23 @@ def _attend_patches(
         return y.unflatten(0, (batch, rows)).transpose(1, 2)
 
     in_columns = [t.permute(0, 3, 1, 2, 4).flatten(0, 1) for t in (q, k, v)]  # (B · C, H, R, D or E)
-    far = Summaries(*(_by_rows(t, batch) for t in _summarise_others(*in_columns, summary, count, scale, fused)))
+    far = Summaries(
+        *(_by_rows(t, batch, columns) for t in _summarise_others(*in_columns, summary, count, scale, fused))
+    )
     keys, values = (torch.cat(parts, dim=2) for parts in zip(near, in_rows[1:], far[:2], strict=True))
     bias = torch.cat([far.bias.new_zeros(*far.bias.shape[:2], keys.shape[2] - columns, 1), far.bias], dim=2)
     own = torch.arange(columns, device=q.device)
     sees = torch.cat([own.new_ones(columns, keys.shape[2] - columns) > 0, own != own[:, None]], dim=1)
     of_rows = attend_with_lse(*bias_as_channel(in_rows[0], keys, bias, scale), values, scale, fused, sees)
     of_columns = attend_with_lse(*in_columns, scale, fused, _others(rows, q.device))
-    lse = _by_rows(of_columns.lse[..., None], batch).squeeze(-1)
-    y = combine([of_rows, Part(_by_rows(of_columns.output, batch), lse)]).output
+    lse = _by_rows(of_columns.lse[..., None], batch, columns).squeeze(-1)
+    y = combine([of_rows, Part(_by_rows(of_columns.output, batch, columns), lse)]).output
     return y.unflatten(0, (batch, rows)).transpose(1, 2)
 
 
-def _by_rows(t: Tensor, batch: int) -> Tensor:
+def _by_rows(t: Tensor, batch: int, columns: int) -> Tensor:
     """(B · C, H, R, …) → (B · R, H, C, …)"""
-    return t.unflatten(0, (batch, -1)).transpose(1, 3).flatten(0, 1)
+    return t.unflatten(0, (batch, columns)).transpose(1, 3).flatten(0, 1)
 
 
 def _others(length, device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ from vit_efficient.attention.functional import attend
 from vit_efficient.attention.windows import padding, permuted, runs
 from vit_efficient.dct.bases import basis, is_eager
 from vit_efficient.grid import smaller
-from vit_efficient.utils.compat import are_numbers
+from vit_efficient.utils.compat import are_numbers, is_transformed
 from vit_efficient.utils.device import on_gpu
 
 # Bytes of keys and values of the windows that are worked on at once: a CPU keeps them in its cache, a GPU wants large
@@ -38,10 +38,14 @@ def count_seen(height, width, window: tuple[int, int], cell: tuple[int, int], sh
     near, own, cells, close, windows = 1, 1, 1, 1, 1
     for length, side, of_cell in zip((height, width), window, cell, strict=True):
         of_window, number = smaller(side, length), padding(length, side, shift)[1]
-        near, own = near * of_window, own * _ceil(of_window, of_cell)
-        cells = cells * _count_cells(length, side, of_cell, shift)
-        windows, close = windows * number, close * smaller(number, 2 * (reach or 0) + 1)
-    return near + (cells - own if reach is None else (close - 1) * own + windows - close)
+        of_own, of_axis = _ceil(of_window, of_cell), _count_cells(length, side, of_cell, shift)
+        reached = number
+        if reach is not None:  # at the borders windows have fewer cells
+            reached = smaller(number, 2 * reach + 1)
+            of_axis = smaller(of_axis - (number - reached), reached * of_own)
+        near, own, cells = near * of_window, own * of_own, cells * of_axis
+        windows, close = windows * number, close * reached
+    return near + cells - own + windows - close
 
 
 # Leaves for FX, because what they do depends on the sizes; called in this module, where FX finds them.
@@ -152,12 +156,12 @@ def _attend_windows(
     if is_eager(q):
         keys = kv_prefix[0].shape[2] + area + (0 if seen is None else seen.shape[1])
         bytes_of_one = batch * heads * keys * (dim + v.shape[-1]) * k.element_size()
-        most = max(1, (CHUNK_OF_GPU if on_gpu(q) else CHUNK_OF_HOST) // bytes_of_one)
+        most = max(1, (CHUNK_OF_GPU if on_gpu(q) else CHUNK_OF_HOST) // max(1, bytes_of_one))
     parts = [t.split(most, dim=1) for t in (q, k, v)]
     parts.append([None] * len(parts[0]) if seen is None else seen.split(most))
     y = []
     for of_some in zip(*parts, strict=True):
-        if most < number and torch.is_grad_enabled():
+        if most < number and torch.is_grad_enabled() and not is_transformed(q):  # torch.func has no checkpoints
             # Each window would keep its copy of the summaries for the backward pass.
             given = dict(use_reentrant=False, preserve_rng_state=how[2] > 0)
             y.append(checkpoint(_attend_some, *of_some, *kv_prefix, summaries, *how, **given))

@@ -34,13 +34,13 @@ def summarise(
         count: Whether there is a bias β.
     """
     lowest = torch.finfo(q.dtype).min
-    counts = q.new_full((k.shape[2],), k.shape[3])
+    counts, shares = q.new_full((k.shape[2],), k.shape[3]), None  # torch.compile has no closures over what is unset
     if valid is not None:
         counts = valid.sum(dim=1).to(q.dtype)
         shares = (valid / counts[:, None]).to(q.dtype)[:, None]  # (n, 1, A)
 
     def mean(t: Tensor) -> Tensor:
-        return t.mean(dim=3) if valid is None else (shares @ t).squeeze(3)
+        return t.mean(dim=3) if shares is None else (shares @ t).squeeze(3)
 
     def largest(t: Tensor) -> Tensor:
         return (t if valid is None else t.masked_fill(~valid[..., None], lowest)).amax(dim=3)
