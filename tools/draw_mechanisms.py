@@ -89,7 +89,7 @@ def draw_mechanisms(path: str | Path, names: Sequence[str] = tuple(MECHANISMS)) 
 
     image, query = photograph(), QUERY[0] * GRID.width + QUERY[1]
     known = features(image, GRID)
-    figure = Figure(figsize=(10, 6.9), dpi=100, layout='constrained', facecolor='white')
+    figure = Figure(figsize=(8, 5.9), dpi=100, layout='constrained', facecolor='white')
     panels = figure.subplots(3, 5).flatten()
     side = image.shape[-1] / GRID.width
     panels[0].imshow(image.permute(1, 2, 0).numpy())
@@ -97,8 +97,8 @@ def draw_mechanisms(path: str | Path, names: Sequence[str] = tuple(MECHANISMS)) 
     panels[0].set_yticks([side * i for i in range(GRID.height)], [])
     panels[0].grid(color='white', linewidth=0.4, alpha=0.6)
     panels[0].tick_params(length=0)
-    panels[0].set_title('photograph', fontsize=11, weight='bold')
-    panels[0].set_xlabel(f'{GRID.height} × {GRID.width} patches\nframed: the query', fontsize=8.5)
+    panels[0].set_title('photograph', fontsize=9.5, weight='bold')
+    panels[0].set_xlabel(f'{GRID.height} × {GRID.width} patches\nframed: the query', fontsize=7.2)
     _mark(panels[0], side, -0.5)
     for axes, name in zip(panels[1:], names, strict=False):
         options, reads = MECHANISMS[name]
@@ -107,8 +107,8 @@ def draw_mechanisms(path: str | Path, names: Sequence[str] = tuple(MECHANISMS)) 
         most = row.abs().max().item()
         axes.imshow(row.numpy(), cmap='RdBu_r', vmin=-most, vmax=most)
         axes.set(xticks=[], yticks=[])
-        axes.set_title(name, fontsize=11, weight='bold', family='monospace')
-        axes.set_xlabel(f'{reads}\n{GRID.num_patches} keys → {keys}', fontsize=8.5)
+        axes.set_title(name, fontsize=9.5, weight='bold', family='monospace')
+        axes.set_xlabel(f'{reads}\n{GRID.num_patches} keys → {keys}', fontsize=7.2)
         _mark(axes, 1, -0.5)
     for axes in panels[1 + len(names) :]:
         axes.set_visible(False)

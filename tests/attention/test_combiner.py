@@ -381,18 +381,20 @@ def test_num_attended_with_reach():
 @pytest.mark.parametrize('grid', GRIDS)
 @pytest.mark.parametrize(('window_size', 'cell_size'), CUTS)
 def test_num_attended_within_reach_of_all(grid, window_size, cell_size, shift):
-    options = dict(window_size=window_size, cell_size=cell_size, shift=shift)
-    grid = PatchGrid(*grid, prefix=2)
-    assert build(**options, reach=9).num_attended(grid) == build(**options).num_attended(grid)
+    options, grid = dict(window_size=window_size, shift=shift), PatchGrid(*grid, prefix=2)
+    cells = dict(cell_size=cell_size)
+    assert build(**options, **cells, reach=9).num_attended(grid) == build(**options, **cells).num_attended(grid)
     for reach in range(3):
-        assert build(**options | dict(cell_size=1), reach=reach).num_attended(grid) <= grid.num_tokens
+        cells = dict(cell_size=1) if reach else {}
+        assert build(**options, **cells, reach=reach).num_attended(grid) <= grid.num_tokens
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize('reach', [None, 1, 0])
 def test_compiled_where_cells_are_of_one_size(reach):
     torch.compiler.reset()
-    attention, grid = build(window_size=2, cell_size=2, reach=reach), PatchGrid(6, 8, prefix=1)
+    cells = {} if reach == 0 else dict(cell_size=2)
+    attention, grid = build(window_size=2, **cells, reach=reach), PatchGrid(6, 8, prefix=1)
     compiled = torch.compile(attention, fullgraph=True, backend='eager')
     x = inputs(grid)
     assert torch.allclose(compiled(x, grid), attention(x, grid), atol=1e-13)

@@ -238,6 +238,7 @@ class TestModels:
         parameters = dict(model.named_parameters())
         for attention in ('dct', 'linformer', 'window', 'combiner', 'monarch', 'nystrom', 'performer'):
             options = {'linformer': dict(num_tokens=4), 'window': dict(window_size=2), 'nystrom': dict(num_landmarks=6)}
+            options |= dict(combiner=dict(window_size=2, cell_size=2))
             convert(model, attention, **options.get(attention, {}))
             assert model(images()).isfinite().all() and not torch.equal(model(images()), expected)
             assert attention in ('linformer', 'performer') or list(model.state_dict()) == state
@@ -405,7 +406,7 @@ class TestDifferential:
     @pytest.mark.parametrize('attention', ['treeformer_tc', 'treeformer_tf'])
     def test_what_cannot_be(self, name, attention):
         model = build(name)
-        with pytest.raises(UserError, match=f'{attention}. cannot be differential.*use one of dct, .*window'):
+        with pytest.raises(UserError, match=f'{attention}. cannot be differential.*use one of combiner, dct, .*window'):
             convert(model, [('dct', {}), (attention, {})])
         assert not any(isinstance(module, vit_efficient.attention.GridAttention) for module in model.modules())
 

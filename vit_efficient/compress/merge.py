@@ -193,7 +193,7 @@ def groups_of(root: Tensor, left: Tensor) -> Groups:
 def means(x: Tensor, groups: Groups) -> Tensor:
     """(B, N, D) → (B, m, D), as bags of rows: on a GPU too these and their gradients are summed in one order."""
     image = torch.arange(x.shape[0], device=x.device)[:, None]
-    if is_transformed(x):  # torch.func has no forward mode of bags
+    if not torch.compiler.is_compiling() and is_transformed(x):  # torch.func has no forward mode of bags
         into = (groups.owner + image * groups.sizes.shape[1]).flatten()
         sums = x.new_zeros(groups.sizes.numel(), x.shape[2]).index_add(0, into, x.flatten(0, 1))
         return sums.unflatten(0, groups.sizes.shape) / groups.sizes[..., None]
