@@ -52,9 +52,9 @@ class MonarchAttention(GridAttention):
         block_size: The most patches of a block, b: a row of the grid is cut into as few equal blocks as that allows, or
             as many whole rows are a block. By default half the root of the number of patches: on a square grid half a
             row. With the paper's, the whole root, a query costs little less (3 b + 2 m products of D channels, a key of
-            exact attention two), and DINOv2 kept less.
-        steps: How often R and L are computed in turn. With more, M comes nearer to the best one; the outputs of DINOv2
-            came nearer to those of exact attention on some grids only.
+            exact attention two).
+        steps: How often R and L are computed in turn. With more, M comes nearer to the best one, which is not always
+            nearer to exact attention in its outputs.
     """
 
     can_be_differential = True
