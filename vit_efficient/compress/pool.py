@@ -130,9 +130,10 @@ class PoolCompressor(Compressor):
             tokens, and where cells differ in size.
         summary: What stands for a cell. 'mean': its mean key and mean value. At place `kv` also 'local': its mean key,
             and what its mean query reads of its values; or 'medoid': key and value of the patch whose key has the
-            largest cosine with the mean key. Both are of queries and keys with qk-norm. With rotary positions 'local' is of those before rotation, its keys then
-            being rotated at the mean coordinate of the cell; 'medoid' of rotated ones, since it keeps patches where
-            they lie. 'mean' by default, and 'local' where a model that is trained is converted.
+            largest cosine with the mean key. Both are of queries and keys with qk-norm. With rotary positions 'local'
+            is of those before rotation, its keys then being rotated at the mean coordinate of the cell; 'medoid' is of
+            rotated ones, since it keeps patches where they lie. 'mean' by default, and 'local' where a model that is
+            trained is converted.
     """
 
     commutes = True
