@@ -160,12 +160,12 @@ class TestMeasured:
     @pytest.mark.usefixtures('short_clocks')
     def test_of_milliseconds(self, tmp_path, monkeypatch):
         table = tmp_path / 'table.json'
-        found = Planner(build(), draw(1), OPTIONS, unit='ms', table=table)
+        found = Planner(build(), draw(1), OPTIONS, unit='ms', measured=table)
         costs, rest = found.costs()
         assert costs.shape == (DEPTH, 4) and (costs > 0).all() and rest >= 0
         assert found.plan(1).layers == [('full', {})] * DEPTH
         monkeypatch.setattr('vit_efficient.benchmark.timing.take_turns', None)
-        again = Planner(build(), draw(1), OPTIONS, unit='ms', table=table)
+        again = Planner(build(), draw(1), OPTIONS, unit='ms', measured=table)
         assert np.array_equal(again.costs()[0], costs) and again.costs()[1] == rest
 
     @pytest.mark.usefixtures('short_clocks')
@@ -179,7 +179,7 @@ class TestMeasured:
     def test_other_losses(self, tmp_path):
         images = draw()
         for loss in ('patch', 'error', 'prefix'):
-            found = plan(build(), images, 0.8, OPTIONS[1:2], loss=loss, table=tmp_path / 'table.json')
+            found = plan(build(), images, 0.8, OPTIONS[1:2], loss=loss, measured=tmp_path / 'table.json')
             assert found.loss == loss and found.measured == pytest.approx(abs((loss != 'error') - found.fidelity[loss]))
 
         def of_class(reference, tokens):
@@ -359,7 +359,7 @@ def counted_loss(reference, tokens):
 def be_killed(path, call):
     torch.set_num_threads(1)
     KILLED_AT[0] = call
-    plan(build(), draw(), 0.7, OPTIONS, loss=counted_loss, table=path, progress=False)
+    plan(build(), draw(), 0.7, OPTIONS, loss=counted_loss, measured=path, progress=False)
 
 
 def entries(path):
@@ -369,19 +369,19 @@ def entries(path):
     return sum(map(len, [*of_layers, *known['plans'].values()]))
 
 
-class TestTable:
+class TestMeasurements:
     def test_an_option_runs_the_blocks_from_its_layer_on_and_nothing_twice(self, ran, tmp_path):
-        planner = Planner(build(), draw(), OPTIONS, table=tmp_path / 'table.json')
+        planner = Planner(build(), draw(), OPTIONS, measured=tmp_path / 'table.json')
         assert not ran
         planner.sensitivities()
         assert len(ran) == 2 * (DEPTH + 3 * (3 + 2 + 1))
         first = planner.plan(0.7)
         ran.clear()
         assert planner.plan(0.7) == first
-        assert Planner(build(), draw(), OPTIONS, table=tmp_path / 'table.json').plan(0.7) == first
-        assert plan(build(), draw(), 1, OPTIONS[:1], table=tmp_path / 'table.json', loss='patch').measured < 1e-12
+        assert Planner(build(), draw(), OPTIONS, measured=tmp_path / 'table.json').plan(0.7) == first
+        assert plan(build(), draw(), 1, OPTIONS[:1], measured=tmp_path / 'table.json', loss='patch').measured < 1e-12
         assert not ran
-        Planner(build(), draw(), [*OPTIONS, 'pool'], table=tmp_path / 'table.json').sensitivities()
+        Planner(build(), draw(), [*OPTIONS, 'pool'], measured=tmp_path / 'table.json').sensitivities()
         assert len(ran) == 2 * (DEPTH + 3 + 2 + 1)
 
     @pytest.mark.subprocess
@@ -397,7 +397,7 @@ class TestTable:
             assert entries(path) == known
         whole = plan(build(), draw(), 0.7, OPTIONS, loss=counted_loss)
         CALLS.clear()
-        assert plan(build(), draw(), 0.7, OPTIONS, loss=counted_loss, table=path) == whole
+        assert plan(build(), draw(), 0.7, OPTIONS, loss=counted_loss, measured=path) == whole
         assert len(CALLS) == entries(path) - known and known > 2 * (3 * DEPTH + 1)
 
     @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ class TestTable:
         ],
     )
     def test_of_something_else(self, changed, message, tmp_path):
-        given = dict(model=build(), images=draw(), options=OPTIONS[:1], table=tmp_path / 'table.json')
+        given = dict(model=build(), images=draw(), options=OPTIONS[:1], measured=tmp_path / 'table.json')
         planner = Planner(**given)
         planner.measure((0,) * DEPTH)
         with pytest.raises(UserError, match=message):
@@ -419,16 +419,16 @@ class TestTable:
 
     def test_of_other_weights(self, tmp_path):
         model, path = build(), tmp_path / 'table.json'
-        Planner(model, draw(), OPTIONS[:1], table=path).measure((0,) * DEPTH)
+        Planner(model, draw(), OPTIONS[:1], measured=path).measure((0,) * DEPTH)
         nn.init.ones_(model.norm.bias)
         with pytest.raises(UserError, match=r'table.json is of another weights \(was'):
-            Planner(model, draw(), OPTIONS[:1], table=path)
+            Planner(model, draw(), OPTIONS[:1], measured=path)
 
     @pytest.mark.parametrize('text', ['', '{}', '[1]', '{"about": 3}', '{"about": {}, "layers": null}'])
-    def test_no_table(self, text, tmp_path):
+    def test_another_file(self, text, tmp_path):
         (tmp_path / 'table.json').write_text(text)
-        with pytest.raises(UserError, match='not a table of vit-efficient plan'):
-            Planner(build(), draw(), table=tmp_path / 'table.json')
+        with pytest.raises(UserError, match='table.json is not a file of measurements'):
+            Planner(build(), draw(), measured=tmp_path / 'table.json')
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ class TestTable:
         (dict(loss=lambda a, b: float('nan')), 'is not finite'),
         (dict(loss=lambda a, b: a - b), r'must return one number, got Tensor of shape \(17, 32\)'),
         (dict(loss=lambda a, b: None), 'must return one number, got None'),
-        (dict(loss=lambda a, b: 0.0, table='t.json'), 't.json knows a loss by its name, and .*<lambda> may be any'),
+        (dict(loss=lambda a, b: 0.0, measured='t.json'), 't.json knows a loss by its name, and .*<lambda> may be any'),
         (dict(refine=-1), 'refine must be'),
         (dict(options=['dctt']), "options: dctt: unknown attention 'dctt'; did you mean dct"),
         (dict(options=[('dct', dict(keep=3))]), 'keep'),

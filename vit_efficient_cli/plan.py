@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--refine', type=int, default=8, metavar='N', help=about)
     parser.add_argument('--out', type=Path, metavar='FILE.yaml', help='of the plan; a picture, .png, goes beside it')
     about = 'JSON that keeps what is measured: stopped, the same command goes on'
-    parser.add_argument('--table', type=Path, metavar='FILE.json', help=about)
+    parser.add_argument('--measured', type=Path, metavar='FILE.json', help=about)
     parser.add_argument('--no-memory', dest='memory', action='store_false', help='with --budgets: without peak memory')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, … (default: %(default)s)')
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     limit = as_integer('--limit', args.limit)
     model, preprocessing = open_model(args.model, img_size)
     images = open_images(args.images, preprocessing, limit, args.enlarge)
-    planner = Planner(model.to(device), images, options, args.unit, args.loss, args.table)
+    planner = Planner(model.to(device), images, options, args.unit, args.loss, args.measured)
     plans = [planner.plan(budget, args.refine) for budget in budgets]
     for plan in plans:
         if not args.budgets:

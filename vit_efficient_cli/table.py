@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fidelity.add_argument('--device', default='auto', help='auto, cpu, cuda, … (default: %(default)s)')
     fidelity.add_argument('--format', **FORMAT)
     fidelity.add_argument('--out', type=Path, metavar='DIR', help='for fidelity.md, .csv, .png')
-    about = 'keeps what was measured: the same command goes on, another one adds (default: cells.json in --out)'
-    fidelity.add_argument('--cells', type=Path, metavar='FILE', help=about)
+    about = 'keeps what was measured: the same command goes on, another one adds (default: measured.json in --out)'
+    fidelity.add_argument('--measured', type=Path, metavar='FILE.json', help=about)
     fidelity.set_defaults(make=_fidelity_table)
 
     about = 'train the models of recipes, once for each seed, and compare accuracy, FLOPs and speed'
@@ -101,7 +101,7 @@ def _fidelity_table(args: argparse.Namespace) -> None:
         check_exists(folder, 'folder of images')
     from vit_efficient.report.fidelity import fidelity_table
 
-    options = {name: getattr(args, name) for name in ('format', 'out', 'cells', 'times', 'enlarge', 'device')}
+    options = {name: getattr(args, name) for name in ('format', 'out', 'measured', 'times', 'enlarge', 'device')}
     print(fidelity_table(args.model, args.images, args.img_size, args.attention, **options), end='')
 
 

@@ -7,7 +7,7 @@ import torch
 
 from vit_efficient import PatchGrid, create_attention
 from vit_efficient.attention import layer_options
-from vit_efficient.attention.combiner import CombinerAttention, axial, cells
+from vit_efficient.attention.combiner import CombinerAttention, axial, cells, chunks
 from vit_efficient.attention.combiner.summaries import SUMMARIES, summarise
 from vit_efficient.utils import device
 from vit_efficient.utils.errors import UserError
@@ -249,8 +249,8 @@ def test_some_windows_at_a_time(monkeypatch, reach):
     for hosts in (device.HOSTS, ()):
         monkeypatch.setattr(device, 'HOSTS', hosts)
         for size in (1, 5000):
-            monkeypatch.setattr(cells, 'CHUNK_OF_HOST', size)
-            monkeypatch.setattr(cells, 'CHUNK_OF_GPU', size)
+            monkeypatch.setattr(chunks, 'CHUNK_OF_HOST', size)
+            monkeypatch.setattr(chunks, 'CHUNK_OF_GPU', size)
             y = attention(x, grid)
             assert torch.allclose(y, whole, atol=1e-13)
             for actual, wanted in zip(gradients(y, [x, *attention.parameters()]), expected, strict=True):
@@ -443,7 +443,7 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize('options', [dict(window_size=8), dict(window_size=8, reach=1), dict(pattern='axial')])
 def test_no_matrix_of_all_tokens(monkeypatch, options):
     """Nothing is larger than queries, keys and values with a few channels more, forward and backward."""
-    monkeypatch.setattr(cells, 'CHUNK_OF_HOST', 2**16)
+    monkeypatch.setattr(chunks, 'CHUNK_OF_HOST', 2**16)
     attention, grid = create_attention('combiner', 12, 3, qkv_bias=True, **options), PatchGrid(32, 32)
     with Largest() as largest:
         attention(torch.randn(1, 1024, 12), grid).sum().backward()

@@ -38,7 +38,7 @@ def rows(text):
 
 
 def test_plan_and_picture(here, capsys):
-    words = command('--budget', '3/4', '--options', *OPTIONS, '--out', 'new/plan.yaml', '--table', 'table.json')
+    words = command('--budget', '3/4', '--options', *OPTIONS, '--out', 'new/plan.yaml', '--measured', 'table.json')
     assert main(words) == 0
     said = capsys.readouterr()
     assert '3 images of 64 × 64 pixels; left out 1 of 5, which are smaller\n' in said.err

@@ -91,19 +91,19 @@ def test_a_converted_model_as_it_is_has_the_keys_that_it_has(prepared, tmp_path,
 
 
 def test_nothing_is_measured_twice(rows, tmp_path, runs):
-    cells = tmp_path / 'cells.json'
-    first = rows(['subsample'], cells=cells)
+    measured = tmp_path / 'measured.json'
+    first = rows(['subsample'], measured=measured)
     assert len(runs) == 4  # two photographs, each as it is and subsampled
-    assert rows(['subsample'], cells=cells) == first and len(runs) == 4
-    both = rows(['pool', 'subsample:keep_ratio=1/4'], cells=cells)  # the latter is the default
+    assert rows(['subsample'], measured=measured) == first and len(runs) == 4
+    both = rows(['pool', 'subsample:keep_ratio=1/4'], measured=measured)  # the latter is the default
     assert len(runs) == 8
     assert [row['centred'] for row in both[::2]] == [row['centred'] for row in first]
-    rows(['pool'], sizes=[48], cells=cells)
+    rows(['pool'], sizes=[48], measured=measured)
     assert len(runs) == 12
 
 
 def test_what_was_measured_outlives_a_kill(rows, tmp_path, monkeypatch, runs):
-    cells = tmp_path / 'cells.json'
+    measured = tmp_path / 'measured.json'
     counted = table.final_tokens
 
     def killed(model, images):
@@ -113,15 +113,15 @@ def test_what_was_measured_outlives_a_kill(rows, tmp_path, monkeypatch, runs):
 
     monkeypatch.setattr(table, 'final_tokens', killed)
     with pytest.raises(KeyboardInterrupt):
-        rows(['subsample'], cells=cells)
+        rows(['subsample'], measured=measured)
     monkeypatch.setattr(table, 'final_tokens', counted)
-    rows(['subsample'], cells=cells)
+    rows(['subsample'], measured=measured)
     assert len(runs) == 3 + 2
 
 
 def test_photographs_are_never_enlarged_unless_asked(prepared, capsys, tmp_path):
     command = ['table', 'fidelity', str(prepared / 'model'), '--images', str(prepared / 'photos'), '--img-size', '64']
-    command += ['--attention', 'subsample', '--no-times', '--cells', str(tmp_path / 'cells.json')]
+    command += ['--attention', 'subsample', '--no-times', '--measured', str(tmp_path / 'measured.json')]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert '64 px: 2 photographs; 1 of a shorter side below that are left out, the first one 2.png.\n' in said
@@ -160,7 +160,7 @@ def test_files_and_a_file_of_attentions(prepared, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert (tmp_path / 'out/fidelity.md').read_text() == printed
     assert [path.name for path in sorted((tmp_path / 'out').iterdir())] == [
-        *('cells.json', 'fidelity.csv', 'fidelity.md', 'fidelity.png')
+        *('fidelity.csv', 'fidelity.md', 'fidelity.png', 'measured.json')
     ]
     names = [line.split(',')[1] for line in (tmp_path / 'out/fidelity.csv').read_text().splitlines()]
     assert names == ['attention', 'as it is', 'pool', 'subsample:keep_ratio=1/4', 'subsample:keep_ratio=1/16', 'full']
@@ -209,11 +209,11 @@ def test_mistakes_are_named_before_anything_is_run(prepared, runs, change, named
 
 
 @pytest.mark.parametrize('text', ['[1', '[1]'])
-def test_another_file_is_no_file_of_cells(prepared, runs, tmp_path, text):
-    (tmp_path / 'cells.json').write_text(text)
+def test_another_file_is_refused(prepared, runs, tmp_path, text):
+    (tmp_path / 'measured.json').write_text(text)
     given = dict(model=str(prepared / 'model'), folders=[prepared / 'photos'], img_sizes=[64], attentions=['pool'])
-    with pytest.raises(UserError, match='cells.json: not a file of cells'):
-        fidelity_table(**given, cells=tmp_path / 'cells.json')
+    with pytest.raises(UserError, match='measured.json is not a file of measurements'):
+        fidelity_table(**given, measured=tmp_path / 'measured.json')
     assert not runs
 
 

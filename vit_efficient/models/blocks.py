@@ -425,7 +425,8 @@ def attention_per_layer(attention: AttentionSpec, options: dict[str, Any] | None
         if not isinstance(layer, str) and not is_named(layer):
             raise UserError(f"attention: a layer is 'name' or ('name', {{options}}), got {layer!r}")
     if len(layers) != depth:
-        raise UserError(f'attention lists {len(layers)} layers, there are {depth}')
+        said = f'attention lists {len(layers)} layers, there are {depth}'
+        raise UserError(f'{said}: name one for each, or make a plan for this model')
     return [(layer, {}) if isinstance(layer, str) else tuple(layer) for layer in layers]
 
 

@@ -27,7 +27,7 @@ def plan(
     unit: str = 'gmacs',
     loss: Loss = 'centred',
     refine: int = 8,
-    table: str | os.PathLike | None = None,
+    measured: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Plan:
     """The attention of each layer with which a model changes least within a budget. Nothing is trained.
@@ -49,8 +49,8 @@ def plan(
             squared error of patch tokens over their variance; or a function (reference, tokens) → number, of tokens
             (N, C), prefix tokens first.
         refine: How many plans that differ in one or two layers from the best so far are tried at most.
-        table: A JSON file that keeps what has been measured; stopped at any moment, the same call goes on from there.
-            It knows a function by its name alone: another file is for one that has changed.
+        measured: A JSON file that keeps what has been measured; stopped at any moment, the same call goes on from
+            there. It knows a function by its name alone: another file is for one that has changed.
         progress: Whether bars are shown, in a terminal.
 
     Returns:
@@ -58,7 +58,7 @@ def plan(
 
     Raises:
         UserError: If an argument is out of range, the model refuses the images or an option that is asked for, the
-            cheapest plan is above the budget, or the table is of another model, other images or another loss.
+            cheapest plan is above the budget, or the file is of another model, other images or another loss.
     """
-    planner = Planner(model, images, options, unit, loss, table, progress)
+    planner = Planner(model, images, options, unit, loss, measured, progress)
     return planner.plan(budget, refine)

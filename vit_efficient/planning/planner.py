@@ -18,12 +18,11 @@ from vit_efficient.models.blocks import LayerSpec, attention_per_layer, is_named
 from vit_efficient.models.plans import Plan
 from vit_efficient.planning.knapsack import choose
 from vit_efficient.planning.probe import Probe, Spec
-from vit_efficient.planning.table import Table, digest
 from vit_efficient.utils.checks import as_integer, as_share, check_choice
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.measurements import Measurements, digest
 from vit_efficient.utils.options import write_spec
 from vit_efficient.utils.packages import import_optional
-from vit_efficient.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class Planner:
     """What each option costs in each layer of a model, measured when it is first asked for; and the plans that follow.
 
     Args:
-        model, images, options, unit, loss, table, progress: As of `vit_efficient.plan`.
+        model, images, options, unit, loss, measured, progress: As of `vit_efficient.plan`.
 
     Attributes:
         probe: The model as it is measured.
@@ -72,23 +71,23 @@ class Planner:
         options: Sequence[LayerSpec] | None = None,
         unit: str = 'gmacs',
         loss: Loss = 'centred',
-        table: str | os.PathLike | None = None,
+        measured: str | os.PathLike | None = None,
         progress: bool = True,
     ):
         check_choice('unit', unit, UNITS)
         if not callable(loss):
             check_choice('loss', loss, LOSSES)
         self.images, self.unit, self.loss, self._progress = _checked(images), unit, loss, progress
-        if table is not None and self.loss_name.endswith(('<lambda>', 'functools.partial')):
+        if measured is not None and self.loss_name.endswith(('<lambda>', 'functools.partial')):
             raise UserError(
-                f'table={os.fspath(table)} knows a loss by its name, and {self.loss_name} may be any: define it by '
-                'def, or leave table out'
+                f'measured={os.fspath(measured)} knows a loss by its name, and {self.loss_name} may be any: define it '
+                'by def, or leave measured out'
             )
         self.probe = Probe(model, self.images[0].shape)
         if loss == 'prefix' and not self.probe.model.num_prefix_tokens:
             raise UserError("loss='prefix' is of prefix tokens, and the model has none; use loss='centred'")
         self.layers, self.labels = self.probe.layers, [EXACT]
-        self._table = Table(table, self._about())
+        self._measured = Measurements(measured, self._about())
         self._add_options(options)
         self._exact: Assignment = (0,) * len(self.layers)
         self._references: dict[int, Tensor] = {}
@@ -106,7 +105,6 @@ class Planner:
         arguments = json.dumps(self.probe.arguments, sort_keys=True, default=lambda value: type(value).__name__)
         pixels = digest((str(i), image) for i, image in enumerate(self.images))
         return {
-            'version': __version__,
             'model': self.probe.architecture,
             'arguments': hashlib.sha256(arguments.encode()).hexdigest()[:16],
             'weights': digest(self.probe.model.state_dict().items()),
@@ -206,16 +204,16 @@ class Planner:
         keys = 'milliseconds', f'{device.type}, {where}'
         with self._bar('time', len(self.layers)) as bar:
             for layer, block in enumerate(self.layers):
-                known = self._table.get(*keys, str(block)) or {}
+                known = self._measured.get(*keys, str(block)) or {}
                 if not known.keys() >= set(self.labels):
                     times = self.probe.milliseconds(self.images[0], layer)
-                    self._table.set(dict(zip(self.labels, times, strict=True)), *keys, str(block))
+                    self._measured.add({(*keys, str(block)): dict(zip(self.labels, times, strict=True))})
                 bar.update()
-        if self._table.get(*keys, 'model') is None:
-            self._table.set(self.probe.total_milliseconds(self.images[0]), *keys, 'model')
-        of_layers = [self._table.get(*keys, str(block)) for block in self.layers]
+        if self._measured.get(*keys, 'model') is None:
+            self._measured.add({(*keys, 'model'): self.probe.total_milliseconds(self.images[0])})
+        of_layers = [self._measured.get(*keys, str(block)) for block in self.layers]
         times = np.array([[of_layer[label] for label in self.labels] for of_layer in of_layers])
-        return times, max(0.0, self._table.get(*keys, 'model') - times[:, 0].sum())
+        return times, max(0.0, self._measured.get(*keys, 'model') - times[:, 0].sum())
 
     def sensitivities(self, loss: Callable[[Fidelity], float] | None = None) -> np.ndarray:
         """By how much a loss, by default its own, grows with each option in each layer alone, (layers, options)."""
@@ -264,24 +262,24 @@ class Planner:
         return (*self._exact[:layer], option, *self._exact[layer + 1 :])
 
     def _keys(self, assignment: Assignment, image: int) -> tuple[str, ...]:
-        """Where the table has what is measured of an assignment on an image."""
+        """Where what is measured is kept, of an assignment on an image."""
         changed = [layer for layer, option in enumerate(assignment) if option]
         if len(changed) == 1:
             return 'layers', str(self.layers[changed[0]]), self.labels[assignment[changed[0]]], str(image)
         return 'plans', '; '.join(self.labels[option] for option in assignment), str(image)
 
     def _known(self, assignment: Assignment, image: int) -> list[float | None] | None:
-        return self._table.get(*self._keys(assignment, image))
+        return self._measured.get(*self._keys(assignment, image))
 
     def _record(self, tokens: Tensor, assignment: Assignment, image: int) -> None:
-        """Adds to the table what an image keeps of its features: a `Fidelity`, and the loss that is the user's own."""
+        """Records what an image keeps of its features: a `Fidelity`, and the loss that is the user's own."""
         reference = self._references[image]
         kept = fidelity(reference, tokens, self.probe.model.num_prefix_tokens)
         own = [] if isinstance(self.loss, str) else [self._own_loss(reference, tokens)]
         keys = self._keys(assignment, image)
         if not all(map(math.isfinite, own or [LOSSES[self.loss](kept)])):
             raise UserError(f'the loss {self.loss_name} of image {image} is not finite with {" ".join(keys[:-1])}')
-        self._table.set([None if math.isnan(value) else value for value in (*kept, *own)], *keys)
+        self._measured.add({keys: [None if math.isnan(value) else value for value in (*kept, *own)]})
 
     def _own_loss(self, reference: Tensor, tokens: Tensor) -> float:
         value = self.loss(reference, tokens)

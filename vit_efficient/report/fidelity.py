@@ -3,7 +3,6 @@
 A photograph goes through the model as it is, and then through a copy with each attention, before the next one does.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -14,10 +13,9 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit_efficient.conversion import convert, sharing_weights
-from vit_efficient.data.preprocessing import Preprocessing
 from vit_efficient.data.squares import Photograph, find_photographs, large_enough
 from vit_efficient.fidelity import Fidelity, fidelity, final_tokens
 from vit_efficient.flops import count_flops
@@ -31,7 +29,8 @@ from vit_efficient.utils.checks import as_integer
 from vit_efficient.utils.device import choose_device
 from vit_efficient.utils.environment import describe_environment, one_line
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.files import read_text, write_json, write_text
+from vit_efficient.utils.files import read_text, write_text
+from vit_efficient.utils.measurements import Measurements, digest
 from vit_efficient.utils.options import parse_spec, write_options
 from vit_efficient.utils.packages import import_optional, needing
 
@@ -94,7 +93,7 @@ def fidelity_table(
     attentions: Sequence[str],
     format: str = 'markdown',
     out: Path | None = None,
-    cells: Path | None = None,
+    measured: Path | None = None,
     times: bool = True,
     enlarge: bool = False,
     device: str = 'auto',
@@ -112,7 +111,7 @@ def fidelity_table(
         attentions: As `read_attentions` takes them. Random features are drawn from one seed.
         format: One of `report.table.FORMATS`, of the text that is returned.
         out: A folder for fidelity.md, fidelity.csv and fidelity.png (centred cosine against keys and GMACs).
-        cells: The file of what was measured; by default cells.json in `out`, else nothing is kept.
+        measured: The JSON file of what was measured; by default measured.json in `out`, else nothing is kept.
         times: Whether there are columns of the time of a forward pass: its median over photographs, and the median of
             the ratio of the model's own time to it, both of the same photograph in the same run.
         enlarge: Take photographs that are too small, enlarged.
@@ -130,13 +129,12 @@ def fidelity_table(
     chosen = {size: large_enough(photographs, size, enlarge) for size in sizes}
     if out:  # rather than when all is measured
         import_optional('matplotlib', 'the plot beside the table is drawn with', 'train')
-    path = cells or (out / 'cells.json' if out else None)
-    measured = _Cells(path)
+    known = Measurements(measured or (out / 'measured.json' if out else None))
     at_sizes = [_AtSize(model, size, wanted, device) for size in sizes]
     rows = []
     for at_size in at_sizes:
-        at_size.measure(chosen[at_size.size], measured)
-        rows += at_size.rows(chosen[at_size.size], measured)
+        at_size.measure(chosen[at_size.size], known)
+        rows += at_size.rows(chosen[at_size.size], known)
 
     columns = [*COLUMNS, *(TIMES if times else [])]
     keys = [column.key for column in columns]
@@ -149,31 +147,6 @@ def fidelity_table(
         plot_accuracy(_panels(rows, sizes), out / 'fidelity.png')
         logger.info('saved %s, fidelity.csv, fidelity.png', out / 'fidelity.md')
     return text if format == 'markdown' else table.render(format)
-
-
-class _Cells:
-    """What was measured, by model, size, attention and photograph; in a file, where there is one."""
-
-    def __init__(self, path: Path | None):
-        self.path, self.values = path, {}
-        if path and path.exists():
-            try:
-                self.values = json.loads(read_text(path))
-                if not isinstance(self.values, dict):
-                    raise ValueError('it is no mapping')
-            except ValueError as error:
-                raise UserError(f'{path}: not a file of cells ({error}); remove it, or name another') from error
-
-    def of(self, *keys: str) -> dict[str, dict[str, float | None]]:
-        """Those of an attention at a size, by photograph, to be read and added to."""
-        values = self.values
-        for key in keys:
-            values = values.setdefault(key, {})
-        return values
-
-    def save(self) -> None:
-        if self.path:
-            write_json(self.path, self.values)
 
 
 class _AtSize:
@@ -197,44 +170,45 @@ class _AtSize:
             self.models[each.title] = converted.to(device).eval()
         full = convert(sharing_weights(exact), 'full')
         self.patches = kept_tokens(full, size)[0] - self.prefix
-        self.digest = _digest(exact, self.preprocessing)
+        self.digest = digest([(f'{exact}{self.preprocessing}', torch.empty(0)), *exact.state_dict().items()])
 
-    def cells(self, title: str, measured: _Cells) -> dict[str, dict[str, float | None]]:
-        """Of one of the models."""
+    def keys(self, title: str) -> tuple[str, str, str]:
+        """Where what is measured of one of the models is kept, by photograph."""
         layers = [AS_IT_IS] if title == AS_IT_IS else self.models[title].attention_spec()
         spec = layers[0] if all(layer == layers[0] for layer in layers) else layers
-        return measured.of(self.digest, str(self.size), json.dumps(spec, default=str))
+        return self.digest, str(self.size), json.dumps(spec, default=str)
 
-    def measure(self, photographs: Sequence[Photograph], measured: _Cells) -> None:
+    def measure(self, photographs: Sequence[Photograph], known: Measurements) -> None:
         """Measures what was not yet."""
         with needing('train', 'progress is shown with'):
             from tqdm import tqdm
 
-        of_models = {title: self.cells(title, measured) for title in self.models}
+        of_models = {title: self.keys(title) for title in self.models}
         for photograph in tqdm(photographs, f'{self.size:,} px', disable=None):
-            left = [title for title, cells in of_models.items() if photograph.digest not in cells]
+            left = [title for title, keys in of_models.items() if not known.get(*keys, photograph.digest)]
             if not left:
                 continue
             image = photograph.square(self.preprocessing)
             reference, own_seconds = self._run(AS_IT_IS, image)
+            found = {}
             for title in left:
                 tokens, seconds = (reference, own_seconds) if title == AS_IT_IS else self._run(title, image)
                 kept = fidelity(reference, tokens, self.prefix)._asdict()
                 kept['prefix'] = kept['prefix'] if self.prefix else None  # JSON has no NaN
-                of_models[title][photograph.digest] = {**kept, 'seconds': seconds, 'own_seconds': own_seconds}
-            measured.save()
+                found[(*of_models[title], photograph.digest)] = {**kept, 'seconds': seconds, 'own_seconds': own_seconds}
+            known.add(found)
 
     def _run(self, title: str, image: Tensor) -> tuple[Tensor, float]:
         start = time.perf_counter()
         (tokens,) = final_tokens(self.models[title], [image])  # on the CPU: a GPU is waited for
         return tokens, time.perf_counter() - start
 
-    def rows(self, photographs: Sequence[Photograph], measured: _Cells) -> list[dict[str, Any]]:
+    def rows(self, photographs: Sequence[Photograph], known: Measurements) -> list[dict[str, Any]]:
         """Those of the table, in which a mean is over photographs."""
         rows = []
         for title, curve in zip(self.models, [AS_IT_IS, *(each.curve for each in self.wanted)], strict=True):
-            of_model, model = self.cells(title, measured), self.models[title]
-            cells = [of_model[photograph.digest] for photograph in photographs]
+            model = self.models[title]
+            cells = [known.get(*self.keys(title), photograph.digest) for photograph in photographs]
             kept = [name for name in Fidelity._fields if cells[0][name] is not None]
             on_grid = convert(sharing_weights(model), 'full', layers=[])  # timm's own models do not say their keys
             keys = fmean(kept_tokens(on_grid, self.size)) - self.prefix
@@ -247,15 +221,6 @@ class _AtSize:
             row['speed_ratio'] = median(cell['own_seconds'] / cell['seconds'] for cell in cells)
             rows.append(row)
         return rows
-
-
-def _digest(model: nn.Module, preprocessing: Preprocessing) -> str:
-    """Of a model and what it is given: its structure, its weights, and how images become its input."""
-    found = hashlib.sha256(f'{model}{preprocessing}'.encode())
-    for name, tensor in model.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
 
 
 def _notes(chosen: dict[int, list[Photograph]], photographs: Sequence[Photograph], enlarge: bool) -> str:

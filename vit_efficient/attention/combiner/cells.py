@@ -1,8 +1,5 @@
 """Combiner's pattern of windows and cells: the patches of a window, and summaries of the cells of all others.
 
-Keys of a window and its copy of the summaries go into one softmax, a few windows at a time, so that copies stay in the
-cache. For the backward pass they are made again: none is kept.
-
 Letters: B batch, N tokens, P prefix, w windows, L patches of a window, n cells, m of them in a window, A patches of a
 cell, H heads, of D channels of queries and keys and E of values.
 """
@@ -15,19 +12,14 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from vit_efficient.attention.combiner.summaries import Summaries, joined, summarise
+from vit_efficient.attention.combiner.chunks import attend_windows
+from vit_efficient.attention.combiner.summaries import joined, summarise
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.windows import padding, permuted, runs
-from vit_efficient.dct.bases import basis, is_eager
+from vit_efficient.dct.bases import basis
 from vit_efficient.grid import smaller
-from vit_efficient.utils.compat import are_numbers, is_transformed
-from vit_efficient.utils.device import on_gpu
-
-# Bytes of keys and values of the windows that are worked on at once: a CPU keeps them in its cache, a GPU wants large
-# operators.
-CHUNK_OF_HOST, CHUNK_OF_GPU = 2**23, 2**28
+from vit_efficient.utils.compat import are_numbers
 
 
 def count_seen(height, width, window: tuple[int, int], cell: tuple[int, int], shift: bool, reach: int | None):
@@ -103,12 +95,22 @@ def attend_near_and_far(
 @torch.fx.wrap
 @register_notrace_function
 def _attend_near_and_far(q: Tensor, k: Tensor, v: Tensor, prefix: int, cut: tuple, far: tuple, how: tuple) -> Tensor:
-    # Split, not sliced: the gradient of a slice is as large as the whole.
-    first, patches = zip(*(t.split_with_sizes([prefix, t.shape[2] - prefix], dim=2) for t in (q, k, v)), strict=True)
+    first, patches = zip(*(_split(t, [prefix, t.shape[2] - prefix]) for t in (q, k, v)), strict=True)
     y = [attend(first[0], k, v, *how).transpose(1, 2)] if prefix else []
     attend_patches = _attend_patches if are_numbers(*cut[:2]) else _attend_padded
     y += attend_patches(*patches, first[1:], cut, far, how)
     return torch.cat(y, dim=1).transpose(1, 2)  # the heads of a token beside each other, where they are merged
+
+
+def _split(t: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """(B, H, N, D) → the same, of so many tokens each.
+
+    Not slices, for the gradient of a slice is as large as the whole; and as they lie in memory, the heads of a token
+    beside each other, for so gradients are put together again.
+    """
+    if len(sizes) == 1:
+        return (t,)
+    return tuple(part.transpose(1, 2) for part in t.transpose(1, 2).split_with_sizes(sizes, dim=1))
 
 
 def _attend_patches(
@@ -126,7 +128,7 @@ def _attend_patches(
     sizes = [block.windows * block.patches for block in blocks]
     of_blocks = [
         [t.unflatten(2, (block.windows, block.patches)) for t in of_block]
-        for block, *of_block in zip(blocks, *(t.split_with_sizes(sizes, dim=2) for t in (q, k, v)), strict=True)
+        for block, *of_block in zip(blocks, *(_split(t, sizes) for t in (q, k, v)), strict=True)
     ]
     summaries = [summarise(*_in_cells(q, k, v, blocks, cut), *far)] if by_cells else []
     summaries += [summarise(*windows, None, *far) for windows in of_blocks] if whole else []
@@ -134,73 +136,8 @@ def _attend_patches(
     y = []
     for i, windows in enumerate(of_blocks):
         seen = None if summaries is None else basis(_seen, (*_plain(cut), i), q, torch.int32)
-        y += _attend_windows(*(t.transpose(1, 2) for t in windows), kv_prefix, summaries, seen, how)
+        y += attend_windows(*(t.transpose(1, 2) for t in windows), kv_prefix, summaries, seen, how)
     return y
-
-
-def _attend_windows(
-    q: Tensor, k: Tensor, v: Tensor, kv_prefix: tuple, summaries: Summaries | None, seen: Tensor | None, how: tuple
-) -> list[Tensor]:
-    """The patches of windows of one shape, some windows at a time: (B, w, H, L, D or E) each → (B, … · L, H, E)
-
-    Args:
-        kv_prefix: Keys and values that all see, (B, H, P, D or E).
-        summaries: Of all sets, if there are any.
-        seen: As of `_seen`.
-        how: Scale, fused, dropout.
-    """
-    batch, number, heads, area, dim = k.shape
-    most = number
-    if is_eager(q):
-        keys = kv_prefix[0].shape[2] + area + (0 if seen is None else seen.shape[1])
-        bytes_of_one = batch * heads * keys * (dim + v.shape[-1]) * k.element_size()
-        most = max(1, (CHUNK_OF_GPU if on_gpu(q) else CHUNK_OF_HOST) // max(1, bytes_of_one))
-    parts = [t.split(most, dim=1) for t in (q, k, v)]
-    parts.append([None] * len(parts[0]) if seen is None else seen.split(most))
-    y = []
-    for of_some in zip(*parts, strict=True):
-        if most < number and torch.is_grad_enabled() and not is_transformed(q):  # torch.func has no checkpoints
-            # Each window would keep its copy of the summaries for the backward pass.
-            given = dict(use_reentrant=False, preserve_rng_state=how[2] > 0)
-            y.append(checkpoint(_attend_some, *of_some, *kv_prefix, summaries, *how, **given))
-        else:
-            y.append(_attend_some(*of_some, *kv_prefix, summaries, *how))
-    return y
-
-
-def _attend_some(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor | None,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    summaries: Summaries | None,
-    scale: float,
-    fused: bool,
-    dropout: float,
-) -> Tensor:
-    """As `_attend_windows`, of all windows at once."""
-    batch, number, _, area, _ = k.shape
-    parts_k, parts_v = ([t.unsqueeze(1).expand(-1, number, -1, -1, -1)] for t in (k_prefix, v_prefix))
-    parts_k.append(k)
-    parts_v.append(v)
-    mask = None
-    if seen is not None:
-        index = seen.clamp(min=0).flatten()
-
-        def of_seen(t: Tensor) -> Tensor:  # (B, H, n, …) → (B, w, H, seen, …)
-            return t.index_select(2, index).unflatten(2, seen.shape).transpose(1, 2)
-
-        parts_k.append(of_seen(summaries.key))
-        parts_v.append(of_seen(summaries.value))
-        bias = k.new_zeros(1, 1, summaries.key.shape[2]) if summaries.bias is None else summaries.bias
-        mask = of_seen(bias).masked_fill((seen < 0).unsqueeze(1), -torch.inf)
-        mask = F.pad(mask, (k_prefix.shape[2] + area, 0)).unsqueeze(3)
-        mask = mask.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # (B · w, H or 1, 1, keys)
-    q, k, v = (t.flatten(0, 1) for t in (q, torch.cat(parts_k, dim=3), torch.cat(parts_v, dim=3)))
-    y = attend(q, k, v, scale, fused, dropout, mask)
-    return y.transpose(1, 2).unflatten(0, (batch, number)).flatten(1, 2)
 
 
 def _attend_padded(

@@ -12,20 +12,22 @@ from torch import Tensor
 
 from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.files import write_text, writing
+from vit_efficient.version import __version__
 
 
-class Table:
-    """Measurements by their keys.
+class Measurements:
+    """Measurements by their keys, several for each.
 
     Args:
         path: The file, which need not exist; None: they are kept in memory.
-        about: What they are of, by name.
+        about: What all of them are of, by name; the version of this package is always among it.
 
     Raises:
-        UserError: If the file is no such table, or one of something else; it names what differs.
+        UserError: If the file holds no measurements, or those of something else; it names what differs.
     """
 
-    def __init__(self, path: str | os.PathLike | None, about: dict[str, str]):
+    def __init__(self, path: str | os.PathLike | None, about: dict[str, str] | None = None):
+        about = {'version': __version__, **(about or {})}
         self.path = None if path is None else Path(path)
         self._entries: dict[str, Any] = {'about': about}
         if self.path is None or not self.path.exists():
@@ -34,13 +36,15 @@ class Table:
             self._entries = json.loads(self.path.read_text(encoding='utf-8'))
             earlier = dict(self._entries['about'])
             if not all(isinstance(section, dict) for section in self._entries.values()):
-                raise ValueError('a section of it is no mapping')
+                raise ValueError('a part of it is no mapping')
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f'table={path}: not a table of vit-efficient plan ({one_line(error)})') from error
+            raise UserError(
+                f'measured={path} is not a file of measurements ({one_line(error)}); name another'
+            ) from error
         differing = [name for name in about if earlier.get(name) != about[name]]
         if differing:
             said = ', '.join(f'{name} (was {earlier.get(name)}, is {about[name]})' for name in differing)
-            raise UserError(f'table={path} is of another {said}; name another file, or delete this one')
+            raise UserError(f'measured={path} is of another {said}; name another file, or delete this one')
 
     def get(self, *keys: str) -> Any:
         """What is known under these keys, or None."""
@@ -49,13 +53,13 @@ class Table:
             found = found.get(key) if found else None
         return found
 
-    def set(self, value: Any, *keys: str) -> None:
-        """Adds a measurement, and writes the file."""
-        *parents, last = keys
-        entries = self._entries
-        for key in parents:
-            entries = entries.setdefault(key, {})
-        entries[last] = value
+    def add(self, found: dict[tuple[str, ...], Any]) -> None:
+        """Adds measurements, and writes the file."""
+        for (*parents, last), value in found.items():
+            entries = self._entries
+            for key in parents:
+                entries = entries.setdefault(key, {})
+            entries[last] = value
         if self.path is not None:
             with writing(self.path):
                 write_text(self.path, json.dumps(self._entries, ensure_ascii=False) + '\n')
