@@ -99,7 +99,8 @@ def _attend_near_and_far(q: Tensor, k: Tensor, v: Tensor, prefix: int, cut: tupl
     y = [attend(first[0], k, v, *how).transpose(1, 2)] if prefix else []
     attend_patches = _attend_patches if are_numbers(*cut[:2]) else _attend_padded
     y += attend_patches(*patches, first[1:], cut, far, how)
-    return torch.cat(y, dim=1).transpose(1, 2)  # the heads of a token beside each other, where they are merged
+    y = y[0] if len(y) == 1 else torch.cat(y, dim=1)
+    return y.transpose(1, 2)  # the heads of a token beside each other, where they are merged
 
 
 def _split(t: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:

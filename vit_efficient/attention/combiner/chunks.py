@@ -128,15 +128,16 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, most: int, scale: float, index: Tensor, q: Tensor, k: Tensor, v: Tensor, *seen: Tensor) -> Tensor:
-        width = max(q.shape[-1], v.shape[-1])
-        y, lse = [], []
+        width, lse, start = max(q.shape[-1], v.shape[-1]), [], 0
+        y = _by_tokens(q, v.shape[-1])
         for q_some, *of_some in _chunks(most, (q, k, v), Seen(*seen, index)):
             keys, values, mask = _gathered(*of_some)
             wide = (_widened(t, width) for t in (q_some.flatten(0, 1), keys, values))
             y_some, lse_some = flash_attention_on_cpu(*wide, mask, scale)
-            y.append(_tokens(y_some[..., : v.shape[-1]], *q_some.shape[:2]))
+            some = slice(start, start := start + q_some.shape[1])
+            y[:, some] = y_some[..., : v.shape[-1]].unflatten(0, q_some.shape[:2])
             lse.append(lse_some)
-        y = torch.cat(y, dim=1)
+        y = y.transpose(2, 3).flatten(1, 2)
         ctx.save_for_backward(q, k, v, *seen, index, y, *lse)
         ctx.most, ctx.scale = most, scale
         return y
@@ -149,7 +150,7 @@ class _Fused(torch.autograd.Function):
         prefix, with_bias = seen.k_prefix.shape[2], ctx.needs_input_grad[-1]
         width = max(q.shape[-1], v.shape[-1]) + with_bias
         wide = Seen(*(_widened(t, width) for t in seen[:4]), *seen[4:])
-        dq, dk, dv = grads = [_by_tokens(t) for t in (q, k, v)]
+        dq, dk, dv = grads = [_by_tokens(t, t.shape[-1]) for t in (q, k, v)]
         of_seen = Seen(*(torch.zeros_like(t) for t in seen))
         y, dy = (t.unflatten(1, (number, area)).transpose(2, 3) for t in (y, dy))
         start = 0
@@ -177,9 +178,9 @@ class _Fused(torch.autograd.Function):
         return None, None, None, *grads, *of_seen[:-1]
 
 
-def _by_tokens(t: Tensor) -> Tensor:
-    """An empty tensor as (B, w, H, L, D), in the memory of which the heads of a token are beside each other."""
-    return t.new_empty([t.shape[i] for i in (0, 1, 3, 2, 4)]).transpose(2, 3)
+def _by_tokens(t: Tensor, channels: int) -> Tensor:
+    """An empty tensor (B, w, H, L, channels), in the memory of which the heads of a token are beside each other."""
+    return t.new_empty(*(t.shape[i] for i in (0, 1, 3, 2)), channels).transpose(2, 3)
 
 
 def _widened(t: Tensor, width: int, value: float = 0.0) -> Tensor:
