@@ -22,16 +22,38 @@ from vit_efficient.grid import smaller
 from vit_efficient.utils.compat import are_numbers
 
 
-def count_seen(height, width, window: tuple[int, int], cell: tuple[int, int], shift: bool, reach: int | None):
-    """The patches and summaries that a patch attends to, in a whole window that no border is near; of sides that may be
-    symbols."""
+class Cut(NamedTuple):
+    """A grid cut into windows and cells.
+
+    Args:
+        height, width: Of the grid; they may be symbols.
+        window, cell: Their sides, (rows, columns) each.
+        shift, reach: The options of the mechanism.
+    """
+
+    height: int
+    width: int
+    window: tuple[int, int]
+    cell: tuple[int, int]
+    shift: bool
+    reach: int | None
+
+    @property
+    def plain(self) -> tuple[int, ...]:
+        """All of it as integers, −1 for a reach that is None; without symbols."""
+        reach = -1 if self.reach is None else self.reach
+        return self.height, self.width, *self.window, *self.cell, int(self.shift), reach
+
+
+def count_seen(cut: Cut):
+    """The patches and summaries that a patch attends to, in a whole window that no border is near."""
     near, own, cells, close, windows = 1, 1, 1, 1, 1
-    for length, side, of_cell in zip((height, width), window, cell, strict=True):
-        of_window, number = smaller(side, length), padding(length, side, shift)[1]
-        of_own, of_axis = _ceil(of_window, of_cell), _count_cells(length, side, of_cell, shift)
+    for length, side, of_cell in zip(cut[:2], cut.window, cut.cell, strict=True):
+        of_window, number = smaller(side, length), padding(length, side, cut.shift)[1]
+        of_own, of_axis = _ceil(of_window, of_cell), _count_cells(length, side, of_cell, cut.shift)
         reached = number
-        if reach is not None:  # at the borders windows have fewer cells
-            reached = smaller(number, 2 * reach + 1)
+        if cut.reach is not None:  # at the borders windows have fewer cells
+            reached = smaller(number, 2 * cut.reach + 1)
             of_axis = smaller(of_axis - (number - reached), reached * of_own)
         near, own, cells = near * of_window, own * of_own, cells * of_axis
         windows, close = windows * number, close * reached
@@ -41,63 +63,46 @@ def count_seen(height, width, window: tuple[int, int], cell: tuple[int, int], sh
 # Leaves for FX, because what they do depends on the sizes; called in this module, where FX finds them.
 
 
-def reorder(
-    x: Tensor, prefix: int, height, width, window: tuple, cell: tuple, shift: bool, back: bool = False
-) -> Tensor:
+def reorder(x: Tensor, prefix: int, cut: Cut, back: bool = False) -> Tensor:
     """(…, N, C) → (…, N, C): prefix tokens, then window after window, in each cell after cell; and `back`.
 
     Windows of one shape are together. Where sizes are symbols the order stays that of the grid.
     """
-    return _reorder(x, prefix, height, width, window, cell, shift, back)
+    return _reorder(x, prefix, cut, back)
 
 
 @torch.fx.wrap
 @register_notrace_function
-def _reorder(x: Tensor, prefix: int, height, width, window: tuple, cell: tuple, shift: bool, back: bool) -> Tensor:
-    if not are_numbers(height, width):
+def _reorder(x: Tensor, prefix: int, cut: Cut, back: bool) -> Tensor:
+    if not are_numbers(cut.height, cut.width):
         return x
-    sizes = (prefix, height, width, *window, *cell, int(shift))
-    order, places = (basis(build, sizes, x, torch.int64) for build in (_order, _places))
+    order, places = (basis(build, (prefix, *cut.plain[:-1]), x, torch.int64) for build in (_order, _places))
     return permuted(x, places, order) if back else permuted(x, order, places)
 
 
 def attend_near_and_far(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix: int,
-    height,
-    width,
-    window: tuple[int, int],
-    cell: tuple[int, int],
-    shift: bool,
-    reach: int | None,
-    summary: str,
-    count: bool,
-    how: tuple,
+    q: Tensor, k: Tensor, v: Tensor, prefix: int, cut: Cut, summary: str, count: bool, how: tuple
 ) -> Tensor:
     """Attention of patches to their windows and to summaries of the others, and of prefix tokens to all.
 
     Args:
         q, k, v: (B, H, N, D or E), in the order of `reorder`.
-        prefix, height, width: The grid.
-        window, cell: Their sides, (rows, columns) each.
-        shift, reach, summary, count: The options of the mechanism, `count` for `count_bias`.
+        prefix, cut: The grid.
+        summary, count: The options of the mechanism, `count` for `count_bias`.
         how: What `functional.attend` takes: scale, fused, dropout.
 
     Returns:
         (B, H, N, E), in the same order.
     """
-    cut = (height, width, window, cell, shift, reach)
     return _attend_near_and_far(q, k, v, prefix, cut, (how[0], summary, count), how)
 
 
 @torch.fx.wrap
 @register_notrace_function
-def _attend_near_and_far(q: Tensor, k: Tensor, v: Tensor, prefix: int, cut: tuple, far: tuple, how: tuple) -> Tensor:
+def _attend_near_and_far(q: Tensor, k: Tensor, v: Tensor, prefix: int, cut: Cut, far: tuple, how: tuple) -> Tensor:
     first, patches = zip(*(_split(t, [prefix, t.shape[2] - prefix]) for t in (q, k, v)), strict=True)
     y = [attend(first[0], k, v, *how).transpose(1, 2)] if prefix else []
-    attend_patches = _attend_patches if are_numbers(*cut[:2]) else _attend_padded
+    attend_patches = _attend_patches if are_numbers(cut.height, cut.width) else _attend_padded
     y += attend_patches(*patches, first[1:], cut, far, how)
     y = y[0] if len(y) == 1 else torch.cat(y, dim=1)
     return y.transpose(1, 2)  # the heads of a token beside each other, where they are merged
@@ -115,17 +120,17 @@ def _split(t: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
 
 
 def _attend_patches(
-    q: Tensor, k: Tensor, v: Tensor, kv_prefix: tuple, cut: tuple, far: tuple, how: tuple
+    q: Tensor, k: Tensor, v: Tensor, kv_prefix: tuple, cut: Cut, far: tuple, how: tuple
 ) -> list[Tensor]:
     """(B, H, H · W, D or E) each, in the order of `reorder` → (B, …, H, E), some patches after others
 
     Args:
         kv_prefix: Keys and values that all see, (B, H, P, D or E).
-        cut: Height, width, window, cell, shift, reach.
+        cut: Of numbers.
         far: Of `summarise`, scale, summary and count.
         how: Scale, fused, dropout.
     """
-    blocks, (by_cells, whole) = _blocks(*cut[:5]), _kinds(*cut)
+    blocks, (by_cells, whole) = _blocks(cut), _kinds(cut)
     sizes = [block.windows * block.patches for block in blocks]
     of_blocks = [
         [t.unflatten(2, (block.windows, block.patches)) for t in of_block]
@@ -136,14 +141,12 @@ def _attend_patches(
     summaries = joined(summaries)
     y = []
     for i, windows in enumerate(of_blocks):
-        seen = None if summaries is None else basis(_seen, (*_plain(cut), i), q, torch.int32)
+        seen = None if summaries is None else basis(_seen, (*cut.plain, i), q, torch.int32)
         y += attend_windows(*(t.transpose(1, 2) for t in windows), kv_prefix, summaries, seen, how)
     return y
 
 
-def _attend_padded(
-    q: Tensor, k: Tensor, v: Tensor, kv_prefix: tuple, cut: tuple, far: tuple, how: tuple
-) -> list[Tensor]:
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, kv_prefix: tuple, cut: Cut, far: tuple, how: tuple) -> list[Tensor]:
     """As `_attend_patches`, of a grid whose sides may be symbols, in its own order."""
     height, width, (h, w), (y, x), shift, reach = cut
     rows, columns = _ceil(h, y), _ceil(w, x)  # of cells in a window
@@ -233,14 +236,14 @@ def _window_numbers(length: int, side: int, shift: bool) -> list[range]:
     return [range(*run) for run in pairwise(ends)]
 
 
-def _blocks(height: int, width: int, window: tuple[int, int], cell: tuple[int, int], shift: bool) -> list[_Block]:
+def _blocks(cut: Cut) -> list[_Block]:
     """The windows of a grid in the order of `reorder`, those of one shape together."""
-    axes = (_axis(*sides, shift) for sides in zip((height, width), window, cell, strict=True))
+    axes = (_axis(*sides, cut.shift) for sides in zip(cut[:2], cut.window, cut.cell, strict=True))
     return [_Block(down * across, rows, columns) for (down, rows), (across, columns) in product(*axes)]
 
 
 def _in_cells(
-    q: Tensor, k: Tensor, v: Tensor, blocks: list[_Block], cut: tuple
+    q: Tensor, k: Tensor, v: Tensor, blocks: list[_Block], cut: Cut
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The patches of each cell, and which of them there are: (B, H, H · W, D or E) each → (B, H, n, A, D or E), (n, A)
 
@@ -250,23 +253,17 @@ def _in_cells(
     area = max(rows) * max(columns)
     if len(rows) == len(columns) == 1:
         return *(t.unflatten(2, (-1, area)) for t in (q, k, v)), None
-    counts = basis(_counts, _plain(cut)[:-1], q, torch.int64)
+    counts = basis(_counts, cut.plain[:-1], q, torch.int64)
     inside = torch.arange(area, device=q.device)
     valid = inside < counts[:, None]
     patch = (counts.cumsum(0) - counts)[:, None] + torch.where(valid, inside, 0)
     return *(t.index_select(2, patch.flatten()).unflatten(2, patch.shape) for t in (q, k, v)), valid
 
 
-def _plain(cut: tuple) -> tuple[int, ...]:
-    """Height, width, window, cell, shift and reach as integers, −1 for a reach that is None."""
-    height, width, window, cell, shift, reach = cut
-    return height, width, *window, *cell, int(shift), -1 if reach is None else reach
-
-
-def _kinds(height: int, width: int, window: tuple, cell: tuple, shift: bool, reach: int | None) -> tuple[bool, bool]:
+def _kinds(cut: Cut) -> tuple[bool, bool]:
     """Whether there are windows that others see by their cells, and such that they see whole."""
-    most = max(padding(*of_axis, shift)[1] for of_axis in zip((height, width), window, strict=True))
-    return most > 1 and reach != 0, reach is not None and most > reach + 1
+    most = max(padding(*of_axis, cut.shift)[1] for of_axis in zip(cut[:2], cut.window, strict=True))
+    return most > 1 and cut.reach != 0, cut.reach is not None and most > cut.reach + 1
 
 
 def _seen(
@@ -276,15 +273,15 @@ def _seen(
 
     Those of cells, if there are any, come before those of windows, each in the order of `reorder`.
     """
-    cut = (height, width, (h, w), (y, x), bool(shift))
-    blocks = _blocks(*cut)
+    cut = Cut(height, width, (h, w), (y, x), bool(shift), None if reach < 0 else reach)
+    blocks = _blocks(cut)
     ends = np.cumsum([0, *(of_block.windows for of_block in blocks)])
     at = np.empty((ends[-1], 2), dtype=np.int64)  # row and column of each window
     numbers = (_window_numbers(height, h, bool(shift)), _window_numbers(width, w, bool(shift)))
     for i, axes in enumerate(product(*numbers)):
         at[ends[i] : ends[i + 1]] = list(product(*axes))
     apart = np.abs(at[ends[block] : ends[block + 1], None] - at).max(axis=-1)  # (windows of the block, all)
-    by_cells, whole = _kinds(*cut, None if reach < 0 else reach)
+    by_cells, whole = _kinds(cut)
     sees = []
     if by_cells:
         near = (apart > 0) & ((apart <= reach) | (reach < 0))
@@ -300,7 +297,7 @@ def _seen(
 
 def _counts(height: int, width: int, h: int, w: int, y: int, x: int, shift: int, device: torch.device) -> Tensor:
     """(n,): the patches of each cell, in the order of `reorder`."""
-    blocks = _blocks(height, width, (h, w), (y, x), bool(shift))
+    blocks = _blocks(Cut(height, width, (h, w), (y, x), bool(shift), None))
     counts = [[row * column for row, column in product(*block[1:])] * block.windows for block in blocks]
     return torch.tensor(list(chain(*counts)), device=device)
 

@@ -145,7 +145,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v), seen, (y, *lse) = ctx.saved_tensors[:3], Seen(*ctx.saved_tensors[3:9]), ctx.saved_tensors[9:]
+        q, k, v, *saved = ctx.saved_tensors  # once: checkpoints make them again each time
+        seen, y, *lse = Seen(*saved[:6]), *saved[6:]
         number, area = k.shape[1], k.shape[3]
         prefix, with_bias = seen.k_prefix.shape[2], ctx.needs_input_grad[-1]
         width = max(q.shape[-1], v.shape[-1]) + with_bias

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vit_efficient.attention.base import GridAttention
 from vit_efficient.attention.combiner.axial import attend_axially
-from vit_efficient.attention.combiner.cells import attend_near_and_far, count_seen, reorder
+from vit_efficient.attention.combiner.cells import Cut, attend_near_and_far, count_seen, reorder
 from vit_efficient.attention.combiner.summaries import SUMMARIES
 from vit_efficient.attention.registry import register_attention
 from vit_efficient.attention.rotary import table_of
@@ -119,20 +119,23 @@ class CombinerAttention(GridAttention):
             v = self.drop_keys(self.values_of_maps(v))
             y = attend_axially(q, k, v, *of_grid, *far, (self.scale, self.fused_attn))
             return self.finish(self.merge_heads(y), x)
-        cut = (grid.height, grid.width, to_2tuple(self.window), to_2tuple(self.cell), self.shift)
-        x = reorder(x, grid.prefix, *cut)
+        cut = self._cut(grid)
+        x = reorder(x, grid.prefix, cut)
         q, k, v = self.project(x)
         if rope is not None:
-            q, k = self.rotate(q, k, reorder(table_of(rope), 0, *cut), grid.prefix)
+            q, k = self.rotate(q, k, reorder(table_of(rope), 0, cut), grid.prefix)
         how = (self.scale, self.fused_attn, self.drop_rate)
-        y = attend_near_and_far(q, k, self.values_of_maps(v), grid.prefix, *cut, self.reach, *far, how)
+        y = attend_near_and_far(q, k, self.values_of_maps(v), grid.prefix, cut, *far, how)
         y = self.norm_and_gate(self.merge_heads(y), x)
-        return self.proj_drop(reorder(self.proj(y), grid.prefix, *cut, back=True))
+        return self.proj_drop(reorder(self.proj(y), grid.prefix, cut, back=True))
 
     def num_attended(self, grid: PatchGrid) -> int:
         """The keys of a patch, with 'cells' in a whole window that no border is near. A prefix token attends to all."""
         if self.pattern == 'axial':
             height, width = (grid.width, grid.height) if self.transpose else (grid.height, grid.width)
             return grid.prefix + width + height - 1 + smaller(1, height - 1) * (width - 1)
-        cut = (grid.height, grid.width, to_2tuple(self.window), to_2tuple(self.cell), self.shift)
-        return grid.prefix + count_seen(*cut, self.reach)
+        return grid.prefix + count_seen(self._cut(grid))
+
+    def _cut(self, grid: PatchGrid) -> Cut:
+        window, cell = to_2tuple(self.window), to_2tuple(self.cell)
+        return Cut(grid.height, grid.width, window, cell, self.shift, self.reach)
