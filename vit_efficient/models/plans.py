@@ -102,8 +102,14 @@ def _layer(layer: Any, path: str | os.PathLike) -> tuple[str, dict[str, Any]]:
     raise UserError(f'{path}: a layer is an attention or {{attention: {{option: value}}}}, got {layer!r}')
 
 
+def is_plan(attention: Any) -> bool:
+    """Whether it is a plan, or the path of the YAML of one."""
+    named = isinstance(attention, str) and attention.endswith(('.yaml', '.yml'))
+    return named or isinstance(attention, (Plan, os.PathLike))
+
+
 def as_spec(attention: 'AttentionSpec | Plan | os.PathLike') -> AttentionSpec:
     """The attentions of a plan, or of the YAML file of one; anything else is what it is."""
-    if isinstance(attention, os.PathLike) or (isinstance(attention, str) and attention.endswith(('.yaml', '.yml'))):
-        attention = Plan.load(attention)
-    return attention.layers if isinstance(attention, Plan) else attention
+    if not is_plan(attention):
+        return attention
+    return (attention if isinstance(attention, Plan) else Plan.load(attention)).layers

@@ -22,6 +22,7 @@ from vit_efficient.flops import count_flops
 from vit_efficient.models.create import parse_layers
 from vit_efficient.models.forward import kept_tokens
 from vit_efficient.models.inputs import input_size
+from vit_efficient.models.plans import is_plan
 from vit_efficient.report.evaluation import open_model
 from vit_efficient.report.plot import BUDGETS, Panel, Point, plot_accuracy
 from vit_efficient.report.table import Column, Table
@@ -83,7 +84,8 @@ def _wanted(text: str) -> Wanted:
     if 'layers' in options:
         options['layers'] = parse_layers(options['layers'])
     others = write_options({key: value for key, value in options.items() if key not in BUDGETS})
-    return Wanted(text, f'{name} ({others})' if others else name, name, options)
+    kind = 'plan' if is_plan(name) else name
+    return Wanted(text, f'{kind} ({others})' if others else kind, name, options)
 
 
 def fidelity_table(
