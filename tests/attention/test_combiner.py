@@ -249,7 +249,8 @@ def test_some_windows_at_a_time(monkeypatch, reach):
     for hosts in (device.HOSTS, ()):
         monkeypatch.setattr(device, 'HOSTS', hosts)
         for size in (1, 5000):
-            monkeypatch.setattr(chunks, 'CHUNK_OF_HOST', size)
+            for module in (cells, chunks):
+                monkeypatch.setattr(module, 'CHUNK_OF_HOST', size)
             monkeypatch.setattr(chunks, 'CHUNK_OF_GPU', size)
             y = attention(x, grid)
             assert torch.allclose(y, whole, atol=1e-13)

@@ -13,13 +13,14 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit_efficient.attention.combiner.chunks import attend_windows
-from vit_efficient.attention.combiner.summaries import joined, summarise
+from vit_efficient.attention.combiner.chunks import CHUNK_OF_HOST, attend_windows
+from vit_efficient.attention.combiner.summaries import Summaries, joined, summarise
 from vit_efficient.attention.functional import attend
 from vit_efficient.attention.windows import padding, permuted, runs
-from vit_efficient.dct.bases import basis
+from vit_efficient.dct.bases import basis, is_eager
 from vit_efficient.grid import smaller
 from vit_efficient.utils.compat import are_numbers
+from vit_efficient.utils.device import on_gpu
 
 
 class Cut(NamedTuple):
@@ -136,14 +137,24 @@ def _attend_patches(
         [t.unflatten(2, (block.windows, block.patches)) for t in of_block]
         for block, *of_block in zip(blocks, *(_split(t, sizes) for t in (q, k, v)), strict=True)
     ]
-    summaries = [summarise(*_in_cells(q, k, v, blocks, cut), *far)] if by_cells else []
-    summaries += [summarise(*windows, None, *far) for windows in of_blocks] if whole else []
+    summaries = _summaries(*_in_cells(q, k, v, blocks, cut), far) if by_cells else []
+    summaries += [each for windows in of_blocks for each in _summaries(*windows, None, far)] if whole else []
     summaries = joined(summaries)
     y = []
     for i, windows in enumerate(of_blocks):
         seen = None if summaries is None else basis(_seen, (*cut.plain, i), q, torch.int32)
         y += attend_windows(*(t.transpose(1, 2) for t in windows), kv_prefix, summaries, seen, how)
     return y
+
+
+def _summaries(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, far: tuple) -> list[Summaries]:
+    """As `summarise`, of some sets after others: on a CPU copies stay in the cache. With gradients it saves nothing."""
+    number, most = k.shape[2], k.shape[2]
+    if is_eager(q) and not on_gpu(q) and not torch.is_grad_enabled():
+        most = max(1, CHUNK_OF_HOST * number // max(1, 3 * k.numel() * k.element_size()))
+    parts = [t.split(most, dim=2) for t in (q, k, v)]
+    parts.append([None] * len(parts[0]) if valid is None else valid.split(most))
+    return [summarise(*of_some, *far) for of_some in zip(*parts, strict=True)]
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, kv_prefix: tuple, cut: Cut, far: tuple, how: tuple) -> list[Tensor]:
