@@ -22,6 +22,7 @@ from vit_efficient.planning import LOSSES, Planner, knapsack
 from vit_efficient.planning.knapsack import choose
 from vit_efficient.report.plans import front_table
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.measurements import Measurements
 
 OPTIONS = [
     ('subsample', dict(keep_ratio=1 / 4)),
@@ -159,13 +160,13 @@ class TestMeasured:
 
     @pytest.mark.usefixtures('short_clocks')
     def test_of_milliseconds(self, tmp_path, monkeypatch):
-        table = tmp_path / 'table.json'
-        found = Planner(build(), draw(1), OPTIONS, unit='ms', measured=table)
+        measured = tmp_path / 'measured.json'
+        found = Planner(build(), draw(1), OPTIONS, unit='ms', measured=measured)
         costs, rest = found.costs()
         assert costs.shape == (DEPTH, 4) and (costs > 0).all() and rest >= 0
         assert found.plan(1).layers == [('full', {})] * DEPTH
         monkeypatch.setattr('vit_efficient.benchmark.timing.take_turns', None)
-        again = Planner(build(), draw(1), OPTIONS, unit='ms', measured=table)
+        again = Planner(build(), draw(1), OPTIONS, unit='ms', measured=measured)
         assert np.array_equal(again.costs()[0], costs) and again.costs()[1] == rest
 
     @pytest.mark.usefixtures('short_clocks')
@@ -179,7 +180,7 @@ class TestMeasured:
     def test_other_losses(self, tmp_path):
         images = draw()
         for loss in ('patch', 'error', 'prefix'):
-            found = plan(build(), images, 0.8, OPTIONS[1:2], loss=loss, measured=tmp_path / 'table.json')
+            found = plan(build(), images, 0.8, OPTIONS[1:2], loss=loss, measured=tmp_path / 'measured.json')
             assert found.loss == loss and found.measured == pytest.approx(abs((loss != 'error') - found.fidelity[loss]))
 
         def of_class(reference, tokens):
@@ -363,7 +364,7 @@ def be_killed(path, call):
 
 
 def entries(path):
-    """How many losses of an image a table has."""
+    """How many losses of an image a file has."""
     known = json.loads(path.read_text())
     of_layers = [images for options in known.get('layers', {}).values() for images in options.values()]
     return sum(map(len, [*of_layers, *known['plans'].values()]))
@@ -371,23 +372,23 @@ def entries(path):
 
 class TestMeasurements:
     def test_an_option_runs_the_blocks_from_its_layer_on_and_nothing_twice(self, ran, tmp_path):
-        planner = Planner(build(), draw(), OPTIONS, measured=tmp_path / 'table.json')
+        planner = Planner(build(), draw(), OPTIONS, measured=tmp_path / 'measured.json')
         assert not ran
         planner.sensitivities()
         assert len(ran) == 2 * (DEPTH + 3 * (3 + 2 + 1))
         first = planner.plan(0.7)
         ran.clear()
         assert planner.plan(0.7) == first
-        assert Planner(build(), draw(), OPTIONS, measured=tmp_path / 'table.json').plan(0.7) == first
-        assert plan(build(), draw(), 1, OPTIONS[:1], measured=tmp_path / 'table.json', loss='patch').measured < 1e-12
+        assert Planner(build(), draw(), OPTIONS, measured=tmp_path / 'measured.json').plan(0.7) == first
+        assert plan(build(), draw(), 1, OPTIONS[:1], measured=tmp_path / 'measured.json', loss='patch').measured < 1e-12
         assert not ran
-        Planner(build(), draw(), [*OPTIONS, 'pool'], measured=tmp_path / 'table.json').sensitivities()
+        Planner(build(), draw(), [*OPTIONS, 'pool'], measured=tmp_path / 'measured.json').sensitivities()
         assert len(ran) == 2 * (DEPTH + 3 + 2 + 1)
 
     @pytest.mark.subprocess
     @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
     def test_killed_it_goes_on(self, tmp_path):
-        path, known = tmp_path / 'table.json', 0
+        path, known = tmp_path / 'measured.json', 0
         for call in (4, 9, 15):  # in the first image, in the second, and among whole plans
             process = SERVER.Process(target=be_killed, args=(path, call))
             process.start()
@@ -411,24 +412,29 @@ class TestMeasurements:
         ],
     )
     def test_of_something_else(self, changed, message, tmp_path):
-        given = dict(model=build(), images=draw(), options=OPTIONS[:1], measured=tmp_path / 'table.json')
+        given = dict(model=build(), images=draw(), options=OPTIONS[:1], measured=tmp_path / 'measured.json')
         planner = Planner(**given)
         planner.measure((0,) * DEPTH)
         with pytest.raises(UserError, match=message):
             Planner(**given | changed)
 
     def test_of_other_weights(self, tmp_path):
-        model, path = build(), tmp_path / 'table.json'
+        model, path = build(), tmp_path / 'measured.json'
         Planner(model, draw(), OPTIONS[:1], measured=path).measure((0,) * DEPTH)
         nn.init.ones_(model.norm.bias)
-        with pytest.raises(UserError, match=r'table.json is of another weights \(was'):
+        with pytest.raises(UserError, match=r'measured.json is of another weights \(was'):
             Planner(model, draw(), OPTIONS[:1], measured=path)
+
+    def test_of_another_kind(self, tmp_path):
+        Measurements(tmp_path / 'measured.json', 'fidelity').add({('a', 'b'): 1})
+        with pytest.raises(UserError, match=r'measured.json is of another kind \(was fidelity, is plan\), model'):
+            Planner(build(), draw(), OPTIONS[:1], measured=tmp_path / 'measured.json')
 
     @pytest.mark.parametrize('text', ['', '{}', '[1]', '{"about": 3}', '{"about": {}, "layers": null}'])
     def test_another_file(self, text, tmp_path):
-        (tmp_path / 'table.json').write_text(text)
-        with pytest.raises(UserError, match='table.json is not a file of measurements'):
-            Planner(build(), draw(), measured=tmp_path / 'table.json')
+        (tmp_path / 'measured.json').write_text(text)
+        with pytest.raises(UserError, match='measured.json is not a file of measurements'):
+            Planner(build(), draw(), measured=tmp_path / 'measured.json')
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from vit_efficient import PatchGrid, create_attention
 from vit_efficient.attention import layer_options
 from vit_efficient.attention.combiner import CombinerAttention, axial, cells, chunks
-from vit_efficient.attention.combiner.summaries import SUMMARIES, summarise
+from vit_efficient.attention.combiner.summaries import SUMMARIES, Summaries, summarise
 from vit_efficient.utils import device
 from vit_efficient.utils.errors import UserError
 
@@ -258,6 +258,70 @@ def test_some_windows_at_a_time(monkeypatch, reach):
                 assert torch.allclose(actual, wanted, atol=1e-12)
             with torch.no_grad():
                 assert torch.allclose(attention(x, grid), without, atol=1e-13)
+
+
+class TestWindows:
+    """`attend_windows`: PyTorch's kernel for CPUs, called directly, says what is written out, forward and backward."""
+
+    def given(self, windows=5, prefix=2, values=4, bias=(2, 3), dtype=torch.float64):
+        """Queries, keys and values of windows, those of the prefix, and summaries; the last window sees fewer."""
+        shapes = [(2, windows, 3, 6, 4)] * 2 + [(2, windows, 3, 6, values)]
+        shapes += [(2, 3, prefix, 4), (2, 3, prefix, values), (2, 3, 7, 4), (2, 3, 7, values), (*bias, 7)]
+        tensors = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+        index = torch.randperm(7)[None, :5].repeat(windows, 1).int()
+        index[-1, 3:] = -1
+        return tensors, index
+
+    def attend(self, tensors, index, fused, dtype=torch.float64):
+        q, k, v, *kv_prefix, key, value, bias = (t.to(dtype) for t in tensors)
+        how = (0.5, fused, 0.0)
+        return torch.cat(chunks.attend_windows(q, k, v, kv_prefix, Summaries(key, value, bias), index, how), dim=1)
+
+    @pytest.mark.parametrize('chunk', [1, 2**23])
+    @pytest.mark.parametrize(
+        'given', [{}, dict(prefix=0), dict(values=3), dict(values=6), dict(bias=(1, 1)), dict(windows=1)]
+    )
+    def test_gradients(self, given, chunk, monkeypatch):
+        monkeypatch.setattr(chunks, 'CHUNK_OF_HOST', chunk)
+        tensors, index = self.given(**given)
+        y, expected = (self.attend(tensors, index, fused) for fused in (True, False))
+        assert torch.allclose(y, expected, atol=1e-13)
+        dy = torch.randn_like(y)
+        for some in (tensors, tensors[:1], tensors[3:5], tensors[-1:]):  # not all of them may have gradients
+            alone = [t if any(t is each for each in some) else t.detach() for t in tensors]
+            for found, wanted in zip(
+                *(torch.autograd.grad(self.attend(alone, index, fused), some, dy) for fused in (True, False)),
+                strict=True,
+            ):
+                assert torch.allclose(found, wanted, atol=1e-12)
+
+    def test_half_precision_is_summed_in_float32(self):
+        """What many windows share has a gradient from each of them."""
+        tensors, index = self.given(windows=500)
+        dy = torch.ones(2, 3000, 3, 4, dtype=torch.float64)
+        of_halves = torch.autograd.grad(self.attend(tensors, index, True, torch.bfloat16), tensors, dy.bfloat16())
+        for found, wanted in zip(
+            of_halves, torch.autograd.grad(self.attend(tensors, index, False), tensors, dy), strict=True
+        ):
+            assert (found - wanted).norm() <= 0.02 * wanted.norm() + 1e-3 * dy.norm()
+
+    @pytest.mark.filterwarnings('ignore:There is a performance drop')
+    @pytest.mark.parametrize('which', range(8))
+    def test_one_of_them_under_vmap(self, which):
+        tensors, index = self.given()
+        tensors = [t.detach() for t in tensors]
+        several = torch.stack([tensors[which], 2 * tensors[which]])
+
+        def of_one(t):
+            return self.attend([*tensors[:which], t, *tensors[which + 1 :]], index, True)
+
+        assert torch.allclose(torch.func.vmap(of_one)(several), torch.stack([of_one(t) for t in several]), atol=1e-13)
+
+    def test_autocast_leaves_float64_alone(self):
+        tensors, index = self.given()
+        with torch.autocast('cpu', torch.bfloat16):
+            y = self.attend(tensors, index, True)
+        assert y.dtype == torch.float64 and torch.equal(y, self.attend(tensors, index, True))
 
 
 class TestExact:

@@ -38,7 +38,7 @@ def rows(text):
 
 
 def test_plan_and_picture(here, capsys):
-    words = command('--budget', '3/4', '--options', *OPTIONS, '--out', 'new/plan.yaml', '--measured', 'table.json')
+    words = command('--budget', '3/4', '--options', *OPTIONS, '--out', 'new/plan.yaml', '--measured', 'measured.json')
     assert main(words) == 0
     said = capsys.readouterr()
     assert '3 images of 64 × 64 pixels; left out 1 of 5, which are smaller\n' in said.err
@@ -58,10 +58,10 @@ def test_plan_and_picture(here, capsys):
         found.gmacs[1], rel=1e-5
     )
 
-    before = json.loads((here / 'table.json').read_text())
+    before = json.loads((here / 'measured.json').read_text())
     assert main(words) == 0  # again, without measuring
     assert capsys.readouterr().out == said.out
-    assert json.loads((here / 'table.json').read_text()) == before
+    assert json.loads((here / 'measured.json').read_text()) == before
 
 
 @pytest.mark.usefixtures('short_clocks')

@@ -50,7 +50,7 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, 
             `torch.func`, it is written out.
         mask: As of `vit_efficient.attention.functional`, of no more than four axes, without a gradient.
     """
-    if k.shape[-2] and is_fused_on_cpu(q, fused):
+    if k.shape[-2] and is_fused_on_cpu(fused, q, k, v):
         return Part(*_Fused.apply(*in_autocast(q, k, v), scale, mask))
     scores = masked((q * scale) @ k.mT, mask)
     lse = scores.logsumexp(dim=-1)
@@ -58,16 +58,20 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, 
     return Part(weights @ v, lse)
 
 
-def is_fused_on_cpu(q: Tensor, fused: bool) -> bool:
-    """Whether attention may be a direct call of PyTorch's fused one for CPUs, `flash_attention_on_cpu`."""
-    plain = is_eager(q) and not (q.is_meta or on_gpu(q) or is_transformed(q))
+def is_fused_on_cpu(fused: bool, *tensors: Tensor) -> bool:
+    """Whether attention of these may be a direct call of PyTorch's fused one for CPUs, `flash_attention_on_cpu`."""
+    q = tensors[0]
+    plain = is_eager(q) and not (q.is_meta or on_gpu(q) or any(map(is_transformed, tensors)))
     return fused and plain and cuda.flash_sdp_enabled()
 
 
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in the type of autocast, where it is on: kernels that are called directly do not see it."""
     kind = tensors[0].device.type
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors) if torch.is_autocast_enabled(kind) else tensors
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)  # which float64 never becomes
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def combine(parts: Iterable[Part]) -> Part:

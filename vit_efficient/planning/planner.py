@@ -87,7 +87,7 @@ class Planner:
         if loss == 'prefix' and not self.probe.model.num_prefix_tokens:
             raise UserError("loss='prefix' is of prefix tokens, and the model has none; use loss='centred'")
         self.layers, self.labels = self.probe.layers, [EXACT]
-        self._measured = Measurements(measured, self._about())
+        self._measured = Measurements(measured, 'plan', self._about())
         self._add_options(options)
         self._exact: Assignment = (0,) * len(self.layers)
         self._references: dict[int, Tensor] = {}

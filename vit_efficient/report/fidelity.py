@@ -131,7 +131,7 @@ def fidelity_table(
     chosen = {size: large_enough(photographs, size, enlarge) for size in sizes}
     if out:  # rather than when all is measured
         import_optional('matplotlib', 'the plot beside the table is drawn with', 'train')
-    known = Measurements(measured or (out / 'measured.json' if out else None))
+    known = Measurements(measured or (out / 'measured.json' if out else None), 'fidelity')
     at_sizes = [_AtSize(model, size, wanted, device) for size in sizes]
     rows = []
     for at_size in at_sizes:

@@ -20,14 +20,15 @@ class Measurements:
 
     Args:
         path: The file, which need not exist; None: they are kept in memory.
-        about: What all of them are of, by name; the version of this package is always among it.
+        kind: What has measured them.
+        about: What all of them are of, by name.
 
     Raises:
         UserError: If the file holds no measurements, or those of something else; it names what differs.
     """
 
-    def __init__(self, path: str | os.PathLike | None, about: dict[str, str] | None = None):
-        about = {'version': __version__, **(about or {})}
+    def __init__(self, path: str | os.PathLike | None, kind: str, about: dict[str, str] | None = None):
+        about = {'kind': kind, 'version': __version__, **(about or {})}
         self.path = None if path is None else Path(path)
         self._entries: dict[str, Any] = {'about': about}
         if self.path is None or not self.path.exists():
@@ -44,7 +45,7 @@ class Measurements:
         differing = [name for name in about if earlier.get(name) != about[name]]
         if differing:
             said = ', '.join(f'{name} (was {earlier.get(name)}, is {about[name]})' for name in differing)
-            raise UserError(f'measured={path} is of another {said}; name another file, or delete this one')
+            raise UserError(f'measured={path} is of another {said}; name another file')
 
     def get(self, *keys: str) -> Any:
         """What is known under these keys, or None."""

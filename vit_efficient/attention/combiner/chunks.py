@@ -68,7 +68,7 @@ def attend_windows(
         keys = seen.k_prefix.shape[2] + area + index.shape[1]
         bytes_of_one = batch * heads * keys * (dim + v.shape[-1]) * k.element_size()
         most = max(1, (CHUNK_OF_GPU if on_gpu(q) else CHUNK_OF_HOST) // max(1, bytes_of_one))
-    if dropout == 0 and is_fused_on_cpu(q, fused):
+    if dropout == 0 and is_fused_on_cpu(fused, q, k, v, *seen[:-1]):
         return [_Fused.apply(most, scale, seen.index, *in_autocast(q, k, v, *seen[:-1]))]
     y = []
     for *of_some, seen_by_some in _chunks(most, (q, k, v), seen):
@@ -93,7 +93,7 @@ def _attend_some(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float, fuse
     return _tokens(y, *q.shape[:2])
 
 
-def _gathered(k: Tensor, v: Tensor, seen: Seen, more: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+def _gathered(k: Tensor, v: Tensor, seen: Seen) -> tuple[Tensor, Tensor, Tensor | None]:
     """The keys and values that windows see, (B · w, H, keys, D or E), and what is added to scores, (B · w, H or 1, 1,
     keys)."""
     batch, number = k.shape[:2]
@@ -152,7 +152,9 @@ class _Fused(torch.autograd.Function):
         width = max(q.shape[-1], v.shape[-1]) + with_bias
         wide = Seen(*(_widened(t, width) for t in seen[:4]), *seen[4:])
         dq, dk, dv = grads = [_by_tokens(t, t.shape[-1]) for t in (q, k, v)]
-        of_seen = Seen(*(torch.zeros_like(t) for t in seen))
+        # Summed over all windows, so in float32 at least.
+        of_seen = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in seen[:4]]
+        of_bias = of_seen[0].new_zeros(seen.key.shape[:3])
         y, dy = (t.unflatten(1, (number, area)).transpose(2, 3) for t in (y, dy))
         start = 0
         for (*of_some, seen_by_some), lse_some in zip(_chunks(ctx.most, (q, k, v, y, dy), wide), lse, strict=True):
@@ -166,17 +168,18 @@ class _Fused(torch.autograd.Function):
             some = slice(start, start := start + q_some.shape[1])
             dq[:, some] = of_queries[..., : q.shape[-1]]
             index = seen_by_some.index.clamp(min=0).flatten()
-            for own, g, first, sets in (
-                (dk, of_keys[..., : k.shape[-1]], of_seen.k_prefix, of_seen.key),
-                (dv, of_values[..., : v.shape[-1]], of_seen.v_prefix, of_seen.value),
-            ):
+            for i, own, g in ((0, dk, of_keys[..., : k.shape[-1]]), (1, dv, of_values[..., : v.shape[-1]])):
                 of_prefix, own[:, some], of_sets = g.split([prefix, area, g.shape[3] - prefix - area], dim=3)
-                first += of_prefix.sum(dim=1)
-                sets.index_add_(2, index, of_sets.transpose(1, 2).flatten(2, 3))
+                of_seen[i] += of_prefix.sum(dim=1, dtype=of_seen[i].dtype)
+                of_sets = of_sets.transpose(1, 2).flatten(2, 3).to(of_seen[i + 2].dtype)
+                of_seen[i + 2].index_add_(2, index, of_sets)
             if with_bias:
-                of_bias = of_keys[:, :, :, prefix + area :, -1].transpose(1, 2).flatten(2, 3) / ctx.scale
-                of_seen.bias.index_add_(2, index, of_bias)
-        return None, None, None, *grads, *of_seen[:-1]
+                of_some_bias = of_keys[:, :, :, prefix + area :, -1].transpose(1, 2).flatten(2, 3)
+                of_bias.index_add_(2, index, of_some_bias.to(of_bias.dtype) / ctx.scale)
+        of_seen = (
+            g.to(t.dtype) for g, t in zip([*of_seen, of_bias.sum_to_size(seen.bias.shape)], seen[:5], strict=True)
+        )
+        return None, None, None, *grads, *of_seen
 
 
 def _by_tokens(t: Tensor, channels: int) -> Tensor:
