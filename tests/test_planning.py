@@ -275,7 +275,8 @@ class TestFiles:
         found = planner.plan(0.6)
         found.save(tmp_path / 'plan.yaml')
         text = (tmp_path / 'plan.yaml').read_text()
-        assert text.startswith('model: vit_tiny_patch16_224\nimg_size: [64, 64]\nunit: gmacs\nbudget: 0.6\n')
+        about = f'# A plan of vit-efficient plan: {found.share:.3f} of the gmacs of vit_tiny_patch16_224 at 64 × 64 px.'
+        assert text.startswith(f'{about}\nmodel: vit_tiny_patch16_224\nimg_size: [64, 64]\nunit: gmacs\nbudget: 0.6\n')
         again = Plan.load(tmp_path / 'plan.yaml')
         assert again.layers == found.layers and again.measured == pytest.approx(found.measured, rel=1e-5)
         models = [convert(build(), found), convert(build(), tmp_path / 'plan.yaml')]

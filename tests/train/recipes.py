@@ -10,8 +10,9 @@ from vit_efficient.train import Config, load_recipe, train
 from vit_efficient.train.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, SchedConfig
 from vit_efficient.train.recipe import to_yaml
 
-# Of this repository; those that others extend name no model.
-ALL = sorted(ROOT.glob('recipes/**/*.yaml'))
+# Of this repository, without plans; those that others extend name no model.
+PLANS = sorted(ROOT.glob('recipes/**/plan-*.yaml'))
+ALL = sorted({*ROOT.glob('recipes/**/*.yaml')} - {*PLANS})
 _BASES = {(path.parent / base).resolve() for path in ALL if (base := yaml.safe_load(path.read_text()).get('extends'))}
 
 

@@ -1,8 +1,11 @@
 import shlex
 
 import pytest
+import timm
 
-from tests.train.recipes import ALL, load_any
+from tests.train.recipes import ALL, PLANS, load_any
+from vit_efficient import convert
+from vit_efficient.models.plans import Plan
 from vit_efficient.train import load_recipe
 from vit_efficient.train.config import describe_keys
 from vit_efficient.train.recipe import to_yaml
@@ -173,6 +176,12 @@ def test_mixing_needs_even_batches(recipe):
 @pytest.mark.parametrize('path', ALL, ids=lambda p: p.stem)
 def test_the_recipes_of_this_repository_are_valid(path):
     load_any(path)
+
+
+@pytest.mark.parametrize('path', PLANS, ids=lambda p: p.stem)
+def test_the_plans_of_this_repository_are_valid(path):
+    plan = Plan.load(path)
+    convert(timm.create_model(plan.model, img_size=plan.img_size), plan)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,9 @@ class Plan:
         values = asdict(self)
         layers = [{name: options} if options else name for name, options in values.pop('layers')]
         values = _plain(values, '.6g') | {'layers': _plain(layers)}  # last: they are many
-        write_text(path, yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120))
+        sides = ' × '.join(map(str, self.img_size))
+        about = f'# A plan of vit-efficient plan: {self.share:.3f} of the {self.unit} of {self.model} at {sides} px.\n'
+        write_text(path, about + yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> 'Plan':
