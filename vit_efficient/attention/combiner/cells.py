@@ -39,12 +39,6 @@ class Cut(NamedTuple):
     shift: bool
     reach: int | None
 
-    @property
-    def plain(self) -> tuple[int, ...]:
-        """All of it as integers, −1 for a reach that is None; without symbols."""
-        reach = -1 if self.reach is None else self.reach
-        return self.height, self.width, *self.window, *self.cell, int(self.shift), reach
-
 
 def count_seen(cut: Cut):
     """The patches and summaries that a patch attends to, in a whole window that no border is near."""
@@ -77,7 +71,7 @@ def reorder(x: Tensor, prefix: int, cut: Cut, back: bool = False) -> Tensor:
 def _reorder(x: Tensor, prefix: int, cut: Cut, back: bool) -> Tensor:
     if not are_numbers(cut.height, cut.width):
         return x
-    order, places = (basis(build, (prefix, *cut.plain[:-1]), x, torch.int64) for build in (_order, _places))
+    order, places = (basis(build, (prefix, *_plain(cut)[:-1]), x, torch.int64) for build in (_order, _places))
     return permuted(x, places, order) if back else permuted(x, order, places)
 
 
@@ -142,7 +136,7 @@ def _attend_patches(
     summaries = joined(summaries)
     y = []
     for i, windows in enumerate(of_blocks):
-        seen = None if summaries is None else basis(_seen, (*cut.plain, i), q, torch.int32)
+        seen = None if summaries is None else basis(_seen, (*_plain(cut), i), q, torch.int32)
         y += attend_windows(*(t.transpose(1, 2) for t in windows), kv_prefix, summaries, seen, how)
     return y
 
@@ -264,11 +258,16 @@ def _in_cells(
     area = max(rows) * max(columns)
     if len(rows) == len(columns) == 1:
         return *(t.unflatten(2, (-1, area)) for t in (q, k, v)), None
-    counts = basis(_counts, cut.plain[:-1], q, torch.int64)
+    counts = basis(_counts, _plain(cut)[:-1], q, torch.int64)
     inside = torch.arange(area, device=q.device)
     valid = inside < counts[:, None]
     patch = (counts.cumsum(0) - counts)[:, None] + torch.where(valid, inside, 0)
     return *(t.index_select(2, patch.flatten()).unflatten(2, patch.shape) for t in (q, k, v)), valid
+
+
+def _plain(cut: Cut) -> tuple[int, ...]:
+    """All of it as integers, −1 for a reach that is None; without symbols."""
+    return cut.height, cut.width, *cut.window, *cut.cell, int(cut.shift), -1 if cut.reach is None else cut.reach
 
 
 def _kinds(cut: Cut) -> tuple[bool, bool]:
