@@ -126,9 +126,9 @@ def _attend_patches(
         how: Scale, fused, dropout.
     """
     blocks, (by_cells, whole) = _blocks(cut), _kinds(cut)
-    sizes = [block.windows * block.patches for block in blocks]
+    sizes = [block.windows * _num_patches(block) for block in blocks]
     of_blocks = [
-        [t.unflatten(2, (block.windows, block.patches)) for t in of_block]
+        [t.unflatten(2, (block.windows, _num_patches(block))) for t in of_block]
         for block, *of_block in zip(blocks, *(_split(t, sizes) for t in (q, k, v)), strict=True)
     ]
     summaries = _summaries(*_in_cells(q, k, v, blocks, cut), far) if by_cells else []
@@ -215,13 +215,18 @@ class _Block(NamedTuple):
     along_rows: list[int]
     along_columns: list[int]
 
-    @property
-    def patches(self) -> int:
-        return sum(self.along_rows) * sum(self.along_columns)
 
-    @property
-    def cells(self) -> int:
-        return len(self.along_rows) * len(self.along_columns)
+# No properties of these: Dynamo of torch 2.10 does not trace those of named tuples.
+
+
+def _num_patches(block: _Block) -> int:
+    """Those of a window."""
+    return sum(block.along_rows) * sum(block.along_columns)
+
+
+def _num_cells(block: _Block) -> int:
+    """Those of a window."""
+    return len(block.along_rows) * len(block.along_columns)
 
 
 def _axis(length: int, side: int, cell: int, shift: bool) -> list[tuple[int, list[int]]]:
@@ -295,7 +300,7 @@ def _seen(
     sees = []
     if by_cells:
         near = (apart > 0) & ((apart <= reach) | (reach < 0))
-        cells = np.repeat([of_block.cells for of_block in blocks], np.diff(ends))
+        cells = np.repeat([_num_cells(of_block) for of_block in blocks], np.diff(ends))
         sees.append(np.repeat(near, cells, axis=1))
     if whole:
         sees.append(apart > reach)
