@@ -306,16 +306,23 @@ class TestWindows:
             assert (found - wanted).norm() <= 0.02 * wanted.norm() + 1e-3 * dy.norm()
 
     @pytest.mark.filterwarnings('ignore:There is a performance drop')
+    @pytest.mark.parametrize('fused', [True, False])
     @pytest.mark.parametrize('which', range(8))
-    def test_one_of_them_under_vmap(self, which):
+    def test_one_of_them_under_torch_func(self, which, fused, monkeypatch):
+        monkeypatch.setattr(chunks, 'CHUNK_OF_HOST', 1)
         tensors, index = self.given()
         tensors = [t.detach() for t in tensors]
         several = torch.stack([tensors[which], 2 * tensors[which]])
 
         def of_one(t):
-            return self.attend([*tensors[:which], t, *tensors[which + 1 :]], index, True)
+            return self.attend([*tensors[:which], t, *tensors[which + 1 :]], index, fused)
 
         assert torch.allclose(torch.func.vmap(of_one)(several), torch.stack([of_one(t) for t in several]), atol=1e-13)
+        slopes = torch.func.vmap(torch.func.grad(lambda t: of_one(t).square().sum()))(several)
+        for t, slope in zip(several, slopes, strict=True):
+            t = t.clone().requires_grad_()
+            [wanted] = torch.autograd.grad(of_one(t).square().sum(), t)
+            assert torch.allclose(slope, wanted, atol=1e-11)
 
     def test_autocast_leaves_float64_alone(self):
         tensors, index = self.given()

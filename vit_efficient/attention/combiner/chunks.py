@@ -70,9 +70,11 @@ def attend_windows(
         most = max(1, (CHUNK_OF_GPU if on_gpu(q) else CHUNK_OF_HOST) // max(1, bytes_of_one))
     if dropout == 0 and is_fused_on_cpu(fused, q, k, v, *seen[:-1]):
         return [_Fused.apply(most, scale, seen.index, *in_autocast(q, k, v, *seen[:-1]))]
+    checkpoints = most < number and torch.is_grad_enabled()
+    checkpoints = checkpoints and not any(map(is_transformed, (q, k, v, *seen)))  # torch.func has none
     y = []
     for *of_some, seen_by_some in _chunks(most, (q, k, v), seen):
-        if most < number and torch.is_grad_enabled() and not is_transformed(q):  # torch.func has no checkpoints
+        if checkpoints:
             given = dict(use_reentrant=False, preserve_rng_state=dropout > 0)
             y.append(checkpoint(_attend_some, *of_some, seen_by_some, *how, **given))
         else:
