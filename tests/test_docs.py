@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from tests.data.shards import write_saved, write_shards
-from tests.data.trees import write_tree
+from tests.data.trees import write_masks, write_tree
 from vit_efficient.attention import registry
 from vit_efficient.compress import base as compressors
 from vit_efficient.data import EvalTransform, read_image, to_array
@@ -88,6 +88,8 @@ def prepared(tmp_path_factory) -> Path:
             archive.add(tree / split, split)
     (folder / 'classes.txt').write_text('c0\nc1\nc2\n')
     write_tree(folder / 'five', channels=5)
+    for split, count in (('train', 8), ('val', 3)):
+        write_masks(folder / 'scans' / split, count, (40, 50), odd=True, classes=2)
     for link, target in (('photos', 'images'), ('data/mnist5k', '../images')):
         (folder / link).parent.mkdir(exist_ok=True)
         (folder / link).symlink_to(target)

@@ -6,6 +6,7 @@ Importing the package registers its models with timm.
 from vit_efficient import dct
 from vit_efficient.attention import create_attention, list_attentions, register_attention
 from vit_efficient.conversion import convert, convert_patch_embed
+from vit_efficient.dense import DenseModel
 from vit_efficient.flops import FlopCount, count_flops
 from vit_efficient.graphs import graphed
 from vit_efficient.grid import PatchGrid
@@ -15,6 +16,7 @@ from vit_efficient.version import __version__
 
 __all__ = [
     'DctPatchEmbed',
+    'DenseModel',
     'FlopCount',
     'PatchGrid',
     'Plan',

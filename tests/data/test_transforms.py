@@ -23,6 +23,7 @@ from vit_efficient.data import (
     to_array,
     transforms,
 )
+from vit_efficient.data.preprocessing import WholeTransform
 from vit_efficient.models import save_model
 from vit_efficient.train import load_model
 
@@ -343,3 +344,93 @@ def test_the_size_of_a_saved_model(name, tmp_path):
         assert size_of(save(img_size=32, **options)) == size_of(load_model(tmp_path)) == (32, 32)
     save((64, 64), img_size=32)
     assert size_of(load_model(tmp_path)) == (32, 32)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+STILL = AugmentConfig(None, hflip=0, color_jitter=0, rand_ops=0, erasing=0)
+MOVED = replace(EVERYTHING, rand_ops=0, erasing=0, color_jitter=0, hue=0)
+
+
+def image_and_mask(channels, dtype, size=(40, 50)):
+    """A mask of stripes, and an image that shows its classes, as levels, in each channel."""
+    mask = (np.add.outer(np.arange(size[0]), np.arange(size[1])) // 40 % 3).astype(np.int16)
+    image = np.repeat(mask[..., None] * (100 if dtype == 'uint8' else 0.4), channels, 2).astype(dtype)
+    return image, mask
+
+
+@pytest.mark.parametrize('channels', [1, 3, 5])
+@pytest.mark.parametrize('dtype', ['uint8', 'float32'])
+@pytest.mark.parametrize('zoom', [None, [0.5, 2.0]])
+def test_masks_move_with_pixels(channels, dtype, zoom):
+    image, mask = image_and_mask(channels, dtype, (160, 200))
+    transform = TrainTransform(of_channels(channels), replace(MOVED, crop_zoom=zoom), seed=3)
+    beside = seen = 0
+    for index in range(20):
+        moved, classes = transform.pixels_and_mask(image, mask, 0, index)
+        assert torch.equal(moved, transform.pixels(image, 0, index))  # with the same draws
+        assert classes.shape == (32, 32) and classes.dtype == torch.int16
+        assert set(classes.unique().tolist()) <= {-1, 0, 1, 2}
+        beside += (classes == -1).sum().item()
+        levels = (
+            moved.float() if moved.dtype == torch.uint8 else (moved * 0.25 + 0.5) * (255 if dtype == 'uint8' else 250)
+        )
+        counts = classes >= 0
+        counts[:2] = counts[-2:] = counts[:, :2] = counts[:, -2:] = False
+        # Where the classes around a pixel are one, which resampling leaves as it is.
+        alike = counts & (torch.nn.functional.max_pool2d(-classes[None].float(), 5, 1, 2)[0] == -classes)
+        alike &= torch.nn.functional.max_pool2d(classes[None].float(), 5, 1, 2)[0] == classes
+        seen += alike.sum().item()
+        apart = (levels[:, alike] - 100 * classes[alike]).abs()
+        assert apart.numel() == 0 or (apart.mean() < 3 and apart.max() < 50)
+    assert beside and seen > 20 * 100
+
+
+def test_a_mask_of_the_size_of_the_crop_stays_as_it_is():
+    image, mask = image_and_mask(3, 'uint8', (32, 32))
+    moved, classes = TrainTransform(PLAIN, STILL, 0).pixels_and_mask(image, mask)
+    assert np.array_equal(moved.permute(1, 2, 0), image) and np.array_equal(classes, mask)
+    moved, classes = TrainTransform(PLAIN, replace(STILL, crop_zoom=[1, 1]), 0).pixels_and_mask(image, mask)
+    assert np.array_equal(moved.permute(1, 2, 0), image) and np.array_equal(classes, mask)
+
+
+@pytest.mark.parametrize('size', [(32, 32), (64, 40), (20, 90), (7, 9)])
+@pytest.mark.parametrize('dtype', ['uint8', 'float32'])
+def test_a_window_at_zoom_one_holds_pixels_as_they_are(size, dtype):
+    image, mask = image_and_mask(3, dtype, size)
+    image[..., 0] = pixels(0, size, dtype) // 2 if dtype == 'uint8' else pixels(0, size, dtype)
+    transform = TrainTransform(PLAIN, replace(STILL, crop_zoom=[1, 1]), 5)
+    seen = set()
+    for index in range(10):
+        moved, classes = transform.pixels_and_mask(image, mask, 0, index)
+        found = moved.permute(1, 2, 0).numpy() if dtype == 'uint8' else moved.permute(1, 2, 0).numpy() * 0.25 + 0.5
+        inside = (classes >= 0).numpy()
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        assert inside.sum() == len(rows) * len(columns) == min(size[0], 32) * min(size[1], 32)
+        part = found[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        places = [
+            (top, left)
+            for top in range(size[0] - len(rows) + 1)
+            for left in range(size[1] - len(columns) + 1)
+            if np.allclose(image[top : top + len(rows), left : left + len(columns)], part, atol=1e-6)
+        ]
+        ((top, left),) = places
+        assert np.array_equal(
+            mask[top : top + len(rows), left : left + len(columns)], classes[inside].reshape(part.shape[:2])
+        )
+        filled = found[~inside]
+        assert np.allclose(filled, 128 if dtype == 'uint8' else 0.5)
+        seen.add((top, left, rows[0], columns[0]))
+    assert len(seen) > (3 if size != (32, 32) else 0)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 5])
+@pytest.mark.parametrize('dtype', ['uint8', 'float32'])
+def test_whole_images_stay_as_they_are(channels, dtype):
+    image, mask = image_and_mask(channels, dtype, (7, 13))
+    preprocessing = of_channels(channels)
+    moved, classes = WholeTransform(preprocessing).pixels_and_mask(image, mask)
+    assert np.array_equal(classes, mask)
+    scaled = image / 255 if dtype == 'uint8' else image
+    found = WholeTransform(preprocessing).normalize(moved)
+    assert np.allclose(found.permute(1, 2, 0), (scaled - 0.5) / 0.25, atol=1e-6)

@@ -30,6 +30,30 @@ def write_tree(root: Path, classes: int = 3, train: int = 8, val: int = 2, chann
     return root
 
 
+def write_masks(
+    root: Path, count: int = 4, size: tuple[int, int] = (20, 24), odd: bool = False, classes: int = 3
+) -> Path:
+    """Images root/images/{0,1,2,10,…}.jpg of bright squares, and root/masks/….png of their classes, from 0; 255 at the
+    upper edge. With `odd` each image has a size of its own."""
+    for folder in ('images', 'masks'):
+        (root / folder).mkdir(parents=True)
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        height, width = (int(side + odd * rng.integers(0, 9)) for side in size)
+        image, mask = rng.integers(0, 60, (height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
+        for label in range(1, classes):
+            side = int(rng.integers(6, 10))
+            top, left = (int(rng.integers(0, whole - side)) for whole in (height, width))
+            mask[top : top + side, left : left + side] = label
+        for label in range(1, classes):
+            image[mask == label, label] += 180
+        mask[0] = 255
+        name = number if number < 3 else number + 7
+        Image.fromarray(image).save(root / f'images/{name}.jpg', quality=95)
+        Image.fromarray(mask).save(root / f'masks/{name}.png')
+    return root
+
+
 # Odd files that are images all the same, and files that are none, or no longer.
 READABLE = ('cmyk.jpg', 'one_pixel.png', 'png_by_nature.jpg')
 UNREADABLE = ('corrupt.png', 'empty.jpg', 'text.png', 'truncated.jpg')

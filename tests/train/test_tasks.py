@@ -376,7 +376,7 @@ def test_tasks_and_models_that_do_not_go_together(tmp_path):
 @pytest.mark.parametrize(
     ('target', 'message'),
     [
-        (None, 'sample 0: it has no target of patches; task=classification needs none'),
+        (None, 'sample 0: it has no target of patches or pixels; task=classification needs none'),
         (np.zeros((4, 4)), r'sample 0: its target must be integers \(rows, columns\), got float64 \(4, 4\)'),
         (np.zeros(4, int), r'sample 0: its target must be integers \(rows, columns\), got int64 \(4,\)'),
         (np.full((4, 4), 3), 'sample 0: its target has 3 to 3, the 3 classes of the model begin at 0'),

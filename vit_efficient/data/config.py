@@ -34,6 +34,12 @@ class AugmentConfig:
 
     crop_scale: list[float] | None = key([0.08, 1.0], 'share of the area of a crop; null: no crop', _shares('the area'))
     crop_ratio: list[float] = key([3 / 4, 4 / 3], 'width to height of the crop', _RATIOS)
+    crop_zoom: list[float] | None = key(
+        None,
+        'least and most factor by which an image is enlarged before a window of img_size pixels is cropped, in the '
+        'place of crop_scale; what the window has beside the image is of data.mean, and does not count in a mask',
+        _RATIOS,
+    )
     hflip: float = key(0.5, 'probability of a horizontal flip', between(0, 1))
     vflip: float = key(0.0, 'probability of a vertical flip', between(0, 1))
     three: bool = key(
@@ -89,6 +95,9 @@ class DataConfig:
         4, 'loader processes, at most one for each core; 0 loads in the training process', at_least(0), resume=True
     )
     cache: bool = key(False, 'keep decoded images in memory (each worker its own)', resume=True)
+    cache_features: bool = key(
+        False, 'with model.freeze: each image goes through the backbone once; nothing may be drawn in training'
+    )
     on_error: str = key(
         'error',
         'a file that cannot be read: error ends the run; skip names, counts and leaves it out, and in training another '

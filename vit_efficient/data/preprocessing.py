@@ -135,6 +135,12 @@ class PixelTransform:
         """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), uint8, or float32 and normalised."""
         raise NotImplementedError
 
+    def pixels_and_mask(
+        self, image: np.ndarray, mask: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`pixels`, and the mask (H, W), int16, moved with them: (H', W')."""
+        raise NotImplementedError
+
     def __call__(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
         """(H, W, C), uint8 or float32 in [0, 1] -> (C, H', W'), float32, normalised."""
         return self.normalize(self.pixels(image, epoch, index, repeat))
@@ -169,6 +175,23 @@ class EvalTransform(PixelTransform):
         else:
             tensor = self.geometry(torch.from_numpy(image).permute(2, 0, 1).contiguous())
         return self.normalize_measured(tensor.clamp_(0, 1))
+
+
+class WholeTransform(PixelTransform):
+    """The image as it is, of any size, and its mask: what models of patches are evaluated on."""
+
+    def __init__(self, preprocessing: Preprocessing):
+        self.normalize = Normalization(preprocessing.mean, preprocessing.std)
+        self.normalize_measured = Normalize(preprocessing.mean, preprocessing.std)
+
+    def pixels(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
+        tensor = torch.tensor(image.transpose(2, 0, 1))
+        return tensor if image.dtype == np.uint8 else self.normalize_measured(tensor)
+
+    def pixels_and_mask(
+        self, image: np.ndarray, mask: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.pixels(image), torch.tensor(mask)
 
 
 class CoefficientTransform:
@@ -235,11 +258,16 @@ def train_input(
 
 
 def eval_input(
-    dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, decode: str
+    dataset: Dataset, model: nn.Module, preprocessing: Preprocessing, decode: str, whole: bool = False
 ) -> tuple[Dataset, Callable[..., Any]]:
-    """`train_input` for evaluation: nothing is drawn. `decode` is what `data.decode` may be."""
+    """`train_input` for evaluation: nothing is drawn. `decode` is what `data.decode` may be.
+
+    With `whole`, images stay as large as they are.
+    """
     if decode == 'coefficients':
         return _coefficient_input(dataset, model, preprocessing)
+    if whole:
+        return _pixel_input(dataset, model, decode), WholeTransform(preprocessing)
     resized = (math.ceil(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:])
     return _pixel_input(dataset, model, decode, *resized), EvalTransform(preprocessing)
 

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from vit_efficient.data.config import ON_ERROR
 from vit_efficient.data.files.images import EXHAUSTED, UnfitImage, to_array
 from vit_efficient.data.files.jpeg import QuantizedJpeg
+from vit_efficient.data.files.masks import IGNORED
 from vit_efficient.data.preprocessing import PixelTransform
 from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
@@ -58,6 +59,18 @@ def labels_among(ours: list[str] | None, theirs: list[str] | None, our_name: str
     return [ours.index(name) for name in theirs]
 
 
+def has_masks(*datasets: Dataset) -> bool:
+    """Whether the targets of data sets are of pixels, and move with them.
+
+    Raises:
+        UserError: If those of one do and those of another do not.
+    """
+    masks = {bool(getattr(dataset, 'moves_with_pixels', False)) for dataset in datasets}
+    if len(masks) > 1:
+        raise UserError('the training set has masks and the validation set has none, or the other way round')
+    return masks == {True}
+
+
 class Unreadable(NamedTuple):
     """Stands for a sample that cannot be read. `reason` names it."""
 
@@ -70,7 +83,8 @@ class Samples(Dataset):
 
     Images of 8 bits are uint8, a quarter of what they are once they are normalised (`normalize`), which is done on the
     device that computes with them. With `check_target` it is (tensor, label, target, index), the target (rows, columns)
-    being the class of each patch.
+    being the class of each patch; or, of a data set that says so (`moves_with_pixels`), of each pixel, int16, which the
+    transform moves with them, -1 where it does not count.
     With `on_error` skip it is Unreadable if the data set cannot read the sample. One that is read and does not fit the
     model (label, channels, type, range, target), or is whole and refused (its size, a missing package), and what the
     system has run out of, is an error all the same.
@@ -101,6 +115,7 @@ class Samples(Dataset):
         self.dataset, self.transform = dataset, transform
         self.in_chans, self.num_classes = in_chans, num_classes
         self.check_target, self.on_error = check_target, on_error
+        self.of_pixels = check_target is not None and getattr(dataset, 'moves_with_pixels', False)
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self._known, self._knows = (num_classes, 'model') if labels is None else (len(labels), 'data set')
         self.cached: dict[int, tuple[Any, ...] | Unreadable] | None = {} if cache else None
@@ -143,8 +158,9 @@ class Samples(Dataset):
             if not isinstance(image, QuantizedJpeg):
                 image = to_array(image, self.in_chans)
             if self.check_target:
-                truth.append(self._target(rest))
-                self.check_target(image.shape[:2], tuple(truth[1].shape))
+                target = self._target(rest)
+                self.check_target(image.shape[:2], target.shape)
+                truth.append(target if self.of_pixels else torch.from_numpy(target))
         except UserError as error:
             raise UserError(f'{self._where(index)}: {error}') from error
         return image, *truth
@@ -158,9 +174,9 @@ class Samples(Dataset):
             raise UserError(f'its label {number} is not among the {self._known} classes of the {self._knows}')
         return int(number if self.labels is None else self.labels[number])
 
-    def _target(self, rest: list[Any]) -> torch.Tensor:
+    def _target(self, rest: list[Any]) -> np.ndarray:
         if not rest:
-            raise UserError('it has no target of patches; task=classification needs none')
+            raise UserError('it has no target of patches or pixels; task=classification needs none')
         try:
             target = np.asarray(rest[0])
         except ValueError as error:  # lists of unequal length
@@ -168,12 +184,15 @@ class Samples(Dataset):
         if target.ndim != 2 or target.dtype.kind not in 'iu' or not target.size:
             raise UserError(f'its target must be integers (rows, columns), got {target.dtype} {target.shape}')
         low, high = int(target.min()), int(target.max())
-        if low < 0 or high >= self._known:
+        if low < (IGNORED if self.of_pixels else 0) or high >= self._known:
             raise UserError(
                 f'its target has {low} to {high}, the {self._known} classes of the {self._knows} begin at 0'
             )
-        target = target.astype(np.int64)
-        return torch.from_numpy(target if self.labels is None else self.labels[target])
+        target = target.astype(np.int16 if self.of_pixels else np.int64)
+        if self.labels is None:
+            return target
+        # What does not count is -1, the last entry.
+        return np.append(self.labels, IGNORED).astype(target.dtype)[target]
 
     def _where(self, index: int) -> str:
         name, root = self.filename(index), getattr(self.dataset, 'root', None)
@@ -184,8 +203,15 @@ class Samples(Dataset):
         if isinstance(item, Unreadable):
             return item
         image, *truth = item
+        if self.of_pixels:
+            return *self._moved(image, truth, key), key[1]
         transform = self.transform.pixels if self._normalizes_later else self.transform
         return transform(image, *key), *truth, key[1]
+
+    def _moved(self, image: np.ndarray, truth: list[Any], key: tuple[int, ...]) -> tuple[Any, ...]:
+        label, mask = truth
+        tensor, mask = self.transform.pixels_and_mask(image, mask, *key)
+        return tensor, label, mask
 
     @property
     def _normalizes_later(self) -> bool:

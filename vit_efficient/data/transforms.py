@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from vit_efficient.data.config import AugmentConfig, SizeConfig
+from vit_efficient.data.files.masks import IGNORED
 from vit_efficient.data.preprocessing import Normalization, PixelTransform, Preprocessing
 from vit_efficient.data.sampler import sample_seed
 from vit_efficient.data.truncation import Block, Ratio, check_arguments, truncate_array
@@ -30,14 +31,18 @@ class TrainTransform(PixelTransform):
     RandAugment-like policy (`rand_ops` operations, drawn with replacement, each with a strength drawn uniformly up to
     `rand_magnitude` / 10 of its range), truncation of the DCT, random erasing with pixel noise, normalisation. Where an
     image shrinks it is resized by area averaging: OpenCV's other interpolations do not antialias. Without a crop
-    (`crop_scale` null), geometry is that of evaluation at `crop_pct` 1. With a schedule, sizes are other ones than that
-    of `preprocessing` from epochs on, which ascend.
+    (`crop_scale` null), geometry is that of evaluation at `crop_pct` 1; with `crop_zoom`, the crop is of pixels as
+    they are, but for that factor. With a schedule, sizes are other ones than that of `preprocessing` from epochs on,
+    which ascend.
 
     Images of more than 8 bits, or of other than 1 or 3 channels, are measurements, which need not fill their range.
     What they go through scales with them: brightness is a factor, contrast is about the mean of each channel, and the
     noise of erasing goes up to its maximum. They skip what is defined for photographs only: saturation and hue, the
     policy's tonal operations other than brightness and contrast, and of `three`, solarising, which would need to know
     their white, and grey of other than 3 channels. An image that draws one of `three` that it skips stays as it is.
+
+    The mask of an image (`pixels_and_mask`) is cropped, flipped and mapped with it, by the nearest pixel, and takes no
+    part in anything else. What comes from outside of the image does not count.
     """
 
     def __init__(
@@ -49,6 +54,15 @@ class TrainTransform(PixelTransform):
         self._pipelines: dict[tuple[int, bool], A.Compose] = {}
 
     def pixels(self, image: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0) -> torch.Tensor:
+        return self._transformed(image, {}, epoch, index, repeat)['image']
+
+    def pixels_and_mask(
+        self, image: np.ndarray, mask: np.ndarray, epoch: int = 0, index: int = 0, repeat: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._transformed(image, {'mask': mask}, epoch, index, repeat)
+        return found['image'], found['mask']
+
+    def _transformed(self, image: np.ndarray, others: dict[str, np.ndarray], epoch, index, repeat) -> dict[str, Any]:
         photograph = image.dtype == np.uint8 and image.shape[2] in (1, 3)
         if not photograph and image.dtype == np.uint8:
             image = image.astype(np.float32) / 255
@@ -60,15 +74,22 @@ class TrainTransform(PixelTransform):
         # that, for one, each image that is flipped would be brightened too.
         draws = sample_seed(self.seed, epoch, index, repeat)
         compose.set_random_state(np.random.default_rng(draws), random.Random(int(draws.generate_state(1)[0])))
-        return compose(image=image)['image']
+        return compose(image=image, **others)
 
 
 def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bool) -> A.Compose:
     """The pipeline for 8-bit images of 1 or 3 channels, or for float32 images in [0, 1] of any number of channels."""
     channels, height, width = preprocessing.input_size
-    resize = {'interpolation': _CV2_INTERPOLATION[preprocessing.interpolation], 'area_for_downscale': 'image'}
+    resize = {
+        'interpolation': _CV2_INTERPOLATION[preprocessing.interpolation],
+        'area_for_downscale': 'image',
+        'mask_interpolation': cv2.INTER_NEAREST_EXACT,  # the other one looks to the upper left
+    }
     steps: list[Any] = []
-    if config.crop_scale is not None:
+    if config.crop_zoom is not None:
+        fill = tuple(mean * 255 if photograph else mean for mean in preprocessing.mean)
+        steps += [_ZoomedCrop(height, width, tuple(config.crop_zoom), fill), A.Resize(height, width, **resize)]
+    elif config.crop_scale is not None:
         scale, ratio = tuple(config.crop_scale), tuple(config.crop_ratio)
         steps.append(A.RandomResizedCrop((height, width), scale=scale, ratio=ratio, **resize))
     elif preprocessing.crop_mode == 'squash':
@@ -84,7 +105,7 @@ def _compose(preprocessing: Preprocessing, config: AugmentConfig, photograph: bo
     if affine.rotate or affine.translate or affine.scale or affine.shear:
         rotate, translate, shear = (_around(0, spread) for spread in (affine.rotate, affine.translate, affine.shear))
         scale = _around(1, affine.scale)
-        steps.append(A.Affine(rotate=rotate, translate_percent=translate, scale=scale, shear=shear, p=1))
+        steps.append(_affine(rotate=rotate, translate_percent=translate, scale=scale, shear=shear))
     if config.three:  # Touvron, Cord, Jégou, "DeiT III: revenge of the ViT", ECCV 2022, arXiv 2204.07118
         grey = A.ToGray(p=1) if photograph or channels == 3 else A.NoOp(p=1)
         solarize = A.Solarize(threshold_range=(0.5, 0.5), p=1) if photograph else A.NoOp(p=1)
@@ -119,7 +140,50 @@ class _Clip(A.ImageOnlyTransform):
         return img.clip(0, 1)
 
 
-class _Flip(A.ImageOnlyTransform):
+class _ZoomedCrop(A.DualTransform):
+    """A window at random, of the pixels that an image of `height` × `width` shows where it is enlarged by a factor.
+
+    The factor is drawn from a range, evenly in its logarithm. Along an axis on which the image is smaller than the
+    window, all of it is in it, at a random place: what is beside it is `fill`, and does not count in a mask.
+    """
+
+    def __init__(self, height: int, width: int, zoom: tuple[float, float], fill: tuple[float, ...]):
+        super().__init__(p=1)
+        self.height, self.width, self.zoom, self.fill = height, width, zoom, fill
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        zoom = math.exp(self.py_random.uniform(*map(math.log, self.zoom)))
+        sides = [max(1, round(side / zoom)) for side in (self.height, self.width)]
+        spare = [whole - side for whole, side in zip(params['shape'], sides, strict=False)]
+        corner = [self.py_random.randint(min(0, free), max(0, free)) for free in spare]
+        return {'window': (*corner, *sides)}
+
+    def apply(self, img: np.ndarray, window: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+        fill = np.array(self.fill)
+        return _cut_out(img, window, fill.round() if img.dtype == np.uint8 else fill)
+
+    def apply_to_mask(self, mask: np.ndarray, window: tuple[int, int, int, int], **params: Any) -> np.ndarray:
+        return _cut_out(mask, window, IGNORED)
+
+
+def _cut_out(pixels: np.ndarray, window: tuple[int, int, int, int], fill: Any) -> np.ndarray:
+    """The window (top, left, rows, columns) of (H, W, …), filled where it lies beyond."""
+    top, left, rows, columns = window
+    inside = pixels[max(top, 0) : top + rows, max(left, 0) : left + columns]
+    if inside.shape[:2] == (rows, columns):
+        return np.ascontiguousarray(inside)
+    found = np.empty((rows, columns, *pixels.shape[2:]), pixels.dtype)
+    found[...] = fill
+    top, left = max(-top, 0), max(-left, 0)
+    found[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    return found
+
+
+def _affine(**options: Any) -> A.Affine:
+    return A.Affine(**options, fill_mask=IGNORED, p=1)
+
+
+class _Flip(A.DualTransform):
     """A flip along one axis, of any number of channels: OpenCV 5 flips no more than 128."""
 
     def __init__(self, axis: int, p: float):
@@ -168,11 +232,11 @@ def _policy(strength: float, photograph: bool) -> list[A.BasicTransform]:
     factor, one, none = _around(1, 0.9 * strength), (1, 1), (0, 0)
     geometric = [
         A.NoOp(p=1),
-        A.Affine(rotate=_around(0, 30 * strength), p=1),
-        A.Affine(shear={'x': shear, 'y': none}, p=1),
-        A.Affine(shear={'x': none, 'y': shear}, p=1),
-        A.Affine(translate_percent={'x': shift, 'y': none}, p=1),
-        A.Affine(translate_percent={'x': none, 'y': shift}, p=1),
+        _affine(rotate=_around(0, 30 * strength)),
+        _affine(shear={'x': shear, 'y': none}),
+        _affine(shear={'x': none, 'y': shear}),
+        _affine(translate_percent={'x': shift, 'y': none}),
+        _affine(translate_percent={'x': none, 'y': shift}),
     ]
     if not photograph:
         return [*geometric, _BrightnessContrast(factor, one), _BrightnessContrast(one, factor)]

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from vit_efficient.models.forward import backbone_of
 from vit_efficient.utils.compat import unwrap
 
 
@@ -22,6 +23,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
         UserError: If it is not an nn.Module.
     """
     *_, inner = unwrap(model)
+    inner = backbone_of(inner)
     blocks = getattr(inner, 'blocks', None)
     for part in blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) and len(blocks) else [model]:
         part.compile(**options)

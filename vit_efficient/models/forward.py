@@ -320,6 +320,12 @@ class GridForward:
         return [(attention.mechanism, attention.options) for attention in attentions]
 
 
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The model, or its backbone if it is one of ours: of a model with a head for patches (`vit_efficient.dense`)."""
+    backbone = getattr(model, 'backbone', None)
+    return backbone if isinstance(backbone, GridForward) else model
+
+
 def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> list[int]:
     """The number of keys each block's queries attend to, prefix tokens included; of those that `attention_spec` lists.
 
@@ -331,6 +337,7 @@ def kept_tokens(model: nn.Module, img_size: int | tuple[int, int] | None = None)
         UserError: If the model is not one of ours, or the patches do not divide the image.
     """
     *_, model = unwrap(model)
+    model = backbone_of(model)
     if not isinstance(model, GridForward):
         raise UserError(f'{type(model).__name__} is not a model of vit_efficient; convert() makes it one')
     embedding = getattr(model, 'patch_embed', None)

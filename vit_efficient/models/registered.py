@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from vit_efficient.attention import create_attention, layer_options, on_register
 from vit_efficient.models.blocks import AttentionSpec
@@ -84,7 +84,13 @@ ROPE = Variant(
 default_cfgs = {}  # where timm looks for them
 
 
-def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
+def build_model(
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool = False,
+    filter_fn: Callable[..., dict[str, Tensor]] = checkpoint_filter_fn,
+    **kwargs,
+) -> nn.Module:
     """timm's builder, for registered and converted models alike. NumPy's integers become Python's, which timm wants."""
     kwargs = {key: plain_integers(value) for key, value in kwargs.items()}
     if pretrained:
@@ -109,7 +115,7 @@ def build_model(model_cls: Callable[..., nn.Module], variant: str, pretrained: b
         build,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=filter_fn,
         pretrained_strict=kwargs.pop('pretrained_strict', True),
         feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
         **kwargs,

@@ -14,7 +14,7 @@ import timm
 from torch import nn
 
 from vit_efficient.models.blocks import grid_blocks
-from vit_efficient.models.forward import GridForward
+from vit_efficient.models.forward import GridForward, backbone_of
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed
 from vit_efficient.utils.compat import model_args, save_model_config, unwrap
 from vit_efficient.utils.errors import UserError, one_line
@@ -46,6 +46,8 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
             'features_only=True leaves out parts of a timm model, and what is left could not be built again; save the '
             "model built without it, and load that with features_only=True, or convert() it first, if only to 'full'"
         )
+    if backbone_of(model) is not model:  # with a head for patches
+        return model.construction()
     if not isinstance(model, GridForward):
         if in_coefficients:
             kind = type(model).__name__

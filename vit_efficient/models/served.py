@@ -10,6 +10,7 @@ from torch import nn
 
 from vit_efficient.models import blocks
 from vit_efficient.models.eva import EfficientEva
+from vit_efficient.models.forward import backbone_of
 from vit_efficient.models.naflex import EfficientNaFlexVit
 from vit_efficient.models.relative import EfficientBeit, EfficientVisionTransformerRelPos
 from vit_efficient.models.sam import EfficientVisionTransformerSAM
@@ -38,7 +39,8 @@ _OTHERS = "such as 'vit_base_patch16_224', 'deit3_base_patch16_224' or 'vit_base
 
 
 def served_model(model: nn.Module) -> nn.Module:
-    """The model that a conversion changes: the one given, or the one in a wrapper of timm or `torch.compile`.
+    """The model that a conversion changes: the one given, or the one in a wrapper of timm or `torch.compile`; or, of
+    one with a head for patches (`vit_efficient.dense`), its backbone.
 
     Raises:
         UserError: If it cannot be served; it names the module and the reason.
@@ -46,6 +48,7 @@ def served_model(model: nn.Module) -> nn.Module:
     inner = model
     while (held := held_model(inner)) is not None:
         inner = held
+    inner = backbone_of(inner)
     if type(inner) not in SERVED:
         kind = type(inner).__name__
         raise UserError(f'cannot convert a {kind}: {_why_not(inner)}')

@@ -19,7 +19,8 @@ def compare_with_first(entries: Sequence[Entry]) -> str:
     """The tables of the comparison, with what they mean, and why some models are not in them."""
     first, *others = entries
     of_first = _predictions(first)
-    of_images, of_patches, remarks, single = [], [], [], []
+    of_images, remarks, single = [], [], []
+    of_parts: dict[str, list[dict[str, Any]]] = {'patch': [], 'pixel': []}
     for other in others:
         of_other = _predictions(other)
         pairs = [(of_first[seed], of_other[seed]) for seed in of_first if seed in of_other]
@@ -32,18 +33,20 @@ def compare_with_first(entries: Sequence[Entry]) -> str:
             columns = pairs[0][0][0]
             if 'predicted' in columns:
                 of_images.append({'model': other.label, **_compare_answers(pairs)})
-            if 'patch_accuracy' in columns:
-                of_patches.append({'model': other.label, **_compare_patches(pairs)})
+            for part, rows in of_parts.items():
+                if f'{part}_accuracy' in columns:
+                    rows.append({'model': other.label, **_compare_parts(pairs, f'{part}_accuracy')})
     parts = []
     of_one_seed = _about_one_seed(single, len(others) - len(remarks))
     if of_images:
         about = 'Paired by image and seed. p: exact McNemar test, pairs of all seeds pooled. Interval: bootstrap over '
         about += f'images, each with all its seeds.{of_one_seed}'
         parts.append(f'{_table(f"against {first.label}", of_images)}\n{about}\n')
-    if of_patches:
-        about = 'Share of patches that are right, paired by image and seed. Interval: bootstrap over images.'
-        about += of_one_seed
-        parts.append(f'{_table(f"patches, against {first.label}", of_patches)}\n{about}\n')
+    for part, plural in (('patch', 'patches'), ('pixel', 'pixels')):
+        if of_parts[part]:
+            about = f'Share of {plural} that are right, paired by image and seed. Interval: bootstrap over images.'
+            about += of_one_seed
+            parts.append(f'{_table(f"{plural}, against {first.label}", of_parts[part])}\n{about}\n')
     return '\n'.join(parts) + ''.join(remarks)
 
 
@@ -87,10 +90,12 @@ def _compare_answers(pairs: Pairs) -> dict[str, Any]:
     return found | {'p': f'{found["p"]:.2g}'}
 
 
-def _compare_patches(pairs: Pairs) -> dict[str, Any]:
+def _compare_parts(pairs: Pairs, column: str) -> dict[str, Any]:
     ours, theirs = (
-        np.array([[float(row['patch_accuracy']) for row in rows] for rows in runs]) for runs in zip(*pairs, strict=True)
+        np.array([[float(row[column]) for row in rows] for rows in runs]) for runs in zip(*pairs, strict=True)
     )
+    counted = np.isfinite(ours[0])  # of an image no pixel of which counts there is no share
+    ours, theirs = ours[:, counted], theirs[:, counted]
     gains = (theirs - ours).mean(axis=0)
     low, high = interval_of_mean(gains)
     return {'pairs': ours.size, 'difference': float(gains.mean()), 'interval': f'{low:+.2f} … {high:+.2f}'}

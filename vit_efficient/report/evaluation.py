@@ -54,9 +54,13 @@ class SavedModel:
         return data.input_shape(self.model, self.preprocessing)
 
     def open_data(self, name: str) -> Dataset:
-        """A folder of class folders, shards, or a split of the data set that the recipe names."""
+        """A folder of class folders, or of images and masks if the run had those; shards; or a split of the data set
+        that the recipe names."""
         config = self.config.data
         options = {**config.args, **config.val_args}
+        if config.dataset == 'masks':
+            root = '' if Path(name).exists() else config.root
+            return data.create_dataset(name, config.dataset, root, '--data', options)
         if not config.dataset or Path(name).is_dir():
             return data.create_dataset(name, key='--data', args=options if name.endswith('.tar') else None)
         return data.create_dataset(name, config.dataset, config.root, '--data', options)
@@ -64,7 +68,7 @@ class SavedModel:
     def samples(self, dataset: Dataset, on_error: str, **options: Any) -> data.Samples:
         """The images of a data set as the model takes them."""
         decode = 'coefficients' if data.takes_coefficients(self.model) else self.config.data.decode
-        inputs = data.eval_input(dataset, self.model, self.preprocessing, decode)
+        inputs = data.eval_input(dataset, self.model, self.preprocessing, decode, data.has_masks(dataset))
         channels = self.preprocessing.input_size[0]
         return data.Samples(*inputs, channels, self.model.num_classes, on_error=on_error, **options)
 
@@ -98,7 +102,8 @@ def evaluate_saved(
             'the model does not name its %d classes: the first %d are taken for those of the data, %s … %s',
             *(model.num_classes, len(classes), classes[0], classes[-1]),
         )
-    task = Task.of(config.task, model, saved.preprocessing, names or classes, config.loss.patch_weight)
+    of_pixels = data.has_masks(dataset)
+    task = Task.of(config.task, model, saved.preprocessing, names or classes, config.loss.patch_weight, of_pixels)
     with torch.no_grad():
         task.check_logits(model(torch.zeros(1, *saved.input_shape)))
     workers = data.limit_workers(workers, '--workers')
@@ -106,6 +111,7 @@ def evaluate_saved(
     samples = saved.samples(dataset, on_error, check_target=check_target, labels=labels)
     with processes(device) as team:
         sampler = data.EpochSampler(len(samples), shuffle=False, rank=team.rank, world_size=team.world_size, even=False)
+        batch_size = 1 if of_pixels else batch_size  # images as large as they are
         loader = data.create_loader(samples, sampler, batch_size, workers, pin=team.device.type == 'cuda')
         return evaluate(model.to(team.device), loader, team, amp, task)
 

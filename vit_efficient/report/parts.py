@@ -12,7 +12,7 @@ from vit_efficient.data import input_shape
 from vit_efficient.flops import count_flops
 from vit_efficient.models.blocks import grid_blocks
 from vit_efficient.models.create import attention_of
-from vit_efficient.models.forward import GridForward
+from vit_efficient.models.forward import GridForward, backbone_of
 from vit_efficient.report.runs import Entry
 from vit_efficient.report.table import Column, Table
 from vit_efficient.train.stages import list_stages, model_at_stages
@@ -40,6 +40,7 @@ def model_title(name: str, model: nn.Module) -> str:
     if name.startswith('local-dir:') or name == CONVERTED:
         architecture = model.pretrained_cfg['architecture']
         name = model_args(model)['base'] if architecture == CONVERTED else architecture
+    model = backbone_of(model)
     if not isinstance(model, GridForward):
         return name
     own, layers = attention_of(name, {}) or 'full', {}
@@ -149,8 +150,8 @@ def explanation(entries: Sequence[Entry]) -> str:
         parts.append(f'Trained with: {"; ".join(f"{label}, {update}" for label, update in updates.items())}.')
     if task != 'classification':
         parts.append(
-            'mIoU: intersection over union of the patches of each class, all images together, averaged over the '
-            'classes; foreground mIoU: without the class none.'
+            'mIoU: intersection over union of the patches or pixels of each class, all images together, averaged over '
+            'the classes; foreground mIoU: without the class none or background.'
         )
     parts.append(
         'GMACs per image; in attention: projections, products and transforms. Kept tokens: what a query attends to.'

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from vit_efficient.dense import DenseModel
 from vit_efficient.models import model_arguments
 from vit_efficient.models.create import attention_of, create_from_spec
 from vit_efficient.train.config import Config, ModelConfig
@@ -45,13 +46,25 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
     _check_rates(args)
     if not config.model.init_from:
         _check_pretrained(config, args)
-        model = create_from_spec(config.model.name, {**args, 'num_classes': num_classes})
+        model = create_from_spec(config.model.name, {**args, 'num_classes': 0 if config.model.head else num_classes})
         model = convert_as_asked(model, config.model)
     else:
         model = model_from_weights(config, args)
     _check_usable(model, config.model)
+    if config.model.head:
+        return _with_head(model, config.model, num_classes)
     if model.num_classes != num_classes:
         model.reset_classifier(num_classes)
+    return model
+
+
+def _with_head(backbone: nn.Module, config: ModelConfig, num_classes: int) -> DenseModel:
+    try:
+        model = DenseModel(backbone, config.head, num_classes, **config.head_args)
+    except UserError as error:
+        raise UserError(f'model.head={config.head}, model.head_args={config.head_args}: {error}') from error
+    if config.freeze:
+        model.freeze_backbone()
     return model
 
 

@@ -8,11 +8,15 @@ from vit_efficient.utils import keys
 from vit_efficient.utils.keys import BELOW_1, POSITIVE, SET, Range, at_least, between, key, one_of, section
 
 ABOVE_0_TO_1 = Range('above 0 and at most 1', lambda v: 0 < v <= 1)
+HEADS = ('linear', 'multilayer')  # those of `vit_efficient.dense`, which is not imported to read a recipe
 TASKS = ('classification', 'segmentation', 'both')
 NO_METRIC = Range('a schedule that needs no metric', lambda v: v not in ('', 'plateau'))
 BELOW_2_32 = Range('at least 0 and below 2**32', lambda v: 0 <= v < 2**32)
 # From some number on, that of the system, threads end the process.
 THREADS = Range('from 1 to 1024', lambda v: 1 <= v <= 1024)
+_WEIGHTS = Range(
+    'numbers of at least 0, not all of them 0', lambda v: all(0 <= weight < 1e6 for weight in v) and any(v)
+)
 MAX_NUMBER = 1e300  # of a key that has a type of its own; beyond it integers have no float
 
 
@@ -24,6 +28,13 @@ class ModelConfig:
     attention: str = key('', 'that its layers change to once its weights are there, as by `convert`; none: all stay')
     attention_kwargs: dict[str, Any] = key({}, 'options of that attention')
     layers: list[int] | None = key(None, 'blocks that change, negative ones counted from the end; null: all')
+    head: str = key(
+        '',
+        'for segmentation: linear, multilayer; none: the classifier of the model, on every token',
+        one_of('', *HEADS),
+    )
+    head_args: dict[str, Any] = key({}, 'its options')
+    freeze: bool = key(False, 'whether only that head learns')
 
 
 @dataclass
@@ -64,6 +75,10 @@ class LossConfig:
     mixup: float = key(0.0, 'alpha of its beta distribution; 0: off', at_least(0))
     cutmix: float = key(0.0, 'alpha; with both on, each batch takes one of them at even odds', at_least(0))
     bce: bool = key(False, 'binary cross-entropy in the place of softmax cross-entropy')
+    masks: str = key(
+        'cross_entropy', 'of pixels: cross_entropy, dice, or both, their sum', one_of('cross_entropy', 'dice', 'both')
+    )
+    class_weights: list[float] | None = key(None, 'of pixels: a weight for each class; null: 1', _WEIGHTS)
     patch_weight: float = key(1.0, 'of the loss of patches beside that of images, for `task` both', at_least(0))
 
 
@@ -99,7 +114,11 @@ class EmaConfig:
 class Config:
     """A run. See `DataConfig` and the other sections for their keys."""
 
-    task: str = key('classification', 'classification of images, segmentation of patches, or both', one_of(*TASKS))
+    task: str = key(
+        'classification',
+        'classification of images, segmentation of patches or pixels, or classification and that of patches (both)',
+        one_of(*TASKS),
+    )
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
     optim: OptimConfig = section(OptimConfig)

@@ -28,6 +28,7 @@ ACCURACIES = {
     'foreground_miou': 'foreground mIoU',
     'miou': 'mIoU',
     'patch_accuracy': 'patch accuracy',
+    'pixel_accuracy': 'pixel accuracy',
 }
 
 
@@ -38,17 +39,19 @@ class Evaluation:
     loss: float  # mean cross-entropy, without label smoothing
     images: int  # of those that could be read, if others are skipped
     images_per_second: float  # of the whole loop, loading included, over all processes
-    # Of predictions: index; label, predicted class, the probabilities of the latter and of the former; of patches, the
-    # accuracy, and the means over them of these probabilities.
+    # Of predictions: index; label, predicted class, the probabilities of the latter and of the former; of patches, or
+    # of pixels that count, the accuracy, and the means over them of these probabilities.
     columns: tuple[str, ...] = field(repr=False)
     predictions: list[tuple[int | float, ...]] = field(repr=False)  # for every image, by index
     top1: float | None = None  # images whose label is the first of the classes
     top5: float | None = None  # or among the first five; None with no more than five classes, of which it says nothing
-    # Intersection over union of the patches of each class, all images together, averaged over the classes that occur
-    # in targets or predictions; without the class none, and with it.
+    # Intersection over union of the patches or pixels of each class, all images together, averaged over the classes
+    # that occur in targets or predictions; without the class none (or background), and with it.
     foreground_miou: float | None = None
     miou: float | None = None
     patch_accuracy: float | None = None  # patches that are right
+    pixel_accuracy: float | None = None  # pixels that are right, of those that count
+    confusion: Tensor | None = field(default=None, repr=False)  # of patches or pixels, as `confusion_matrix`
     skipped: dict[int, str] = field(default_factory=dict, repr=False)  # why an image could not be read, by index
 
     @property
@@ -116,12 +119,18 @@ def evaluate(
     # What is found stays on the device to the end: to fetch it sooner would be to wait for each batch.
     for (images, *rest), own in processes.in_step(batches):
         with autocast(device, amp):
-            logits = model(images.to(device, non_blocking=True))
+            logits = model(task.padded(images.to(device, non_blocking=True)))
         if after_batch:
             after_batch()
         if not own:
             continue
         *truth, indices = rest
+        if task.of_pixels:
+            scores = task.score_pixels(logits, truth[1])
+            losses.append(torch.stack([score.loss for score in scores]).sum().to(real_dtype(device)))
+            confusion = confusion + sum(score.confusion for score in scores)
+            found.append([indices.clone(), *map(torch.stack, zip(*(score.numbers() for score in scores), strict=True))])
+            continue
         logits = images_BK, patches_BKHW = task.split(logits, truth)
         losses.append(len(images) * task.loss(logits, truth, F.cross_entropy).to(real_dtype(device)))
         columns = [indices.clone()]  # not what a loader process shares: each would hold a file open
@@ -159,16 +168,17 @@ def evaluate(
         if any(right is not None for right in top5_of):
             accuracies['top5'] = 100 * sum(filter(None, top5_of)) / count
     if task.of_patches:
-        columns += ['patch_accuracy', 'patch_probability', 'patch_label_probability']
-        accuracies.update(_patch_accuracies(sum(confusion_of), task.none))
+        what = 'pixel' if task.of_pixels else 'patch'
+        columns += [f'{what}_accuracy', f'{what}_probability', f'{what}_label_probability']
+        accuracies.update(_accuracies_of(what, sum(confusion_of), task.none), confusion=sum(confusion_of))
     loss, rate = sum(filter(None, loss_of)) / count, count / max(seconds_of)
     return Evaluation(loss, count, rate, tuple(columns), rows, skipped=skipped, **accuracies)
 
 
-def _patch_accuracies(confusion: Tensor, none: int | None) -> dict[str, float | None]:
+def _accuracies_of(what: str, confusion: Tensor, none: int | None) -> dict[str, float | None]:
     found = intersection_over_union(confusion)
     right = confusion.trace() / confusion.sum()
-    accuracies = {'miou': 100 * found.nanmean().item(), 'patch_accuracy': 100 * right.item()}
+    accuracies = {'miou': 100 * found.nanmean().item(), f'{what}_accuracy': 100 * right.item()}
     if none is not None:
         foreground = torch.cat([found[:none], found[none + 1 :]]).nanmean()
         accuracies['foreground_miou'] = None if foreground.isnan() else 100 * foreground.item()

@@ -13,7 +13,9 @@ from vit_efficient.data.config import IMAGES_PER_UPDATE
 from vit_efficient.train.build import create_model
 from vit_efficient.train.config import Config, identity
 from vit_efficient.train.distributed import Processes
+from vit_efficient.train.features import CachedFeatures
 from vit_efficient.train.hooks import TrainingHook, create_hooks
+from vit_efficient.train.rules import check_cached, check_targets
 from vit_efficient.train.stages import Stage, list_stages, model_at_stages
 from vit_efficient.train.tasks import Task
 from vit_efficient.utils.environment import describe_environment
@@ -55,8 +57,12 @@ class Feed:
     def __init__(self, config, team, train_set, val_set, model, preprocessing: data.Preprocessing, task: Task, labels):
         keys, tones = config.data, config.data.augment
         self.config, self.team, self.preprocessing = config, team, preprocessing
+        if task.of_patches:
+            check_targets(config, task.of_pixels)
+        self.whole = task.of_pixels
         (train_set, augment), (val_set, fixed) = self._inputs(train_set, val_set, model)
-        if task.of_patches and not (tones.three or tones.color_jitter or tones.hue or tones.dct_truncate):
+        tonal = tones.three or tones.color_jitter or tones.hue or tones.dct_truncate
+        if task.of_patches and not task.of_pixels and not tonal:
             augment = fixed  # nothing is drawn: where images are resized, training sees what evaluation sees
         check_target = task.check_target if task.of_patches else None
         options = preprocessing.input_size[0], model.num_classes, keys.cache, check_target, keys.on_error
@@ -64,6 +70,10 @@ class Feed:
         self.val_samples = data.Samples(val_set, fixed, *options, labels)
         if not len(self.val_samples):
             raise UserError('the validation set is empty')
+        self.trained_on = self.train_samples
+        if keys.cache_features:
+            check_cached(config)
+            self.trained_on = CachedFeatures(self.train_samples, model, task, config.amp)
         part = {'rank': team.rank, 'world_size': team.world_size, 'block': keys.batch_size, 'repeats': keys.repeats}
         shards = data.shard_order(train_set, keys.mixed_shards)
         self.workers = data.limit_workers(keys.workers, 'data.workers')
@@ -73,14 +83,15 @@ class Feed:
     def _inputs(self, train_set: Dataset, val_set: Dataset, model: nn.Module) -> tuple[Any, Any]:
         keys = self.config.data
         train = data.train_input(train_set, model, self.preprocessing, keys, self.config.seed)
-        return train, data.eval_input(val_set, model, self.preprocessing, keys.decode)
+        return train, data.eval_input(val_set, model, self.preprocessing, keys.decode, self.whole)
 
     def _loaders(self) -> tuple[DataLoader, DataLoader]:
         keys, team, samples = self.config.data, self.team, self.val_samples
         pin = team.device.type == 'cuda'
         order = data.EpochSampler(len(samples), shuffle=False, even=False, rank=team.rank, world_size=team.world_size)
-        batch_size = keys.eval_batch_size or keys.batch_size
-        train = data.create_loader(self.train_samples, self.sampler, keys.batch_size, self.workers, True, pin)
+        batch_size = keys.eval_batch_size or (1 if self.whole else keys.batch_size)
+        workers = 0 if keys.cache_features else self.workers
+        train = data.create_loader(self.trained_on, self.sampler, keys.batch_size, workers, True, pin)
         return train, data.create_loader(samples, order, batch_size, self.workers, pin=pin)
 
     def follow(self, model: nn.Module) -> None:
@@ -122,7 +133,8 @@ class Experiment:
                 missing = f'model {config.model.name} does not have it ({first_line(error)})'
                 raise UserError(f'grad_checkpointing=true: {missing}') from error
         preprocessing = data.Preprocessing.of(model, keys)
-        task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight)
+        of_pixels = data.has_masks(train_set, val_set)
+        task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight, of_pixels)
         feed = Feed(config, team, train_set, val_set, model, preprocessing, task, labels)
         experiment = cls(config, team, classes, model, preprocessing, task, feed, list_stages(config))
         if not experiment.updates_per_epoch:

@@ -14,6 +14,7 @@ from torch import nn
 
 from vit_efficient.dct.window import FrequencyWindow
 from vit_efficient.train.config import LossConfig, OptimConfig, SchedConfig
+from vit_efficient.train.masks import MaskLoss
 from vit_efficient.utils.errors import UserError, first_line
 
 TRIED_RATES = 100  # of a schedule, over its length
@@ -132,9 +133,14 @@ def _refused(key: str, name: str, args: dict[str, Any], error: Exception, where:
     return UserError(f'{key}={name}{given}{where}: {first_line(error)}')
 
 
-def create_loss(config: LossConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+def create_loss(config: LossConfig, num_classes: int, of_pixels: bool = False) -> tuple[Mixup | None, nn.Module]:
     """The mixing of a batch, if any, and the loss of (logits, targets)."""
     mixup = None
+    if of_pixels:
+        weights = config.class_weights
+        if weights is not None and len(weights) != num_classes:
+            raise UserError(f'loss.class_weights has {len(weights)} numbers for {num_classes} classes')
+        return None, MaskLoss(config.masks, weights, config.smoothing)
     if config.mixup or config.cutmix:
         # Mixing makes the targets soft, and smooths them on the way.
         mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)

@@ -13,12 +13,14 @@ from vit_efficient.utils.keys import check_ranges, flatten
 # The values with which augmentation and mixing leave every pixel at its place.
 _STILL = {
     'data.schedule': [],
-    'data.augment.crop_scale': None,
+    **dict.fromkeys(('data.augment.crop_scale', 'data.augment.crop_zoom')),
     **dict.fromkeys(('data.augment.hflip', 'data.augment.vflip'), 0.0),
     **dict.fromkeys((f'data.augment.affine.{name}' for name in ('rotate', 'translate', 'scale', 'shear')), 0.0),
     'data.augment.rand_ops': 0,
     **dict.fromkeys(('data.augment.erasing', 'loss.mixup', 'loss.cutmix'), 0.0),
 }
+# The values with which an image has the pixels of one image.
+_OF_MASKS = {'data.decode': 'pixels', **dict.fromkeys(('loss.mixup', 'loss.cutmix'), 0.0), 'loss.bce': False}
 # The values with which nothing is done to coefficients that only pixels allow.
 _ON_COEFFICIENTS = {
     'task': 'classification',
@@ -46,6 +48,12 @@ def validate(config: Config) -> None:
             'data.batch_size must be at least 2 for data.on_error=skip, got 1: another image of its batch takes the '
             'place of one that cannot be read'
         )
+    if not config.model.head and (config.model.head_args or config.model.freeze):
+        raise UserError(
+            'model.head_args or model.freeze are set, and no model.head, which they are of; set model.head=multilayer'
+        )
+    if config.model.head and config.task != 'segmentation':
+        raise UserError(f'model.head={config.model.head} is for task=segmentation, got task={config.task}')
     if config.truncation.budget and not config.truncation.penalty:
         raise UserError(
             f'truncation.budget={config.truncation.budget:g} has no effect without a penalty; set truncation.penalty, '
@@ -64,11 +72,34 @@ def validate(config: Config) -> None:
         raise UserError(f'sched.warmup_epochs must be at most sched.epochs={limit}, got {warmup}')
     if (config.loss.mixup or config.loss.cutmix) and data.batch_size % 2:
         raise UserError(f'data.batch_size must be even for mixup and cutmix, got {data.batch_size}')
-    if config.task != 'classification':
-        _require(config, _STILL, f'task={config.task}: the target of patches does not move with the pixels')
     if data.decode == 'coefficients':
         reason = 'they can be cropped by whole patches, flipped and mixed (mixup), no more'
         _require(config, _ON_COEFFICIENTS, f'data.decode=coefficients: {reason}')
+
+
+def check_targets(config: Config, of_pixels: bool) -> None:
+    """Checks what a task of patches asks of augmentation, or one of pixels (masks), which move with their image.
+
+    Raises:
+        UserError: Naming the first key whose value does not fit.
+    """
+    if of_pixels:
+        _require(config, _OF_MASKS, 'masks: each pixel has one class')
+    else:
+        _require(config, _STILL, f'task={config.task}: the target of patches does not move with the pixels')
+
+
+def check_cached(config: Config) -> None:
+    """Checks what `data.cache_features` asks of a recipe.
+
+    Raises:
+        UserError: Naming the first key whose value does not fit.
+    """
+    required = {**_STILL, 'model.freeze': True, 'parallel': 'ddp', 'channels_last': False, 'data.augment.three': False}
+    required |= dict.fromkeys((f'data.augment.{name}' for name in ('color_jitter', 'hue', 'dct_truncate')), 0.0)
+    _require(config, required, 'data.cache_features: each image goes once through a backbone that does not learn')
+    if any(stage.attention or stage.freeze for stage in config.stages):
+        raise UserError('stages must not change the model for data.cache_features')
 
 
 def without_effect(config: Config) -> str:
@@ -81,6 +112,7 @@ def without_effect(config: Config) -> str:
         'distill.kind=hard': config.distill.kind == 'hard' and ('distill.temperature',),
         'no data.dataset': not config.data.dataset and ('data.root',),
         'data.augment.crop_scale=null': augment.crop_scale is None and ('data.augment.crop_ratio',),
+        'data.augment.crop_zoom': augment.crop_zoom and ('data.augment.crop_scale', 'data.augment.crop_ratio'),
         'data.augment.rand_ops=0': not augment.rand_ops and ('data.augment.rand_magnitude',),
         'data.augment.dct_truncate=0': not augment.dct_truncate and ('data.augment.dct_truncate_ratio',),
     }

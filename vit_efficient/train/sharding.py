@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vit_efficient.models.forward import backbone_of
 from vit_efficient.train.distributed import Processes
 from vit_efficient.train.optim import IMPLEMENTATIONS
 from vit_efficient.utils.compat import map_instances
@@ -30,7 +31,7 @@ def shard(model: nn.Module, processes: Processes, amp: str = 'none') -> None:
     # What blocks hand on stays as autocast leaves it: the sum of their outputs in float32.
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = policy if amp == 'bf16' else MixedPrecisionPolicy(cast_forward_inputs=False)
-    for block in getattr(model, 'blocks', ()):
+    for block in getattr(backbone_of(model), 'blocks', ()):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # By default what is not in blocks stays gathered until a backward pass, which evaluation has not.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

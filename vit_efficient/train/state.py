@@ -91,7 +91,8 @@ class TrainState:
                 sharding.shard(model, experiment.team, config.amp)
         self.optimizer = create_optimizer(self.model, stage.optim)
         self.scheduler = create_scheduler(self.optimizer, stage.sched, experiment.updates_per_epoch)
-        self.mixup, self.criterion = create_loss(config.loss, self.model.num_classes)
+        of_pixels = experiment.task.of_pixels
+        self.mixup, self.criterion = create_loss(config.loss, self.model.num_classes, of_pixels)
 
     def wrap(self) -> None:
         """Makes `forward` of the model. Until then nothing but the model's own forward pass has been tried."""

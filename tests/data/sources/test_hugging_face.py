@@ -89,7 +89,10 @@ def test_other_columns(tree, tmp_path):
     for args, message in [
         ({}, r"there is no column 'image' \(input_key, target_key\), only picture, kind"),
         ({'input_key': 'kind', 'target_key': 'kind'}, "column 'kind' must hold images or the bytes of image files, it"),
-        ({'input_key': 'picture', 'target_key': 'picture'}, "column 'picture' must hold labels, integers or names"),
+        (
+            {'input_key': 'picture', 'target_key': 'picture'},
+            'what it has for labels are images, which are read as masks',
+        ),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             create_dataset('train', name, args=args)

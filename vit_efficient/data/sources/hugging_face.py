@@ -14,6 +14,7 @@ from vit_efficient.utils.packages import import_optional
 
 class HuggingFaceReader(Reader):
     """A reader as timm's `hfds/`, of (image as stored, label), which opens data sets that are saved to disk as well.
+    With a `target_key` that is a column of images, it is (image as stored, mask as stored).
 
     Args:
         name: A data set on the hub, or a builder, such as `parquet`; or a folder: of images or Parquet files, as
@@ -22,6 +23,7 @@ class HuggingFaceReader(Reader):
         cache_dir: Where the library keeps what it has downloaded and prepared; by default its own folder.
         input_key: Column of the images: of the type `Image`, or of the bytes of image files.
         target_key: Column of labels: of the type `ClassLabel`, integers, or names, which are numbered in natural order.
+            Or of masks, of the type `Image`.
         **options: Further arguments of `datasets.load_dataset`.
 
     Raises:
@@ -65,9 +67,11 @@ class HuggingFaceReader(Reader):
             if key not in features:
                 raise UserError(f'there is no column {key!r} (input_key, target_key), only {", ".join(features)}')
         image, label = features[input_key], features[target_key]
-        if isinstance(image, datasets.Image):
-            dataset = dataset.cast_column(input_key, datasets.Image(decode=False))
-        elif getattr(image, 'dtype', None) not in ('binary', 'large_binary'):
+        self.of_masks = isinstance(label, datasets.Image)
+        for key in (input_key, target_key):
+            if isinstance(features[key], datasets.Image):
+                dataset = dataset.cast_column(key, datasets.Image(decode=False))
+        if not isinstance(image, datasets.Image) and getattr(image, 'dtype', None) not in ('binary', 'large_binary'):
             raise UserError(f'column {input_key!r} must hold images or the bytes of image files, it holds {image}')
         self.dataset = dataset.select_columns([input_key, target_key])
         self.images = dataset.select_columns([input_key]).with_format('arrow')
@@ -77,36 +81,41 @@ class HuggingFaceReader(Reader):
         if getattr(label, 'dtype', None) in ('string', 'large_string'):
             self.classes = natural_order(set(dataset.unique(target_key)) - {None})
             self.numbers = {name: number for number, name in enumerate(self.classes)}
-        elif self.classes is None and not str(getattr(label, 'dtype', '')).startswith(('int', 'uint', 'bool')):
-            raise UserError(f'column {target_key!r} must hold labels, integers or names, it holds {label}')
+        elif (
+            self.classes is None
+            and not self.of_masks
+            and not str(getattr(label, 'dtype', '')).startswith(('int', 'uint', 'bool'))
+        ):
+            raise UserError(f'column {target_key!r} must hold labels, integers or names, or images, it holds {label}')
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int | BinaryIO]:
         item = self.dataset[int(index)]
-        image, label = item[self.input_key], item[self.target_key]
-        data, path = (image.get('bytes'), image.get('path')) if isinstance(image, dict) else (image, None)
-        if data is None and not path:
-            raise UserError(f'it has no image ({self.input_key})')
+        label = item[self.target_key]
         if label is None:
-            raise UserError(f'it has no label ({self.target_key})')
-        file = open(path, 'rb') if data is None else io.BytesIO(data)  # noqa: SIM115, the caller closes it
-        return file, int(label if self.numbers is None else self.numbers[label])
+            raise UserError(f'it has no {"mask" if self.of_masks else "label"} ({self.target_key})')
+        if self.of_masks:
+            return _file(item, self.input_key), _file(item, self.target_key)
+        return _file(item, self.input_key), int(label if self.numbers is None else self.numbers[label])
 
     def digest(self) -> str:
         """A hash of the names and the sizes of the images, of their labels and of their order."""
         import pyarrow as pa  # which `datasets` needs
         import pyarrow.compute as pc
 
-        digest = hashlib.sha256(repr(self.classes).encode(errors='surrogateescape'))
-        for batch in self.dataset.with_format('arrow').iter(1000):
-            images, labels = (batch[key].combine_chunks() for key in (self.input_key, self.target_key))
+        def names_and_sizes(images: pa.Array) -> tuple[list[str | None], list[int | None]]:
             has_names = pa.types.is_struct(images.type)
             names = images.field('path').to_pylist() if has_names else []
             sizes = pc.binary_length(images.field('bytes') if has_names else images).to_pylist()
-            names = [name and Path(name).name for name in names]
-            digest.update(repr((names, sizes, labels.to_pylist())).encode(errors='surrogateescape'))
+            return [name and Path(name).name for name in names], sizes
+
+        digest = hashlib.sha256(repr(self.classes).encode(errors='surrogateescape'))
+        for batch in self.dataset.with_format('arrow').iter(1000):
+            images, labels = (batch[key].combine_chunks() for key in (self.input_key, self.target_key))
+            told = names_and_sizes(labels) if self.of_masks else labels.to_pylist()
+            digest.update(repr((*names_and_sizes(images), told)).encode(errors='surrogateescape'))
         return digest.hexdigest()
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
@@ -115,6 +124,15 @@ class HuggingFaceReader(Reader):
         if path and Path(path).is_absolute():
             return path
         return f'{self.split}[{index}] {path}' if path else f'{self.split}[{index}]'
+
+
+def _file(item: dict[str, Any], key: str) -> BinaryIO:
+    """The image in a column, as an open file."""
+    image = item[key]
+    data, path = (image.get('bytes'), image.get('path')) if isinstance(image, dict) else (image, None)
+    if data is None and not path:
+        raise UserError(f'it has no image ({key})')
+    return open(path, 'rb') if data is None else io.BytesIO(data)
 
 
 def _reasons(error: BaseException | None) -> str:

@@ -24,6 +24,7 @@ from timm.data.readers.reader import Reader
 
 from vit_efficient.data.files.images import EXTENSIONS
 from vit_efficient.data.sources.archives import THREADS, cached, decoded, encoded, list_files, read_names
+from vit_efficient.data.sources.folders import is_image
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.packages import import_optional
 
@@ -36,6 +37,7 @@ _EXTENT = [('image', np.int64), ('image_size', np.int64), ('label', np.int64), (
 
 class ShardReader(Reader):
     """A reader as timm's, of (image as stored, label), by index: shards in the order of the pattern, then as in them.
+    With a `target_key` of images, it is (image as stored, mask as stored).
 
     The index is kept in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache), and made anew for shards whose
     size or date has changed.
@@ -43,8 +45,9 @@ class ShardReader(Reader):
     Args:
         pattern: The paths of the shards, with braces as in `train-{000000..000009}.tar`, or with wildcards.
         input_key: Extensions of the images, separated by semicolons; of several, the first one that a sample has.
-        target_key: Extension of the labels: integers, as text.
-        classes: Names of the classes, or a text file with one in each line; by default they are not known.
+        target_key: Extension of the labels: integers, as text. Or of masks, such as png or seg.png.
+        classes: Names of the classes, or a text file with one in each line; by default they are not known. Those of
+            masks are not told here.
 
     Raises:
         UserError: If the shards are not plain tar files on this machine, one of them is missing or damaged or has a
@@ -57,6 +60,11 @@ class ShardReader(Reader):
     ):
         super().__init__()
         self.input_key, self.target_key = input_key, target_key
+        self.of_masks = is_image(f'.{target_key}')
+        if self.of_masks:
+            keys = input_key.split(';')
+            self.input_key = input_key = ';'.join(key for key in keys if key != target_key)
+            classes = None
         self.classes = (
             read_names(classes, 'classes') if isinstance(classes, str) else list(classes) if classes else None
         )
@@ -80,7 +88,7 @@ class ShardReader(Reader):
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int | BinaryIO]:
         extent, contents = self._extents[index], []
         # Opened anew: a position in a file that is open is shared with the processes that are forked.
         with open(self._shard(index), 'rb') as file:
@@ -90,6 +98,8 @@ class ShardReader(Reader):
                 file.seek(extent[part])
                 contents.append(file.read(extent[f'{part}_size']))
         image, label = contents
+        if self.of_masks:
+            return io.BytesIO(image), io.BytesIO(label)
         try:
             return io.BytesIO(image), int(label)
         except ValueError:
@@ -154,7 +164,7 @@ def _index(path: str, input_key: str, target_key: str) -> tuple[np.ndarray, np.n
 
 def _scan(path: str, input_keys: list[str], target_key: str) -> tuple[np.ndarray, np.ndarray]:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    images, last = {*input_keys, *(extension[1:] for extension in EXTENSIONS)}, None
+    images, last = {*input_keys, *(extension[1:] for extension in EXTENSIONS)} - {target_key}, None
     for member, extent in list_files(path, lambda name: '.' in name.rpartition('/')[2], what='shard')[0]:
         folder, slash, base = member.rpartition('/')
         stem, dot, extension = base.partition('.')
