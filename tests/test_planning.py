@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import vit_efficient
-from tests.processes import SERVER
+from tests.processes import SERVER, taking
 from vit_efficient import Plan, convert, count_flops, kept_tokens, plan
 from vit_efficient.fidelity import fidelity, final_tokens, mean_fidelity
 from vit_efficient.models.blocks import GridBlock
@@ -186,6 +186,11 @@ class TestMeasured:
         def of_class(reference, tokens):
             return 5 + (reference[0] - tokens[0]).norm()
 
+        def best_far_away(reference, tokens):
+            return float((reference - tokens).norm() < 1e-6)
+
+        found = plan(build(), images, 1, OPTIONS[:1], loss=best_far_away, progress=False)
+        assert found.measured == 0 and all(layer == OPTIONS[0] for layer in found.layers)
         found = Planner(build(), images, OPTIONS[:1], loss=of_class)
         assert found.plan(1).predicted == found.plan(1).measured == 5
         losses = found.sensitivities()
@@ -430,6 +435,44 @@ class TestMeasurements:
         Measurements(tmp_path / 'measured.json', 'fidelity').add({('a', 'b'): 1})
         with pytest.raises(UserError, match=r'measured.json is of another kind \(was fidelity, is plan\), model'):
             Planner(build(), draw(), OPTIONS[:1], measured=tmp_path / 'measured.json')
+
+    @pytest.mark.parametrize('spoilt', [5, [1.0], {'a': 1}, ['1', '1', '1', '1'], 'layer'])
+    def test_a_damaged_entry(self, spoilt, tmp_path):
+        path = tmp_path / 'measured.json'
+        Planner(build(), draw(), OPTIONS, measured=path).sensitivities()
+        entries = json.loads(path.read_text())
+        if spoilt == 'layer':
+            entries['layers']['1'] = 5
+        else:
+            first = next(iter(entries['layers']['1'].values()))
+            first['0'] = spoilt
+        path.write_text(json.dumps(entries))
+        with pytest.raises(
+            UserError, match=r'measured\.json: what it has at layers / 1 / .* is no measurement; remove'
+        ):
+            Planner(build(), draw(), OPTIONS, measured=path).plan(0.7)
+
+    @pytest.mark.parametrize('spoilt', [5, {'full': 'x'}])
+    def test_damaged_times(self, spoilt, tmp_path):
+        path = tmp_path / 'measured.json'
+        Planner(build(), draw(1), OPTIONS, unit='ms', measured=path).costs()
+        entries = json.loads(path.read_text())
+        next(iter(entries['milliseconds'].values()))['1'] = spoilt
+        path.write_text(json.dumps(entries))
+        with pytest.raises(UserError, match='what it has at milliseconds / cpu, .* is no measurement'):
+            Planner(build(), draw(1), OPTIONS, unit='ms', measured=path).costs()
+
+    def test_a_file_that_another_process_writes(self, tmp_path):
+        named = 'measured.json: another process measures for it; wait for its end'
+        with taking(tmp_path / '.measured.json.lock'), pytest.raises(UserError, match=named):
+            Planner(build(), draw(), OPTIONS[:1], measured=tmp_path / 'measured.json')
+
+    def test_what_a_kill_has_left_is_removed(self, tmp_path):
+        left, of_another = tmp_path / '.measured.json.77.tmp', tmp_path / '.other.json.77.tmp'
+        left.touch()
+        of_another.touch()
+        Planner(build(), draw(), OPTIONS[:1], measured=tmp_path / 'measured.json')
+        assert not left.exists() and of_another.exists()
 
     @pytest.mark.parametrize('text', ['', '{}', '[1]', '{"about": 3}', '{"about": {}, "layers": null}'])
     def test_another_file(self, text, tmp_path):

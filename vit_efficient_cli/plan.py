@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from vit_efficient.utils.checks import as_integer, as_share
     from vit_efficient.utils.device import choose_device
     from vit_efficient.utils.errors import UserError
+    from vit_efficient.utils.files import check_can_write
     from vit_efficient.utils.options import parse_spec, parse_value
     from vit_efficient.utils.packages import import_optional
 
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f'--out must end in .yaml, got {args.out}')
     if args.out:  # rather than when all is measured
         import_optional('matplotlib', 'the picture beside --out is drawn with', 'train')
+        check_can_write(args.out)
     device, img_size = choose_device(args.device, '--device'), as_integer('--img-size', args.img_size)
     options = None if args.options is None else [parse_spec(text) for text in args.options]
     limit = as_integer('--limit', args.limit)

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import timm
 import torch
 
 from vit_efficient import PatchGrid, create_attention
@@ -324,6 +325,19 @@ class TestWindows:
             [wanted] = torch.autograd.grad(of_one(t).square().sum(), t)
             assert torch.allclose(slope, wanted, atol=1e-11)
 
+    @pytest.mark.parametrize('fused', [True, False])
+    @pytest.mark.parametrize('needed', [range(8), [0], [3, 7]])
+    def test_several_gradients_at_once(self, needed, fused):
+        tensors, index = self.given()
+        tensors = [t.detach().requires_grad_(i in needed) for i, t in enumerate(tensors)]
+        y = self.attend(tensors, index, fused)
+        wanted = [t for t in tensors if t.requires_grad]
+        dy = torch.randn(3, *y.shape, dtype=y.dtype)
+        at_once = torch.autograd.grad(y, wanted, dy, is_grads_batched=True, retain_graph=True)
+        alone = [torch.autograd.grad(y, wanted, each, retain_graph=True) for each in dy]
+        for i, found in enumerate(at_once):
+            assert torch.allclose(found, torch.stack([each[i] for each in alone]), atol=1e-11)
+
     def test_autocast_leaves_float64_alone(self):
         tensors, index = self.given()
         with torch.autocast('cpu', torch.bfloat16):
@@ -520,3 +534,18 @@ def test_no_matrix_of_all_tokens(monkeypatch, options):
     with Largest() as largest:
         attention(torch.randn(1, 1024, 12), grid).sum().backward()
     assert largest.numbers <= 1.5 * 3 * 1024 * (12 + 3 * 4)
+
+
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
+@pytest.mark.parametrize(
+    'options', [{'window_size': 3, 'cell_size': 1}, {'window_size': 3, 'reach': 0}, {'pattern': 'axial'}], ids=str
+)
+def test_parameters_that_learn_under_vmap_and_traced(options):
+    """Of a model as it is built, whose bias of summaries has a gradient that `torch.func` does not tell of."""
+    model = timm.create_model(
+        'vit_combiner_tiny', img_size=112, depth=1, embed_dim=12, num_heads=2, num_classes=3, attention_kwargs=options
+    )
+    model, x = model.double().eval(), torch.randn(2, 3, 112, 112, dtype=torch.float64)
+    y = model(x)
+    assert torch.allclose(torch.vmap(lambda image: model(image[None])[0])(x), y, atol=1e-12)
+    assert torch.allclose(torch.jit.trace(model, x)(x), y, atol=1e-12)

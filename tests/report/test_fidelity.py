@@ -159,7 +159,7 @@ def test_files_and_a_file_of_attentions(prepared, tmp_path, capsys):
     assert main([*command, '--attention', f'@{tmp_path / "few.txt"}', 'full', '--out', str(tmp_path / 'out')]) == 0
     printed = capsys.readouterr().out
     assert (tmp_path / 'out/fidelity.md').read_text() == printed
-    assert [path.name for path in sorted((tmp_path / 'out').iterdir())] == [
+    assert [path.name for path in sorted((tmp_path / 'out').glob('[!.]*'))] == [
         *('fidelity.csv', 'fidelity.md', 'fidelity.png', 'measured.json')
     ]
     names = [line.split(',')[1] for line in (tmp_path / 'out/fidelity.csv').read_text().splitlines()]
@@ -214,6 +214,45 @@ def test_another_file_is_refused(prepared, runs, tmp_path, text):
     given = dict(model=str(prepared / 'model'), folders=[prepared / 'photos'], img_sizes=[64], attentions=['pool'])
     with pytest.raises(UserError, match='measured.json is not a file of measurements'):
         fidelity_table(**given, measured=tmp_path / 'measured.json')
+    assert not runs
+
+
+@pytest.mark.parametrize('cell', [3, {'patch': 1}, {'seconds': None}, {'centred': 'high'}, {'machine': None}])
+def test_a_cell_that_is_no_measurement_is_named(prepared, runs, tmp_path, cell):
+    path = tmp_path / 'measured.json'
+    given = dict(model=str(prepared / 'model'), folders=[prepared / 'photos'], img_sizes=[64], attentions=['pool'])
+    fidelity_table(**given, measured=path)
+    entries = json.loads(path.read_text())
+    of_size = next(value for key, value in entries.items() if key != 'about')['64']
+    cells = of_size[next(key for key in of_size if 'pool' in key)]
+    first = next(iter(cells))
+    if not isinstance(cell, dict):
+        cells[first] = cell
+    elif cell.get('machine', 1) is None:
+        del cells[first]['machine']
+    else:
+        cells[first] = cell if cell == {'patch': 1} else cells[first] | cell
+    path.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=rf'measured\.json: what it has at .* / 64 / .*pool.* / {first} is no measure'):
+        fidelity_table(**given, measured=path)
+
+
+def test_the_machines_that_have_measured_are_named(prepared, tmp_path, runs, monkeypatch):
+    path = tmp_path / 'measured.json'
+    given = dict(model=str(prepared / 'model'), folders=[prepared / 'photos'], img_sizes=[64], measured=path)
+    text = fidelity_table(**given, attentions=['pool'])
+    entries = path.read_text()
+    machine = text.splitlines()[-1].removeprefix('Measured on ').removesuffix('.')
+    path.write_text(entries.replace(json.dumps(machine, ensure_ascii=False), '"a calculating machine"'))
+    text = fidelity_table(**given, attentions=['pool', 'subsample'])
+    assert text.splitlines()[-1] == f'Measured on a calculating machine. Measured on {machine}.'
+
+
+def test_out_is_tried_before_anything_is_measured(prepared, runs, tmp_path):
+    (tmp_path / 'file').touch()
+    given = dict(model=str(prepared / 'model'), folders=[prepared / 'photos'], img_sizes=[64], attentions=['pool'])
+    with pytest.raises(UserError, match=r'file/fidelity\.md: cannot be written: (File exists|Not a directory)'):
+        fidelity_table(**given, out=tmp_path / 'file')
     assert not runs
 
 

@@ -14,7 +14,8 @@ from torch.backends import cuda
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vit_efficient.utils.compat import are_numbers
+from vit_efficient.dct.bases import is_eager
+from vit_efficient.utils.compat import are_numbers, is_transformed
 from vit_efficient.utils.device import on_gpu
 
 FEW_QUERIES = 256  # of fewer, a GPU's kernel that does not split the keys leaves most of the GPU idle
@@ -78,7 +79,7 @@ def is_bias_of_keys(mask: Tensor) -> bool:
 @register_notrace_function
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, mask: Tensor | None) -> Tensor:
     """`attend` by `F.scaled_dot_product_attention`."""
-    if mask is not None and is_bias_of_keys(mask) and (mask.requires_grad or (on_gpu(q) and not q.is_meta)):
+    if mask is not None and is_bias_of_keys(mask) and (_may_have_gradient(mask) or (on_gpu(q) and not q.is_meta)):
         # Few fused kernels take a mask that has a gradient, and the fastest of GPUs takes none; this one costs no
         # queries × keys matrix. A product cannot have −∞.
         q, k = bias_as_channel(q, k, mask.mT.clamp(min=torch.finfo(k.dtype).min / 2 * scale), scale)
@@ -88,6 +89,12 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, 
     with _backends(q, k, mask):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return y[..., :-more] if more else y
+
+
+def _may_have_gradient(mask: Tensor) -> bool:
+    """Whether a mask has a gradient, as it says itself; one that `torch.func` wraps does not say so, and the graph of
+    `torch.jit.trace` is to be the same with and without."""
+    return mask.requires_grad or torch.jit.is_tracing() or (is_eager(mask) and is_transformed(mask))
 
 
 def _backends(q: Tensor, k: Tensor, mask: Tensor | None) -> AbstractContextManager:

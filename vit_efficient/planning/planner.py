@@ -18,7 +18,7 @@ from vit_efficient.models.blocks import LayerSpec, attention_per_layer, is_named
 from vit_efficient.models.plans import Plan
 from vit_efficient.planning.knapsack import choose
 from vit_efficient.planning.probe import Probe, Spec
-from vit_efficient.utils.checks import as_integer, as_share, check_choice
+from vit_efficient.utils.checks import as_integer, as_share, check_choice, is_real
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.measurements import Measurements, digest
 from vit_efficient.utils.options import write_spec
@@ -146,7 +146,7 @@ class Planner:
             )
         losses, every = self.sensitivities(), np.arange(len(self.layers))
         best = choose(costs, losses, room)
-        if any(best):
+        if any(best) or not isinstance(self.loss, str):  # a loss of the user's own may be below that of the exact model
             # What is least by another loss may be less by this one too, when layers are changed together.
             by_others = [each for each in map(self.sensitivities, LOSSES.values()) if np.isfinite(each).all()]
             others = [choose(costs, each, room) for each in by_others]
@@ -205,15 +205,19 @@ class Planner:
         with self._bar('time', len(self.layers)) as bar:
             for layer, block in enumerate(self.layers):
                 known = self._measured.get(*keys, str(block)) or {}
+                if not isinstance(known, dict) or not all(map(is_real, known.values())):
+                    raise self._measured.damaged(*keys, str(block))
                 if not known.keys() >= set(self.labels):
                     times = self.probe.milliseconds(self.images[0], layer)
                     self._measured.add({(*keys, str(block)): dict(zip(self.labels, times, strict=True))})
                 bar.update()
         if self._measured.get(*keys, 'model') is None:
             self._measured.add({(*keys, 'model'): self.probe.total_milliseconds(self.images[0])})
+        if not is_real(whole := self._measured.get(*keys, 'model')):
+            raise self._measured.damaged(*keys, 'model')
         of_layers = [self._measured.get(*keys, str(block)) for block in self.layers]
         times = np.array([[of_layer[label] for label in self.labels] for of_layer in of_layers])
-        return times, max(0.0, self._measured.get(*keys, 'model') - times[:, 0].sum())
+        return times, max(0.0, whole - times[:, 0].sum())
 
     def sensitivities(self, loss: Callable[[Fidelity], float] | None = None) -> np.ndarray:
         """By how much a loss, by default its own, grows with each option in each layer alone, (layers, options)."""
@@ -269,7 +273,14 @@ class Planner:
         return 'plans', '; '.join(self.labels[option] for option in assignment), str(image)
 
     def _known(self, assignment: Assignment, image: int) -> list[float | None] | None:
-        return self._measured.get(*self._keys(assignment, image))
+        keys = self._keys(assignment, image)
+        found = self._measured.get(*keys)
+        count = len(Fidelity._fields) + (not isinstance(self.loss, str))
+        if found is not None and not (
+            isinstance(found, list) and len(found) == count and all(v is None or is_real(v) for v in found)
+        ):
+            raise self._measured.damaged(*keys)
+        return found
 
     def _record(self, tokens: Tensor, assignment: Assignment, image: int) -> None:
         """Records what an image keeps of its features: a `Fidelity`, and the loss that is the user's own."""

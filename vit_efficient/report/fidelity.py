@@ -26,11 +26,11 @@ from vit_efficient.models.plans import is_plan
 from vit_efficient.report.evaluation import open_model
 from vit_efficient.report.plot import BUDGETS, Panel, Point, plot_accuracy
 from vit_efficient.report.table import Column, Table
-from vit_efficient.utils.checks import as_integer
+from vit_efficient.utils.checks import as_integer, is_real
 from vit_efficient.utils.device import choose_device
 from vit_efficient.utils.environment import describe_environment, one_line
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.files import read_text, write_text
+from vit_efficient.utils.files import check_can_write, read_text, write_text
 from vit_efficient.utils.measurements import Measurements, digest
 from vit_efficient.utils.options import parse_spec, write_options
 from vit_efficient.utils.packages import import_optional, needing
@@ -131,6 +131,7 @@ def fidelity_table(
     chosen = {size: large_enough(photographs, size, enlarge) for size in sizes}
     if out:  # rather than when all is measured
         import_optional('matplotlib', 'the plot beside the table is drawn with', 'train')
+        check_can_write(out / 'fidelity.md')
     known = Measurements(measured or (out / 'measured.json' if out else None), 'fidelity')
     at_sizes = [_AtSize(model, size, wanted, device) for size in sizes]
     rows = []
@@ -141,8 +142,9 @@ def fidelity_table(
     columns = [*COLUMNS, *(TIMES if times else [])]
     keys = [column.key for column in columns]
     table = Table(columns, [{key: row.get(key) for key in keys} for row in rows])
-    text = f'{table.render()}\n{_notes(chosen, photographs, enlarge)}Measured on '
-    text += f'{one_line(describe_environment(device))}.\n'
+    machines = dict.fromkeys(machine for at_size in at_sizes for machine in at_size.machines)
+    text = f'{table.render()}\n{_notes(chosen, photographs, enlarge)}'
+    text += ' '.join(f'Measured on {machine}.' for machine in machines) + '\n'
     if out:
         write_text(out / 'fidelity.md', text)
         write_text(out / 'fidelity.csv', table.render('csv'))
@@ -156,6 +158,8 @@ class _AtSize:
 
     def __init__(self, name: str, size: int, wanted: Sequence[Wanted], device: torch.device):
         self.size, self.wanted = size, wanted
+        self.machine = one_line(describe_environment(device))
+        self.machines: dict[str, None] = {}  # that have measured what is in the rows
         exact, self.preprocessing = open_model(name, size)
         exact.to(device)
         self.prefix = getattr(exact, 'num_prefix_tokens', 0)
@@ -197,7 +201,8 @@ class _AtSize:
                 tokens, seconds = (reference, own_seconds) if title == AS_IT_IS else self._run(title, image)
                 kept = fidelity(reference, tokens, self.prefix)._asdict()
                 kept['prefix'] = kept['prefix'] if self.prefix else None  # JSON has no NaN
-                found[(*of_models[title], photograph.digest)] = {**kept, 'seconds': seconds, 'own_seconds': own_seconds}
+                times = {'seconds': seconds, 'own_seconds': own_seconds, 'machine': self.machine}
+                found[(*of_models[title], photograph.digest)] = kept | times
             known.add(found)
 
     def _run(self, title: str, image: Tensor) -> tuple[Tensor, float]:
@@ -205,12 +210,23 @@ class _AtSize:
         (tokens,) = final_tokens(self.models[title], [image])  # on the CPU: a GPU is waited for
         return tokens, time.perf_counter() - start
 
+    @staticmethod
+    def _cell(known: Measurements, *keys: str) -> dict[str, Any]:
+        cell, times = known.get(*keys), ('seconds', 'own_seconds')
+        if not isinstance(cell, dict) or not {*Fidelity._fields, *times, 'machine'} <= cell.keys():
+            raise known.damaged(*keys)
+        numbers = all(cell[name] is None or is_real(cell[name]) for name in Fidelity._fields)
+        if not numbers or not all(is_real(cell[name]) and cell[name] > 0 for name in times):
+            raise known.damaged(*keys)
+        return cell
+
     def rows(self, photographs: Sequence[Photograph], known: Measurements) -> list[dict[str, Any]]:
         """Those of the table, in which a mean is over photographs."""
         rows = []
         for title, curve in zip(self.models, [AS_IT_IS, *(each.curve for each in self.wanted)], strict=True):
             model = self.models[title]
-            cells = [known.get(*self.keys(title), photograph.digest) for photograph in photographs]
+            cells = [self._cell(known, *self.keys(title), photograph.digest) for photograph in photographs]
+            self.machines |= dict.fromkeys(cell['machine'] for cell in cells)
             kept = [name for name in Fidelity._fields if cells[0][name] is not None]
             on_grid = convert(sharing_weights(model), 'full', layers=[])  # timm's own models do not say their keys
             keys = fmean(kept_tokens(on_grid, self.size)) - self.prefix

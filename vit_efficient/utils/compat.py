@@ -115,8 +115,10 @@ def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is wrapped by a transform of `torch.func`, and of no use outside of it."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether a tensor is wrapped by a transform of `torch.func`, or by autograd that is handed several gradients at
+    once, and of no use outside of it."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def assume(condition: bool | torch.SymBool) -> None:

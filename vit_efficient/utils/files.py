@@ -1,9 +1,11 @@
 """Files that are either whole or not there."""
 
+import errno
 import io
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 with suppress(ImportError):  # Windows has none
     import fcntl
 
-_TEMPORARY = re.compile(r'\..+\.\d+\.tmp')
+_TEMPORARY = re.compile(r'\.(.+)\.\d+\.tmp')
 
 
 @contextmanager
@@ -55,11 +57,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def remove_unfinished(folder: str | Path) -> None:
-    """Removes what `replacing` has left in a folder where the process was killed."""
+def remove_unfinished(folder: str | Path, name: str | None = None) -> None:
+    """Removes what `replacing` has left in a folder where the process was killed; with a name, of that file only."""
     for path in Path(folder).glob('.*.tmp'):
-        if _TEMPORARY.fullmatch(path.name):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and name in (None, found[1]):
             path.unlink(missing_ok=True)
+
+
+def check_can_write(path: str | Path) -> None:
+    """Tries to write beside a file, before what is to be in it is made.
+
+    Raises:
+        UserError: If it cannot be.
+    """
+    with writing(Path(path)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            pass
 
 
 def lock(path: str | Path) -> IO[str] | None:

@@ -1,4 +1,7 @@
-"""What has been measured, in a JSON file that is whole after each entry: who is killed goes on where it stopped."""
+"""What has been measured, in a JSON file that is whole after each entry: who is killed goes on where it stopped.
+
+One process at a time has a file: two would each write it without what the other has found.
+"""
 
 import hashlib
 import json
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vit_efficient.utils.errors import UserError, one_line
-from vit_efficient.utils.files import write_text, writing
+from vit_efficient.utils.files import lock, remove_unfinished, write_text, writing
 from vit_efficient.version import __version__
 
 
@@ -24,14 +27,23 @@ class Measurements:
         about: What all of them are of, by name.
 
     Raises:
-        UserError: If the file holds no measurements, or those of something else; it names what differs.
+        UserError: If the file holds no measurements, or those of something else; it names what differs. Or if another
+            process has the file, or it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike | None, kind: str, about: dict[str, str] | None = None):
         about = {'kind': kind, 'version': __version__, **(about or {})}
         self.path = None if path is None else Path(path)
         self._entries: dict[str, Any] = {'about': about}
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path.with_name(f'.{self.path.name}.lock'))
+        if not self._lock:
+            raise UserError(f'measured={path}: another process measures for it; wait for its end, or name another file')
+        remove_unfinished(self.path.parent, self.path.name)
+        if not self.path.exists():
             return
         try:
             self._entries = json.loads(self.path.read_text(encoding='utf-8'))
@@ -51,8 +63,16 @@ class Measurements:
         """What is known under these keys, or None."""
         found = self._entries
         for key in keys:
+            if found is not None and not isinstance(found, dict):
+                raise self.damaged(*keys)
             found = found.get(key) if found else None
         return found
+
+    def damaged(self, *keys: str) -> UserError:
+        """The error about an entry that is none of what is measured."""
+        return UserError(
+            f'measured={self.path}: what it has at {" / ".join(keys)} is no measurement; remove that, or the file'
+        )
 
     def add(self, found: dict[tuple[str, ...], Any]) -> None:
         """Adds measurements, and writes the file."""

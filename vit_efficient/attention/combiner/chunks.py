@@ -149,6 +149,8 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *saved = ctx.saved_tensors  # once: checkpoints make them again each time
         seen, y, *lse = Seen(*saved[:6]), *saved[6:]
+        if is_transformed(dy):  # several gradients at once, as `torch.autograd.grad(is_grads_batched=True)` hands down
+            return None, None, None, *_written_out(ctx, q, k, v, seen, dy)
         number, area = k.shape[1], k.shape[3]
         prefix, with_bias = seen.k_prefix.shape[2], ctx.needs_input_grad[-1]
         width = max(q.shape[-1], v.shape[-1]) + with_bias
@@ -182,6 +184,16 @@ class _Fused(torch.autograd.Function):
             g.to(t.dtype) for g, t in zip([*of_seen, of_bias.sum_to_size(seen.bias.shape)], seen[:5], strict=True)
         )
         return None, None, None, *grads, *of_seen
+
+
+def _written_out(ctx, q: Tensor, k: Tensor, v: Tensor, seen: Seen, dy: Tensor) -> list[Tensor | None]:
+    """The gradients of queries, keys, values and all that is seen, by PyTorch's own of what is computed once more."""
+    needed = ctx.needs_input_grad[3:]
+    with torch.enable_grad():
+        given = [t.detach().requires_grad_(some) for t, some in zip((q, k, v, *seen[:-1]), needed, strict=True)]
+        y = _attend_some(*given[:3], Seen(*given[3:], seen.index), ctx.scale, True, 0.0)
+    found = iter(torch.autograd.grad(y, [t for t in given if t.requires_grad], dy))
+    return [next(found) if some else None for some in needed]
 
 
 def _by_tokens(t: Tensor, channels: int) -> Tensor:
