@@ -48,6 +48,7 @@ BENCHMARK = '--rounds 1 --no-memory --device cpu --dtype float32'
 SMALLER = {
     'train': TRAIN,
     'evaluate': '--device cpu',
+    'predict': '--device cpu',
     'table accuracy': f'{TRAIN} --seeds 0',
     'benchmark layer': f'--tokens 64 --dim 32 --heads 2 {BENCHMARK}',
     'benchmark model': f'--models vit_full_tiny vit_dct_tiny --img-sizes 32 --batch-size 2 {BENCHMARK}',

@@ -20,6 +20,7 @@ from vit_efficient_cli.parsing import Parser
 COMMANDS = {
     'train': 'train the model of a recipe',
     'evaluate': 'measure the accuracy of a trained model',
+    'predict': 'write masks of images of any size by a trained model of segmentation',
     'plan': 'find which attention each layer of a pretrained model can have within a budget, without training',
     'plot': 'draw the curves of runs',
     'leaves': "draw which leaf of Treeformer's trees each patch of an image falls into",

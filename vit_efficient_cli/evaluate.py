@@ -17,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--amp', choices=('none', 'bf16'), help=as_run)
     about = "end at a file that cannot be read, or leave it out (default: as the run's recipe says, else error)"
     parser.add_argument('--on-error', choices=('error', 'skip'), help=about)
+    about = 'of images with masks: side of tiles in pixels, a multiple of the patches (default: whole images)'
+    parser.add_argument('--tile', type=int, metavar='PX', help=about)
+    about = 'least share of a tile that the next one has too (default: 1/4)'
+    parser.add_argument('--overlap', default='1/4', metavar='SHARE', help=about)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,12 +28,14 @@ def run(args: argparse.Namespace) -> None:
     from vit_efficient.report.evaluation import SavedModel, evaluate_saved
     from vit_efficient.train.evaluation import describe
     from vit_efficient.utils.checks import as_integer
+    from vit_efficient.utils.options import parse_value
 
     as_integer('--batch-size', args.batch_size)
     as_integer('--workers', args.workers, least=0)
     saved = SavedModel(args.model)
     amp, on_error = args.amp or saved.config.amp, args.on_error or saved.config.data.on_error
-    found = evaluate_saved(saved, args.data, args.batch_size, args.workers, args.device, amp, on_error)
+    tiles = args.tile, parse_value(args.overlap)
+    found = evaluate_saved(saved, args.data, args.batch_size, args.workers, args.device, amp, on_error, *tiles)
     if is_first_process():
         for reason in found.skipped.values():
             print(f'skipped: {reason}', file=sys.stderr)

@@ -50,7 +50,7 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool, 
             `torch.func`, it is written out.
         mask: As of `vit_efficient.attention.functional`, of no more than four axes, without a gradient.
     """
-    if k.shape[-2] and is_fused_on_cpu(fused, q, k, v):
+    if is_fused_on_cpu(fused, q, k, v) and k.shape[-2]:
         return Part(*_Fused.apply(*in_autocast(q, k, v), scale, mask))
     scores = masked((q * scale) @ k.mT, mask)
     lse = scores.logsumexp(dim=-1)

@@ -16,6 +16,7 @@ from vit_efficient.train import Config, Evaluation, evaluate, load_model
 from vit_efficient.train.distributed import processes
 from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.train.tasks import Task
+from vit_efficient.train.tiles import Tiled
 from vit_efficient.utils.checks import multiples_around
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.options import parse_spec
@@ -81,6 +82,8 @@ def evaluate_saved(
     device: str = 'auto',
     amp: str = 'none',
     on_error: str = 'error',
+    tile: int | None = None,
+    overlap: float = 0.25,
 ) -> Evaluation:
     """Measures a saved model on labelled images, in this process or in those that torchrun has started.
 
@@ -88,6 +91,7 @@ def evaluate_saved(
         saved: The model.
         split: As `SavedModel.open_data` takes it.
         batch_size, workers, device, amp, on_error: As the keys of a recipe.
+        tile, overlap: Of images with masks: as of `Tiled`; without a tile they are seen whole.
 
     Raises:
         UserError: If the data, their classes or the device do not fit the model.
@@ -106,6 +110,10 @@ def evaluate_saved(
     task = Task.of(config.task, model, saved.preprocessing, names or classes, config.loss.patch_weight, of_pixels)
     with torch.no_grad():
         task.check_logits(model(torch.zeros(1, *saved.input_shape)))
+    if tile is not None:
+        if not of_pixels:
+            raise UserError(f'{tile=}: tiles are for images with masks, which {split} has not')
+        model = Tiled(model, task, tile, overlap)
     workers = data.limit_workers(workers, '--workers')
     check_target = task.check_target if task.of_patches else None
     samples = saved.samples(dataset, on_error, check_target=check_target, labels=labels)
