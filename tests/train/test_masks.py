@@ -18,6 +18,7 @@ from tests.train.test_trainer import assert_same_run, fail, stop_after
 from vit_efficient.data import EpochSampler, MaskedImages, Preprocessing, Samples, create_loader, eval_input
 from vit_efficient.dense import DenseModel
 from vit_efficient.train import Config, evaluate, train
+from vit_efficient.train.boundaries import boundary_f
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import LossConfig, ModelConfig, OptimConfig, SchedConfig
 from vit_efficient.train.masks import MaskLoss, PixelScore, pad_to_patches, strips, upsampled
@@ -147,8 +148,10 @@ def test_scores_of_pixels():
                 shares.append([math.exp(scores[k]) / sum(map(math.exp, scores)) for k in (best, label)])
     assert score.confusion.tolist() == confusion.tolist()
     assert score.loss.item() == pytest.approx(lost, rel=1e-12)
-    found = [number.item() for number in score.numbers()]
-    assert found == pytest.approx([100 * confusion.trace() / confusion.sum(), *np.mean(shares, 0)], rel=1e-12)
+    accuracy, outlines, *probabilities = (number.item() for number in score.numbers())
+    assert accuracy == pytest.approx(100 * confusion.trace() / confusion.sum(), rel=1e-12)
+    assert outlines == pytest.approx(100 * boundary_f(np.argmax(maps, 0), classes.numpy()), nan_ok=True)
+    assert probabilities == pytest.approx(np.mean(shares, 0).tolist(), rel=1e-12)
 
 
 def test_evaluation_of_whole_images(tmp_path):
@@ -163,7 +166,7 @@ def test_evaluation_of_whole_images(tmp_path):
     inputs = eval_input(dataset, model, preprocessing, 'pixels', whole=True)
     samples = Samples(*inputs, 3, 3, check_target=task.check_target)
     found = evaluate(model, create_loader(samples, EpochSampler(5, shuffle=False), 1), task=task)
-    confusion = torch.zeros(3, 3, dtype=torch.int64)
+    confusion, outlines = torch.zeros(3, 3, dtype=torch.int64), []
     with torch.no_grad():
         for i in range(5):
             image, mask = (torch.from_numpy(np.array(part)) for part in (dataset[i][0], dataset[i][2]))
@@ -172,6 +175,7 @@ def test_evaluation_of_whole_images(tmp_path):
             whole = pad_to_patches(whole, (4, 4))
             logits = model(whole)[0, 1:].T.unflatten(1, (whole.shape[2] // 4, whole.shape[3] // 4))
             predicted = np.argmax([slow_resize(one.tolist(), *whole.shape[2:]) for one in logits], 0)[:height, :width]
+            outlines.append(boundary_f(predicted, mask.numpy()))
             for label, best in zip(mask.flatten().tolist(), predicted.flatten().tolist(), strict=True):
                 if label >= 0:
                     confusion[label, best] += 1
@@ -180,7 +184,8 @@ def test_evaluation_of_whole_images(tmp_path):
     assert found.miou == pytest.approx(100 * np.mean(shares))
     assert found.foreground_miou == pytest.approx(100 * np.mean(shares[1:]))
     assert found.pixel_accuracy == pytest.approx(100 * confusion.trace().item() / confusion.sum().item())
-    assert found.columns == ('index', 'pixel_accuracy', 'pixel_probability', 'pixel_label_probability')
+    assert found.columns == ('index', 'pixel_accuracy', 'boundary_f', 'pixel_probability', 'pixel_label_probability')
+    assert found.boundary_f == pytest.approx(100 * np.mean(outlines), rel=1e-5)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -191,10 +196,10 @@ def test_a_run_leaves_everything_behind(tmp_path, capsys):
     assert main(['train', str(tmp_path / 'recipe.yaml')]) == 0
     assert 'foreground mIoU' in capsys.readouterr().out
     result = json.loads((tmp_path / 'run/result.json').read_text())
-    names = ['foreground_miou', 'miou', 'pixel_accuracy']
+    names = ['foreground_miou', 'miou', 'pixel_accuracy', 'boundary_f']
     assert [name for name in result if name in [*names, 'top1', 'patch_accuracy']] == names
     rows = list(csv.DictReader((tmp_path / 'run/predictions.csv').open()))
-    of_pixels = ['pixel_accuracy', 'pixel_probability', 'pixel_label_probability']
+    of_pixels = ['pixel_accuracy', 'boundary_f', 'pixel_probability', 'pixel_label_probability']
     assert list(rows[0]) == ['index', 'file', *of_pixels]
     assert [row['file'] for row in rows] == [f'images/{i}.jpg' for i in (0, 1, 2, 10, 11)]
     model = timm.create_model(f'local-dir:{tmp_path / "run/model"}', pretrained=True).eval()
@@ -349,7 +354,7 @@ def test_two_processes_reach_the_weights_of_one(tmp_path):
     one, two = (load_checkpoint(tmp_path / count / 'checkpoint.pt')['model'] for count in '12')
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
     one, two = (json.loads((tmp_path / count / 'result.json').read_text()) for count in '12')
-    for name in ('foreground_miou', 'miou', 'pixel_accuracy'):
+    for name in ('foreground_miou', 'miou', 'pixel_accuracy', 'boundary_f'):
         assert one[name] == pytest.approx(two[name])
     assert_same_predictions(tmp_path / '1', tmp_path / '2')
 

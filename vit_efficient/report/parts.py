@@ -24,6 +24,7 @@ ACCURACIES = {
     'top1': ('top-1 (%)', 'top-1 accuracy (%)'),
     'foreground_miou': ('foreground mIoU (%)', 'mIoU without the class none (%)'),
     'miou': ('mIoU (%)', 'mIoU (%)'),
+    'boundary_f': ('boundary F (%)', 'boundary F (%)'),
 }
 CONVERTED = 'vit_converted'  # any model of timm, converted
 COSTS = [Column('gmacs', 'GMACs', 4), Column('attention_gmacs', 'in attention', 4)]

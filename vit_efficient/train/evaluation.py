@@ -3,6 +3,7 @@
 Dimensions: B images, K classes, H × W patches of the target.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ ACCURACIES = {
     'miou': 'mIoU',
     'patch_accuracy': 'patch accuracy',
     'pixel_accuracy': 'pixel accuracy',
+    'boundary_f': 'boundary F',
 }
 
 
@@ -51,6 +53,7 @@ class Evaluation:
     miou: float | None = None
     patch_accuracy: float | None = None  # patches that are right
     pixel_accuracy: float | None = None  # pixels that are right, of those that count
+    boundary_f: float | None = None  # mean over images of `boundaries.boundary_f`
     confusion: Tensor | None = field(default=None, repr=False)  # of patches or pixels, as `confusion_matrix`
     skipped: dict[int, str] = field(default_factory=dict, repr=False)  # why an image could not be read, by index
 
@@ -169,7 +172,11 @@ def evaluate(
             accuracies['top5'] = 100 * sum(filter(None, top5_of)) / count
     if task.of_patches:
         what = 'pixel' if task.of_pixels else 'patch'
-        columns += [f'{what}_accuracy', f'{what}_probability', f'{what}_label_probability']
+        outlines = ['boundary_f'] * task.of_pixels
+        columns += [f'{what}_accuracy', *outlines, f'{what}_probability', f'{what}_label_probability']
+        if task.of_pixels:
+            of_images = [row[2] for row in rows if not math.isnan(row[2])]
+            accuracies['boundary_f'] = sum(of_images) / len(of_images) if of_images else None
         accuracies.update(_accuracies_of(what, sum(confusion_of), task.none), confusion=sum(confusion_of))
     loss, rate = sum(filter(None, loss_of)) / count, count / max(seconds_of)
     return Evaluation(loss, count, rate, tuple(columns), rows, skipped=skipped, **accuracies)

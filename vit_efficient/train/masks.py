@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_efficient.data.files.masks import IGNORED
+from vit_efficient.train.boundaries import boundary_f
 
 _STRIP = 2**24  # logits of a strip: 64 MiB of float32
 
@@ -109,12 +110,14 @@ class PixelScore:
         confusion: (K, K), int64: how many pixels of a class, by row, were taken for another, by column.
         probability, label_probability: Of the class that is told, and of the one that is there: means over the pixels
             that count.
+        boundary_f: `boundaries.boundary_f`.
     """
 
     loss: Tensor
     confusion: Tensor
     probability: Tensor
     label_probability: Tensor
+    boundary_f: float
 
     @classmethod
     def of(cls, logits: Tensor, classes: Tensor, patch: tuple[int, int]) -> 'PixelScore':
@@ -122,21 +125,25 @@ class PixelScore:
         kinds, size = logits.shape[0], tuple(classes.shape)
         lost, shares, of_labels = (logits.new_zeros(()) for _ in range(3))
         confusion = torch.zeros(kinds, kinds, dtype=torch.int64, device=logits.device)
+        found = torch.empty(size, dtype=torch.int16, device=logits.device)
         for rows, strip in strips(logits[None], size, patch):
             truth = classes[rows].long()
             counts = truth != IGNORED
             log_shares = strip[0].log_softmax(0)
             of_label = log_shares.gather(0, truth.clamp(min=0)[None])[0] * counts
             best, predicted = log_shares.max(0)
+            found[rows] = predicted.to(found.dtype)
             lost = lost - of_label.sum()
             of_labels = of_labels + (of_label.exp() * counts).sum()
             shares = shares + (best.exp() * counts).sum()
             pairs = (truth * kinds + predicted)[counts]
             confusion += torch.bincount(pairs, minlength=kinds**2).view(kinds, kinds)
         count = confusion.sum()
-        return cls(lost / classes.numel(), confusion, shares / count, of_labels / count)
+        outlines = boundary_f(found.cpu().numpy(), classes.cpu().numpy())
+        return cls(lost / classes.numel(), confusion, shares / count, of_labels / count, outlines)
 
-    def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The accuracy in percent, of the pixels that count, and the two probabilities."""
+    def numbers(self) -> tuple[Tensor, ...]:
+        """The accuracy of the pixels that count and the boundary F-score, in percent, and the two probabilities."""
         right, count = (part.to(self.probability) for part in (self.confusion.trace(), self.confusion.sum()))
-        return 100 * right / count, self.probability, self.label_probability
+        outlines = right.new_tensor(100 * self.boundary_f)
+        return 100 * right / count, outlines, self.probability, self.label_probability
