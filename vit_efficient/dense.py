@@ -136,6 +136,8 @@ class DenseModel(nn.Module):
         UserError: If the backbone cannot be served or has no patches of one size, or there is no such head or option.
     """
 
+    frozen = False  # whether the backbone does not learn
+
     def __init__(self, backbone: nn.Module, head: str = 'linear', num_classes: int = 2, **options: Any):
         super().__init__()
         check_choice('head', head, HEADS)
@@ -226,8 +228,6 @@ class DenseModel(nn.Module):
         self.backbone.requires_grad_(False)
         self.frozen = True
         self.backbone.eval()
-
-    frozen = False
 
     def train(self, mode: bool = True) -> 'DenseModel':
         super().train(mode)

@@ -10,7 +10,8 @@ from vit_efficient_cli.parsing import DATA, MODEL, check_exists
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', help='a run folder, or a model folder (config.json and weights)')
     parser.add_argument('--data', required=True, **DATA)
-    parser.add_argument('--batch-size', type=int, default=64, help='images per batch (default: %(default)s)')
+    about = 'images per batch (default: 64, or of whole images with masks 1)'
+    parser.add_argument('--batch-size', type=int, metavar='N', help=about)
     parser.add_argument('--workers', type=int, default=0, help='loader processes (default: %(default)s)')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, … (default: %(default)s)')
     as_run = "the type of matrix products (default: as the run's recipe says, else none)"
@@ -30,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
     from vit_efficient.utils.checks import as_integer
     from vit_efficient.utils.options import parse_value
 
-    as_integer('--batch-size', args.batch_size)
+    if args.batch_size is not None:
+        as_integer('--batch-size', args.batch_size)
     as_integer('--workers', args.workers, least=0)
     saved = SavedModel(args.model)
     amp, on_error = args.amp or saved.config.amp, args.on_error or saved.config.data.on_error

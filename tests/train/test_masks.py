@@ -20,7 +20,7 @@ from vit_efficient.dense import DenseModel
 from vit_efficient.train import Config, evaluate, train
 from vit_efficient.train.boundaries import boundary_f
 from vit_efficient.train.checkpoint import load_checkpoint
-from vit_efficient.train.config import LossConfig, ModelConfig, OptimConfig, SchedConfig
+from vit_efficient.train.config import LossConfig, ModelConfig, OptimConfig, SchedConfig, StageConfig
 from vit_efficient.train.masks import MaskLoss, PixelScore, pad_to_patches, strips, upsampled
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.tasks import Task
@@ -220,6 +220,27 @@ def test_pixels_are_learned(tmp_path):
     assert result['miou'] > 75 and result['foreground_miou'] > 65
 
 
+def test_masks_that_do_not_fit_are_never_skipped(tmp_path):
+    """Those that cannot be read are."""
+    config = mask_recipe(tmp_path / 'data', tmp_path / 'run')
+    config.data.on_error = 'skip'
+    (tmp_path / 'data/val/masks/1.png').write_bytes(b'no image')
+    assert train(config)['val_skipped'] == 1
+    Image.fromarray(np.full((20, 24), 77, np.uint8)).save(tmp_path / 'data/val/masks/1.png')
+    config.output = str(tmp_path / 'again')
+    with pytest.raises(ValueError, match=r'masks/1\.png: its mask holds 77, its classes are 0 to 2; pixels [^;]*$'):
+        train(config)
+
+
+@pytest.mark.parametrize('change', [{'masks': 'dice'}, {'class_weights': [1.0, 2.0, 3.0]}])
+def test_losses_of_masks_without_masks(tmp_path, change):
+    config = mask_recipe(tmp_path / 'data', tmp_path / 'run')
+    config.loss, config.model.args['num_classes'] = LossConfig(**change), 3
+    items = [(np.zeros((16, 16, 3), np.uint8), 0, np.zeros((4, 4), int))] * 4
+    with pytest.raises(ValueError, match=f'loss.{next(iter(change))} must be .* for data without masks'):
+        train(config, items, items)
+
+
 STILL = dict(crop_scale=None, crop_zoom=None, hflip=0.0, rand_ops=0, erasing=0.0, color_jitter=0.0)
 
 
@@ -262,7 +283,7 @@ def test_cached_features_are_what_the_backbone_gives(tmp_path, monkeypatch):
     train(plain)
     seen.clear()
     train(cached)
-    assert sum(seen) == 16 + 5 + 1 + 2  # trained on, validated on; tried before, of the batch in training mode 2
+    assert sum(seen) == 16 + 5 + 1 + 2 + 2  # trained on, validated on; tried before: blank ones, and two of any size
     one, two = (load_checkpoint(tmp_path / name / 'checkpoint.pt')['model'] for name in ('plain', 'cached'))
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
     assert any(not torch.equal(one[name], two[name]) for name in one)  # they are kept in half precision
@@ -280,6 +301,29 @@ def test_cached_features_go_on_where_they_stopped(tmp_path, monkeypatch):
         train(recipe('parts', checkpoint_steps=1))
     train(recipe('parts', resume='auto'))
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+
+
+def test_a_run_goes_on_from_the_head_of_another(tmp_path, caplog):
+    """First the head alone, then all."""
+    first = head_recipe(tmp_path / 'data', tmp_path / 'first')
+    train(first)
+    config = head_recipe(tmp_path / 'data', tmp_path / 'second')
+    config.model.init_from, config.model.freeze = str(tmp_path / 'first'), False
+    config.optim.opt, config.optim.lr, config.sched.epochs = 'sgd', 1e-9, 1
+    train(config)
+    assert 'the head goes on from there' in caplog.text
+    one, two = (load_checkpoint(tmp_path / name / 'checkpoint.pt')['model'] for name in ('first', 'second'))
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    config.model.head_args, config.output = {'width': 8}, str(tmp_path / 'third')
+    train(config)
+    assert "the head is new, since that one is of {'head': 'multilayer', 'head_args': {'width': 16" in caplog.text
+
+
+def test_stages_do_not_change_what_is_frozen(tmp_path):
+    config = head_recipe(tmp_path / 'data', tmp_path / 'run')
+    config.stages = [StageConfig(1), StageConfig(1, attention='linformer')]
+    with pytest.raises(ValueError, match='stages must not change the model with model.freeze=true'):
+        train(config)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +425,16 @@ def test_two_processes_reach_the_weights_of_one(tmp_path):
             r'masks/\d+\.png: its mask holds 2, its classes are 0 to 1',
         ),
         ({'data.args': {'classes': 3}}, r'masks/\d+\.png: its mask holds 255, its classes are 0 to 2'),
-        ({'data.eval_batch_size': 2}, r'images of several sizes, such as .* are no batch; set data\.eval_batch_size=1'),
+        (
+            {'data.eval_batch_size': 2},
+            'data.eval_batch_size=2: validation images of several sizes, such as .*; set it to 1',
+        ),
+        ({'model.args': {**TINY, 'global_pool': ''}}, 'does not take whole validation images, .*dynamic_img_size=true'),
+        ({'data.crop_pct': 0.5}, 'data.crop_pct must be null for masks'),
+        (
+            {'data.args': {'classes': 3, 'ignore_index': 255, 'values': {0: None, 1: None, 2: None}}},
+            'none of the pixels',
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, message):
@@ -391,7 +444,7 @@ def test_what_does_not_fit_is_named(tmp_path, change, message):
         setattr(getattr(config, section) if section else config, name, value)
     with pytest.raises(ValueError, match=message):
         train(config)
-    assert not (tmp_path / 'run').exists() or 'eval_batch_size' in message
+    assert not (tmp_path / 'run').exists() or 'none of the pixels' in message
 
 
 def test_a_mask_of_another_size_than_its_image(tmp_path):
@@ -403,5 +456,5 @@ def test_a_mask_of_another_size_than_its_image(tmp_path):
 
 def test_masks_are_asked_for_in_both_sets(tmp_path):
     config = mask_recipe(tmp_path / 'data', tmp_path / 'run')
-    with pytest.raises(ValueError, match='the training set has masks and the validation set has none'):
+    with pytest.raises(ValueError, match='data.train has masks and data.val has none; give both the same kind'):
         train(config, val_set=[(np.zeros((16, 16, 3), np.uint8), 0)])

@@ -43,13 +43,11 @@ def _collate(
         readable = [next(others) if isinstance(item, Unreadable) else item for item in items]
     if len({image.dtype for image, *_ in readable}) > 1:
         readable = [(normalize(image), *rest) for image, *rest in readable]
-    sizes = sorted({tuple(image.shape[1:]) for image, *_ in readable})
+    sizes = sorted({tuple(image.shape) for image, *_ in readable})
     if len(sizes) > 1:
-        (height, width), (other_height, other_width) = sizes[0], sizes[-1]
-        raise UserError(
-            f'images of several sizes, such as {height}×{width} and {other_height}×{other_width}, are no batch; set '
-            'data.eval_batch_size=1'
-        )
+        shapes = ' and '.join('×'.join(map(str, size)) for size in (sizes[0], sizes[-1]))
+        way_out = '' if full else '; set data.eval_batch_size=1 (--batch-size 1)'
+        raise UserError(f'images of several sizes, such as {shapes}, are no batch{way_out}')
     tensors = default_collate(readable) if readable else None
     if not skip:
         return tensors

@@ -67,7 +67,12 @@ def has_masks(*datasets: Dataset) -> bool:
     """
     masks = {bool(getattr(dataset, 'moves_with_pixels', False)) for dataset in datasets}
     if len(masks) > 1:
-        raise UserError('the training set has masks and the validation set has none, or the other way round')
+        with_masks, without = ('data.train', 'data.val')[
+            :: 1 if getattr(datasets[0], 'moves_with_pixels', False) else -1
+        ]
+        raise UserError(
+            f'{with_masks} has masks and {without} has none; give both the same kind (data.dataset, data.args)'
+        )
     return masks == {True}
 
 
@@ -129,7 +134,8 @@ class Samples(Dataset):
         return name(index) if name else str(index)
 
     def decode(self, index: int) -> tuple[Any, ...] | Unreadable:
-        """The image as an array (H, W, C), its label and, where it is read, its target as an int64 tensor.
+        """The image as an array (H, W, C), its label and, where it is read, its target: an int64 tensor, or of pixels
+        an int16 array.
 
         Raises:
             UserError: If one does not fit the model, or cannot be read and is not skipped; it names the sample.
@@ -204,14 +210,11 @@ class Samples(Dataset):
             return item
         image, *truth = item
         if self.of_pixels:
-            return *self._moved(image, truth, key), key[1]
+            label, mask = truth
+            image, mask = self.transform.pixels_and_mask(image, mask, *key)
+            return image, label, mask, key[1]
         transform = self.transform.pixels if self._normalizes_later else self.transform
         return transform(image, *key), *truth, key[1]
-
-    def _moved(self, image: np.ndarray, truth: list[Any], key: tuple[int, ...]) -> tuple[Any, ...]:
-        label, mask = truth
-        tensor, mask = self.transform.pixels_and_mask(image, mask, *key)
-        return tensor, label, mask
 
     @property
     def _normalizes_later(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vit_efficient.benchmark import take_turns
-from vit_efficient.data import create_dataset
+from vit_efficient.data import create_dataset, has_masks
 from vit_efficient.flops import count_flops
 from vit_efficient.models import kept_tokens
 from vit_efficient.report import parts
@@ -156,6 +156,8 @@ def costs_of_images(entry: Entry) -> str:
     if not any(getattr(module, 'cost_depends_on_data', False) for module in model.modules()):
         return ''
     dataset = create_dataset(data.val, data.dataset, data.root, 'data.val', {**data.args, **data.val_args})
+    if has_masks(dataset):  # whole images, of any sizes, are no batch
+        return ''
     images = entry.saved.samples(dataset, data.on_error).spread(COUNTED_IMAGES)
     count = count_flops(model, images=images)
     return (

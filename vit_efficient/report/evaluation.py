@@ -77,7 +77,7 @@ class SavedModel:
 def evaluate_saved(
     saved: SavedModel,
     split: str,
-    batch_size: int,
+    batch_size: int | None = None,
     workers: int = 0,
     device: str = 'auto',
     amp: str = 'none',
@@ -90,7 +90,8 @@ def evaluate_saved(
     Args:
         saved: The model.
         split: As `SavedModel.open_data` takes it.
-        batch_size, workers, device, amp, on_error: As the keys of a recipe.
+        batch_size: Images at once: by default 64, or of whole images with masks 1.
+        workers, device, amp, on_error: As the keys of a recipe.
         tile, overlap: Of images with masks: as of `Tiled`; without a tile they are seen whole.
 
     Raises:
@@ -119,7 +120,7 @@ def evaluate_saved(
     samples = saved.samples(dataset, on_error, check_target=check_target, labels=labels)
     with processes(device) as team:
         sampler = data.EpochSampler(len(samples), shuffle=False, rank=team.rank, world_size=team.world_size, even=False)
-        batch_size = 1 if of_pixels else batch_size  # images as large as they are
+        batch_size = batch_size or (1 if of_pixels else 64)
         loader = data.create_loader(samples, sampler, batch_size, workers, pin=team.device.type == 'cuda')
         return evaluate(model.to(team.device), loader, team, amp, task)
 

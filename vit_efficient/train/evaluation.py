@@ -170,6 +170,11 @@ def evaluate(
         accuracies['top1'] = 100 * sum(label == predicted for _, label, predicted, *_ in rows) / count
         if any(right is not None for right in top5_of):
             accuracies['top5'] = 100 * sum(filter(None, top5_of)) / count
+    if task.of_pixels and not sum(confusion_of).any():
+        raise UserError(
+            f'none of the pixels of {count} images counts, so that there is nothing to evaluate; see ignore_index and '
+            'values (data.args), which say what does not'
+        )
     if task.of_patches:
         what = 'pixel' if task.of_pixels else 'patch'
         outlines = ['boundary_f'] * task.of_pixels

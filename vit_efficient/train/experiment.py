@@ -57,8 +57,7 @@ class Feed:
     def __init__(self, config, team, train_set, val_set, model, preprocessing: data.Preprocessing, task: Task, labels):
         keys, tones = config.data, config.data.augment
         self.config, self.team, self.preprocessing = config, team, preprocessing
-        if task.of_patches:
-            check_targets(config, task.of_pixels)
+        check_targets(config, task.of_patches, task.of_pixels)
         self.whole = task.of_pixels
         (train_set, augment), (val_set, fixed) = self._inputs(train_set, val_set, model)
         tonal = tones.three or tones.color_jitter or tones.hue or tones.dct_truncate

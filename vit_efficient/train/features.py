@@ -24,7 +24,7 @@ class CachedFeatures(Dataset):
         amp: none or bf16, as of the run.
     """
 
-    on_error, cached = 'error', None  # as of `Samples`; what cannot be read is found before
+    cached = None  # as of `Samples`: no decoded images
 
     def __init__(self, samples: Samples, model: DenseModel, task: Task, amp: str):
         self.samples, self.model, self.task, self.amp = samples, model, task, amp

@@ -93,9 +93,12 @@ class MaskLoss(nn.Module):
     @staticmethod
     def _dice(shares: Tensor, classes: Tensor, weights: Tensor | None) -> Tensor:
         counts = (classes != IGNORED)[:, None]
-        truth = F.one_hot(classes.clamp(min=0), shares.shape[1]).movedim(-1, 1) * counts
-        shares = shares * counts
-        both, total, area = ((part).sum((2, 3)) for part in (shares * truth, shares + truth, truth))
+        shares, labels = shares * counts, classes.clamp(min=0)[:, None]
+        empty = shares.new_zeros(*shares.shape[:2])
+        of_labels = shares.gather(1, labels).flatten(1)  # 0 where the label does not count
+        both = empty.scatter_add(1, labels.flatten(1), of_labels)
+        area = empty.scatter_add(1, labels.flatten(1), counts.flatten(1).to(shares))
+        total = shares.sum((2, 3)) + area
         there = (area > 0).to(shares) if weights is None else (area > 0) * weights
         lost = there * (1 - 2 * both / total.clamp(min=torch.finfo(shares.dtype).tiny))
         return (lost.sum(1) / there.sum(1).clamp(min=torch.finfo(shares.dtype).tiny)).mean()

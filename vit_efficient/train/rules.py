@@ -20,7 +20,12 @@ _STILL = {
     **dict.fromkeys(('data.augment.erasing', 'loss.mixup', 'loss.cutmix'), 0.0),
 }
 # The values with which an image has the pixels of one image.
-_OF_MASKS = {'data.decode': 'pixels', **dict.fromkeys(('loss.mixup', 'loss.cutmix'), 0.0), 'loss.bce': False}
+_OF_MASKS = {
+    'data.decode': 'pixels',
+    'data.crop_pct': None,
+    **dict.fromkeys(('loss.mixup', 'loss.cutmix'), 0.0),
+    'loss.bce': False,
+}
 # The values with which nothing is done to coefficients that only pixels allow.
 _ON_COEFFICIENTS = {
     'task': 'classification',
@@ -52,6 +57,8 @@ def validate(config: Config) -> None:
         raise UserError(
             'model.head_args or model.freeze are set, and no model.head, which they are of; set model.head=multilayer'
         )
+    if config.model.freeze and any(stage.attention or stage.freeze for stage in config.stages):
+        raise UserError('stages must not change the model with model.freeze=true, by which only its head learns')
     if config.model.head and config.task != 'segmentation':
         raise UserError(f'model.head={config.model.head} is for task=segmentation, got task={config.task}')
     if config.truncation.budget and not config.truncation.penalty:
@@ -77,15 +84,17 @@ def validate(config: Config) -> None:
         _require(config, _ON_COEFFICIENTS, f'data.decode=coefficients: {reason}')
 
 
-def check_targets(config: Config, of_pixels: bool) -> None:
-    """Checks what a task of patches asks of augmentation, or one of pixels (masks), which move with their image.
+def check_targets(config: Config, of_patches: bool, of_pixels: bool) -> None:
+    """Checks what a task of patches asks of augmentation, or one of pixels (masks), which move with their image; and
+    that what is for these alone is not asked for elsewhere.
 
     Raises:
         UserError: Naming the first key whose value does not fit.
     """
     if of_pixels:
-        _require(config, _OF_MASKS, 'masks: each pixel has one class')
-    else:
+        return _require(config, _OF_MASKS, 'masks: each pixel has one class')
+    _require(config, {'loss.masks': 'cross_entropy', 'loss.class_weights': None}, 'data without masks')
+    if of_patches:
         _require(config, _STILL, f'task={config.task}: the target of patches does not move with the pixels')
 
 
@@ -98,8 +107,6 @@ def check_cached(config: Config) -> None:
     required = {**_STILL, 'model.freeze': True, 'parallel': 'ddp', 'channels_last': False, 'data.augment.three': False}
     required |= dict.fromkeys((f'data.augment.{name}' for name in ('color_jitter', 'hue', 'dct_truncate')), 0.0)
     _require(config, required, 'data.cache_features: each image goes once through a backbone that does not learn')
-    if any(stage.attention or stage.freeze for stage in config.stages):
-        raise UserError('stages must not change the model for data.cache_features')
 
 
 def without_effect(config: Config) -> str:
@@ -108,6 +115,8 @@ def without_effect(config: Config) -> str:
     idle = {
         'sched.sched=none': config.sched.sched == 'none' and ('sched.warmup_epochs', 'sched.warmup_lr', 'sched.min_lr'),
         f'task={config.task}': config.task != 'both' and ('loss.patch_weight',),
+        'loss.masks=dice': config.loss.masks == 'dice' and ('loss.smoothing',),
+        'model.freeze=true': config.model.freeze and ('optim.layer_decay',),
         'ema.decay=0': not config.ema.decay and ('ema.warmup',),
         'distill.kind=hard': config.distill.kind == 'hard' and ('distill.temperature',),
         'no data.dataset': not config.data.dataset and ('data.root',),

@@ -29,6 +29,7 @@ from vit_efficient.utils.precision import autocast
 
 logger = logging.getLogger(__name__)
 
+TRIED_WHOLE = 8  # at most, of validation images that are evaluated as large as they are
 TRIED_IMAGES = 100  # at most, of each set, until one can be read
 
 
@@ -113,6 +114,8 @@ def preflight(experiment: Experiment, state: TrainState) -> None:
     logits = _try_size(experiment, state, experiment.preprocessing, 'data.img_size, model.args')
     experiment.task.check_logits(logits)
     _try_training(experiment, state)
+    if experiment.task.of_pixels:
+        _try_whole(experiment, state)
     config, team = experiment.config, experiment.team
     for scheduled in experiment.preprocessing.scheduled(config.data.schedule).values() if config.data.schedule else ():
         _try_size(experiment, state, scheduled, 'data.schedule; try model.args.dynamic_img_size=true')
@@ -136,6 +139,34 @@ def _try_size(experiment: Experiment, state: TrainState, preprocessing: Preproce
             f'model {experiment.config.model.name} does not take images of {height}×{width} pixels and {channels} '
             f'channels ({keys}): {first_line(error)}'
         ) from error
+
+
+def _try_whole(experiment: Experiment, state: TrainState) -> None:
+    """Tries images of the validation set as large as they are: the smallest and the largest of some."""
+    task, device = experiment.task, experiment.team.device
+    images = sorted((image for image, *_ in experiment.feed.val_samples.readable(TRIED_WHOLE)), key=torch.numel)
+    sizes, many = [tuple(image.shape[1:]) for image in images], experiment.config.data.eval_batch_size or 1
+    if many > 1 and len(set(sizes)) > 1:
+        (height, width), (other_height, other_width) = sizes[0], sizes[-1]
+        raise UserError(
+            f'data.eval_batch_size={many}: validation images of several sizes, such as {height}×{width} and '
+            f'{other_height}×{other_width}, are no batch; set it to 1'
+        )
+    state.model.eval()
+    for image in {
+        size: image for size, image in zip(sizes, images, strict=True) if size in (sizes[0], sizes[-1])
+    }.values():
+        try:
+            with torch.no_grad(), autocast(device, experiment.config.amp):
+                state.model(task.padded(image[None].to(device)))
+        except Exception as error:  # as in `_try_size`
+            if is_bug_of_plugin(error):
+                raise
+            height, width = image.shape[1:]
+            raise UserError(
+                f'model {experiment.config.model.name} does not take whole validation images, such as one of {height}×'
+                f'{width} pixels; try model.args.dynamic_img_size=true: {first_line(error)}'
+            ) from error
 
 
 def _try_training(experiment: Experiment, state: TrainState) -> None:

@@ -12,6 +12,7 @@ import timm
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from vit_efficient.dense import DenseModel
 from vit_efficient.models.checkpoints import checkpoint_filter_fn
 from vit_efficient.models.saving import load_model, model_folder, read_model_config
 from vit_efficient.train.checkpoint import damaged_part, load_checkpoint
@@ -32,6 +33,9 @@ STATISTICS = ('mean', 'std')
 _OF_IMAGES = (*STATISTICS, 'input_size', 'interpolation', 'crop_pct', 'crop_mode')
 # What the unpickler raises for a file that is none of its own, and that says nothing of it.
 _STUMBLING = (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError, struct.error)
+
+DENSE = 'vit_dense'
+_OF_HEAD = ('head', 'head_args', 'num_classes')
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +58,8 @@ class Source:
         """
         path = Path(name)
         if path.is_dir():
-            return cls(model_folder(path), **_saved_model(model_folder(path)))
+            source = cls(model_folder(path), **_saved_model(model_folder(path)))
+            return source._of_backbone() if source.model.name == DENSE else source
         if not path.exists():
             raise UserError(f'model.init_from={path}: no such file or folder')
         beside = _saved_model(path.parent) if (path.parent / 'config.json').exists() else {}
@@ -72,6 +77,29 @@ class Source:
         given = {key.removeprefix('model.'): value for key, value in identity.items() if key.startswith('model.')}
         model = ModelConfig(**{key: value for key, value in given.items() if key in vars(ModelConfig())})
         return cls(path, state.get('ema') or state['model'], model, state.get('preprocessing', {}))
+
+    def _of_backbone(self) -> 'Source':
+        """Of a model with a head for patches, the backbone's part; the head follows by `take_head`."""
+        args = self.model.args
+        weights = dict(load_model(self.path).backbone.state_dict())
+        told = {key: value for key, value in self.told.items() if key != 'num_classes'}
+        return replace(
+            self, weights=weights, model=ModelConfig(args['backbone'], dict(args['backbone_args'])), told=told
+        )
+
+
+def take_head(model: DenseModel, name: str) -> None:
+    """Gives a model the head that was saved beside the weights it starts from, if it is of the same kind."""
+    path = Path(name)
+    if not path.is_dir() or read_model_config(model_folder(path))['architecture'] != DENSE:
+        return
+    saved = load_model(path)
+    ours, theirs = ({key: each.construction()[key] for key in _OF_HEAD} for each in (model, saved))
+    if ours == theirs:
+        model.head.load_state_dict(saved.head.state_dict())
+        logger.info('model.init_from=%s: the head goes on from there', path)
+    else:
+        logger.info('model.init_from=%s: the head is new, since that one is of %s', path, theirs)
 
 
 def _saved_model(folder: Path) -> dict[str, Any]:

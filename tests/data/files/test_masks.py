@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.data.trees import pixels
 from vit_efficient.data.files.masks import IGNORED, MaskValues, mask_values, read_mask, read_palette
+from vit_efficient.data.files.pixels import UnfitImage
 
 CLASSES = np.random.default_rng(0).integers(0, 3, (7, 13)).astype(np.uint8)
 COLOURS = [[0, 0, 0], [255, 0, 0], [0, 128, 255]]
@@ -154,6 +155,10 @@ def test_values_that_stand_for_nothing(values, options, message):
         ({'palette': [[0, 0, 0], [0, 0, 0], [1, 1, 1]]}, r'palette has \[0, 0, 0\] twice'),
         ({'palette': [[0, 0, 0], [0, 0, 256], [1, 1, 1]]}, r'palette must be of colours .* got \[0, 0, 256\]'),
         ({'palette': COLOURS, 'ignore_index': COLOURS[1]}, r'ignore_index: \[255, 0, 0\] is the colour of a class'),
+        ({'ignore_index': 2}, 'ignore_index=2: 2 is that of a class too; say which class each value has by values'),
+        ({'ignore_index': [0], 'values': {0: 0, 255: 1}}, r'ignore_index=\[0\]: 0 is that of a class too'),
+        ({'ignore_index': 2**70}, 'ignore_index must be an integer'),
+        ({'values': {2**70: 0}}, 'values must give integers a class'),
         ({'palette': COLOURS, 'ignore_index': 255}, 'ignore_index must be of colours'),
     ],
 )
@@ -195,6 +200,39 @@ def test_files_that_are_no_masks(make, message):
     made = make()
     with pytest.raises(ValueError, match=message):
         read_mask(io.BytesIO(bytes(made)) if isinstance(made, memoryview) else made)
+
+
+def test_levels_that_readers_would_change(tmp_path):
+    levels = bytes([0, 1, 2, 3, 0, 1])
+    (tmp_path / 'few.pgm').write_bytes(b'P5\n3 2\n3\n' + levels)
+    (tmp_path / 'many.pgm').write_bytes(b'P5\n3 2\n1000\n' + 2 * levels)
+    Image.fromarray(CLASSES).save(tmp_path / 'lossy.jpg')
+    Image.fromarray(np.dstack([CLASSES] * 3)).save(tmp_path / 'lossy.webp')
+    tifffile.imwrite(tmp_path / 'white.tif', CLASSES, photometric='miniswhite')
+    tifffile.imwrite(tmp_path / 'few.tif', CLASSES, photometric='minisblack')
+    data = bytearray((tmp_path / 'few.tif').read_bytes())
+    entry = data.index((258).to_bytes(2, 'little') + (3).to_bytes(2, 'little'))  # BitsPerSample
+    data[entry + 8] = 4
+    (tmp_path / 'few.tif').write_bytes(data)
+    for name, why in (
+        ('few.pgm', 'this PGM is of levels from 0 to 3'),
+        ('many.pgm', 'this PGM is of levels from 0 to 1000'),
+        ('lossy.jpg', 'a JPEG blurs them'),
+        ('lossy.webp', 'a WEBP blurs them'),
+        ('white.tif', '0 is white in this TIFF'),
+        ('few.tif', 'this TIFF has 4 bits'),
+    ):
+        with pytest.raises(UnfitImage, match=rf'{name}: a mask must hold numbers as they are, and {why}; store it as'):
+            read_mask(tmp_path / name)
+    Image.fromarray(np.dstack([CLASSES] * 3)).save(tmp_path / 'exact.webp', lossless=True)
+    Image.fromarray(CLASSES).save(tmp_path / 'all.pgm')
+    for name in ('exact.webp', 'all.pgm'):
+        assert np.array_equal(MaskValues(3).classes(read_mask(tmp_path / name)), CLASSES)
+
+
+def test_numbers_beyond_integers():
+    with pytest.raises(UnfitImage, match='a mask must hold integers of up to'):
+        read_mask(array(np.full((2, 2), 2**64 - 1, np.uint64)))
 
 
 def test_cmyk(tmp_path):

@@ -98,6 +98,30 @@ def test_coco_panoptic(root):
         MaskedImages(root, annotations=str(root / 'panoptic.json'))
 
 
+def test_coco_masks_of_one_name_in_two_folders(root):
+    told = {'categories': [{'id': 1, 'name': 'x'}, {'id': 2, 'name': 'y'}], 'annotations': []}
+    for folder in ('images', 'masks'):
+        for path in root.glob(f'{folder}/*'):
+            path.unlink()
+        for inner in 'ab':
+            (root / folder / inner).mkdir()
+            Image.new('RGB', (4, 4), (7, 0, 0)).save(root / folder / inner / '1.png')
+    for number, inner in enumerate('ab', 1):
+        told['annotations'].append({'file_name': f'{inner}/1.png', 'segments_info': [{'id': 7, 'category_id': number}]})
+    (root / 'panoptic.json').write_text(json.dumps(told))
+    dataset = MaskedImages(root, annotations=str(root / 'panoptic.json'))
+    assert [dataset[i][2].max() for i in range(2)] == [0, 1]
+    del told['annotations'][1]
+    told['annotations'][0]['file_name'] = '1.png'
+    (root / 'panoptic.json').write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r'1\.png may be masks/a/1\.png or masks/b/1\.png; name them with'):
+        MaskedImages(root, annotations=str(root / 'panoptic.json'))
+    told['annotations'].append(told['annotations'][0])
+    (root / 'panoptic.json').write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r'1\.png has two annotations'):
+        MaskedImages(root, annotations=str(root / 'panoptic.json'))
+
+
 def test_shards(root, tmp_path):
     with tarfile.open(tmp_path / 'all.tar', 'w') as archive:
         for name in (0, 1, 2, 10):
@@ -107,7 +131,7 @@ def test_shards(root, tmp_path):
     dataset = create_dataset(str(tmp_path / 'all.tar'), args=args)
     assert has_masks(dataset) and class_names(dataset) == NAMES
     same(dataset, MaskedImages(root, NAMES, ignore_index=255))
-    other = create_dataset(str(tmp_path / 'all.tar'), args={**args, 'ignore_index': [255, 2]})
+    other = create_dataset(str(tmp_path / 'all.tar'), args={**args, 'ignore_index': [255, 254]})
     assert other.digest() != dataset.digest()
 
 
@@ -196,6 +220,8 @@ def test_faults_are_named(root, spoil, message):
         ({'classes': 0}, 'classes must be a list of names, a text file of them, or their number, got 0'),
         ({'classes': 3, 'ignore_idx': 255}, "MaskedImages has no option 'ignore_idx'; did you mean ignore_index?"),
         ({'classes': 3, 'mask_suffix': '_m'}, r"masks/0\.png: its name does not end in mask_suffix='_m'"),
+        ({'classes': 3, 'mask_suffix': 5}, 'mask_suffix must be a text, got 5'),
+        ({'classes': 3, 'images': None}, 'images must be a text, got None'),
         ({'annotations': 'none.json'}, r'annotations=none\.json: not a file of COCO.s panoptic format'),
         ({'annotations': 'none.json', 'ignore_index': 0}, 'annotations say what masks hold; leave ignore_index'),
     ],
@@ -211,7 +237,11 @@ def test_arguments_that_do_not_fit(root, args, message):
         ('', 'the list is empty'),
         ('images/0.jpg\n', r"line 1 must have an image and its mask, got \['images/0.jpg'\]"),
         ('image,mask\nimages/0.jpg,masks/7.png\n', r'line 2: .*masks/7\.png: there is no such file'),
-        ('images/0.jpg,masks/0.png\nimages/0.jpg,masks/1.png\n', r'line 2: images/0\.jpg has another mask further up'),
+        ('images/0.jpg,masks/0.png\nimages/0.jpg, masks/0.png\n', 'line 2: images/0.jpg is in it twice, .* the same'),
+        (
+            'images/0.jpg,masks/0.png\nimages/0.jpg,masks/1.png\n',
+            r'line 2: images/0\.jpg is in it twice, further up with another mask, masks/0\.png',
+        ),
     ],
 )
 def test_lists_that_do_not_fit(root, text, message):

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,14 +10,19 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from vit_efficient.data.files import tiff
 from vit_efficient.data.files.images import name_of, read_bytes, read_image
-from vit_efficient.data.files.pixels import WithAlpha
+from vit_efficient.data.files.pixels import UnfitImage, WithAlpha
 from vit_efficient.utils.checks import is_integer
+from vit_efficient.utils.compat import pil_decoder_arguments
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.packages import import_optional
 
 IGNORED = -1  # the class of pixels that do not count, in training and evaluation
 MAX_CLASSES = np.iinfo(np.int16).max
 _UNKNOWN = -2
+_MOST = 2**62  # of a value, in size
+_LOSSY = ('JPEG', 'WEBP')  # formats of Pillow that blur classes into each other
 # What Pillow makes of the samples of a grey PNG of 2 and of 4 bits, by the depth in its header: 1 becomes that.
 _WIDENED = {2: 85, 4: 17}
 
@@ -56,7 +62,7 @@ class MaskValues:
             values: (H, W), integers; or of colours (H, W, 3), uint8.
 
         Raises:
-            UserError: For a value that stands for nothing, or a mask of the other kind.
+            UnfitImage: For a value that stands for nothing, or a mask of the other kind.
         """
         codes = self._codes(values)
         known, labels = self._table
@@ -77,7 +83,7 @@ class MaskValues:
     def _codes(self, values: np.ndarray) -> np.ndarray:
         if self.of_colours:
             if values.ndim != 3:
-                raise UserError(
+                raise UnfitImage(
                     'its mask holds numbers, and classes are told by colours (palette); leave the palette out, or '
                     'store the mask as RGB'
                 )
@@ -85,26 +91,26 @@ class MaskValues:
         if values.ndim == 3:
             if (values == values[..., :1]).all():  # grey that was stored as RGB
                 return values[..., 0].astype(np.int64)
-            raise UserError(
+            raise UnfitImage(
                 'its mask is of colours, which stand for nothing known; say which class each colour is with palette, '
                 'or store the number of the class of each pixel'
             )
         return values.astype(np.int64)
 
-    def _unknown(self, codes: np.ndarray, where: np.ndarray) -> UserError:
+    def _unknown(self, codes: np.ndarray, where: np.ndarray) -> UnfitImage:
         values = np.unique(codes)
         if not self.of_colours and values.tolist() == [0, 255] and self.classes_of is None:
-            return UserError(
+            return UnfitImage(
                 'its mask holds 0 and 255 only; if 255 is the second class, set values={0: 0, 255: 1}; if pixels of '
                 '255 do not count, set ignore_index=255'
             )
         unknown = [_value(code, self.of_colours) for code in np.unique(codes[where]).tolist()]
         listed = f'{", ".join(map(str, unknown[:5]))}{", …" * (len(unknown) > 5)}'
         if self.of_colours:
-            return UserError(f'its mask holds colours that are not in the palette: {listed}')
+            return UnfitImage(f'its mask holds colours that are not in the palette: {listed}')
         if self.classes_of is not None:
-            return UserError(f'its mask holds {listed}, of which {self.told_by} has no class')
-        return UserError(
+            return UnfitImage(f'its mask holds {listed}, of which {self.told_by} has no class')
+        return UnfitImage(
             f'its mask holds {listed}, its classes are 0 to {self.num_classes - 1}; pixels that do not count are told '
             'by ignore_index, other numbers than those of classes by values'
         )
@@ -153,17 +159,27 @@ def mask_values(
         if again := ignored.intersection(colours):
             raise UserError(f'ignore_index: {list(min(again))} is the colour of a class (palette)')
         return MaskValues(num_classes, ignored, {colour: label for label, colour in enumerate(colours)})
+    if values is not None and (not isinstance(values, Mapping) or not values):
+        raise UserError(f'values must say the class of each value, such as {{0: 0, 255: 1}}, got {values!r}')
     listed = ignore_index if isinstance(ignore_index, list | tuple) else [] if ignore_index is None else [ignore_index]
     for value in listed:
-        if not is_integer(value):
+        if not is_integer(value) or abs(value) > _MOST:
             raise UserError(f'ignore_index must be an integer or a list of them, got {ignore_index!r}')
     ignored = frozenset(map(int, listed))
+    twice = sorted(ignored.intersection(range(num_classes) if values is None else values))
+    if twice:
+        raise UserError(
+            f'ignore_index={ignore_index!r}: {twice[0]} is that of a class too; say which class each value has by '
+            'values, with null for those that do not count'
+        )
     if values is None:
         return MaskValues(num_classes, ignored)
-    if not isinstance(values, Mapping) or not values:
-        raise UserError(f'values must say the class of each value, such as {{0: 0, 255: 1}}, got {values!r}')
     for value, label in values.items():
-        if not is_integer(value) or not (label is None or (is_integer(label, 0) and label < num_classes)):
+        if (
+            not is_integer(value)
+            or abs(value) > _MOST
+            or not (label is None or (is_integer(label, 0) and label < num_classes))
+        ):
             raise UserError(
                 f'values must give integers a class from 0 to {num_classes - 1}, or null, got {value!r}: {label!r}'
             )
@@ -216,20 +232,44 @@ def read_palette(path: str | Path) -> tuple[list[tuple[int, int, int]], list[str
 def read_mask(source: str | Path | BinaryIO) -> np.ndarray:
     """The values in a mask: (H, W), of any type of integers; or of colours (H, W, 3), uint8.
 
-    What `read_image` reads: a PNG or TIFF with a palette gives the indices, not the colours; a grey file its levels,
-    of 1 to 16 bits; `.npy` holds integers (H, W). An alpha is left out.
+    A PNG or TIFF with a palette gives the indices, not the colours; a grey one its levels, of 1 to 16 bits in a PNG, of
+    1, 8, 16 or 32 in a TIFF; a PGM those of 8 or 16 bits; `.npy` holds integers (H, W). An alpha is left out.
 
     Raises:
-        UserError: If the file cannot be read, or holds none of these.
+        UserError: If the file cannot be read.
+        UnfitImage: If it holds none of these, or levels that readers of images would widen, or is stored with a loss.
     """
     data, prefix = read_bytes(source), name_of(source)
     try:
+        if widened := _widens(data):
+            raise UnfitImage(f'a mask must hold numbers as they are, {widened}; store it as PNG, of 8 or 16 bits')
         image = read_image(io.BytesIO(data))
         if isinstance(image, Image.Image):
             return _values(image, data)
         return _integers(np.asarray(image[..., :-1] if isinstance(image, WithAlpha) else image))
     except UserError as error:
         raise type(error)(f'{prefix}{error}') from error
+
+
+def _widens(data: bytes) -> str:
+    """Why numbers in a file would come out as others: '' if they do not."""
+    if data.startswith(tiff.MAGIC):
+        tifffile = import_optional('tifffile', 'TIFFs are read by', 'train')
+        with suppress(Exception), tifffile.TiffFile(io.BytesIO(data)) as file:  # the reader says what is wrong with it
+            page = file.pages[0]
+            if page.photometric == 0:
+                return 'and 0 is white in this TIFF'
+            if page.photometric == 1 and page.bitspersample not in (1, 8, 16, 32):
+                return f'and this TIFF has {page.bitspersample} bits'
+        return ''
+    with suppress(Exception), Image.open(io.BytesIO(data)) as image:
+        if image.format in _LOSSY and not (image.format == 'WEBP' and data[12:16] == b'VP8L'):
+            return f'and a {image.format} blurs them'
+        if image.format == 'PPM' and image.mode in ('L', 'I', 'I;16'):
+            most = pil_decoder_arguments(image)[1]
+            if most not in (255, 65535):
+                return f'and this PGM is of levels from 0 to {most}'
+    return ''
 
 
 def _values(image: Image.Image, data: bytes) -> np.ndarray:
@@ -242,7 +282,7 @@ def _values(image: Image.Image, data: bytes) -> np.ndarray:
         return np.asarray(image.getchannel(0))
     if image.mode in ('RGB', 'RGBA'):
         return np.asarray(image)[..., :3]
-    raise UserError(f'a mask must be grey, of a palette or RGB, it is {image.mode}')
+    raise UnfitImage(f'a mask must be grey, of a palette or RGB, it is {image.mode}')
 
 
 def _integers(values: np.ndarray) -> np.ndarray:
@@ -250,7 +290,9 @@ def _integers(values: np.ndarray) -> np.ndarray:
         values = values[..., 0]
     colours = values.ndim == 3 and values.shape[2] == 3 and values.dtype == np.uint8
     if not (values.ndim == 2 or colours) or values.dtype.kind not in 'iub' or not values.size:
-        raise UserError(
+        raise UnfitImage(
             f'a mask must be integers (height, width), or uint8 (height, width, 3), got {values.dtype} {values.shape}'
         )
+    if values.dtype == np.uint64 and values.max() > _MOST:
+        raise UnfitImage(f'a mask must hold integers of up to {_MOST}, this one has {values.max()}')
     return values.astype(np.uint8) if values.dtype == bool else values

@@ -41,7 +41,6 @@ class MaskedImages(Dataset):
         ignore_index, values, palette: What the values in masks stand for, see `mask_values`.
         annotations: A JSON file of COCO's panoptic format: masks have the number of a segment in each pixel, as red +
             256 green + 65,536 blue, and the file says the category of each. Pixels of no segment do not count.
-        allow_empty: Whether there may be no pair at all.
 
     Raises:
         UserError: If a folder or file is missing or of another form, an image has no mask or a mask no image, two
@@ -63,6 +62,9 @@ class MaskedImages(Dataset):
         annotations: str | None = None,
     ):
         self.loader = read_image
+        for name, text in (('images', images), ('masks', masks), ('mask_suffix', mask_suffix)):
+            if not isinstance(text, str):
+                raise UserError(f'{name} must be a text, got {text!r}')
         path = Path(path)
         if path.is_file():
             self.root = path.parent
@@ -73,9 +75,8 @@ class MaskedImages(Dataset):
         if annotations is not None:
             if ignore_index is not None or values is not None or palette is not None:
                 raise UserError('annotations say what masks hold; leave ignore_index, values and palette out')
-            names, self._read = _panoptic(annotations, self.pairs)
+            names, self._read, self._told = _panoptic(annotations, self.root, self.pairs)
             self.classes = _names(classes, names)
-            self._told = Path(annotations).read_bytes()
         else:
             self.classes, stands_for = classes_of_masks(classes, ignore_index, values, palette)
             self._read = partial(_read_classes, stands_for)
@@ -118,7 +119,7 @@ def _classes(stands_for: MaskValues, values: np.ndarray, path: Path) -> np.ndarr
     try:
         return stands_for.classes(values)
     except UserError as error:
-        raise UserError(f'{path}: {error}') from error
+        raise type(error)(f'{path}: {error}') from error
 
 
 def _pair(root: Path, images: str, masks: str, suffix: str) -> list[tuple[str, str]]:
@@ -174,14 +175,17 @@ def _read_list(path: Path) -> list[tuple[str, str]]:
     for number, row in enumerate(rows, 1):
         if not row or (number == 1 and [cell.strip().lower() for cell in row] == _HEADER):
             continue
-        if len(row) != 2 or not all(cell.strip() for cell in row):
+        cells = [cell.strip() for cell in row]
+        if len(cells) != 2 or not all(cells):
             raise UserError(f'{path}: line {number} must have an image and its mask, got {row}')
-        for cell in row:
+        for cell in cells:
             if not (path.parent / cell).is_file():
                 raise UserError(f'{path}: line {number}: {path.parent / cell}: there is no such file')
-        image, mask = row
-        if masks_of.setdefault(image, mask) != mask:
-            raise UserError(f'{path}: line {number}: {image} has another mask further up, {masks_of[image]}')
+        image, mask = cells
+        if image in masks_of:
+            how = 'with the same mask' if masks_of[image] == mask else f'with another mask, {masks_of[image]}'
+            raise UserError(f'{path}: line {number}: {image} is in it twice, further up {how}')
+        masks_of[image] = mask
         pairs.append((image, mask))
     if not pairs:
         raise UserError(f'{path}: the list is empty')
@@ -211,34 +215,47 @@ def _names(given: Any, told: list[str] | None, count: int | None = None) -> list
     return names
 
 
-def _panoptic(path: str, pairs: list[tuple[str, str]]) -> tuple[list[str], Callable[[Path], np.ndarray]]:
-    """The names of the categories of a COCO file, and what reads the classes of a mask of it."""
+def _panoptic(
+    path: str, root: Path, pairs: list[tuple[str, str]]
+) -> tuple[list[str], Callable[[Path], np.ndarray], bytes]:
+    """The names of the categories of a COCO file, what reads the classes of a mask of it, and a hash of the file."""
     try:
-        told = json.loads(Path(path).read_text(encoding='utf-8'))
+        data = Path(path).read_bytes()
+        told = json.loads(data)
         categories = {int(one['id']): str(one['name']) for one in told['categories']}
-        order = {key: label for label, key in enumerate(sorted(categories))}
-        segments = {
-            Path(one['file_name']).name: {int(each['id']): int(each['category_id']) for each in one['segments_info']}
+        segments = [
+            (str(one['file_name']), {int(each['id']): int(each['category_id']) for each in one['segments_info']})
             for one in told['annotations']
-        }
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"annotations={path}: not a file of COCO's panoptic format (categories; annotations with file_name and "
             f'segments_info): {type(error).__name__}: {first_line(error)}'
         ) from error
-    for name, of_mask in segments.items():
+    order = {key: label for label, key in enumerate(sorted(categories))}
+    labels: dict[str, dict[int, int]] = {}
+    for name, of_mask in segments:
         for segment, category in of_mask.items():
             if category not in order:
                 raise UserError(f'annotations={path}: segment {segment} of {name} has category {category}, not listed')
-    labels = {name: {key: order[category] for key, category in of.items()} for name, of in segments.items()}
+        if name in labels:
+            raise UserError(f'annotations={path}: {name} has two annotations')
+        labels[name] = {segment: order[category] for segment, category in of_mask.items()}
+    of_pairs, taken = {}, {}
     for image, mask in pairs:
-        if Path(mask).name not in labels:
-            raise UserError(f'annotations={path}: there is no annotation with file_name {Path(mask).name}, of {image}')
-    return [categories[key] for key in sorted(categories)], partial(_read_segments, labels)
+        parts = Path(mask).parts  # a file_name may begin at any of its folders
+        name = next((end for i in range(len(parts)) if (end := '/'.join(parts[i:])) in labels), None)
+        if name is None:
+            raise UserError(f'annotations={path}: there is no annotation with file_name {parts[-1]}, of {image}')
+        if taken.setdefault(name, mask) != mask:
+            raise UserError(f'annotations={path}: {name} may be {taken[name]} or {mask}; name them with their folders')
+        of_pairs[str(root / mask)] = labels[name]
+    names = [categories[key] for key in sorted(categories)]
+    return names, partial(_read_segments, of_pairs), hashlib.sha256(data).digest()
 
 
 def _read_segments(labels: Mapping[str, Mapping[int, int]], path: Path) -> np.ndarray:
     values = read_mask(path)
     if values.ndim == 3:
         values = values.astype(np.int64) @ np.array([1, 1 << 8, 1 << 16])
-    return _classes(MaskValues(1, frozenset({0}), labels[path.name], 'annotations'), values, path)
+    return _classes(MaskValues(1, frozenset({0}), labels[str(path)], 'annotations'), values, path)

@@ -22,6 +22,8 @@ class LeafOccupancy(TrainingHook):
         # What a sharded model computes takes all processes.
         if not has_trees(state.evaluated) or not (experiment.team.is_first or experiment.sharded):
             return {}
+        if experiment.task.of_pixels:  # whole images, of any sizes, are no batch
+            return {}
         images = experiment.feed.val_samples.spread(IMAGES).to(experiment.team.device)
         # Of compiled blocks it would see no inputs.
         eager = torch.compiler.set_stance('force_eager')
