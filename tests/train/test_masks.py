@@ -235,7 +235,7 @@ def test_masks_that_do_not_fit_are_never_skipped(tmp_path):
 @pytest.mark.parametrize('change', [{'masks': 'dice'}, {'class_weights': [1.0, 2.0, 3.0]}])
 def test_losses_of_masks_without_masks(tmp_path, change):
     config = mask_recipe(tmp_path / 'data', tmp_path / 'run')
-    config.loss, config.model.args['num_classes'] = LossConfig(**change), 3
+    config.loss, config.model.args['num_classes'], config.data.crop_pct = LossConfig(**change), 3, 1.0
     items = [(np.zeros((16, 16, 3), np.uint8), 0, np.zeros((4, 4), int))] * 4
     with pytest.raises(ValueError, match=f'loss.{next(iter(change))} must be .* for data without masks'):
         train(config, items, items)
