@@ -384,7 +384,6 @@ def test_repeats_of_odd_files(odd, tmp_path):
             'data.schedule=[{epoch: 1, img_size: [8, 8]}]',
             r'does not take images of 8×8 .*\(data\.schedule; try model\.args\.dynamic_img_size=true\)',
         ),
-        ('task=segmentation', r'data\.schedule must be \[\] for task=segmentation'),
         ('data.train=http://host/a.tar', r'^data\.train: http://host/a\.tar: shards that come as a stream have no'),
         (
             'data.train=shards-{0..2}.tar',
@@ -395,8 +394,6 @@ def test_repeats_of_odd_files(odd, tmp_path):
 )
 def test_what_does_not_fit_is_named_before_anything_is_written(photographs, tmp_path, change, message):
     config = recipe(folder_of(photographs, None), tmp_path / 'run')
-    if change == 'task=segmentation':
-        config.data.schedule = [SizeConfig(0, [8, 8])]
     (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
     with pytest.raises(ValueError, match=message) as error:
         train(load_recipe(tmp_path / 'recipe.yaml', [change]))

@@ -13,6 +13,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 from tests.train.recipes import TINY, assert_same_predictions, train_on_one_and_two_processes
 from tests.train.test_trainer import assert_same_run, fail, stop_after
 from vit_efficient.data import EpochSampler, EvalTransform, MegapixelMnist, Preprocessing, Samples, create_loader
+from vit_efficient.data.config import SizeConfig
 from vit_efficient.train import Config, evaluate, load_model, train
 from vit_efficient.train.checkpoint import load_checkpoint, save_checkpoint
 from vit_efficient.train.config import LossConfig, ModelConfig, OptimConfig, SchedConfig
@@ -249,6 +250,22 @@ def test_going_on_mid_epoch_gives_the_same_weights(tmp_path, monkeypatch):
     config.data.workers = 1
     train(config)
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
+
+
+@pytest.mark.parametrize('task', ['segmentation', 'both'])
+def test_targets_of_patches_do_not_move(tmp_path, task):
+    for key, value in (('hflip', 0.5), ('crop_scale', [0.5, 1.0]), ('crop_zoom', [1.0, 1.0]), ('erasing', 0.5)):
+        config = patch_recipe(tmp_path / 'run', task)
+        setattr(config.data.augment, key, value)
+        with pytest.raises(
+            ValueError, match=rf'data\.augment\.{key} must be (null|0\.0) for task={task}: the target of'
+        ):
+            train(config)
+    config = patch_recipe(tmp_path / 'run', task)
+    config.data.schedule = [SizeConfig(0, [8, 8])]
+    with pytest.raises(ValueError, match=rf'data\.schedule must be \[\] for task={task}'):
+        train(config)
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('task', ['segmentation', 'both'])

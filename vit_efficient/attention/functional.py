@@ -92,9 +92,11 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, 
 
 
 def _may_have_gradient(mask: Tensor) -> bool:
-    """Whether a mask has a gradient, as it says itself; one that `torch.func` wraps does not say so, and the graph of
-    `torch.jit.trace` is to be the same with and without."""
-    return mask.requires_grad or torch.jit.is_tracing() or (is_eager(mask) and is_transformed(mask))
+    """Whether a mask has a gradient, as it says itself; one that `torch.func` wraps does not say so. A graph of
+    `torch.jit.trace` is to be the same with gradients and without, and its kernel is chosen where it is run."""
+    if torch.jit.is_tracing():
+        return False
+    return mask.requires_grad or (is_eager(mask) and is_transformed(mask))
 
 
 def _backends(q: Tensor, k: Tensor, mask: Tensor | None) -> AbstractContextManager:
