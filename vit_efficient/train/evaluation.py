@@ -42,7 +42,7 @@ class Evaluation:
     images: int  # of those that could be read, if others are skipped
     images_per_second: float  # of the whole loop, loading included, over all processes
     # Of predictions: index; label, predicted class, the probabilities of the latter and of the former; of patches, or
-    # of pixels that count, the accuracy, and the means over them of these probabilities.
+    # of pixels that count, the accuracy, of pixels the boundary F-score too, and the means of these probabilities.
     columns: tuple[str, ...] = field(repr=False)
     predictions: list[tuple[int | float, ...]] = field(repr=False)  # for every image, by index
     top1: float | None = None  # images whose label is the first of the classes
