@@ -89,7 +89,7 @@ def test_seams_are_blended():
         ((6, 0.25), 'tile=6 must be a multiple of the patches; use 4 or 8'),
         ((0, 0.25), 'tile must be a positive integer, got tile=0'),
         ((8, 1), 'overlap must be at least 0 and below 1, got overlap=1'),
-        ((8, -0.5), 'overlap must be a number with 0 < overlap ≤ 1, got overlap=-0.5'),
+        ((8, -0.5), 'overlap must be at least 0 and below 1, got overlap=-0.5'),
     ],
 )
 def test_tiles_that_do_not_fit(options, message):
@@ -249,6 +249,21 @@ def test_images_that_cannot_be_read(run, tmp_path, capsys):
     said = capsys.readouterr()
     assert '1 cannot be read' in said.out and f'skipped: {images}/1.jpg: not a readable image' in said.err
     assert sorted(path.name for path in (tmp_path / 'out/masks').iterdir()) == ['0.png', '2.png']
+
+
+def test_images_that_do_not_fit_are_never_skipped(run, tmp_path, capsys):
+    np.save(tmp_path / 'five.npy', pixels(0, (8, 9, 5)))
+    command = [
+        'predict',
+        str(run / 'run'),
+        str(tmp_path / 'five.npy'),
+        '--out',
+        str(tmp_path / 'out'),
+        '--device',
+        'cpu',
+    ]
+    assert main([*command, '--on-error', 'skip']) == 2
+    assert 'five.npy: it has 5 channels, the model takes 3' in capsys.readouterr().err
 
 
 def test_models_that_tell_no_pixels(tmp_path, capsys):

@@ -102,7 +102,7 @@ class MultiLayerHead(nn.Module):
 
 
 class _Mix(nn.Module):
-    """x + a convolution of 3 × 3 of what is activated and normalised, by groups of channels of an image."""
+    """x + a convolution of 3 × 3 of GELU of x, which is normalised over all channels and places of an image."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vit_efficient.data.files.images import EXTENSIONS, read_image, to_array
+from vit_efficient.data.files.pixels import UnfitImage
 from vit_efficient.data.preprocessing import Preprocessing, WholeTransform
 from vit_efficient.data.sources.folders import is_hidden, is_image, natural_order
 from vit_efficient.dense import DenseModel
@@ -28,6 +29,7 @@ from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import read_text, replacing, write_bytes, write_json
 from vit_efficient.utils.measurements import digest
 from vit_efficient.utils.modes import evaluating
+from vit_efficient.utils.packages import MissingPackage
 from vit_efficient.utils.precision import autocast
 
 SETTINGS = 'predict.json'  # of a folder of masks: what has made them
@@ -159,7 +161,7 @@ def predict_files(
 
     Args:
         settings: What masks depend on: a folder that holds those of others is refused.
-        on_error: error or skip, for a file that cannot be read.
+        on_error: error or skip, for a file that cannot be read. One that can be and does not fit is an error.
 
     Returns:
         How many were written, and why others were skipped, by path.
@@ -174,13 +176,18 @@ def predict_files(
         if mask_path.exists():
             continue
         try:
-            image = to_array(read_image(job.path), predictor.channels)
+            image = read_image(job.path)
+        except (UnfitImage, MissingPackage):
+            raise
         except UserError as error:
-            reason = f'{job.path}: {str(error).removeprefix(f"{job.path}: ")}'
             if on_error == 'error':
-                raise UserError(f'{reason}; --on-error skip goes on without it') from error
-            skipped[job.path] = reason
+                raise UserError(f'{error}; --on-error skip goes on without it') from error
+            skipped[job.path] = str(error)
             continue
+        try:
+            image = to_array(image, predictor.channels)
+        except UserError as error:
+            raise UserError(f'{job.path}: {error}') from error
         classes = _write_probabilities(
             predictor, image, out / 'probabilities' / f'{job.name}.npy', wanted.probabilities
         )

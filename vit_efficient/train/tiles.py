@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_efficient.train.tasks import Task
-from vit_efficient.utils.checks import as_integer, as_share, multiples_around
+from vit_efficient.utils.checks import as_integer, is_real, multiples_around
 from vit_efficient.utils.errors import UserError
 
 
@@ -46,9 +46,7 @@ class Tiled(nn.Module):
         for side in task.patch_size:
             if tile % side:
                 raise UserError(f'{tile=} must be a multiple of the patches; use {multiples_around(tile, side)}')
-        if overlap:
-            as_share('overlap', overlap)
-        if not 0 <= overlap < 1:
+        if not is_real(overlap) or not 0 <= overlap < 1:
             raise UserError(f'overlap must be at least 0 and below 1, got {overlap=}')
         self.model, self.task, self.tile, self.overlap = model, task, int(tile), float(overlap)
 
@@ -63,10 +61,7 @@ class Tiled(nn.Module):
         total = weights = None
         for top in starts[0]:
             for left in starts[1]:
-                (y, x), (h, w) = (
-                    (top * patch[0], left * patch[1]),
-                    (side * p for side, p in zip(sides, patch, strict=True)),
-                )
+                y, x, h, w = top * patch[0], left * patch[1], sides[0] * patch[0], sides[1] * patch[1]
                 logits = self.task.maps(self.model(images[..., y : y + h, x : x + w]), (h, w))
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 fine = logits.shape[2] // sides[0]  # cells along a patch

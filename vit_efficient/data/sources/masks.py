@@ -93,9 +93,6 @@ class MaskedImages(Dataset):
     def filename(self, index: int) -> str:
         return self.pairs[index][0]
 
-    def maskname(self, index: int) -> str:
-        return self.pairs[index][1]
-
     def digest(self) -> str:
         """A hash of the names and the order of the files, and of what masks stand for."""
         names = '\n'.join(f'{image}\t{mask}' for image, mask in self.pairs)
