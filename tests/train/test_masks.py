@@ -279,7 +279,7 @@ def test_cached_features_are_what_the_backbone_gives(tmp_path, monkeypatch):
     plain, cached = (head_recipe(tmp_path / 'data', tmp_path / name) for name in ('plain', 'cached'))
     for config in (plain, cached):
         config.optim.opt, config.sched.epochs, config.eval_every = 'sgd', 3, 3
-    cached.data.cache_features = True
+    cached.data.cache_features = 'memory'
     train(plain)
     seen.clear()
     train(cached)
@@ -292,7 +292,7 @@ def test_cached_features_are_what_the_backbone_gives(tmp_path, monkeypatch):
 def test_cached_features_go_on_where_they_stopped(tmp_path, monkeypatch):
     def recipe(folder, **options):
         config = head_recipe(tmp_path / 'data', tmp_path / folder, **options)
-        config.data.cache_features = True
+        config.data.cache_features = 'memory'
         return config
 
     train(recipe('whole'))
@@ -340,7 +340,7 @@ def test_stages_do_not_change_what_is_frozen(tmp_path):
 )
 def test_heads_that_do_not_fit_are_named(tmp_path, change, message):
     config = head_recipe(tmp_path / 'data', tmp_path / 'run')
-    config.data.cache_features = True
+    config.data.cache_features = 'memory'
     for key, value in change.items():
         *sections, name = key.split('.')
         section = config

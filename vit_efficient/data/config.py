@@ -95,8 +95,10 @@ class DataConfig:
         4, 'loader processes, at most one for each core; 0 loads in the training process', at_least(0), resume=True
     )
     cache: bool = key(False, 'keep decoded images in memory (each worker its own)', resume=True)
-    cache_features: bool = key(
-        False, 'with model.freeze: each image goes through the backbone once; nothing may be drawn in training'
+    cache_features: str = key(
+        '',
+        'with model.freeze, where nothing is drawn in training: each image goes through the backbone once, and what the '
+        'head reads is kept in memory (memory), or in a folder, for other runs too, and of validation images as well',
     )
     on_error: str = key(
         'error',

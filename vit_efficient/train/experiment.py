@@ -69,10 +69,13 @@ class Feed:
         self.val_samples = data.Samples(val_set, fixed, *options, labels)
         if not len(self.val_samples):
             raise UserError('the validation set is empty')
-        self.trained_on = self.train_samples
+        self.trained_on, self.validated_on = self.train_samples, self.val_samples
         if keys.cache_features:
             check_cached(config)
-            self.trained_on = CachedFeatures(self.train_samples, model, task, config.amp)
+            self.trained_on = CachedFeatures(self.train_samples, model, task, config.amp, keys.cache_features)
+            if self.trained_on.folder:  # of whole images features may be many: they are not kept in memory
+                options = model, task, config.amp, keys.cache_features
+                self.validated_on = CachedFeatures(self.val_samples, *options, half=False)
         part = {'rank': team.rank, 'world_size': team.world_size, 'block': keys.batch_size, 'repeats': keys.repeats}
         shards = data.shard_order(train_set, keys.mixed_shards)
         self.workers = data.limit_workers(keys.workers, 'data.workers')
@@ -85,13 +88,13 @@ class Feed:
         return train, data.eval_input(val_set, model, self.preprocessing, keys.decode, self.whole)
 
     def _loaders(self) -> tuple[DataLoader, DataLoader]:
-        keys, team, samples = self.config.data, self.team, self.val_samples
+        keys, team, samples = self.config.data, self.team, self.validated_on
         pin = team.device.type == 'cuda'
         order = data.EpochSampler(len(samples), shuffle=False, even=False, rank=team.rank, world_size=team.world_size)
         batch_size = keys.eval_batch_size or (1 if self.whole else keys.batch_size)
-        workers = 0 if keys.cache_features else self.workers
-        train = data.create_loader(self.trained_on, self.sampler, keys.batch_size, workers, True, pin)
-        return train, data.create_loader(samples, order, batch_size, self.workers, pin=pin)
+        workers = [0 if isinstance(each, CachedFeatures) else self.workers for each in (self.trained_on, samples)]
+        train = data.create_loader(self.trained_on, self.sampler, keys.batch_size, workers[0], True, pin)
+        return train, data.create_loader(samples, order, batch_size, workers[1], pin=pin)
 
     def follow(self, model: nn.Module) -> None:
         """Gives what the model takes: a patch embedding that has been truncated takes fewer coefficients."""
