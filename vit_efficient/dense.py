@@ -17,6 +17,7 @@ from vit_efficient.models.forward import GridForward
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
 from vit_efficient.models.served import served_model
+from vit_efficient.upsampling import GuidedUpsampler
 from vit_efficient.utils.checks import argument_names, as_integer, check_choice, check_options, is_integer, is_real
 from vit_efficient.utils.compat import set_model_args
 from vit_efficient.utils.errors import UserError
@@ -130,6 +131,9 @@ class DenseModel(nn.Module):
         backbone: As for `convert`, and it becomes one of ours. It is used, not copied.
         head: linear (`LinearHead`) or multilayer (`MultiLayerHead`).
         num_classes: K.
+        reduce: Images are averaged over so many × so many pixels before the backbone sees them.
+        upsample: Whether features are brought back to the patches of the whole image (`GuidedUpsampler`); it belongs to
+            the backbone, and learns where that does.
         **options: Of the head.
 
     Raises:
@@ -138,10 +142,21 @@ class DenseModel(nn.Module):
 
     frozen = False  # whether the backbone does not learn
 
-    def __init__(self, backbone: nn.Module, head: str = 'linear', num_classes: int = 2, **options: Any):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: str = 'linear',
+        num_classes: int = 2,
+        reduce: int = 1,
+        upsample: bool = False,
+        **options: Any,
+    ):
         super().__init__()
         check_choice('head', head, HEADS)
         as_integer('num_classes', num_classes)
+        self.reduce = as_integer('reduce', reduce)
+        if upsample and self.reduce == 1:
+            raise UserError('upsample=True gives back what reduce has taken, which is 1; set it to 2 or more')
         own = argument_names(HEADS[head])[0]
         check_options(f'head={head}', options, [name for name in own if name not in ('dim', 'depth', 'num_classes')])
         backbone = served_model(backbone)
@@ -152,6 +167,10 @@ class DenseModel(nn.Module):
         if backbone.num_classes:
             backbone.reset_classifier(0)
         depth = len(backbone.blocks)
+        self.upsampler = None
+        if upsample:
+            patch = tuple(backbone.patch_embed.patch_size)
+            self.upsampler = GuidedUpsampler(backbone.in_chans, backbone.embed_dim, patch, self.reduce)
         self.backbone, self.head_name, self.head_options = backbone, head, dict(options)
         self.num_classes = int(num_classes)
         self.head = HEADS[head](backbone.embed_dim, depth, self.num_classes, **options)
@@ -169,11 +188,19 @@ class DenseModel(nn.Module):
             head=self.head_name,
             head_args=self.head_options,
             num_classes=self.num_classes,
+            reduce=self.reduce,
+            upsample=self.upsampler is not None,
         )
 
     @property
     def patch_embed(self) -> nn.Module:
         return self.backbone.patch_embed
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Sides, in pixels of the whole image, of what the backbone sees as a patch: they divide images."""
+        height, width = self.patch_embed.patch_size
+        return height * self.reduce, width * self.reduce
 
     @property
     def in_chans(self) -> int:
@@ -185,10 +212,12 @@ class DenseModel(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, channels, height, width) -> what the head reads, (B, L, C, h, w)."""
+        seen = nn.functional.avg_pool2d(images, self.reduce) if self.reduce > 1 else images
         found = self.backbone.forward_intermediates(
-            images, self.head.layers, stop_early=True, intermediates_only=True, output_fmt='NCHW'
+            seen, self.head.layers, stop_early=True, intermediates_only=True, output_fmt='NCHW'
         )
-        return torch.stack(found, 1)
+        features = torch.stack(found, 1)
+        return features if self.upsampler is None else self.upsampler(images, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, channels, height, width), or their `features` -> logits (B, K, h, w), or finer ones."""
@@ -226,6 +255,8 @@ class DenseModel(nn.Module):
     def freeze_backbone(self) -> None:
         """Only the head learns from now on, and the backbone is what it is in evaluation, in training too."""
         self.backbone.requires_grad_(False)
+        if self.upsampler is not None:
+            self.upsampler.requires_grad_(False)
         self.frozen = True
         self.backbone.eval()
 
@@ -273,6 +304,8 @@ def vit_dense(
     backbone_args: dict[str, Any] | None = None,
     head: str = 'linear',
     head_args: dict[str, Any] | None = None,
+    reduce: int = 1,
+    upsample: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """A `DenseModel`: what a saved one is rebuilt by."""
@@ -283,7 +316,8 @@ def vit_dense(
     given = {**(backbone_args or {}), **own}
 
     def build(num_classes: int = 2, **defaults: Any) -> nn.Module:  # what timm has by default is of no backbone
-        return DenseModel(timm.create_model(backbone, **given), head, num_classes, **(head_args or {}))
+        inner = timm.create_model(backbone, **given)
+        return DenseModel(inner, head, num_classes, reduce, upsample, **(head_args or {}))
 
     return build_model(build, 'vit_dense', pretrained, filter_fn=filter_backbone, **kwargs)
 

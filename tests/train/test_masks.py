@@ -332,7 +332,7 @@ def test_stages_do_not_change_what_is_frozen(tmp_path):
         ({'data.augment.hflip': 0.5}, 'data.augment.hflip must be 0.0 for data.cache_features: each image goes once'),
         ({'data.augment.color_jitter': 0.5}, 'data.augment.color_jitter must be 0.0 for data.cache_features'),
         ({'model.freeze': False}, 'model.freeze must be True for data.cache_features'),
-        ({'model.head': '', 'model.head_args': {}}, 'model.head_args or model.freeze are set, and no model.head'),
+        ({'model.head': '', 'model.head_args': {}}, 'model.freeze must be False for no model.head, which it is of'),
         ({'task': 'both'}, 'model.head=multilayer is for task=segmentation, got task=both'),
         ({'model.head_args': {'width': 0}}, r"model.head=multilayer, model.head_args=\{'width': 0\}: width must be"),
         ({'model.name': 'resnet18', 'model.args': {}}, 'model.head=multilayer, .*: cannot convert a ResNet'),

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from vit_efficient.report.masks import compare_areas
 from vit_efficient.report.runs import Entry
 from vit_efficient.report.table import Column, Table
+from vit_efficient.train.tasks import nothing
 from vit_efficient.utils.errors import UserError
 
 Predictions = list[dict[str, str]]  # a run's predictions.csv
@@ -21,6 +23,8 @@ def compare_with_first(entries: Sequence[Entry]) -> str:
     of_first = _predictions(first)
     of_images, remarks, single = [], [], []
     of_parts: dict[str, list[dict[str, Any]]] = {'patch': [], 'pixel': []}
+    of_areas, areas_of_first = [], _areas(first)
+    none = nothing(first.saved.model.pretrained_cfg.get('label_names') or [])
     for other in others:
         of_other = _predictions(other)
         pairs = [(of_first[seed], of_other[seed]) for seed in of_first if seed in of_other]
@@ -36,6 +40,9 @@ def compare_with_first(entries: Sequence[Entry]) -> str:
             for part, rows in of_parts.items():
                 if f'{part}_accuracy' in columns:
                     rows.append({'model': other.label, **_compare_parts(pairs, f'{part}_accuracy')})
+            areas = _areas(other)
+            if found := [(areas_of_first[seed], areas[seed]) for seed in areas_of_first if seed in areas]:
+                of_areas.append({'model': other.label, **compare_areas(found, none)})
     parts = []
     of_one_seed = _about_one_seed(single, len(others) - len(remarks))
     if of_images:
@@ -47,6 +54,10 @@ def compare_with_first(entries: Sequence[Entry]) -> str:
             about = f'Share of {plural} that are right, paired by image and seed. Interval: bootstrap over images.'
             about += of_one_seed
             parts.append(f'{_table(f"{plural}, against {first.label}", of_parts[part])}\n{about}\n')
+    if of_areas:
+        what = 'mIoU' if none is None else 'foreground mIoU'
+        about = f'Interval: bootstrap over images, each with all its seeds.{of_one_seed}'
+        parts.append(f'{_table(f"{what}, against {first.label}", of_areas)}\n{about}\n')
     return '\n'.join(parts) + ''.join(remarks)
 
 
@@ -75,6 +86,13 @@ def _predictions(entry: Entry) -> dict[int, Predictions]:
         made_with = json.dumps({**config.data.args, **config.data.val_args}, sort_keys=True)
         found[config.seed] = [{**row, 'made_with': made_with} for row in run.predictions()]
     return found
+
+
+def _areas(entry: Entry) -> dict[int, np.ndarray]:
+    """The areas of classes in masks, by seed, of runs that have them."""
+    classes = entry.saved.model.num_classes
+    found = ((config.seed, run.areas(classes)) for config, run in zip(entry.configs, entry.runs, strict=True))
+    return {seed: areas for seed, areas in found if areas is not None}
 
 
 def _images(rows: Predictions) -> list[tuple[str | None, ...]]:

@@ -1,11 +1,12 @@
 """Evaluation of a saved model, as the recipe of its run says."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -84,6 +85,7 @@ def evaluate_saved(
     on_error: str = 'error',
     tile: int | None = None,
     overlap: float = 0.25,
+    keep: Callable[[str, np.ndarray], None] | None = None,
 ) -> Evaluation:
     """Measures a saved model on labelled images, in this process or in those that torchrun has started.
 
@@ -93,6 +95,7 @@ def evaluate_saved(
         batch_size: Images at once: by default 64, or of whole images with masks 1.
         workers, device, amp, on_error: As the keys of a recipe.
         tile, overlap: Of images with masks: as of `Tiled`; without a tile they are seen whole.
+        keep: Of images with masks: called with the name of each and the class of each of its pixels, (H, W).
 
     Raises:
         UserError: If the data, their classes or the device do not fit the model.
@@ -122,7 +125,8 @@ def evaluate_saved(
         sampler = data.EpochSampler(len(samples), shuffle=False, rank=team.rank, world_size=team.world_size, even=False)
         batch_size = batch_size or (1 if of_pixels else 64)
         loader = data.create_loader(samples, sampler, batch_size, workers, pin=team.device.type == 'cuda')
-        return evaluate(model.to(team.device), loader, team, amp, task)
+        named = keep and (lambda index, classes: keep(samples.filename(index), classes))
+        return evaluate(model.to(team.device), loader, team, amp, task, keep=named)
 
 
 def open_model(name: str, img_size: int) -> tuple[nn.Module, data.Preprocessing]:

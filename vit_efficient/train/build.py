@@ -12,7 +12,7 @@ from vit_efficient.models import model_arguments
 from vit_efficient.models.create import attention_of, create_from_spec
 from vit_efficient.train.config import Config, ModelConfig
 from vit_efficient.train.same_attention import convert_as_asked
-from vit_efficient.train.weights import STATISTICS, model_from_weights, say_assumed, take_head
+from vit_efficient.train.weights import STATISTICS, model_from_weights, say_assumed, take_parts
 from vit_efficient.utils.checks import is_integer, nearest
 from vit_efficient.utils.errors import UserError, first_line
 
@@ -60,11 +60,13 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
 
 def _with_head(backbone: nn.Module, config: ModelConfig, num_classes: int) -> DenseModel:
     try:
-        model = DenseModel(backbone, config.head, num_classes, **config.head_args)
+        model = DenseModel(
+            backbone, config.head, num_classes, config.reduce, config.upsample, **config.head_args
+        )
     except UserError as error:
         raise UserError(f'model.head={config.head}, model.head_args={config.head_args}: {error}') from error
     if config.init_from:
-        take_head(model, config.init_from)
+        take_parts(model, config.init_from)
     if config.freeze:
         model.freeze_backbone()
     return model

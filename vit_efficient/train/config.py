@@ -34,6 +34,8 @@ class ModelConfig:
         one_of('', *HEADS),
     )
     head_args: dict[str, Any] = key({}, 'its options')
+    reduce: int = key(1, 'with a head: images are reduced by this factor before the model sees them', at_least(1))
+    upsample: bool = key(False, 'with reduce: features are brought back to the whole image by a learned upsampler')
     freeze: bool = key(False, 'whether only that head learns')
 
 

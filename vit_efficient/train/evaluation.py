@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ class Evaluation:
     pixel_accuracy: float | None = None  # pixels that are right, of those that count
     boundary_f: float | None = None  # mean over images of `boundaries.boundary_f`
     confusion: Tensor | None = field(default=None, repr=False)  # of patches or pixels, as `confusion_matrix`
+    # (images, 3, K), as predictions: pixels of a class, those that were taken for it, those that are both
+    areas: Tensor | None = field(default=None, repr=False)
     skipped: dict[int, str] = field(default_factory=dict, repr=False)  # why an image could not be read, by index
 
     @property
@@ -91,6 +94,7 @@ def evaluate(
     task: Task | None = None,
     progress: bool = True,
     after_batch: Callable[[], None] | None = None,
+    keep: Callable[[int, np.ndarray], None] | None = None,
 ) -> Evaluation:
     """Measures a model.
 
@@ -104,6 +108,7 @@ def evaluate(
         task: By default, the classification of images.
         progress: Show a progress bar where there is a terminal.
         after_batch: Called after every batch, as often in all processes.
+        keep: Of pixels: called with the index of each image and the class of each of its pixels, (H, W), int16.
 
     Returns:
         The same Evaluation in every process.
@@ -113,7 +118,7 @@ def evaluate(
     """
     processes = processes or Processes(next(model.parameters()).device)
     task = task or Task()
-    device, found, losses, top5 = processes.device, [], [], []
+    device, found, losses, top5, areas = processes.device, [], [], [], []
     confusion: Tensor | int = 0
     skipped: dict[int, str] = {}
     start = time.perf_counter()
@@ -132,6 +137,9 @@ def evaluate(
             scores = task.score_pixels(logits, truth[1])
             losses.append(torch.stack([score.loss for score in scores]).sum().to(real_dtype(device)))
             confusion = confusion + sum(score.confusion for score in scores)
+            areas += [score.areas() for score in scores]
+            for index, score in zip(indices.tolist(), scores, strict=True) if keep else ():
+                keep(index, score.predicted)
             found.append([indices.clone(), *map(torch.stack, zip(*(score.numbers() for score in scores), strict=True))])
             continue
         logits = images_BK, patches_BKHW = task.split(logits, truth)
@@ -157,8 +165,10 @@ def evaluate(
     total_loss, right5 = (sum(torch.stack(values).tolist()) if values else None for values in (losses, top5))
     confusion = confusion.cpu() if isinstance(confusion, Tensor) else confusion
     seconds = time.perf_counter() - start
-    parts = processes.gather((rows, right5, total_loss, confusion, seconds, list(skipped.items())))
-    rows_of, top5_of, loss_of, confusion_of, seconds_of, skipped_of = zip(*parts, strict=True)
+    areas = torch.stack(areas).cpu() if areas else torch.zeros(0)
+    parts = processes.gather((rows, areas, right5, total_loss, confusion, seconds, list(skipped.items())))
+    rows_of, areas_of, top5_of, loss_of, confusion_of, seconds_of, skipped_of = zip(*parts, strict=True)
+    indices = [row[0] for row in chain(*rows_of)]
     rows, skipped = sorted(chain(*rows_of)), dict(sorted(chain(*skipped_of)))
     if not rows:
         reason = f': none of {len(skipped)} can be read; {next(iter(skipped.values()))}' if skipped else ''
@@ -182,6 +192,8 @@ def evaluate(
         if task.of_pixels:
             of_images = [row[2] for row in rows if not math.isnan(row[2])]
             accuracies['boundary_f'] = sum(of_images) / len(of_images) if of_images else None
+            filled = [each for each in areas_of if len(each)]
+            accuracies['areas'] = torch.cat(filled)[sorted(range(count), key=indices.__getitem__)]
         accuracies.update(_accuracies_of(what, sum(confusion_of), task.none), confusion=sum(confusion_of))
     loss, rate = sum(filter(None, loss_of)) / count, count / max(seconds_of)
     return Evaluation(loss, count, rate, tuple(columns), rows, skipped=skipped, **accuracies)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,6 +115,7 @@ class PixelScore:
         probability, label_probability: Of the class that is told, and of the one that is there: means over the pixels
             that count.
         boundary_f: `boundaries.boundary_f`.
+        predicted: The classes that are told, (H, W), int16.
     """
 
     loss: Tensor
@@ -121,6 +123,7 @@ class PixelScore:
     probability: Tensor
     label_probability: Tensor
     boundary_f: float
+    predicted: np.ndarray
 
     @classmethod
     def of(cls, logits: Tensor, classes: Tensor, patch: tuple[int, int]) -> 'PixelScore':
@@ -142,8 +145,13 @@ class PixelScore:
             pairs = (truth * kinds + predicted)[counts]
             confusion += torch.bincount(pairs, minlength=kinds**2).view(kinds, kinds)
         count = confusion.sum()
-        outlines = boundary_f(found.cpu().numpy(), classes.cpu().numpy())
-        return cls(lost / classes.numel(), confusion, shares / count, of_labels / count, outlines)
+        predicted = found.cpu().numpy()
+        outlines = boundary_f(predicted, classes.cpu().numpy())
+        return cls(lost / classes.numel(), confusion, shares / count, of_labels / count, outlines, predicted)
+
+    def areas(self) -> Tensor:
+        """(3, K), int64: pixels of a class, those that were taken for it, and those that are both."""
+        return torch.stack([self.confusion.sum(1), self.confusion.sum(0), self.confusion.diagonal()])
 
     def numbers(self) -> tuple[Tensor, ...]:
         """The accuracy of the pixels that count and the boundary F-score, in percent, and the two probabilities."""

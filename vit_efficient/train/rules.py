@@ -53,10 +53,9 @@ def validate(config: Config) -> None:
             'data.batch_size must be at least 2 for data.on_error=skip, got 1: another image of its batch takes the '
             'place of one that cannot be read'
         )
-    if not config.model.head and (config.model.head_args or config.model.freeze):
-        raise UserError(
-            'model.head_args or model.freeze are set, and no model.head, which they are of; set model.head=multilayer'
-        )
+    if not config.model.head:
+        of_head = {'model.head_args': {}, 'model.freeze': False, 'model.reduce': 1, 'model.upsample': False}
+        _require(config, of_head, 'no model.head, which it is of; set model.head=multilayer')
     if config.model.freeze and any(stage.attention or stage.freeze for stage in config.stages):
         raise UserError('stages must not change the model with model.freeze=true, by which only its head learns')
     if config.model.head and config.task != 'segmentation':

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -37,6 +38,8 @@ RECIPE = 'recipe.yaml'
 ENVIRONMENT = 'environment.json'
 RESULT = 'result.json'
 PREDICTIONS = 'predictions.csv'
+AREAS = 'class_areas.csv'  # of masks: for each image, the pixels of each class in truth, as predicted, and in both
+_AREAS = ('labelled', 'predicted', 'both')
 SKIPPED = 'skipped.txt'
 MODEL = 'model'  # a model folder, as BEST is
 BEST = 'best'
@@ -117,6 +120,16 @@ class RunFolder:
     def predictions(self) -> list[dict[str, str]]:
         """A row for each image of the validation set, in its order."""
         return list(csv.DictReader(io.StringIO(read_text(self.path / PREDICTIONS), newline='')))
+
+    def areas(self, classes: int) -> np.ndarray | None:
+        """`Evaluation.areas` of so many classes, in the order of `predictions`; None of a run without masks."""
+        if not (self.path / AREAS).exists():
+            return None
+        order = {row['index']: place for place, row in enumerate(self.predictions())}
+        found = np.zeros((len(order), 3, classes), np.int64)
+        for row in csv.DictReader(io.StringIO(read_text(self.path / AREAS))):
+            found[order[row['index']], :, int(row['class'])] = [int(row[name]) for name in _AREAS]
+        return found
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, as `train.log.read_metrics` reads them."""
@@ -252,6 +265,8 @@ class RunFolder:
         The result tells that the run is complete. `filename` names images of the validation set.
         """
         write_text(self.path / PREDICTIONS, predictions_table(evaluation, filename, classes))
+        if evaluation.areas is not None:
+            write_text(self.path / AREAS, areas_table(evaluation))
         reasons = [('training', each) for each in skipped] + [
             ('validation', each) for each in evaluation.skipped.values()
         ]
@@ -284,6 +299,15 @@ def predictions_table(
     return ''.join(f'{line[:-2]}\n' for line in lines)
 
 
+def areas_table(evaluation: Evaluation) -> str:
+    """A line of CSV for each image and class that occurs in it, in truth or as predicted."""
+    lines = [','.join(['index', 'class', *_AREAS])]
+    for (index, *_), of_image in zip(evaluation.predictions, evaluation.areas, strict=True):
+        for number in of_image.any(0).nonzero()[:, 0].tolist():
+            lines.append(','.join(map(str, [index, number, *of_image[:, number].tolist()])))
+    return ''.join(f'{line}\n' for line in lines)
+
+
 def _load_newest(folder: Path, team: Processes) -> tuple[Path, dict[str, Any]]:
     path, state, unreadable = load_newest(folder)
     if len(set(team.gather(path.name))) > 1:
@@ -303,7 +327,7 @@ def _begin(folder: Path, experiment: Experiment, state: TrainState) -> None:
     if config.resume == 'restart':
         for path in list_checkpoints(folder):
             path.unlink()
-        for name in (SKIPPED, METRICS, PREDICTIONS):
+        for name in (SKIPPED, METRICS, PREDICTIONS, AREAS):
             (folder / name).unlink(missing_ok=True)
         for name in (MODEL, BEST, TENSORBOARD):
             shutil.rmtree(folder / name, ignore_errors=True)

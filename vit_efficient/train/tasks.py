@@ -79,9 +79,9 @@ class Task:
             )
         if name == 'both' and not getattr(model, 'has_class_token', False):
             raise UserError('task=both reads the class of the image off the class token: set model.args.class_token')
-        size, none = preprocessing.input_size[1:], _nothing(classes or [])
+        size, none = preprocessing.input_size[1:], nothing(classes or [])
         if of_pixels:
-            patch = tuple(patch_embed.patch_size)
+            patch = model.patch_size if dense else tuple(patch_embed.patch_size)
             if padded_size(size, patch) != size:
                 raise UserError(
                     f'data.img_size={list(size)} must be multiples of the patches, {list(patch)}, for masks: it is the '
@@ -188,6 +188,6 @@ class Task:
         return criterion(images_BK, truth[0]) + self.patch_weight * patch_loss if self.of_images else patch_loss
 
 
-def _nothing(classes: list[str]) -> int | None:
+def nothing(classes: list[str]) -> int | None:
     """The class of what shows nothing."""
     return next((classes.index(name) for name in ('none', 'background') if name in classes), None)

@@ -88,12 +88,25 @@ class Source:
         )
 
 
-def take_head(model: DenseModel, name: str) -> None:
-    """Gives a model the head that was saved beside the weights it starts from, if it is of the same kind."""
+def take_parts(model: DenseModel, name: str) -> None:
+    """Gives a model what was saved beside the weights of the backbone it starts from: the upsampler of features, and
+    the head, if it is of the same kind.
+
+    Raises:
+        UserError: If the model has an upsampler, and none was saved that fits it.
+    """
     path = Path(name)
-    if not path.is_dir() or read_model_config(model_folder(path))['architecture'] != DENSE:
+    dense = path.is_dir() and read_model_config(model_folder(path))['architecture'] == DENSE
+    saved = load_model(path) if dense else None
+    if model.upsampler is not None:
+        if saved is None or saved.upsampler is None or saved.reduce != model.reduce:
+            raise UserError(
+                f'model.init_from={path} has no upsampler for model.reduce={model.reduce}, which model.upsample asks '
+                'for; name the folder of a model that has one (see recipes/cutouts/train_upsampler.py)'
+            )
+        model.upsampler.load_state_dict(saved.upsampler.state_dict())
+    if saved is None:
         return
-    saved = load_model(path)
     ours, theirs = ({key: each.construction()[key] for key in _OF_HEAD} for each in (model, saved))
     if ours == theirs:
         model.head.load_state_dict(saved.head.state_dict())
