@@ -16,7 +16,9 @@ from tests.train.test_masks import head_recipe
 from tests.train.test_tasks import slow_resize
 from vit_efficient import DenseModel, prediction, save_model
 from vit_efficient.data import Preprocessing, to_array
-from vit_efficient.prediction import SETTINGS, Predictor, list_images, open_predictor, palette
+from vit_efficient.data.files.frames import Windows
+from vit_efficient.data.files.mask_files import palette
+from vit_efficient.prediction import SETTINGS, Predictor, list_images, open_predictor
 from vit_efficient.train import train
 from vit_efficient.train.tasks import Task
 from vit_efficient.train.tiles import Tiled, tile_starts
@@ -104,7 +106,7 @@ def test_classes_of_pixels(size):
     preprocessing = Preprocessing.of(model)
     predictor = Predictor(model, TASK, preprocessing, torch.device('cpu'))
     image = pixels(0, (*size, 3))
-    found = predictor.classes(image)
+    found = predictor.classes(Windows.of(image))
     assert found.shape == size and found.dtype == np.uint8
     padded = np.pad(image, [(0, -size[0] % 4), (0, -size[1] % 4), (0, 0)], 'edge')
     with torch.no_grad():
@@ -114,7 +116,7 @@ def test_classes_of_pixels(size):
         )
     maps = [np.array(slow_resize(one.tolist(), *padded.shape[:2]))[: size[0], : size[1]] for one in logits[0]]
     assert (found == np.argmax(maps, 0)).mean() > 0.99  # where two are equal but for rounding
-    shares = torch.cat([strip for _, strip in predictor.shares(predictor.logits(image), size)], 1)
+    shares = torch.cat([strip for _, strip in predictor.shares(predictor.logits(Windows.of(image)), size)], 1)
     assert torch.allclose(shares.sum(0), torch.ones(size)) and shares.shape == (4, *size)
 
 
@@ -167,7 +169,7 @@ def test_masks_overlays_and_probabilities(run, tmp_path, capsys):
         image = Image.open(run / f'data/val/images/{name}.jpg')
         mask = Image.open(tmp_path / f'out/masks/{name}.png')
         assert mask.mode == 'P' and mask.size == image.size and mask.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
-        assert np.array_equal(mask, predictor.classes(to_array(image, 3)))
+        assert np.array_equal(mask, predictor.classes(Windows.of(to_array(image, 3))))
         shares = np.load(tmp_path / f'out/probabilities/{name}.npy')
         assert shares.shape == (3, *image.size[::-1]) and shares.dtype == np.float16
         assert np.allclose(shares.sum(0, dtype=np.float32), 1, atol=2e-3)
@@ -208,16 +210,16 @@ def test_evaluation_by_tiles(run, capsys):
 
 
 def test_goes_on_where_it_stopped(run, tmp_path, capsys, monkeypatch):
-    written, write = [], prediction._write_image
+    written, write = [], prediction.write_mask
 
-    def stop(path, image, **options):
+    def stop(path, *arguments):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(path)
-        write(path, image, **options)
+        write(path, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prediction, '_write_image', stop)
+        patch.setattr(prediction, 'write_mask', stop)
         assert predict(run, tmp_path / 'out') == 130
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in written}
@@ -230,7 +232,7 @@ def test_goes_on_where_it_stopped(run, tmp_path, capsys, monkeypatch):
 def test_masks_of_other_settings_are_not_mixed(run, tmp_path, capsys):
     assert predict(run, tmp_path / 'out') == 0
     assert predict(run, tmp_path / 'out', '--tile', '8') == 2
-    assert 'holds masks of other settings (tile was None, is 8, overlap was None, is 0.25)' in capsys.readouterr().err
+    assert 'holds masks of other settings (overlap was None, is 0.25, tile was None, is 8)' in capsys.readouterr().err
     (tmp_path / 'out' / SETTINGS).write_text('[1]')
     assert predict(run, tmp_path / 'out') == 2
     assert 'is not what `vit-efficient predict` writes' in capsys.readouterr().err

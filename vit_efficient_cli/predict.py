@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from vit_efficient_cli.parsing import MODEL, check_exists
@@ -10,12 +11,16 @@ from vit_efficient_cli.parsing import MODEL, check_exists
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', help='a run folder, or a model folder, of segmentation')
     parser.add_argument('images', nargs='+', metavar='IMAGES', help='images, and folders of images')
-    about = 'for masks/, indexed PNGs; stopped, the same command goes on'
+    about = 'for masks/; stopped, the same command goes on'
     parser.add_argument('--out', type=Path, required=True, metavar='FOLDER', help=about)
-    about = 'side of tiles in pixels, a multiple of the patches (default: whole images)'
-    parser.add_argument('--tile', type=int, metavar='PX', help=about)
+    about = 'side of tiles in pixels, a multiple of the patches; auto: whole within --memory, else the largest tiles '
+    parser.add_argument('--tile', metavar='PX', help=f'{about}(default: whole images)')
+    about = 'such as 4GB: an image that takes more is refused before it is decoded, and the tile that fits is named'
+    parser.add_argument('--memory', metavar='SIZE', help=about)
     about = 'least share of a tile that the next one has too (default: 1/4)'
     parser.add_argument('--overlap', default='1/4', metavar='SHARE', help=about)
+    about = 'of masks: indexed PNG, or TIFF, of which GeoTIFFs keep their place (default: TIFF of TIFFs, else PNG)'
+    parser.add_argument('--format', choices=('auto', 'png', 'tif'), default='auto', help=about)
     parser.add_argument('--overlays', action='store_true', help='write overlays/: images tinted by class')
     about = 'write probabilities/: .npy of (classes, height, width), float16'
     parser.add_argument('--probabilities', action='store_true', help=about)
@@ -31,17 +36,22 @@ def run(args: argparse.Namespace) -> None:
     for path in args.images:
         check_exists(path, 'image or folder of images')
     from vit_efficient.prediction import Wanted, list_images, open_predictor, predict_files
-    from vit_efficient.utils.options import parse_value
+    from vit_efficient.utils.checks import as_integer
+    from vit_efficient.utils.options import parse_bytes, parse_value
     from vit_efficient.utils.packages import needing
 
     with needing('train', 'progress is shown with'):
         from tqdm import tqdm
 
     jobs = list_images(args.images)
-    predictor, settings = open_predictor(args.model, args.tile, parse_value(args.overlap), args.device, args.amp)
-    wanted = Wanted(args.overlays, args.probabilities)
+    tile = None if args.tile is None else parse_value(args.tile)
+    tile = tile if tile in (None, 'auto') else as_integer('--tile', tile)
+    memory = None if args.memory is None else parse_bytes('--memory', args.memory)
+    predictor, settings = open_predictor(args.model, parse_value(args.overlap), args.device, args.amp)
+    wanted = Wanted(tile, memory, args.format, args.overlays, args.probabilities)
     bar = tqdm(jobs, 'predict', disable=None)
-    written, skipped = predict_files(predictor, bar, args.out, wanted, settings, args.on_error)
+    say = partial(tqdm.write, file=sys.stderr)
+    written, skipped = predict_files(predictor, bar, args.out, wanted, settings, args.on_error, say)
     for reason in skipped.values():
         print(f'skipped: {reason}', file=sys.stderr)
     there = len(jobs) - written - len(skipped)

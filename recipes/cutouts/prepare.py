@@ -23,6 +23,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from vit_efficient.data.files.mask_files import write_mask
+
 _conversion = runpy.run_path(str(Path(__file__).parents[1] / 'conversion/prepare.py'))
 Source, Unavailable = _conversion['Source'], _conversion['Unavailable']
 
@@ -142,7 +144,7 @@ def draw(
 ) -> tuple[Image.Image, Image.Image, list[PlacedObject]]:
     """An image of size × size px, its mask and its objects."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index, size])
-    canvas, mask = _background(rng, material.photographs[split], size), Image.new('P', (size, size))
+    canvas, mask = _background(rng, material.photographs[split], size), Image.new('L', (size, size))
     scale = (size / _UNIT) ** 2
     count = int(rng.integers(round(OBJECTS[0] * scale), round(OBJECTS[1] * scale), endpoint=True))
     drawn = []
@@ -188,9 +190,7 @@ def _halved(whole: tuple[int, int], length: float) -> Iterator[tuple[int, int]]:
         length /= 2
 
 
-def _place(
-    rng: np.random.Generator, boxes: np.ndarray, sides: tuple[int, int], size: int
-) -> tuple[int, int] | None:
+def _place(rng: np.random.Generator, boxes: np.ndarray, sides: tuple[int, int], size: int) -> tuple[int, int] | None:
     """The left upper corner of a box that touches no other, if a few draws find one."""
     width, height = sides
     for _ in range(_TRIES):
@@ -220,13 +220,6 @@ def _background(rng: np.random.Generator, photographs: list[bytes], size: int) -
     return canvas
 
 
-def palette() -> list[int]:
-    """Of masks: their classes in colours."""
-    from vit_efficient.prediction import palette
-
-    return palette(256)
-
-
 def write_split(material: Material, root: Path, seed: int, split: str, count: int, size: int) -> None:
     images, masks = (root / split / name for name in ('images', 'masks'))
     images.mkdir(parents=True)
@@ -235,8 +228,7 @@ def write_split(material: Material, root: Path, seed: int, split: str, count: in
     for index in tqdm(range(count), split, disable=None):
         canvas, mask, placed = draw(material, seed, split, index, size)
         canvas.save(images / f'{_stem(index)}.png', compress_level=3)
-        mask.putpalette(palette())
-        mask.save(masks / f'{_stem(index)}.png')
+        write_mask(masks / f'{_stem(index)}.png', np.asarray(mask))
         objects += placed
     with open(root / split / 'objects.csv', 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, [field.name for field in fields(PlacedObject)], lineterminator='\n')

@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     dataset = MaskedImages(args.images, classes=7)
     whole, student = (
-        DenseModel(load_model(args.model, img_size=504 // reduce, dynamic_img_size=True), 'multilayer', 7, reduce, reduce > 1)
+        DenseModel(
+            load_model(args.model, img_size=504 // reduce, dynamic_img_size=True), 'multilayer', 7, reduce, reduce > 1
+        )
         for reduce in (1, 2)
     )
     student.freeze_backbone()
@@ -62,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
             optimizer.step()
             schedule.step()
             errors.append(error.item())
-        print(f'epoch {epoch + 1}: squared error {sum(errors[-len(samples):]) / len(samples):.4f}, the last 100 images '
-              f'{sum(errors[-100:]) / len(errors[-100:]):.4f}, the first {sum(errors[:100]) / len(errors[:100]):.4f}')
+        print(
+            f'epoch {epoch + 1}: squared error {sum(errors[-len(samples) :]) / len(samples):.4f}, the last 100 images '
+            f'{sum(errors[-100:]) / len(errors[-100:]):.4f}, the first {sum(errors[:100]) / len(errors[:100]):.4f}'
+        )
     save_model(student, args.out)
     print(f'{args.out}: written')
     return 0

@@ -97,8 +97,10 @@ class DataConfig:
     cache: bool = key(False, 'keep decoded images in memory (each worker its own)', resume=True)
     cache_features: str = key(
         '',
-        'with model.freeze, where nothing is drawn in training: each image goes through the backbone once, and what the '
-        'head reads is kept in memory (memory), or in a folder, for other runs too, and of validation images as well',
+        'with model.freeze, where nothing is drawn in training: each image goes through the backbone once, and what '
+        'the head reads is kept, in half precision, in memory (memory); or in a folder, for other runs too, and of '
+        'validation images as well',
+        resume=True,
     )
     on_error: str = key(
         'error',

@@ -105,7 +105,7 @@ def compare_areas(pairs: Sequence[tuple[np.ndarray, np.ndarray]], without: int |
 
 
 def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """A picture of how often the pixels of a class, by row, were taken for another, by column, in percent of the row."""
+    """A picture of how often pixels of a class, by row, were taken for another one, by column, in percent."""
     with needing('train', 'the picture is drawn with', 'matplotlib'):
         from matplotlib.figure import Figure
 
@@ -123,5 +123,6 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> N
         axes.set_yticks(range(len(names)), names)
         for i, j in np.ndindex(percent.shape):
             if percent[i, j] >= 0.5:
-                axes.text(j, i, f'{percent[i, j]:.0f}', ha='center', va='center', color='w' if percent[i, j] > 50 else 'k')
+                ink = 'w' if percent[i, j] > 50 else 'k'
+                axes.text(j, i, f'{percent[i, j]:.0f}', ha='center', va='center', color=ink)
     save_figure(figure, path)

@@ -60,9 +60,7 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
 
 def _with_head(backbone: nn.Module, config: ModelConfig, num_classes: int) -> DenseModel:
     try:
-        model = DenseModel(
-            backbone, config.head, num_classes, config.reduce, config.upsample, **config.head_args
-        )
+        model = DenseModel(backbone, config.head, num_classes, config.reduce, config.upsample, **config.head_args)
     except UserError as error:
         raise UserError(f'model.head={config.head}, model.head_args={config.head_args}: {error}') from error
     if config.init_from:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vit_efficient.data.files.masks import IGNORED
 from vit_efficient.train.boundaries import boundary_f
 
-_STRIP = 2**24  # logits of a strip: 64 MiB of float32
+STRIP = 2**24  # logits of a strip: 64 MiB of float32
 
 
 def padded_size(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def upsampled(logits: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> 
 
 
 def strips(
-    logits: Tensor, size: tuple[int, int], patch: tuple[int, int], most: int = _STRIP
+    logits: Tensor, size: tuple[int, int], patch: tuple[int, int], most: int = STRIP
 ) -> Iterator[tuple[slice, Tensor]]:
     """`upsampled` in strips, one below the other: the rows of each, and its logits (B, K, rows, W).
 

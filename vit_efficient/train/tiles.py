@@ -4,6 +4,7 @@ Dimensions: B images, K classes, h × w cells of the logits, H × W pixels.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,16 @@ class Tiled(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) of whole patches -> (B, K, h, w)"""
-        patch, size = self.task.patch_size, images.shape[-2:]
+        return self.blend(lambda y, x, h, w: images[..., y : y + h, x : x + w], tuple(images.shape[-2:]))
+
+    def blend(self, read: Callable[[int, int, int, int], Tensor], size: tuple[int, int]) -> Tensor:
+        """The same of images that are read part by part.
+
+        Args:
+            read: Of a part, where it begins and its size (top, left, height, width) -> (B, C, height, width).
+            size: H and W, of whole patches.
+        """
+        patch = self.task.patch_size
         tiles = [self.tile // side for side in patch]  # in patches, as all below
         shared = [min(math.ceil(self.overlap * tile), tile - 1) for tile in tiles]
         lengths = [whole // side for whole, side in zip(size, patch, strict=True)]
@@ -62,7 +72,7 @@ class Tiled(nn.Module):
         for top in starts[0]:
             for left in starts[1]:
                 y, x, h, w = top * patch[0], left * patch[1], sides[0] * patch[0], sides[1] * patch[1]
-                logits = self.task.maps(self.model(images[..., y : y + h, x : x + w]), (h, w))
+                logits = self.task.maps(self.model(read(y, x, h, w)), (h, w))
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 fine = logits.shape[2] // sides[0]  # cells along a patch
                 if total is None:

@@ -36,6 +36,15 @@ def parse_value(text: str) -> Any:
     return parse_fractions(value if is_value else text)
 
 
+def parse_bytes(name: str, text: str) -> int:
+    """'4GB', '512 MiB' or a number of bytes, as a number of bytes; `name` is what it is given to."""
+    found = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*', text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise UserError(f'{name} must be a size such as 4GB or 512MiB, got {text!r}')
+    power = ' KMGT'.index(found[2].upper() or ' ')
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 def parse_option(text: str) -> tuple[str, Any]:
     """'key=value' as a pair, the value by `parse_value`."""
     key, equals, value = text.partition('=')

@@ -7,6 +7,9 @@ the image is the first page that is no thumbnail or mask, and lies as its orient
 
 import io
 import struct
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +34,7 @@ _JPEGS = (6, 7)  # Compression
 # What libtiff, within Pillow, decodes: none, fax, LZW, JPEG, Deflate, PackBits, LZMA, ZSTD, WebP.
 _LIBTIFFS = (1, 2, 3, 4, 5, *_JPEGS, 8, 32771, 32773, 32946, 34925, 50000, 50001)
 _PREDICTED = (5, 8, 32946, 34925, 50000)  # those that have a predictor: LZW, Deflate, LZMA, ZSTD
+_KEPT = 64  # tiles or strips that stay decoded
 _FULL_RANGE = (0, 1, 255, 1, 128, 1, 255, 1, 128, 1, 255, 1)  # ReferenceBlackWhite, in fractions, as in JFIF
 
 
@@ -45,9 +49,7 @@ def read_tiff(data: bytes) -> Image.Image | np.ndarray:
     tifffile = import_optional('tifffile', 'TIFFs are read by', 'train')
     _check_directories(data)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        if not file.series or not file.series[0].size:
-            raise UserError('it has no pages, or no pixels')
-        series = next((one for one in file.series if one.size and not _is_aside(one.keyframe)), file.series[0])
+        series = series_of(file)
         page, single = series.keyframe, series.size == series.keyframe.size
         check_size(page.imagelength, page.imagewidth, -(-series.size // max(page.imagelength * page.imagewidth, 1)))
         if single and not page.is_subifd and _is_photograph(page):
@@ -67,6 +69,65 @@ def read_tiff(data: bytes) -> Image.Image | np.ndarray:
         pixels = np.moveaxis(pixels, (series.axes.index('Y'), series.axes.index('X')), (0, 1))
         orientation = page.tags.valueof('Orientation', 1)
         return _turned(_interpreted(pixels, page), orientation)
+
+
+def series_of(file: Any) -> Any:
+    """The series of a file of tifffile that is the image.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if not file.series or not file.series[0].size:
+        raise UserError('it has no pages, or no pixels')
+    return next((one for one in file.series if one.size and not _is_aside(one.keyframe)), file.series[0])
+
+
+def parts_of(path: Path) -> Callable[[int, int, int, int], Image.Image | np.ndarray] | None:
+    """What reads so many pixels from some place (top, left, height, width), as `read_tiff` gives them: the tiles or
+    strips that they lie in are decoded, and the last ones kept. None of a file whose parts cannot be had apart.
+
+    Raises:
+        MissingPackage: If a package that has its compression is not installed.
+    """
+    tifffile = import_optional('tifffile', 'TIFFs are read by', 'train')
+    file = tifffile.TiffFile(path)  # open as long as parts are read
+    series = series_of(file)
+    page = series.keyframe
+    apart = len(page.dataoffsets) > 1 and series.size == page.size and page.planarconfig == 1
+    plain = page.photometric in (_BLACK_IS_ZERO, _RGB) or (page.photometric == _YCBCR and page.compression in _JPEGS)
+    plain = plain and page.bitspersample in (8, 16, 32, 64)
+    if not apart or not plain or page.tags.valueof('Orientation', 1) != 1 or page.imagedepth > 1 or page.is_subifd:
+        file.close()
+        return None
+    sides = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+    across = -(-page.imagewidth // sides[1])
+
+    @lru_cache(_KEPT)
+    def chunk(index: int) -> np.ndarray:
+        """(rows, columns, samples)"""
+        file.filehandle.seek(page.dataoffsets[index])
+        data = file.filehandle.read(page.databytecounts[index]) or None
+        decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
+        return np.full(shape[1:], page.nodata, page.dtype) if decoded is None else decoded[0]
+
+    try:
+        chunk(0)
+    except (ImportError, ValueError, NotImplementedError):  # reading it whole has other ways, and says what is missing
+        file.close()
+        return None
+
+    def read(top: int, left: int, height: int, width: int) -> Image.Image | np.ndarray:
+        pixels = np.empty((height, width, page.samplesperpixel), page.dtype)
+        for row in range(top // sides[0], -(-(top + height) // sides[0])):
+            for column in range(left // sides[1], -(-(left + width) // sides[1])):
+                part, y, x = chunk(row * across + column), row * sides[0] - top, column * sides[1] - left
+                part = part[max(-y, 0) : height - y, max(-x, 0) : width - x]
+                y, x = max(y, 0), max(x, 0)
+                pixels[y : y + part.shape[0], x : x + part.shape[1]] = part
+        pixels = pixels[..., 0] if page.samplesperpixel == 1 else pixels
+        return Image.fromarray(pixels) if _is_photograph(page) else _interpreted(pixels, page)
+
+    return read
 
 
 def _check_directories(data: bytes) -> None:
@@ -183,3 +244,10 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
         pixels = pixels.swapaxes(0, 1)
     pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
     return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+
+
+def turned_back(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """The converse of what reading does: an image (H, W, …) as it is stored with that orientation."""
+    pixels = pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+    pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+    return pixels.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else pixels
