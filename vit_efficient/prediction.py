@@ -103,11 +103,11 @@ class Predictor:
         self.model, self.task, self.device, self.amp, self.overlap = model.to(device), task, device, amp, overlap
         self.transform, self.channels = WholeTransform(preprocessing), preprocessing.input_size[0]
 
-    def tiled(self, tile: int) -> Tiled:
+    def tiled(self, tile: int, overlap: float | None = None) -> Tiled:
         """The model on tiles of that side in pixels."""
-        return Tiled(self.model, self.task, tile, self.overlap)
+        return Tiled(self.model, self.task, tile, self.overlap if overlap is None else overlap)
 
-    def logits(self, image: Windows, tile: int | None = None) -> Tensor:
+    def logits(self, image: Windows, tile: int | None = None, overlap: float | None = None) -> Tensor:
         """(1, K, h, w), of the image padded to whole patches; seen whole or by tiles, and read as it is seen."""
         size = padded_size((image.height, image.width), self.task.patch_size)
 
@@ -123,7 +123,7 @@ class Predictor:
             if tile is None:
                 logits = self.task.maps(self.model(read(0, 0, *size)), size)
             else:
-                logits = self.tiled(tile).blend(read, size)
+                logits = self.tiled(tile, overlap).blend(read, size)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def shares(self, logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
@@ -153,7 +153,13 @@ def open_predictor(
     Raises:
         UserError: If there is no such model, or it does not tell the classes of patches.
     """
-    saved = SavedModel(path)
+    return predictor_of(SavedModel(path), path, overlap, device, amp)
+
+
+def predictor_of(
+    saved: SavedModel, path: str | Path, overlap: float = 0.25, device: str = 'auto', amp: str | None = None
+) -> tuple[Predictor, dict[str, Any]]:
+    """`open_predictor` of a model that is open."""
     if saved.config.task != 'segmentation' and not isinstance(saved.model, DenseModel):
         raise UserError(f'{path}: it was trained for task={saved.config.task}; masks are of models of segmentation')
     task = Task.of('segmentation', saved.model, saved.preprocessing, None, 1.0, of_pixels=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vit_efficient.prediction import Predictor
 
 _SIDES = 32, 64  # in patches, of the two images
-_MARGIN = 1.15  # for what kernels take within themselves, and what allocators do not give back
+_MARGIN = 1.2  # for what kernels take within themselves, and what allocators do not give back
 _GIB = 2**30
 
 

@@ -1,10 +1,10 @@
-"""`vit-efficient table flops …`, `table families …`, `table fidelity …` and `table accuracy …`."""
+"""`vit-efficient table flops …`, `table families …`, `table fidelity …`, `table tiles …` and `table accuracy …`."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from vit_efficient_cli.parsing import FORMAT, IMG_SIZES, MODELS, RECIPE, check_exists
+from vit_efficient_cli.parsing import DATA, FORMAT, IMG_SIZES, MODEL, MODELS, RECIPE, check_exists
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +51,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fidelity.add_argument('--measured', type=Path, metavar='FILE.json', help=about)
     fidelity.set_defaults(make=_fidelity_table)
 
+    about = (
+        'whole images against tiles of them, by the same weights on images with masks: mIoU, also near seams, seconds'
+    )
+    tiles = tables.add_parser('tiles', help=about, description=about)
+    about = 'run or model folders of segmentation; differences are to the first one, on whole images'
+    tiles.add_argument('models', nargs='+', metavar='MODEL', help=about)
+    tiles.add_argument('--data', required=True, **DATA)
+    about = 'sides of tiles in pixels, multiples of the patches'
+    tiles.add_argument('--tile', nargs='+', required=True, type=int, metavar='PX', help=about)
+    about = 'least shares of a tile that the next one has too (default: 0 1/4)'
+    tiles.add_argument('--overlap', nargs='+', default=['0', '1/4'], metavar='SHARE', help=about)
+    about = 'pixels from a seam that are near it (default: the side of a patch)'
+    tiles.add_argument('--near', type=int, metavar='PX', help=about)
+    tiles.add_argument('--limit', type=int, metavar='N', help='images (default: all)')
+    tiles.add_argument('--threads', type=int, help='of PyTorch on the CPU (default: its own choice)')
+    tiles.add_argument('--device', default='auto', help='auto, cpu, cuda, … (default: %(default)s)')
+    tiles.add_argument('--format', **FORMAT)
+    tiles.add_argument('--out', type=Path, metavar='FILE', help='write the table to this file')
+    tiles.set_defaults(make=_tiles_table)
+
     about = 'train the models of recipes, once for each seed, and compare accuracy, FLOPs and speed'
     overrides = dict(takes_overrides=True, epilog='key=value, anywhere, overrides a key of all recipes')
     accuracy = tables.add_parser('accuracy', help=about, description=about, **overrides)
@@ -78,6 +98,21 @@ def _accuracy_table(args: argparse.Namespace) -> int | None:
         print(f'vit-efficient table: {stop}; the same command goes on', file=sys.stderr)
         return stop.exit_status
     return None
+
+
+def _tiles_table(args: argparse.Namespace) -> None:
+    for path in args.models:
+        check_exists(path, MODEL)
+    from itertools import product
+
+    from vit_efficient.report.tiles import tiles_table
+    from vit_efficient.utils.device import limit_threads
+    from vit_efficient.utils.options import parse_value
+
+    limit_threads(args.threads)
+    layouts = list(product(args.tile, map(parse_value, args.overlap)))
+    options = args.limit, args.near, args.device, args.format
+    _show(tiles_table(args.models, args.data, layouts, *options), args.out)
 
 
 def _flops_table(args: argparse.Namespace) -> None:

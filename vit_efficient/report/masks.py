@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
+from vit_efficient.data.files.mask_files import write_mask
 from vit_efficient.report.table import Column, Table
 from vit_efficient.train import Evaluation
-from vit_efficient.utils.files import save_figure
+from vit_efficient.train.evaluation import describe
+from vit_efficient.train.run_folder import predictions_table
+from vit_efficient.train.tasks import nothing
+from vit_efficient.utils.files import save_figure, write_text
 from vit_efficient.utils.packages import needing
 
 RESAMPLES = 2000
@@ -126,3 +131,33 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> N
                 ink = 'w' if percent[i, j] > 50 else 'k'
                 axes.text(j, i, f'{percent[i, j]:.0f}', ha='center', va='center', color=ink)
     save_figure(figure, path)
+
+
+class MaskFiles:
+    """What an evaluation on masks leaves in a folder: masks as predicted, `predictions/`; `classes.md`, the table of
+    classes; `confusion.png`; and `predictions.csv`, a line for each image."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def keep(self, name: str, classes: np.ndarray) -> None:
+        """Writes the mask of an image: the class of each pixel (H, W)."""
+        kind = np.uint8 if classes.max(initial=0) < 256 else np.uint16
+        write_mask(self.folder / 'predictions' / Path(name).with_suffix('.png'), classes.astype(kind))
+
+    def finish(self, evaluation: Evaluation, dataset: Dataset, names: Sequence[str] | None) -> str:
+        """Writes the rest, and gives the table.
+
+        Args:
+            evaluation: On masks.
+            dataset: That it was on.
+            names: Of the classes; by default their numbers.
+        """
+        names = names or [str(number) for number in range(evaluation.areas.shape[2])]
+        filename = getattr(dataset, 'filename', str)
+        table = class_table(evaluation, names, nothing(names))
+        about = f'{describe(evaluation.accuracies)} of {evaluation.images} images. Intervals: bootstrap over images.'
+        write_text(self.folder / 'classes.md', f'{table}\n{about}\n')
+        write_text(self.folder / 'predictions.csv', predictions_table(evaluation, filename))
+        plot_confusion(evaluation.confusion.numpy(), names, self.folder / 'confusion.png')
+        return table

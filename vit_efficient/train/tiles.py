@@ -5,6 +5,7 @@ Dimensions: B images, K classes, h × w cells of the logits, H × W pixels.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,17 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
         return [0]
     count = math.ceil((length - overlap) / (tile - overlap))
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def seams(size: tuple[int, int], patch: tuple[int, int], tile: int, overlap: float) -> tuple[list[float], list[float]]:
+    """Where tiles of an image of that size meet, in pixels from the top and from the left: in the middle of what two of
+    them share. Arguments are those of `Tiled`."""
+    lines = []
+    for length, side in zip(size, patch, strict=True):
+        of_tile = tile // side
+        starts = tile_starts(math.ceil(length / side), of_tile, min(math.ceil(overlap * of_tile), of_tile - 1))
+        lines.append([(before + of_tile + after) / 2 * side for before, after in pairwise(starts)])
+    return lines[0], lines[1]
 
 
 class Tiled(nn.Module):
