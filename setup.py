@@ -13,6 +13,7 @@ HF = ['datasets>=3']
 JPEG = ['pyjpegio>=0.3', 'simplejpeg>=1.9']
 TRAIN = ['albumentations>=2.0.8', 'matplotlib', 'omegaconf>=2.3', 'tensorboard', 'tifffile', 'tqdm']
 TIFF = ['imagecodecs']  # the compressions that tifffile leaves to it: LZW, ZSTD, JPEG 2000, …
+LARGE = ['pyvips[binary]>=3']  # parts of JPEGs and PNGs that are larger than memory
 ONNX = ['onnx', 'onnxscript', 'onnxruntime']
 WEBDATASET = ['webdataset>=1.0']
 # Public implementations that tests compare with.
@@ -26,7 +27,7 @@ class BuildWithRecipes(build_py):
     def run(self):
         super().run()
         if not self.editable_mode:
-            for pattern in ('**/*.yaml', '*.sh', '**/prepare.py'):  # as vit_efficient_cli.shipped lists them
+            for pattern in ('**/*.yaml', '*.sh', '**/prepare.py', 'cutouts/*.py'):  # as vit_efficient_cli.shipped lists them
                 for path in (ROOT / 'recipes').glob(pattern):
                     copy = Path(self.build_lib, 'vit_efficient_cli', path.relative_to(ROOT))
                     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -59,12 +60,13 @@ setup(
         'docs': DOCS,
         'hf': HF,
         'jpeg': JPEG,
+        'large': LARGE,
         'onnx': ONNX,
         'peers': PEERS,
         'tiff': TIFF,
         'train': TRAIN,
         'webdataset': WEBDATASET,
-        'dev': [*DEMO, *DOCS, *HF, *JPEG, *ONNX, *PEERS, *TIFF, *TRAIN, *WEBDATASET, *TESTS],
+        'dev': [*DEMO, *DOCS, *HF, *JPEG, *LARGE, *ONNX, *PEERS, *TIFF, *TRAIN, *WEBDATASET, *TESTS],
     },
     entry_points={'console_scripts': ['vit-efficient = vit_efficient_cli:main']},
     classifiers=[

@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import tifffile
 import timm
 import torch
 from PIL import Image
@@ -14,14 +16,18 @@ from torch import nn
 from tests.data.trees import pixels, write_masks
 from tests.train.test_masks import head_recipe
 from tests.train.test_tasks import slow_resize
-from vit_efficient import DenseModel, prediction, save_model
+from vit_efficient import DenseModel, prediction, prediction_costs, save_model
+from vit_efficient.benchmark.live_memory import LiveMemory
 from vit_efficient.data import Preprocessing, to_array
-from vit_efficient.data.files.frames import Windows
+from vit_efficient.data.files.frames import Frame, Windows, read_frame
 from vit_efficient.data.files.mask_files import palette
+from vit_efficient.data.files.masks import read_mask
 from vit_efficient.prediction import SETTINGS, Predictor, list_images, open_predictor
+from vit_efficient.prediction_costs import Growth, duration
 from vit_efficient.train import train
 from vit_efficient.train.tasks import Task
 from vit_efficient.train.tiles import Tiled, tile_starts
+from vit_efficient.utils.options import parse_bytes
 from vit_efficient_cli import main
 
 
@@ -286,3 +292,151 @@ def test_a_model_folder_of_many_classes(tmp_path):
     assert main([*command, '--device', 'cpu', '--overlays']) == 0
     assert np.asarray(Image.open(tmp_path / 'out/masks/a.png')).dtype == np.uint16
     assert json.loads((tmp_path / 'out' / SETTINGS).read_text())['tile'] is None
+
+
+# --- large images -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', ['tif', 'npy', 'jpg'])
+def test_tiles_read_parts_of_the_image(run, tmp_path, monkeypatch, kind):
+    """The mask is that of the image that is read whole; of a TIFF it is one, and keeps what says where it lies."""
+    image, geo = pixels(0, (61, 90, 3)), (33550, 12, 3, (0.5, 0.5, 0.0))
+    path = tmp_path / f'large.{kind}'
+    if kind == 'tif':
+        tifffile.imwrite(path, image, photometric='rgb', tile=(16, 16), extratags=[(*geo, True)], metadata=None)
+    elif kind == 'npy':
+        np.save(path, image)
+    else:
+        pytest.importorskip('pyvips')
+        Image.fromarray(image).save(path)
+    whole = Windows.whole(path)
+    predictor, _ = open_predictor(run / 'run', 0.5, device='cpu')
+    expected = predictor.classes(whole, 16)
+    seen = []
+    call = Windows.__call__
+    monkeypatch.setattr(Windows, '__call__', lambda self, *part: seen.append(part) or call(self, *part))
+    options = ['--tile', '16', '--overlap', '1/2', '--out', str(tmp_path / 'out'), '--device', 'cpu']
+    assert main(['predict', str(run / 'run'), str(path), *options]) == 0
+    assert len(seen) > 40 and max(height * width for _, _, height, width in seen) == 16 * 16
+    mask = tmp_path / f'out/masks/large.{"tif" if kind == "tif" else "png"}'
+    assert np.array_equal(read_mask(mask), expected)
+    if kind == 'tif':
+        assert read_frame(mask).geo == (geo,)
+
+
+def test_masks_of_either_format(run, tmp_path):
+    for kind in ('png', 'tif'):
+        assert predict(run, tmp_path / kind, '--format', kind) == 0
+    ours, theirs = (sorted((tmp_path / kind / 'masks').iterdir()) for kind in ('png', 'tif'))
+    assert {path.suffix for path in theirs} == {'.tif'}
+    assert all(np.array_equal(read_mask(a), read_mask(b)) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_growth():
+    for linear, square in ((3.0, 0.0), (0.0, 2.0), (5.0, 0.25)):
+        small, large = ((n, linear * n + square * n**2) for n in (10, 40))
+        growth = Growth.through(small, large)
+        assert (growth.linear, growth.square) == pytest.approx((linear, square))
+        assert growth(1000) == pytest.approx(linear * 1000 + square * 1e6)
+    assert Growth.through((10, 20.0), (40, 60.0)) == Growth(2.0, 0.0)  # what sinks is never below zero
+    assert Growth.through((10, 1.0), (40, 40.0)).linear == 0
+
+
+def test_live_memory():
+    with LiveMemory() as memory:
+        a = torch.ones(1000)
+        b = (a + 1) * 2  # one of them is gone
+        b.view(10, 100).add_(1)
+        del a
+        torch.zeros(100)
+    assert memory.peak == 4 * 3000
+    with LiveMemory() as memory:
+        b.add_(1)
+    assert memory.peak == 0
+
+
+def test_memory_of_masks(tmp_path, monkeypatch):
+    """What is foretold is near what tensors take, for exact attention and for less, whole and by tiles."""
+    for options in ({}, {'attention': 'dct', 'attention_kwargs': {'keep_ratio': 1 / 16, 'place': 'block'}}):
+        name = 'vit_full_tiny' if not options else 'vit_dct_tiny'
+        backbone = timm.create_model(name, img_size=64, dynamic_img_size=True, depth=2, **options)
+        model = DenseModel(backbone, 'multilayer', 5, width=32, layers=[0, 1]).eval()
+        task = Task('segmentation', of_pixels=True, patch_size=(16, 16))
+        predictor = Predictor(model, task, Preprocessing.of(model), torch.device('cpu'))
+        costs = prediction_costs.Costs(predictor)
+        image = np.zeros((1600, 2000, 3), np.uint8)
+        for tile in (None, 512):
+            with LiveMemory() as memory:
+                predictor.logits(Windows.of(image), tile)
+            seen = (1600, 2000) if tile is None else (512, 512)
+            foretold = costs.forward(costs.patches(seen))
+            if tile:
+                foretold += 2 * 4 * costs.classes * costs.fine * costs.patches((1600, 2000))
+            assert 0.9 * memory.peak < foretold < 1.5 * memory.peak
+        frame = Frame(1600, 2000, 3)
+        whole, tiled, parts = (costs.bytes(frame, *how) for how in ((None, False), (512, False), (512, True)))
+        assert costs.resident < parts < tiled <= whole
+        assert parts == pytest.approx(tiled - 1.2 * 2 * image.nbytes, rel=1e-6)
+
+
+def test_a_limit_of_memory(run, tmp_path, monkeypatch, capsys):
+    """An image that takes more is refused before it is decoded, and the tile that is named stays within the limit."""
+    size = 4000, 6000
+    path = tmp_path / 'large.npy'
+    np.lib.format.open_memmap(path, 'w+', np.uint8, (*size, 3)).flush()
+    monkeypatch.setattr(prediction_costs, 'resident_of_its_own', lambda: 0)
+    command = ['predict', str(run / 'run'), str(path), '--out', str(tmp_path / 'out'), '--device', 'cpu']
+    with monkeypatch.context() as patch:
+        patch.setattr(Windows, 'whole', None)
+        patch.setattr(prediction, 'to_array', lambda image, channels: np.asarray(image) if len(image) < 200 else 1 / 0)
+        assert main([*command, '--memory', '2GB']) == 2
+    said = capsys.readouterr().err
+    found = re.search(
+        r'6000 × 4000 px whole take about [\d.]+ GiB of memory, and --memory is 1\.86 GiB; --tile (\d+)', said
+    )
+    predictor, _ = open_predictor(run / 'run', device='cpu')
+    costs, frame = prediction_costs.Costs(predictor), Frame(*size, 3)
+    assert costs.bytes(frame, int(found[1]), True) <= 2e9 < costs.bytes(frame, None, False)
+    assert costs.tile_within(path, frame, 'auto', True, int(2e9)) == int(found[1])
+    assert costs.tile_within(path, frame, 'auto', True, int(4e12)) is None
+    with pytest.raises(ValueError, match='by tiles of 512 px take about .* no tile stays within it'):
+        costs.tile_within(path, frame, 512, True, 1000)
+    assert main([*command, '--memory', '1']) == 2 and 'no tile stays within it' in capsys.readouterr().err
+    assert not list((tmp_path / 'out').rglob('masks/*'))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--tile', 'auto'], '--tile auto takes the largest tile within a limit; set --memory'),
+        (['--tile', '7'], 'tile=7 must be a multiple of the patches; use 6 or 8'),
+        (['--tile', 'wide'], "--tile must be a positive integer, got --tile='wide'"),
+        (['--memory', 'much'], "--memory must be a size such as 4GB or 512MiB, got 'much'"),
+        (['--memory', '0GB'], "--memory must be a size such as 4GB or 512MiB, got '0GB'"),
+    ],
+)
+def test_limits_that_do_not_fit(run, tmp_path, capsys, options, message):
+    assert predict(run, tmp_path / 'out', *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_tiles_within_a_limit(run, tmp_path, capsys):
+    assert predict(run, tmp_path / 'out', '--tile', 'auto', '--memory', '64GB') == 0
+    assert capsys.readouterr().err.count('.jpg: whole') == 5
+    assert predict(run, tmp_path / 'whole') == 0
+    masks = [sorted((tmp_path / name / 'masks').iterdir()) for name in ('out', 'whole')]
+    assert all(np.array_equal(read_mask(a), read_mask(b)) for a, b in zip(*masks, strict=True))
+
+
+def test_long_images_are_told_of(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prediction, '_LARGE', 10)
+    monkeypatch.setattr(prediction, '_LONG', 0)
+    assert predict(run, tmp_path / 'out') == 0
+    assert re.search(r'0\.jpg: \d+ patches, whole: about \d+ s; --tile takes less', capsys.readouterr().err)
+    assert [duration(seconds) for seconds in (12, 600, 9000)] == ['12 s', '10 min', '2.5 h']
+
+
+def test_sizes_in_bytes():
+    for text, expected in (('1GB', 10**9), ('1.5 GiB', 3 * 2**29), ('512', 512), ('2kb', 2000), ('3MiB', 3 * 2**20)):
+        assert parse_bytes('--memory', text) == expected

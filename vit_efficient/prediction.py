@@ -230,7 +230,8 @@ def predict_files(
             continue
         try:
             frame = read_frame(job.path, predictor.channels)
-            by_parts = wanted.tile is not None and open_windows(job.path, predictor.channels)
+            by_tiles = wanted.tile is not None or wanted.memory is not None
+            by_parts = open_windows(job.path, predictor.channels) if by_tiles else None
             large = frame.height * frame.width > _LARGE * math.prod(predictor.task.patch_size)
             costs = costs or (Costs(predictor) if large and wanted.tile is None else None)
             tile = wanted.tile
@@ -240,7 +241,7 @@ def predict_files(
                 say(f'{job.path}: {"whole" if tile is None else f"by tiles of {tile} px"}')
             if costs and tile is None and (seconds := costs.seconds(patches := costs.patches(frame.size))) > _LONG:
                 say(f'{job.path}: {patches:,} patches, whole: about {duration(seconds)}; --tile takes less')
-            image = by_parts or Windows.whole(job.path, predictor.channels)
+            image = (by_parts if tile else None) or Windows.whole(job.path, predictor.channels)
         except (UnfitImage, MissingPackage):
             raise
         except UserError as error:

@@ -103,7 +103,7 @@ class Costs:
             UnfitImage: If that takes more than the limit; it names the tile that does not.
         """
         asked = None if tile == 'auto' else tile
-        needed = self.bytes(frame, asked, windows)
+        needed = self.bytes(frame, asked, windows and asked is not None)
         if needed <= limit:
             return asked
         largest = self.largest_tile(frame, windows, limit)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vit_efficient_cli.parsing import nearest
 
-PATTERNS = ('**/*.yaml', '*.sh', '**/prepare.py')  # setup.py puts the same into wheels
+PATTERNS = ('**/*.yaml', '*.sh', '**/prepare.py', 'cutouts/*.py')  # setup.py puts the same into wheels
 
 
 def shipped_folder() -> Path:

@@ -282,11 +282,11 @@ def main(argv: list[str] | None = None) -> int:
     cutouts = len({each.cutout for each in objects})
     threads = f' (threads: {torch.get_num_threads()})' if device.type == 'cpu' else ''
     about = (
-        f'{count} images of {size[0]} × {size[1]} px, {len(objects)} objects of {cutouts} cut-outs, none of them seen in '
-        'training. mIoU without the class none, mean ± standard deviation over seeds. Intervals: bootstrap over images '
-        'and over the cut-outs of each class, the seeds together, with the same draws for all models. IoU by size: of '
-        'the pixels of an object and the background around it, mean over objects. ms and peak: an image through '
-        'backbone and head, models in turns; tensors without weights.'
+        f'{count} images of {size[0]} × {size[1]} px, {len(objects)} objects of {cutouts} cut-outs, none of them seen '
+        'in training. mIoU without the class none, mean ± standard deviation over seeds. Intervals: bootstrap over '
+        'images and over the cut-outs of each class, the seeds together, with the same draws for all models. IoU by '
+        'size: of the pixels of an object and the background around it, mean over objects. ms and peak: an image '
+        'through backbone and head, models in turns; tensors without weights.'
     )
     text = f'{table.render()}\n{about} {device}{threads}, {one_line(describe_environment(device))}.\n'
     write_text(args.out / 'results.md', text)

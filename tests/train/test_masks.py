@@ -12,11 +12,14 @@ import torch
 from PIL import Image
 
 from tests.data.trees import pixels, write_masks
+from tests.processes import run_python, torchrun
 from tests.train.recipes import TINY, assert_same_predictions, train_on_one_and_two_processes
+from tests.train.test_scale import assert_close
 from tests.train.test_tasks import slow_loss, slow_resize
 from tests.train.test_trainer import assert_same_run, fail, stop_after
+from vit_efficient import DenseModel, save_model
 from vit_efficient.data import EpochSampler, MaskedImages, Preprocessing, Samples, create_loader, eval_input
-from vit_efficient.dense import DenseModel
+from vit_efficient.report.evaluation import SavedModel, evaluate_saved
 from vit_efficient.train import Config, evaluate, train
 from vit_efficient.train.boundaries import boundary_f
 from vit_efficient.train.checkpoint import load_checkpoint
@@ -303,6 +306,64 @@ def test_cached_features_go_on_where_they_stopped(tmp_path, monkeypatch):
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
+def test_features_in_a_folder_serve_other_runs(tmp_path, monkeypatch):
+    """Of training and validation images; weights are those of features in memory, and damage is mended."""
+    seen = []
+    features = DenseModel.features
+    monkeypatch.setattr(DenseModel, 'features', lambda self, x: seen.append(len(x)) or features(self, x))
+
+    def run(name, place, seed=0, **args):
+        config = head_recipe(tmp_path / 'data', tmp_path / name, seed=seed)
+        config.data.cache_features = place
+        config.model.args |= args
+        seen.clear()
+        return train(config), sum(seen) - 1 - 2 - 2  # less what is tried before
+
+    folder = str(tmp_path / 'features')
+    run('memory', 'memory')
+    # The seed draws the weights of the backbone too, which stand for pretrained ones here.
+    first, computed = run('first', folder)
+    assert computed == 16 + 5 and len(list((tmp_path / 'features').rglob('*.npy'))) == 21
+    one, two = (load_checkpoint(tmp_path / name / 'checkpoint.pt')['model'] for name in ('memory', 'first'))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    damaged = sorted((tmp_path / 'features').rglob('*.npy'))[3]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    again, computed = run('again', folder)
+    assert computed == 1
+    assert_same_run(tmp_path / 'first', tmp_path / 'again')
+    for name in ('foreground_miou', 'pixel_accuracy', 'boundary_f'):
+        assert again[name] == first[name]
+    assert run('seed', folder, seed=1)[1] == run('other', folder, patch_size=4)[1] == 21
+    model = timm.create_model(f'local-dir:{tmp_path / "first/model"}', pretrained=True)
+    found = evaluate_saved(SavedModel(tmp_path / 'first'), str(tmp_path / 'data/val'))
+    assert found.foreground_miou == pytest.approx(first['foreground_miou']) and model.frozen is False
+
+
+def test_a_run_from_reduced_images_with_an_upsampler(tmp_path):
+    """It starts from one that was trained, and says where it has none."""
+
+    def recipe(output, **options):
+        config = head_recipe(tmp_path / 'data', tmp_path / output)
+        config.model.reduce, config.model.args['img_size'], config.model.head_args['upscale'] = 2, 8, 4
+        for name, value in options.items():
+            setattr(config.model, name, value)
+        return config
+
+    train(recipe('half'))
+    config = recipe('lacking', upsample=True, init_from=str(tmp_path / 'half'))
+    with pytest.raises(ValueError, match='half has no upsampler for model.reduce=2, which model.upsample asks for'):
+        train(config)
+    args = dict(img_size=8, patch_size=2, dynamic_img_size=True, depth=2, embed_dim=16, num_heads=2)
+    model = DenseModel(timm.create_model('vit_full_tiny', **args), 'multilayer', 3, 2, True, width=8)
+    torch.nn.init.normal_(model.upsampler.queries.weight)
+    save_model(model, tmp_path / 'trained')
+    config = recipe('upsampled', upsample=True, init_from=str(tmp_path / 'trained'), name='vit_full_tiny', args=args)
+    train(config)
+    found = timm.create_model(f'local-dir:{tmp_path / "upsampled/model"}', pretrained=True)
+    assert torch.equal(found.upsampler.queries.weight, model.upsampler.queries.weight)
+    assert found.head.mix[0].conv.weight.shape[0] == 16  # of the recipe
+
+
 def test_a_run_goes_on_from_the_head_of_another(tmp_path, caplog):
     """First the head alone, then all."""
     first = head_recipe(tmp_path / 'data', tmp_path / 'first')
@@ -397,10 +458,34 @@ def test_two_processes_reach_the_weights_of_one(tmp_path):
     train_on_one_and_two_processes(recipe, tmp_path, batch_size=4)
     one, two = (load_checkpoint(tmp_path / count / 'checkpoint.pt')['model'] for count in '12')
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    areas = [(tmp_path / count / 'class_areas.csv').read_text() for count in '12']
+    assert areas[0] == areas[1] and areas[0].startswith('index,class,labelled,predicted,both\n')
     one, two = (json.loads((tmp_path / count / 'result.json').read_text()) for count in '12')
     for name in ('foreground_miou', 'miou', 'pixel_accuracy', 'boundary_f'):
         assert one[name] == pytest.approx(two[name])
     assert_same_predictions(tmp_path / '1', tmp_path / '2')
+
+
+@pytest.mark.distributed
+def test_two_processes_compute_what_one_does(tmp_path):
+    """In float64, with a head, dropout, stochastic depth and crops: nothing but rounding differs."""
+    paths = {}
+    for share, grad_accum in (('one', 4), ('two', 2)):
+        config = mask_recipe(tmp_path / 'data', tmp_path / share, grad_accum=grad_accum, loss=LossConfig(masks='both'))
+        config.data.batch_size, config.clip_grad, config.sched.epochs = 1, 0.5, 3
+        config.model.head, config.model.head_args = 'multilayer', {'width': 16}
+        config.model.args['drop_path_rate'] = 0.2
+        paths[share] = tmp_path / f'{share}.yaml'
+        paths[share].write_text(to_yaml(config))
+    run_python('tests/train/double.py', str(paths['one']))
+    torchrun('tests/train/double.py', str(paths['two']))
+    one, two = (load_checkpoint(tmp_path / share / 'checkpoint.pt') for share in paths)
+    assert one['progress']['updates'] == 12
+    for state in (one, two):
+        del state['progress']['train_seconds'], state['identity']
+    for name in ('model', 'optimizer', 'progress'):
+        assert_close(one[name], two[name], name)
+    assert_same_predictions(tmp_path / 'one', tmp_path / 'two')
 
 
 @pytest.mark.parametrize(

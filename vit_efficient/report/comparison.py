@@ -24,7 +24,7 @@ def compare_with_first(entries: Sequence[Entry]) -> str:
     of_images, remarks, single = [], [], []
     of_parts: dict[str, list[dict[str, Any]]] = {'patch': [], 'pixel': []}
     of_areas, areas_of_first = [], _areas(first)
-    none = nothing(first.saved.model.pretrained_cfg.get('label_names') or [])
+    none = nothing(first.saved.model.pretrained_cfg.get('label_names') or []) if areas_of_first else None
     for other in others:
         of_other = _predictions(other)
         pairs = [(of_first[seed], of_other[seed]) for seed in of_first if seed in of_other]
@@ -90,9 +90,8 @@ def _predictions(entry: Entry) -> dict[int, Predictions]:
 
 def _areas(entry: Entry) -> dict[int, np.ndarray]:
     """The areas of classes in masks, by seed, of runs that have them."""
-    classes = entry.saved.model.num_classes
-    found = ((config.seed, run.areas(classes)) for config, run in zip(entry.configs, entry.runs, strict=True))
-    return {seed: areas for seed, areas in found if areas is not None}
+    runs = [(config.seed, run) for config, run in zip(entry.configs, entry.runs, strict=True) if run.has_areas]
+    return {seed: run.areas(entry.saved.model.num_classes) for seed, run in runs}
 
 
 def _images(rows: Predictions) -> list[tuple[str | None, ...]]:

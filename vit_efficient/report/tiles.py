@@ -135,11 +135,10 @@ class _Layout:
     def _near_seams(self, size: tuple[int, int]) -> np.ndarray:
         """(H, W), whether a pixel is near one."""
         lines = seams(size, self.predictor.task.patch_size, self.tile, self.overlap)
-        near = []
-        for length, places in zip(size, lines, strict=True):
-            pixels = np.arange(length) + 0.5
-            near.append(np.array([[abs(pixels - place) <= self.near] for place in places]).any((0, 1)))
-        rows, columns = (each if each.ndim else np.zeros(length, bool) for each, length in zip(near, size, strict=True))
+        rows, columns = (
+            np.any([abs(np.arange(length) + 0.5 - place) <= self.near for place in [-np.inf, *places]], axis=0)
+            for length, places in zip(size, lines, strict=True)
+        )
         return rows[:, None] | columns[None]
 
     def row(self, none: int | None) -> dict[str, Any]:

@@ -121,10 +121,13 @@ class RunFolder:
         """A row for each image of the validation set, in its order."""
         return list(csv.DictReader(io.StringIO(read_text(self.path / PREDICTIONS), newline='')))
 
-    def areas(self, classes: int) -> np.ndarray | None:
-        """`Evaluation.areas` of so many classes, in the order of `predictions`; None of a run without masks."""
-        if not (self.path / AREAS).exists():
-            return None
+    @property
+    def has_areas(self) -> bool:
+        """Whether it has been evaluated on masks."""
+        return (self.path / AREAS).exists()
+
+    def areas(self, classes: int) -> np.ndarray:
+        """`Evaluation.areas` of so many classes, in the order of `predictions`."""
         order = {row['index']: place for place, row in enumerate(self.predictions())}
         found = np.zeros((len(order), 3, classes), np.int64)
         for row in csv.DictReader(io.StringIO(read_text(self.path / AREAS))):

@@ -76,9 +76,11 @@ def read_frame(path: Path, channels: int = 3) -> Frame:
                 return Frame(*size, orientation, False, resolution or None)
     except UnidentifiedImageError as error:
         raise UserError(f'{path}: not a readable image (unknown format)') from error
+    except UserError as error:
+        raise type(error)(f'{path}: {error}') from error
     except Exception as error:  # decoders raise all kinds of errors on damaged files
         if is_own(error):
-            raise type(error)(f'{path}: {error}') from error
+            raise
         raise UserError(f'{path}: not a readable image ({type(error).__name__}: {error})') from error
 
 
