@@ -55,6 +55,7 @@ SMALLER = {
     'table families': '--models vit_tiny_patch16_224 vit_tiny_patch16_dinov3_qkvb',
     'table fidelity': '--img-size 32 --enlarge --device cpu',
     'table flops': '--img-sizes 224',
+    'table tiles': '--device cpu',
     'plan': '--img-size 224 --enlarge --limit 2 --refine 1 --no-memory --device cpu',
     'plot': '',
     'leaves': '',

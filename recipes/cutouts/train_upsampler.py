@@ -40,9 +40,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     torch.manual_seed(0)
     dataset = MaskedImages(args.images, classes=7)
+    width, height = dataset[0][0].size
     whole, student = (
         DenseModel(
-            load_model(args.model, img_size=504 // reduce, dynamic_img_size=True), 'multilayer', 7, reduce, reduce > 1
+            load_model(args.model, img_size=(height // reduce, width // reduce), dynamic_img_size=True),
+            *('multilayer', 7, reduce, reduce > 1),
         )
         for reduce in (1, 2)
     )

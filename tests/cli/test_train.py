@@ -110,7 +110,7 @@ def test_evaluate_computes_as_the_run_did(trained, data, tmp_path, monkeypatch, 
     path.write_text(path.read_text().replace('amp: none', 'amp: bf16'))
     found = []
 
-    def evaluate(model, loader, team, amp, task):
+    def evaluate(model, loader, team, amp, task, keep=None):
         found.append(amp)
         return Evaluation(0.0, 1, 1.0, (), [], top1=0.0)
 
