@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from vit_efficient.benchmark.live_memory import LiveMemory
 from vit_efficient.benchmark.peak_memory import resident_of_its_own
 from vit_efficient.data.files.frames import Frame, Windows
 from vit_efficient.data.files.pixels import UnfitImage
 from vit_efficient.train.masks import STRIP, padded_size
+from vit_efficient.utils.errors import UserError, first_line, is_own
 
 if TYPE_CHECKING:
     from vit_efficient.prediction import Predictor
@@ -45,23 +47,35 @@ class Costs:
 
     Bytes are of the whole process, but for the code of libraries: what it has taken so far, the image as it is decoded,
     the float32 image and the features on the way to the logits, the logits of the whole image, a strip of them at full
-    size, and the mask.
+    size, and the mask. On a GPU they are of its memory, where decoded images and masks are not.
+
+    Raises:
+        UserError: If the model does not take images of any size.
     """
 
     def __init__(self, predictor: 'Predictor'):
         self.predictor = predictor
-        self.resident = resident_of_its_own()
+        self.on_gpu = predictor.device.type == 'cuda'
+        self.resident = torch.cuda.memory_allocated(predictor.device) if self.on_gpu else resident_of_its_own()
         patch = predictor.task.patch_size
         found = []
-        for side in _SIDES:
+        for side in np.repeat(_SIDES, 2).tolist():  # the first of each fills what is kept, such as bases of transforms
             image = np.zeros((side * patch[0], side * patch[1], predictor.channels), np.uint8)
             start = time.perf_counter()
-            with LiveMemory() as memory:
-                logits = predictor.logits(Windows.of(image))
+            try:
+                with LiveMemory() as memory:
+                    logits = predictor.logits(Windows.of(image)).cpu()
+            except Exception as error:  # models check what they are given in all ways, or not at all
+                if is_own(error):
+                    raise
+                raise UserError(
+                    f'what an image takes is told by images of {image.shape[0]} × {image.shape[1]} px, which the model '
+                    f'does not take ({first_line(error)}); train it with model.args.dynamic_img_size=true'
+                ) from error
             found.append((side**2, memory.peak, time.perf_counter() - start))
         _, classes, height, width = logits.shape
-        self.classes, self.fine = classes, height * width / found[1][0]
-        self.forward, self.seconds = (Growth.through(*((row[0], row[i]) for row in found)) for i in (1, 2))
+        self.classes, self.fine = classes, height * width / found[-1][0]
+        self.forward, self.seconds = (Growth.through(*((row[0], row[i]) for row in found[1::2])) for i in (1, 2))
 
     def patches(self, size: tuple[int, int]) -> int:
         """Of an image of so many pixels."""
@@ -83,7 +97,8 @@ class Costs:
         strip = 4 * 4 * min(STRIP, self.classes * pixels)
         forward = self.forward(self.patches(seen)) + (2 * logits if tile else 0)
         masks = 3 * pixels * (1 if self.classes <= 256 else 2)
-        return round(self.resident + _MARGIN * (decoded + max(forward, logits + strip) + masks))
+        beside = 0 if self.on_gpu else decoded + masks
+        return round(self.resident + _MARGIN * (beside + max(forward, logits + strip)))
 
     def largest_tile(self, frame: Frame, windows: bool, limit: int) -> int | None:
         """The side in pixels of the largest tile with which an image stays within so many bytes; None if none does."""

@@ -40,8 +40,8 @@ def mean_share(found: np.ndarray, without: int | None = None) -> np.ndarray:
 
 
 def resampled(areas: np.ndarray, resamples: int = RESAMPLES) -> np.ndarray:
-    """The sums (resamples, 3, K) over as many images as there are, drawn from (N, 3, K), seeded: equal numbers of
-    images have equal draws."""
+    """The sums (resamples, 3, K) over as many images as there are, drawn from (N, 3, K). The draws are seeded:
+    those of as many images are the same."""
     n = len(areas)
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)
     return (draws.astype(np.float64) @ areas.reshape(n, -1).astype(np.float64)).reshape(resamples, *areas.shape[1:])
