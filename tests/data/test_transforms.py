@@ -434,3 +434,14 @@ def test_whole_images_stay_as_they_are(channels, dtype):
     scaled = image / 255 if dtype == 'uint8' else image
     found = WholeTransform(preprocessing).normalize(moved)
     assert np.allclose(found.permute(1, 2, 0), (scaled - 0.5) / 0.25, atol=1e-6)
+
+
+def test_a_tensor_does_not_share_the_pixels_of_its_image():
+    """Which PyTorch would warn of: those of a PIL image may not be written to."""
+    still = AugmentConfig(crop_scale=None, hflip=0, color_jitter=0, rand_ops=0, erasing=0)
+    transform = TrainTransform(replace(PLAIN, input_size=(3, 20, 24), crop_pct=1.0), still, seed=0)
+    image = np.asarray(Image.fromarray(pixels(0, (20, 24, 3))))
+    assert not image.flags.writeable
+    before = image.copy()
+    transform.pixels(image).zero_()
+    assert np.array_equal(image, before)

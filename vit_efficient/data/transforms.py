@@ -66,6 +66,8 @@ class TrainTransform(PixelTransform):
         photograph = image.dtype == np.uint8 and image.shape[2] in (1, 3)
         if not photograph and image.dtype == np.uint8:
             image = image.astype(np.float32) / 255
+        if not image.flags.writeable:  # the pixels of a PIL image, which a tensor would share if nothing changes them
+            image = image.copy()
         since = max(start for start in self._scheduled if start <= epoch)
         if (since, photograph) not in self._pipelines:
             self._pipelines[since, photograph] = _compose(self._scheduled[since], self.config, photograph)
