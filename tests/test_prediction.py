@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_masks_overlays_and_probabilities(run, tmp_path, capsys):
 @pytest.mark.parametrize('dtype', ['uint8', 'float32'])
 def test_overlays(channels, dtype):
     image, classes = pixels(0, (5, 7, channels), dtype), pixels(1, (5, 7), 'uint8') % 3
-    shown = np.asarray(prediction._overlay(image, classes)).astype(float)
+    shown = np.asarray(prediction.overlay(image, classes)).astype(float)
     colours = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]])[classes]
     own = (image if dtype == 'uint8' else 255 * image)[..., [0, 1, 2] if channels > 1 else [0, 0, 0]]
     expected = np.where(classes[..., None] > 0, own / 2 + colours / 2, own)
@@ -238,7 +239,7 @@ def test_goes_on_where_it_stopped(run, tmp_path, capsys, monkeypatch):
 def test_masks_of_other_settings_are_not_mixed(run, tmp_path, capsys):
     assert predict(run, tmp_path / 'out') == 0
     assert predict(run, tmp_path / 'out', '--tile', '8') == 2
-    assert 'holds masks of other settings (overlap was None, is 0.25, tile was None, is 8)' in capsys.readouterr().err
+    assert 'holds masks of other settings (tile was None, is 8, overlap was None, is 0.25)' in capsys.readouterr().err
     (tmp_path / 'out' / SETTINGS).write_text('[1]')
     assert predict(run, tmp_path / 'out') == 2
     assert 'is not what `vit-efficient predict` writes' in capsys.readouterr().err
@@ -374,7 +375,7 @@ def test_memory_of_masks(tmp_path, monkeypatch):
                 foretold += 2 * 4 * costs.classes * costs.fine * costs.patches((1600, 2000))
             assert 0.9 * memory.peak < foretold < 1.5 * memory.peak
         frame = Frame(1600, 2000, 3)
-        whole, tiled, parts = (costs.bytes(frame, *how) for how in ((None, False), (512, False), (512, True)))
+        whole, tiled, parts = (costs.bytes(frame, *how) for how in ((None, None), (512, None), (512, 0)))
         assert costs.resident < parts < tiled <= whole
         assert parts == pytest.approx(tiled - 1.2 * 2 * image.nbytes, rel=1e-6)
 
@@ -388,7 +389,6 @@ def test_a_limit_of_memory(run, tmp_path, monkeypatch, capsys):
     command = ['predict', str(run / 'run'), str(path), '--out', str(tmp_path / 'out'), '--device', 'cpu']
     with monkeypatch.context() as patch:
         patch.setattr(Windows, 'whole', None)
-        patch.setattr(prediction, 'to_array', lambda image, channels: np.asarray(image) if len(image) < 200 else 1 / 0)
         assert main([*command, '--memory', '2GB']) == 2
     said = capsys.readouterr().err
     found = re.search(
@@ -396,11 +396,11 @@ def test_a_limit_of_memory(run, tmp_path, monkeypatch, capsys):
     )
     predictor, _ = open_predictor(run / 'run', device='cpu')
     costs, frame = prediction_costs.Costs(predictor), Frame(*size, 3)
-    assert costs.bytes(frame, int(found[1]), True) <= 2e9 < costs.bytes(frame, None, False)
-    assert costs.tile_within(path, frame, 'auto', True, int(2e9)) == int(found[1])
-    assert costs.tile_within(path, frame, 'auto', True, int(4e12)) is None
+    assert costs.bytes(frame, int(found[1]), 0) <= 2e9 < costs.bytes(frame, None)
+    assert costs.tile_within(path, frame, 'auto', 0, int(2e9)) == int(found[1])
+    assert costs.tile_within(path, frame, 'auto', 0, int(4e12)) is None
     with pytest.raises(ValueError, match='by tiles of 512 px take about .* no tile stays within it'):
-        costs.tile_within(path, frame, 512, True, 1000)
+        costs.tile_within(path, frame, 512, 0, 1000)
     assert main([*command, '--memory', '1']) == 2 and 'no tile stays within it' in capsys.readouterr().err
     assert not list((tmp_path / 'out').rglob('masks/*'))
 
@@ -412,6 +412,10 @@ def test_a_limit_of_memory(run, tmp_path, monkeypatch, capsys):
         (['--tile', '7'], 'tile=7 must be a multiple of the patches; use 6 or 8'),
         (['--tile', 'wide'], "--tile must be a positive integer, got --tile='wide'"),
         (['--memory', 'much'], "--memory must be a size such as 4GB or 512MiB, got 'much'"),
+        (['--tile', 'null'], '--tile must be a positive integer, got --tile=None'),
+        (['--overlap', '7'], 'overlap must be at least 0 and below 1, got overlap=7'),
+        (['--memory', '0.4'], "--memory must be a size such as 4GB or 512MiB, got '0.4'"),
+        (['--memory', '9' * 320], '--memory must be a size such as 4GB or 512MiB'),
         (['--memory', '0GB'], "--memory must be a size such as 4GB or 512MiB, got '0GB'"),
     ],
 )
@@ -440,3 +444,76 @@ def test_long_images_are_told_of(run, tmp_path, monkeypatch, capsys):
 def test_sizes_in_bytes():
     for text, expected in (('1GB', 10**9), ('1.5 GiB', 3 * 2**29), ('512', 512), ('2kb', 2000), ('3MiB', 3 * 2**20)):
         assert parse_bytes('--memory', text) == expected
+
+
+@pytest.mark.parametrize('kind', ['cut.jpg', 'cut.png', 'deflated.tif', 'plain.tif'])
+def test_damage_that_shows_in_a_part_is_skipped_too(run, tmp_path, capsys, kind):
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    image = pixels(0, (64, 80, 3))
+    if kind.endswith('tif'):
+        options = dict(compression='zlib') if kind == 'deflated.tif' else {}
+        tifffile.imwrite(folder / kind, image, photometric='rgb', tile=(16, 16), **options)
+    else:
+        pytest.importorskip('pyvips')
+        Image.fromarray(image).save(folder / kind)
+    content = (folder / kind).read_bytes()
+    middle = len(content) // 2
+    (folder / kind).write_bytes(content[:middle] if 'cut' in kind or 'plain' in kind else content[:middle] + bytes(200))
+    Image.fromarray(image).save(folder / 'z.png')
+    command = [
+        'predict',
+        str(run / 'run'),
+        str(folder),
+        '--out',
+        str(tmp_path / 'out'),
+        '--device',
+        'cpu',
+        '--tile',
+        '8',
+    ]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and f'{folder / kind}: not a readable image' in said and '--on-error skip' in said
+    assert main([*command, '--on-error', 'skip']) == 0
+    assert '1 of 2 masks written' in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / 'out/masks').iterdir()] == ['z.png']
+
+
+def test_masks_are_not_taken_for_those_of_other_images(run, tmp_path, capsys):
+    for name, seed in (('a', 0), ('b', 1)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels(seed, (20, 24, 3))).save(tmp_path / name / '0.png')
+    command = ['predict', str(run / 'run'), '--out', str(tmp_path / 'out'), '--device', 'cpu']
+    assert main([*command, str(tmp_path / 'a')]) == 0
+    assert main([*command, str(tmp_path / 'b')]) == 2
+    said = capsys.readouterr().err
+    assert f'out/masks/0.png: is the mask of another image than {tmp_path / "b/0.png"}; remove it, or name' in said
+    (tmp_path / 'out/masks/0.png').unlink()
+    assert main([*command, str(tmp_path / 'b')]) == 0
+    assert main([*command, str(tmp_path / 'b')]) == 0 and '1 were there' in capsys.readouterr().out
+
+
+def test_masks_are_not_taken_for_those_of_another_preprocessing(run, tmp_path, capsys):
+    shutil.copytree(run / 'run', tmp_path / 'run')
+    images = [str(run / 'data/val/images'), '--out', str(tmp_path / 'out'), '--device', 'cpu']
+    assert main(['predict', str(tmp_path / 'run'), *images]) == 0
+    path = tmp_path / 'run/model/config.json'
+    config = json.loads(path.read_text())
+    config['pretrained_cfg']['mean'] = [0.0, 0.0, 0.0]
+    path.write_text(json.dumps(config))
+    assert main(['predict', str(tmp_path / 'run'), *images]) == 2
+    assert 'holds masks of other settings (model was ' in capsys.readouterr().err
+
+
+def test_what_a_refusal_names_can_be_done_in_the_same_folder(run, tmp_path, capsys):
+    assert predict(run, tmp_path / 'out', '--memory', '1MB') == 2
+    assert 'no tile stays within it' in capsys.readouterr().err
+    assert predict(run, tmp_path / 'out', '--tile', '8') == 0
+
+
+def test_masks_are_not_predicted_of_masks(run, tmp_path, capsys):
+    images = write_masks(tmp_path / 'data', 3) / 'images'
+    command = ['predict', str(run / 'run'), str(images), '--out', str(images / 'found'), '--device', 'cpu']
+    assert main(command) == main(command) == 0
+    assert '0 of 3 masks written' in capsys.readouterr().out

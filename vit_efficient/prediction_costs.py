@@ -47,14 +47,15 @@ class Costs:
 
     Bytes are of the whole process, but for the code of libraries: what it has taken so far, the image as it is decoded,
     the float32 image and the features on the way to the logits, the logits of the whole image, a strip of them at full
-    size, and the mask. On a GPU they are of its memory, where decoded images and masks are not.
+    size, the mask, and the overlay if there is one. On a GPU they are of its memory, where neither decoded images nor
+    masks are.
 
     Raises:
         UserError: If the model does not take images of any size.
     """
 
-    def __init__(self, predictor: 'Predictor'):
-        self.predictor = predictor
+    def __init__(self, predictor: 'Predictor', overlays: bool = False):
+        self.predictor, self.overlays = predictor, overlays
         self.on_gpu = predictor.device.type == 'cuda'
         self.resident = torch.cuda.memory_allocated(predictor.device) if self.on_gpu else resident_of_its_own()
         patch = predictor.task.patch_size
@@ -82,46 +83,46 @@ class Costs:
         sides = zip(padded_size(size, self.predictor.task.patch_size), self.predictor.task.patch_size, strict=True)
         return int(np.prod([side // step for side, step in sides]))
 
-    def bytes(self, frame: Frame, tile: int | None, windows: bool) -> int:
+    def bytes(self, frame: Frame, tile: int | None, held: int | None = None) -> int:
         """At most, while the mask of an image is made: whole, or by tiles.
 
         Args:
             frame: Of the image.
             tile: Side in pixels.
-            windows: Whether parts of the image are read, and it is never there as a whole.
+            held: Of the image while its parts are read, as of `Windows`; None: it is there as a whole.
         """
         pixels = frame.height * frame.width
-        decoded = 0 if windows else 2 * pixels * frame.channels * frame.itemsize
+        decoded = 2 * pixels * frame.channels * frame.itemsize if held is None else held
         seen = (frame.height, frame.width) if tile is None else (min(frame.height, tile), min(frame.width, tile))
         logits = 4 * self.classes * self.fine * self.patches(frame.size)
         strip = 4 * 4 * min(STRIP, self.classes * pixels)
         forward = self.forward(self.patches(seen)) + (2 * logits if tile else 0)
-        masks = 3 * pixels * (1 if self.classes <= 256 else 2)
+        masks = 3 * pixels * (1 if self.classes <= 256 else 2) + 6 * pixels * self.overlays
         beside = 0 if self.on_gpu else decoded + masks
         return round(self.resident + _MARGIN * (beside + max(forward, logits + strip)))
 
-    def largest_tile(self, frame: Frame, windows: bool, limit: int) -> int | None:
+    def largest_tile(self, frame: Frame, held: int | None, limit: int) -> int | None:
         """The side in pixels of the largest tile with which an image stays within so many bytes; None if none does."""
         step = int(np.lcm(*self.predictor.task.patch_size))
         fitting, count = None, max(frame.height, frame.width) // step
         while count >= 4:
-            if self.bytes(frame, count * step, windows) <= limit:
+            if self.bytes(frame, count * step, held) <= limit:
                 fitting = count * step
                 break
             count = count * 7 // 8
         return fitting
 
-    def tile_within(self, path: Path, frame: Frame, tile: int | str | None, windows: bool, limit: int) -> int | None:
+    def tile_within(self, path: Path, frame: Frame, tile: int | str | None, held: int | None, limit: int) -> int | None:
         """The tile that is asked for, or, of `auto`, the one to take; None for the whole image.
 
         Raises:
             UnfitImage: If that takes more than the limit; it names the tile that does not.
         """
         asked = None if tile == 'auto' else tile
-        needed = self.bytes(frame, asked, windows and asked is not None)
+        needed = self.bytes(frame, asked, None if asked is None else held)
         if needed <= limit:
             return asked
-        largest = self.largest_tile(frame, windows, limit)
+        largest = self.largest_tile(frame, held, limit)
         if tile == 'auto' and largest:
             return largest
         how = 'whole' if asked is None else f'by tiles of {asked} px'

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     as_integer('--workers', args.workers, least=0)
     saved = SavedModel(args.model)
     amp, on_error = args.amp or saved.config.amp, args.on_error or saved.config.data.on_error
-    files = args.out and MaskFiles(args.out)
+    files = args.out and MaskFiles(args.out, saved.model.num_classes)
     if files and not has_masks(saved.open_data(args.data)):
         raise UserError(f'--out {args.out}: what is written is of images with masks, which {args.data} has not')
     options = args.tile, parse_value(args.overlap), files and files.keep

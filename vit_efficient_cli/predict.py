@@ -43,9 +43,10 @@ def run(args: argparse.Namespace) -> None:
     with needing('train', 'progress is shown with'):
         from tqdm import tqdm
 
-    jobs = list_images(args.images)
-    tile = None if args.tile is None else parse_value(args.tile)
-    tile = tile if tile in (None, 'auto') else as_integer('--tile', tile)
+    jobs = list_images(args.images, args.out)
+    tile = args.tile
+    if tile not in (None, 'auto'):
+        tile = as_integer('--tile', parse_value(tile))
     memory = None if args.memory is None else parse_bytes('--memory', args.memory)
     predictor, settings = open_predictor(args.model, parse_value(args.overlap), args.device, args.amp)
     wanted = Wanted(tile, memory, args.format, args.overlays, args.probabilities)

@@ -106,10 +106,14 @@ def _tiles_table(args: argparse.Namespace) -> None:
     from itertools import product
 
     from vit_efficient.report.tiles import tiles_table
+    from vit_efficient.utils.checks import as_integer
     from vit_efficient.utils.device import limit_threads
+    from vit_efficient.utils.files import check_can_write
     from vit_efficient.utils.options import parse_value
 
-    limit_threads(args.threads)
+    limit_threads(None if args.threads is None else as_integer('--threads', args.threads))
+    if args.out:
+        check_can_write(args.out)
     layouts = list(product(args.tile, map(parse_value, args.overlap)))
     options = args.limit, args.near, args.device, args.format
     _show(tiles_table(args.models, args.data, layouts, *options), args.out)

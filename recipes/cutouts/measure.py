@@ -23,11 +23,12 @@ from tqdm import tqdm
 from vit_efficient import count_flops
 from vit_efficient.benchmark.live_memory import LiveMemory
 from vit_efficient.report.evaluation import SavedModel
-from vit_efficient.report.masks import interval, mean_share, shares
+from vit_efficient.report.masks import RESAMPLES, interval, mean_share, shares
 from vit_efficient.report.plot import line_style
 from vit_efficient.report.table import Column, Table
 from vit_efficient.train.masks import PixelScore
 from vit_efficient.train.tasks import Task
+from vit_efficient.utils.checks import as_integer
 from vit_efficient.utils.device import choose_device, limit_threads
 from vit_efficient.utils.environment import describe_environment, one_line
 from vit_efficient.utils.errors import UserError
@@ -35,7 +36,6 @@ from vit_efficient.utils.files import save_figure, write_text
 from vit_efficient.utils.measurements import digest
 
 BINS = (16, 32, 64, 128, 401)  # px, of the longer side of objects
-RESAMPLES = 2000
 _AROUND = 1 / 4  # of its box, by which the box of an object is grown on each side
 
 
@@ -61,7 +61,7 @@ def read_objects(path: Path, classes: list[str], files: list[str], size: tuple[i
                 continue
             box = slice(top, top + height), slice(left, left + width)
             grown = (_grown(side, length) for side, length in zip(box, size, strict=True))
-            place = np.digitize(max(height, width), BINS) - 1
+            place = int(np.clip(np.digitize(max(height, width), BINS) - 1, 0, len(BINS) - 2))
             found.append(Object(classes.index(row['label']), row['cutout'], order[row['image']], box, (*grown,), place))
     return found
 
@@ -91,7 +91,10 @@ class Runs:
         if not self.paths:
             raise UserError(f'{folder}: no runs {name}-s0, …; `vit-efficient table accuracy` trains them')
         self.saved = [SavedModel(path) for path in self.paths]
-        bodies = [digest((k, v) for k, v in each.model.state_dict().items() if k[:5] != 'head.') for each in self.saved]
+        bodies = [
+            digest((k, v) for k, v in each.model.state_dict().items() if not k.startswith('head.'))
+            for each in self.saved
+        ]
         self.sources = [bodies.index(body) for body in bodies]  # whose features each of them reads
         self.seconds: list[float] = []
         self.peak = 0
@@ -100,14 +103,13 @@ class Runs:
     @torch.inference_mode()
     def logits(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Of each run (1, K, h, w); the first one's forward pass is timed."""
-        start, features = time.perf_counter(), {}
+        start, features, found = time.perf_counter(), {}, []
         for number, (saved, source) in enumerate(zip(self.saved, self.sources, strict=True)):
             if source == number:
                 features[number] = saved.model.features(images)
             logits = saved.model(features[source])
             if number == 0:
                 self.seconds.append(time.perf_counter() - start)
-                found = []
             found.append(logits.float().cpu())
         if not self.peak:
             with LiveMemory() as memory:
@@ -134,7 +136,7 @@ def measure(every: list[Runs], split: str, limit: int | None) -> tuple[list[Obje
     classes, kinds = dataset.classes, len(dataset.classes)
     task = Task.of('segmentation', saved.model, saved.preprocessing, classes, 1.0, of_pixels=True)
     samples = saved.samples(dataset, 'error', check_target=task.check_target)
-    count = min(len(samples), limit or len(samples))
+    count = len(samples) if limit is None else min(len(samples), as_integer('--limit', limit))
     size = samples.decode(0)[0].shape[:2]
     files = [dataset.filename(i) for i in range(count)]
     objects = read_objects(Path(dataset.root) / 'objects.csv', classes, files, size)

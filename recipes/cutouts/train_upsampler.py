@@ -19,6 +19,8 @@ from vit_efficient import DenseModel, save_model
 from vit_efficient.data import MaskedImages, Preprocessing, Samples
 from vit_efficient.data.preprocessing import WholeTransform
 from vit_efficient.models import load_model
+from vit_efficient.utils.checks import as_integer
+from vit_efficient.utils.errors import UserError
 
 
 def features_of(images: torch.Tensor, model: DenseModel) -> torch.Tensor:
@@ -38,6 +40,17 @@ def main(argv: list[str] | None = None) -> int:
     if (args.out / 'config.json').exists():
         print(f'{args.out}: there')
         return 0
+    try:
+        as_integer('--epochs', args.epochs)
+        fit(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f'{args.out}: written')
+    return 0
+
+
+def fit(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     dataset = MaskedImages(args.images, classes=7)
     width, height = dataset[0][0].size
@@ -71,8 +84,6 @@ def main(argv: list[str] | None = None) -> int:
             f'{sum(errors[-100:]) / len(errors[-100:]):.4f}, the first {sum(errors[:100]) / len(errors[:100]):.4f}'
         )
     save_model(student, args.out)
-    print(f'{args.out}: written')
-    return 0
 
 
 if __name__ == '__main__':

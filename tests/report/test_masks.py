@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from tests.train.test_masks import CLASSES, head_recipe
-from vit_efficient import save_model
+from vit_efficient import DenseModel, save_model
 from vit_efficient.data import MaskedImages
 from vit_efficient.report.comparison import compare_with_first
-from vit_efficient.report.masks import class_table, compare_areas, interval, mean_share, resampled, shares
+from vit_efficient.report.masks import MaskFiles, class_table, compare_areas, interval, mean_share, resampled, shares
 from vit_efficient.report.runs import Entry
 from vit_efficient.report.tiles import tiles_table
 from vit_efficient.train import train
@@ -198,3 +198,27 @@ def test_tiles_that_do_not_fit(runs, capsys):
     command = ['table', 'tiles', configs[0].output, '--data', str(folder / 'data/val'), '--tile', '7']
     assert main(command) == 2
     assert 'tile=7 must be a multiple of the patches; use 6 or 8' in capsys.readouterr().err
+
+
+def test_masks_stay_within_their_folder(tmp_path):
+    files = MaskFiles(tmp_path / 'out', 3)
+    classes = np.zeros((4, 5), np.int16)
+    for name, expected in (('/x/a.png', 'x/a.png'), ('../../b/c.jpg', 'b/c.png'), ('7', '7.png')):
+        files.keep(name, classes)
+        assert (tmp_path / 'out/predictions' / expected).exists()
+    files.keep('7', classes)
+    with pytest.raises(ValueError, match=r'7\.tif: its mask would be .*/7\.png, as that of 7; name them apart'):
+        files.keep('7.tif', classes)
+    with pytest.raises(ValueError, match=r'--out .*: holds something already; name a new folder'):
+        MaskFiles(tmp_path / 'out', 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['out']
+
+
+def test_models_of_other_classes_are_not_compared(runs, tmp_path):
+    folder, configs = runs
+    model = DenseModel(timm.create_model('vit_tiny_patch16_224', depth=1), 'linear', 4)
+    save_model(model, tmp_path / 'model')
+    with pytest.raises(
+        ValueError, match='model tells 4 classes, .* background, green, blue; compare models of the same'
+    ):
+        tiles_table([configs[0].output, str(tmp_path / 'model')], str(folder / 'data/val'), [(8, 0)], 1, device='cpu')

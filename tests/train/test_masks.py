@@ -327,10 +327,12 @@ def test_features_in_a_folder_serve_other_runs(tmp_path, monkeypatch):
     assert computed == 16 + 5 and len(list((tmp_path / 'features').rglob('*.npy'))) == 21
     one, two = (load_checkpoint(tmp_path / name / 'checkpoint.pt')['model'] for name in ('memory', 'first'))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    damaged = sorted((tmp_path / 'features').rglob('*.npy'))[3]
+    damaged, zeroed, emptied = sorted((tmp_path / 'features').rglob('*.npy'))[3:6]
     damaged.write_bytes(damaged.read_bytes()[:100])
+    zeroed.write_bytes(zeroed.read_bytes()[:200] + bytes(zeroed.stat().st_size - 200))
+    emptied.write_bytes(b'')
     again, computed = run('again', folder)
-    assert computed == 1
+    assert computed == 3
     assert_same_run(tmp_path / 'first', tmp_path / 'again')
     for name in ('foreground_miou', 'pixel_accuracy', 'boundary_f'):
         assert again[name] == first[name]
@@ -394,6 +396,12 @@ def test_stages_do_not_change_what_is_frozen(tmp_path):
         ({'data.augment.hflip': 0.5}, 'data.augment.hflip must be 0.0 for data.cache_features: each image goes once'),
         ({'data.augment.color_jitter': 0.5}, 'data.augment.color_jitter must be 0.0 for data.cache_features'),
         ({'model.freeze': False}, 'model.freeze must be True for data.cache_features'),
+        ({'data.cache_features': 'true'}, "data.cache_features must be '', memory, or a folder, got 'true'"),
+        ({'data.cache_features': __file__}, 'data.cache_features=.*: cannot be a folder'),
+        (
+            {'model.reduce': 2, 'model.upsample': True},
+            'an upsampler that nobody has trained would stay; name the folder',
+        ),
         ({'model.head': '', 'model.head_args': {}}, 'model.freeze must be False for no model.head, which it is of'),
         ({'task': 'both'}, 'model.head=multilayer is for task=segmentation, got task=both'),
         ({'model.head_args': {'width': 0}}, r"model.head=multilayer, model.head_args=\{'width': 0\}: width must be"),

@@ -18,6 +18,14 @@ def _shares(whole: str) -> Range:
     return Range(f'two shares of {whole}, 0 < least ≤ most ≤ 1', lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
 
 
+# What a place was before it was one, and what is meant as `memory`.
+_NO_PLACES = ('true', 'false', 'yes', 'no', 'on', 'off', 'none', 'null', '0', '1')
+_PLACE = Range(
+    "'', memory, or a folder",
+    lambda v: v == 'memory' or (v == v.strip() and v.lower() not in (*_NO_PLACES, 'memory')),
+)
+
+
 @dataclass
 class AffineConfig:
     """Random affine maps of the whole image, for images in which position and slant mean little, such as digits."""
@@ -100,6 +108,7 @@ class DataConfig:
         'with model.freeze, where nothing is drawn in training: each image goes through the backbone once, and what '
         'the head reads is kept, in half precision, in memory (memory); or in a folder, for other runs too, and of '
         'validation images as well',
+        _PLACE,
         resume=True,
     )
     on_error: str = key(

@@ -17,7 +17,8 @@ from vit_efficient.train import Evaluation
 from vit_efficient.train.evaluation import describe
 from vit_efficient.train.run_folder import predictions_table
 from vit_efficient.train.tasks import nothing
-from vit_efficient.utils.files import save_figure, write_text
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.files import check_can_write, save_figure, write_text
 from vit_efficient.utils.packages import needing
 
 RESAMPLES = 2000
@@ -135,15 +136,38 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> N
 
 class MaskFiles:
     """What an evaluation on masks leaves in a folder: masks as predicted, `predictions/`; `classes.md`, the table of
-    classes; `confusion.png`; and `predictions.csv`, a line for each image."""
+    classes; `confusion.png`; and `predictions.csv`, a line for each image.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Args:
+        folder: A new one, or an empty one.
+        classes: K.
+
+    Raises:
+        UserError: If the folder holds anything.
+    """
+
+    def __init__(self, folder: Path, classes: int):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f'--out {folder}: holds something already; name a new folder')
+        check_can_write(folder / 'classes.md')
+        self.folder, self.kind = folder, np.uint8 if classes <= 256 else np.uint16
+        self.image_of: dict[Path, str] = {}
 
     def keep(self, name: str, classes: np.ndarray) -> None:
-        """Writes the mask of an image: the class of each pixel (H, W)."""
-        kind = np.uint8 if classes.max(initial=0) < 256 else np.uint16
-        write_mask(self.folder / 'predictions' / Path(name).with_suffix('.png'), classes.astype(kind))
+        """Writes the mask of an image.
+
+        Args:
+            name: Its path; of one that leads out of the data set's folder, what stays within counts.
+            classes: The class of each pixel (H, W).
+
+        Raises:
+            UserError: If the mask would replace that of another image.
+        """
+        parts = [part for part in Path(name).parts if part not in (Path(name).anchor, '..')]
+        path = self.folder / 'predictions' / Path(*parts).with_suffix('.png')
+        if self.image_of.setdefault(path, name) != name:
+            raise UserError(f'{name}: its mask would be {path}, as that of {self.image_of[path]}; name them apart')
+        write_mask(path, classes.astype(self.kind))
 
     def finish(self, evaluation: Evaluation, dataset: Dataset, names: Sequence[str] | None) -> str:
         """Writes the rest, and gives the table.
@@ -154,10 +178,10 @@ class MaskFiles:
             names: Of the classes; by default their numbers.
         """
         names = names or [str(number) for number in range(evaluation.areas.shape[2])]
-        filename = getattr(dataset, 'filename', str)
         table = class_table(evaluation, names, nothing(names))
         about = f'{describe(evaluation.accuracies)} of {evaluation.images} images. Intervals: bootstrap over images.'
         write_text(self.folder / 'classes.md', f'{table}\n{about}\n')
+        filename = getattr(dataset, 'filename', str)
         write_text(self.folder / 'predictions.csv', predictions_table(evaluation, filename))
         plot_confusion(evaluation.confusion.numpy(), names, self.folder / 'confusion.png')
         return table

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vit_efficient.benchmark.live_memory import LiveMemory
-from vit_efficient.data import Samples, class_names, has_masks
+from vit_efficient.data import Samples, check_same_classes, class_names, has_masks
 from vit_efficient.data.files.frames import Windows
 from vit_efficient.data.files.masks import IGNORED
 from vit_efficient.prediction import Predictor, predictor_of
@@ -61,20 +62,26 @@ def tiles_table(
     Raises:
         UserError: If the data have no masks, or a model or layout does not fit.
     """
-    rows, first, about = [], None, None
+    rows, first, about, of_first = [], None, None, None
     for name in models:
         saved = SavedModel(name)
+        kinds = saved.model.num_classes, saved.model.pretrained_cfg.get('label_names')
+        of_first = of_first or kinds
+        if kinds != of_first:
+            raise UserError(f'{name} tells {_kinds(kinds)}, {models[0]} {_kinds(of_first)}; compare models of the same')
         predictor, _ = predictor_of(saved, name, device=device)
         samples = _samples(saved, predictor, split, limit)
         wanted = [(None, 0.0), *layouts]
         for tile, overlap in layouts:
             predictor.tiled(tile, overlap)  # says what does not fit
-        distance = as_integer('near', max(predictor.task.patch_size) if near is None else near)
+        distance = as_integer('--near', max(predictor.task.patch_size) if near is None else near)
         found = [_Layout(predictor, tile, overlap, distance) for tile, overlap in wanted]
         for index in tqdm(range(len(samples)), name, disable=None, leave=False):
             image, _, classes = samples.decode(index)
             for layout in found:
                 layout.see(image, classes, found[0])
+        if not np.sum(found[0].areas):
+            raise UserError(f'none of the pixels of {split} counts; see ignore_index and values (data.args)')
         none = nothing(saved.model.pretrained_cfg.get('label_names') or [])
         first = first or (found[0], none)
         rows += [{'model': name, **layout.row(none)} | _against(layout, *first) for layout in found]
@@ -96,12 +103,32 @@ def _samples(saved: SavedModel, predictor: Predictor, split: str, limit: int | N
     if not has_masks(dataset):
         raise UserError(f'{split} has no masks, which say how well images and tiles are seen')
     if limit is not None:
-        dataset = torch.utils.data.Subset(dataset, range(min(as_integer('limit', limit), len(dataset))))
-        dataset.moves_with_pixels = True
-    known = class_names(getattr(dataset, 'dataset', dataset))
-    if known and len(known) != saved.model.num_classes:
-        raise UserError(f'{split} has {len(known)} classes, the model {saved.model.num_classes}')
+        dataset = _First(dataset, min(as_integer('--limit', limit), len(dataset)))
+    names = saved.model.pretrained_cfg.get('label_names')
+    check_same_classes(names, class_names(dataset), 'the model', split)
     return saved.samples(dataset, 'error', check_target=predictor.task.check_target)
+
+
+class _First(Dataset):
+    """The first images of a data set."""
+
+    moves_with_pixels = True
+
+    def __init__(self, dataset: Dataset, count: int):
+        self.dataset, self.count, self.classes = dataset, count, class_names(dataset)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def filename(self, index: int) -> str:
+        return getattr(self.dataset, 'filename', str)(index)
+
+
+def _kinds(kinds: tuple[int, list[str] | None]) -> str:
+    return ', '.join(kinds[1]) if kinds[1] else f'{kinds[0]} classes'
 
 
 class _Layout:

@@ -65,6 +65,11 @@ def _with_head(backbone: nn.Module, config: ModelConfig, num_classes: int) -> De
         raise UserError(f'model.head={config.head}, model.head_args={config.head_args}: {error}') from error
     if config.init_from:
         take_parts(model, config.init_from)
+    elif config.upsample and config.freeze:
+        raise UserError(
+            'model.upsample=true with model.freeze=true: an upsampler that nobody has trained would stay; name the '
+            'folder of a model that has one by model.init_from (see recipes/cutouts/train_upsampler.py)'
+        )
     if config.freeze:
         model.freeze_backbone()
     return model

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,17 @@ from vit_efficient.data import Samples
 from vit_efficient.data.samples import Unreadable
 from vit_efficient.dense import DenseModel
 from vit_efficient.train.tasks import Task
+from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_bytes
 from vit_efficient.utils.measurements import digest
 from vit_efficient.utils.precision import autocast
 from vit_efficient.version import __version__
 
 MEMORY = 'memory'
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, 'little')
 
 
 class CachedFeatures(Dataset):
@@ -43,6 +49,11 @@ class CachedFeatures(Dataset):
         self.on_error = samples.on_error
         self.kept: dict[int, tuple] | None = {} if place == MEMORY else None
         self.folder = None if place == MEMORY else Path(place) / self._of_model()
+        if self.folder:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f'data.cache_features={place}: cannot be a folder ({error.strerror})') from error
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -64,14 +75,13 @@ class CachedFeatures(Dataset):
             return self._compute(image)
         name = hashlib.sha256(f'{image.dtype} {tuple(image.shape)}'.encode() + image.numpy().tobytes()).hexdigest()
         path = self.folder / f'{name}.npy'
-        try:
-            return torch.from_numpy(np.load(path))
-        except (OSError, ValueError, EOFError):  # there is none, or it is damaged
-            features = self._compute(image)
-            content = io.BytesIO()
-            np.save(content, features.numpy())
-            write_bytes(path, content.getvalue())
-            return features
+        content = path.read_bytes() if path.exists() else b''
+        if content and content[-4:] == _checksum(content[:-4]):
+            return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
+        features, file = self._compute(image), io.BytesIO()  # there is none, or it is damaged
+        np.save(file, features.numpy())
+        write_bytes(path, file.getvalue() + _checksum(file.getvalue()))
+        return features
 
     @torch.no_grad()
     def _compute(self, image: Tensor) -> Tensor:

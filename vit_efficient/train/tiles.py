@@ -31,10 +31,22 @@ def seams(size: tuple[int, int], patch: tuple[int, int], tile: int, overlap: flo
     them share. Arguments are those of `Tiled`."""
     lines = []
     for length, side in zip(size, patch, strict=True):
-        of_tile = tile // side
-        starts = tile_starts(math.ceil(length / side), of_tile, min(math.ceil(overlap * of_tile), of_tile - 1))
+        of_tile, _, starts = _along(math.ceil(length / side), tile // side, overlap)
         lines.append([(before + of_tile + after) / 2 * side for before, after in pairwise(starts)])
     return lines[0], lines[1]
+
+
+def _along(length: int, tile: int, overlap: float) -> tuple[int, int, list[int]]:
+    """Of tiles along a length, all in patches: their side, what two share at least, and where they begin."""
+    shared = min(math.ceil(overlap * tile), tile - 1)
+    return min(tile, length), shared, tile_starts(length, tile, shared)
+
+
+def as_overlap(overlap: float) -> float:
+    """The share of a tile that the next one has too; a UserError if it is none."""
+    if not is_real(overlap) or not 0 <= overlap < 1:
+        raise UserError(f'overlap must be at least 0 and below 1, got {overlap=}')
+    return float(overlap)
 
 
 class Tiled(nn.Module):
@@ -59,9 +71,7 @@ class Tiled(nn.Module):
         for side in task.patch_size:
             if tile % side:
                 raise UserError(f'{tile=} must be a multiple of the patches; use {multiples_around(tile, side)}')
-        if not is_real(overlap) or not 0 <= overlap < 1:
-            raise UserError(f'overlap must be at least 0 and below 1, got {overlap=}')
-        self.model, self.task, self.tile, self.overlap = model, task, int(tile), float(overlap)
+        self.model, self.task, self.tile, self.overlap = model, task, int(tile), as_overlap(overlap)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) of whole patches -> (B, K, h, w)"""
@@ -75,11 +85,9 @@ class Tiled(nn.Module):
             size: H and W, of whole patches.
         """
         patch = self.task.patch_size
-        tiles = [self.tile // side for side in patch]  # in patches, as all below
-        shared = [min(math.ceil(self.overlap * tile), tile - 1) for tile in tiles]
-        lengths = [whole // side for whole, side in zip(size, patch, strict=True)]
-        starts = [tile_starts(*axis) for axis in zip(lengths, tiles, shared, strict=True)]
-        sides = [min(pair) for pair in zip(lengths, tiles, strict=True)]
+        lengths = [whole // side for whole, side in zip(size, patch, strict=True)]  # in patches, as all below
+        axes = [_along(length, self.tile // side, self.overlap) for length, side in zip(lengths, patch, strict=True)]
+        sides, shared, starts = zip(*axes, strict=True)
         total = weights = None
         for top in starts[0]:
             for left in starts[1]:

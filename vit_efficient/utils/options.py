@@ -39,10 +39,11 @@ def parse_value(text: str) -> Any:
 def parse_bytes(name: str, text: str) -> int:
     """'4GB', '512 MiB' or a number of bytes, as a number of bytes; `name` is what it is given to."""
     found = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*', text, re.IGNORECASE)
-    if not found or not float(found[1]):
+    number = float(found[1]) if found else 0.0
+    size = number * (1024 if found[3] else 1000) ** ' KMGT'.index(found[2].upper() or ' ') if found else 0.0
+    if not 1 <= size < 2**63:
         raise UserError(f'{name} must be a size such as 4GB or 512MiB, got {text!r}')
-    power = ' KMGT'.index(found[2].upper() or ' ')
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    return int(size)
 
 
 def parse_option(text: str) -> tuple[str, Any]:

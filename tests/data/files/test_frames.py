@@ -15,7 +15,7 @@ from vit_efficient.data.files.mask_files import write_mask
 from vit_efficient.data.files.masks import read_mask
 
 SIZE = 61, 90
-PARTS = [(0, 0, 61, 90), (10, 20, 30, 40), (60, 0, 1, 90), (31, 47, 2, 2), (0, 89, 61, 1)]
+PARTS = [(0, 0, 61, 90), (60, 89, 1, 1), (10, 20, 30, 40), (60, 0, 1, 90), (31, 47, 2, 2), (0, 89, 61, 1)]
 GEO = (
     (33550, 12, 3, (0.5, 0.5, 0.0)),
     (33922, 12, 6, (0.0, 0.0, 0.0, 440720.0, 3751320.0, 0.0)),
@@ -82,6 +82,33 @@ def test_tiffs_that_are_read_whole(tmp_path):
     ):
         tifffile.imwrite(tmp_path / f'{number}.tif', array, **options)
         assert_parts(tmp_path / f'{number}.tif', parts=False)
+
+
+def test_colours_that_are_multiplied_by_alpha(tmp_path):
+    """Pillow divides them again, and so is the image of 8 bits read whole; of 16 bits both ways are ours."""
+    for dtype, parts in (('uint8', False), ('uint16', True)):
+        options = dict(photometric='rgb', extrasamples=['assocalpha'], tile=(16, 16))
+        tifffile.imwrite(tmp_path / f'{dtype}.tif', pixels(0, (*SIZE, 4), dtype), **options)
+        assert_parts(tmp_path / f'{dtype}.tif', 4, parts)
+
+
+def test_tiles_that_are_not_there(tmp_path):
+    """They are 0, and not what the file begins with."""
+    image = pixels(0, (64, 64, 3)) | 1
+    image[:32, 32:] = 0
+    tifffile.imwrite(tmp_path / 'a.tif', (None if not tile.any() else tile for tile in (
+        image[y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32))), shape=image.shape, dtype=image.dtype,
+        photometric='rgb', tile=(32, 32))  # fmt: skip
+    with tifffile.TiffFile(tmp_path / 'a.tif') as file:
+        assert 0 in file.pages[0].databytecounts
+    assert np.array_equal(np.asarray(read_image(tmp_path / 'a.tif')), image)
+    assert np.array_equal(np.asarray(open_windows(tmp_path / 'a.tif')(0, 0, 64, 64)), image)
+
+
+def test_progressive_jpegs_are_read_whole(tmp_path):
+    """Their coefficients, all of them, are in memory as they are decoded."""
+    Image.fromarray(pixels(0, (*SIZE, 3))).save(tmp_path / 'a.jpg', progressive=True)
+    assert_parts(tmp_path / 'a.jpg', parts=False)
 
 
 @pytest.mark.parametrize('shape', [SIZE, (*SIZE, 3), (*SIZE, 5), (5, *SIZE)])

@@ -7,11 +7,10 @@ import numpy as np
 from PIL import Image
 
 from vit_efficient.data.files import tiff
-from vit_efficient.data.files.frames import Frame
+from vit_efficient.data.files.frames import ORIENTATION, Frame
 from vit_efficient.utils.files import replacing, write_bytes
 from vit_efficient.utils.packages import import_optional
 
-_ORIENTATION = 0x0112
 _TILE = 256  # px, of the tiles of TIFFs
 
 
@@ -48,7 +47,7 @@ def write_mask(path: Path, classes: np.ndarray, frame: Frame | None = None) -> N
         options['dpi'] = frame.resolution
     if frame and frame.orientation != 1 and not frame.turned:
         options['exif'] = Image.Exif()
-        options['exif'][_ORIENTATION] = frame.orientation
+        options['exif'][ORIENTATION] = frame.orientation
     content = io.BytesIO()
     image.save(content, 'PNG', **options)
     write_bytes(path, content.getvalue())
@@ -66,7 +65,7 @@ def _write_tiff(path: Path, classes: np.ndarray, frame: Frame | None) -> None:
         options |= {'resolution': frame.resolution, 'resolutionunit': 'INCH'}
     if frame and frame.turned and frame.orientation != 1:
         classes = tiff.turned_back(classes, frame.orientation)
-        extra.append((_ORIENTATION, 3, 1, frame.orientation, True))
+        extra.append((ORIENTATION, 3, 1, frame.orientation, True))
     extra += [(*tag, True) for tag in frame.geo] if frame else []
     with replacing(path) as temporary:
         tifffile.imwrite(

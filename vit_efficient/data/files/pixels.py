@@ -14,6 +14,10 @@ class WithExtra(np.ndarray):
     """Pixels (H, W, 4) that are red, green, blue and something else that is no alpha, such as infrared."""
 
 
+class DamagedImage(UserError):
+    """A file cannot be read as an image."""
+
+
 class UnfitImage(UserError):
     """A file is whole and not read, such as one of more pixels than PIL decodes, a volume, or colours that nobody here
     converts. It is no damage: under `on_error` skip, too, it is an error."""

@@ -34,7 +34,7 @@ _JPEGS = (6, 7)  # Compression
 # What libtiff, within Pillow, decodes: none, fax, LZW, JPEG, Deflate, PackBits, LZMA, ZSTD, WebP.
 _LIBTIFFS = (1, 2, 3, 4, 5, *_JPEGS, 8, 32771, 32773, 32946, 34925, 50000, 50001)
 _PREDICTED = (5, 8, 32946, 34925, 50000)  # those that have a predictor: LZW, Deflate, LZMA, ZSTD
-_KEPT = 64  # tiles or strips that stay decoded
+_KEPT = 2**26  # bytes of tiles or strips that stay decoded
 _FULL_RANGE = (0, 1, 255, 1, 128, 1, 255, 1, 128, 1, 255, 1)  # ReferenceBlackWhite, in fractions, as in JFIF
 
 
@@ -82,9 +82,10 @@ def series_of(file: Any) -> Any:
     return next((one for one in file.series if one.size and not _is_aside(one.keyframe)), file.series[0])
 
 
-def parts_of(path: Path) -> Callable[[int, int, int, int], Image.Image | np.ndarray] | None:
-    """What reads so many pixels from some place (top, left, height, width), as `read_tiff` gives them: the tiles or
-    strips that they lie in are decoded, and the last ones kept. None of a file whose parts cannot be had apart.
+def parts_of(path: Path) -> tuple[Callable[[int, int, int, int], Image.Image | np.ndarray], int] | None:
+    """What reads so many pixels from some place (top, left, height, width), as `read_tiff` gives them, and the bytes
+    that it holds at most: the tiles or strips that they lie in are decoded, and the last ones kept. None of a file
+    whose parts cannot be had apart.
 
     Raises:
         MissingPackage: If a package that has its compression is not installed.
@@ -96,13 +97,17 @@ def parts_of(path: Path) -> Callable[[int, int, int, int], Image.Image | np.ndar
     apart = len(page.dataoffsets) > 1 and series.size == page.size and page.planarconfig == 1
     plain = page.photometric in (_BLACK_IS_ZERO, _RGB) or (page.photometric == _YCBCR and page.compression in _JPEGS)
     plain = plain and page.bitspersample in (8, 16, 32, 64)
+    plain = plain and not (_is_photograph(page) and _MULTIPLIED in page.extrasamples)  # which Pillow takes back
     if not apart or not plain or page.tags.valueof('Orientation', 1) != 1 or page.imagedepth > 1 or page.is_subifd:
         file.close()
         return None
     sides = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
     across = -(-page.imagewidth // sides[1])
 
-    @lru_cache(_KEPT)
+    size = sides[0] * sides[1] * page.samplesperpixel * page.dtype.itemsize
+    kept = max(1, min(64, _KEPT // size))
+
+    @lru_cache(kept)
     def chunk(index: int) -> np.ndarray:
         """(rows, columns, samples)"""
         file.filehandle.seek(page.dataoffsets[index])
@@ -112,7 +117,7 @@ def parts_of(path: Path) -> Callable[[int, int, int, int], Image.Image | np.ndar
 
     try:
         chunk(0)
-    except (ImportError, ValueError, NotImplementedError):  # reading it whole has other ways, and says what is missing
+    except Exception:  # of decoders, all kinds; reading it whole has other ways, and says what is wrong
         file.close()
         return None
 
@@ -127,7 +132,7 @@ def parts_of(path: Path) -> Callable[[int, int, int, int], Image.Image | np.ndar
         pixels = pixels[..., 0] if page.samplesperpixel == 1 else pixels
         return Image.fromarray(pixels) if _is_photograph(page) else _interpreted(pixels, page)
 
-    return read
+    return read, (kept + 1) * size
 
 
 def _check_directories(data: bytes) -> None:
@@ -156,6 +161,8 @@ def _is_photograph(page: Any) -> bool:
     if page.sampleformat != 1 or page.compression not in _LIBTIFFS or (kind, extra) not in _PILLOWS:
         return False
     if page.samplesperpixel != _SAMPLES[kind] + len(extra):  # samples of which nothing is told
+        return False
+    if 0 in page.databytecounts:  # tiles that are not there, for which Pillow takes the beginning of the file
         return False
     if bits != 8 and not (bits in (1, 2, 4) and page.samplesperpixel == 1):
         return False
