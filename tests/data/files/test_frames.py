@@ -96,9 +96,10 @@ def test_tiles_that_are_not_there(tmp_path):
     """They are 0, and not what the file begins with."""
     image = pixels(0, (64, 64, 3)) | 1
     image[:32, 32:] = 0
-    tifffile.imwrite(tmp_path / 'a.tif', (None if not tile.any() else tile for tile in (
-        image[y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32))), shape=image.shape, dtype=image.dtype,
-        photometric='rgb', tile=(32, 32))  # fmt: skip
+    tiles = [image[y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32)]
+    tiles = (tile if tile.any() else None for tile in tiles)
+    options = dict(shape=image.shape, dtype=image.dtype, photometric='rgb', tile=(32, 32))
+    tifffile.imwrite(tmp_path / 'a.tif', tiles, **options)
     with tifffile.TiffFile(tmp_path / 'a.tif') as file:
         assert 0 in file.pages[0].databytecounts
     assert np.array_equal(np.asarray(read_image(tmp_path / 'a.tif')), image)
