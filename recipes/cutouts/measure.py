@@ -120,13 +120,17 @@ class Runs:
 
 def score(predicted: np.ndarray, classes: np.ndarray, objects: list[Object], kinds: int) -> tuple[list, list]:
     """For each object of an image, what its pixels were taken for, and its IoU: of its pixels and the background around
-    it. Pixels of other objects do not count."""
+    it. Pixels of other objects do not count.
+
+    Lists of numbers, and not small arrays, are kept for each image: these would lie between the large ones of the next
+    images, which glibc could then not give back.
+    """
     rows, ious = [], []
     for each in objects:
         here = classes[each.box] == each.label
-        rows.append(np.bincount(predicted[each.box][here], minlength=kinds))
+        rows.append(np.bincount(predicted[each.box][here], minlength=kinds).tolist())
         background = (classes[each.around] == 0) & (predicted[each.around] == each.label)
-        ious.append(rows[-1][each.label] / (here.sum() + background.sum()))
+        ious.append(rows[-1][each.label] / int(here.sum() + background.sum()))
     return rows, ious
 
 
@@ -156,7 +160,7 @@ def measure(every: list[Runs], split: str, limit: int | None) -> tuple[list[Obje
                 more, iou = score(found.predicted, truth, of_image[index], kinds)
                 rows += more
                 ious += iou
-                background.append(np.bincount(found.predicted[truth == 0], minlength=kinds))
+                background.append(np.bincount(found.predicted[truth == 0], minlength=kinds).tolist())
                 outlines.append(100 * found.boundary_f)
     for runs, lists in zip(every, kept, strict=True):
         runs.found = [Found(*map(np.array, each)) for each in lists]
