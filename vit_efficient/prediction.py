@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vit_efficient.data.files.frames import Windows, open_windows, read_frame
+from vit_efficient.data.files.frames import Frame, Windows, open_windows, read_frame
 from vit_efficient.data.files.images import EXTENSIONS, to_array
 from vit_efficient.data.files.mask_files import palette, write_mask
 from vit_efficient.data.files.pixels import DamagedImage
@@ -247,10 +247,10 @@ def predict_files(
                 costs = Costs(predictor)
             if wanted.memory is not None:
                 tile = costs.tile_within(job.path, frame, tile, parts and parts.held, wanted.memory)
-            _announce(job, tile, wanted, costs and costs.seconds, costs and costs.patches(frame.size), say)
+            _announce(job, frame, tile, wanted, costs, say)
             image = parts if parts and tile is not None else Windows.whole(job.path, predictor.channels)
             folder.claim(job)
-            classes = _write_beside(predictor, image, tile, job, out, wanted)
+            classes = _predict(predictor, image, tile, job, out, wanted)
         except DamagedImage as error:
             named = f'{error}' if str(job.path) in str(error) else f'{job.path}: {error}'
             if on_error == 'error':
@@ -274,18 +274,16 @@ def _decisive(wanted: Wanted, overlap: float) -> dict[str, Any]:
 
 
 def _announce(
-    job: Job,
-    tile: int | None,
-    wanted: Wanted,
-    seconds: Callable[[int], float] | None,
-    patches: int | None,
-    say: Callable[[str], None],
+    job: Job, frame: Frame, tile: int | None, wanted: Wanted, costs: Costs | None, say: Callable[[str], None]
 ) -> None:
     """Says which tile was chosen, and that a whole image takes more than a minute."""
     if wanted.tile == 'auto':
         say(f'{job.path}: {"whole" if tile is None else f"by tiles of {tile} px"}')
-    if seconds and tile is None and seconds(patches) > _LONG:
-        say(f'{job.path}: {patches:,} patches, whole: about {duration(seconds(patches))}; --tile takes less')
+    if costs and tile is None:
+        patches = costs.patches(frame.size)
+        seconds = costs.seconds(patches)
+        if seconds > _LONG:
+            say(f'{job.path}: {patches:,} patches, whole: about {duration(seconds)}; --tile takes less')
 
 
 class _Masks:
@@ -361,9 +359,7 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
         raise UserError(f'{out}: holds masks of other settings ({said}); name another folder')
 
 
-def _write_beside(
-    predictor: Predictor, image: Windows, tile: int | None, job: Job, out: Path, wanted: Wanted
-) -> np.ndarray:
+def _predict(predictor: Predictor, image: Windows, tile: int | None, job: Job, out: Path, wanted: Wanted) -> np.ndarray:
     """The classes of an image; what is wanted besides its mask is written."""
     try:
         classes = _write_probabilities(predictor, image, tile, out / 'probabilities' / f'{job.name}.npy', wanted)
