@@ -27,7 +27,8 @@ class BuildWithRecipes(build_py):
     def run(self):
         super().run()
         if not self.editable_mode:
-            for pattern in ('**/*.yaml', '*.sh', '**/prepare.py', 'cutouts/*.py'):  # as vit_efficient_cli.shipped lists them
+            # as vit_efficient_cli.shipped lists them
+            for pattern in ('**/*.yaml', '*.sh', '**/prepare.py', 'cutouts/*.py'):
                 for path in (ROOT / 'recipes').glob(pattern):
                     copy = Path(self.build_lib, 'vit_efficient_cli', path.relative_to(ROOT))
                     copy.parent.mkdir(parents=True, exist_ok=True)
