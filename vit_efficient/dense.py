@@ -3,15 +3,16 @@
 Dimensions: B images, L layers, C channels, h × w patches, K classes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
-from timm.models import generate_default_cfgs, group_parameters, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vit_efficient.conversion import swap_attentions
+from vit_efficient.models.backbone import BACKBONE, WithBackbone
 from vit_efficient.models.checkpoints import checkpoint_filter_fn
 from vit_efficient.models.forward import GridForward
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
@@ -22,7 +23,6 @@ from vit_efficient.utils.checks import argument_names, as_integer, check_choice,
 from vit_efficient.utils.compat import set_model_args
 from vit_efficient.utils.errors import UserError
 
-_BACKBONE = 'backbone.'
 # Arguments of timm.create_model that are of the model as a whole, and not of its backbone.
 _OF_BUILDER = (
     'num_classes',
@@ -117,7 +117,7 @@ class _Mix(nn.Module):
 HEADS: dict[str, type[nn.Module]] = {'linear': LinearHead, 'multilayer': MultiLayerHead}
 
 
-class DenseModel(nn.Module):
+class DenseModel(WithBackbone):
     """A vision transformer without its classifier, and a head on features of its blocks.
 
     It trains, converts, compiles, exports and saves as its backbone does: `timm.create_model('local-dir:…')` gives it
@@ -175,7 +175,7 @@ class DenseModel(nn.Module):
         self.num_classes = int(num_classes)
         self.head = HEADS[head](backbone.embed_dim, depth, self.num_classes, **options)
         config = {**backbone.pretrained_cfg, 'architecture': 'vit_dense', 'num_classes': self.num_classes}
-        config |= {'classifier': 'head.classify', 'first_conv': f'{_BACKBONE}{config.get("first_conv")}'}
+        config |= {'classifier': 'head.classify', 'first_conv': f'{BACKBONE}{config.get("first_conv")}'}
         config['fixed_input_size'] = False  # its size is an argument of the backbone
         self.pretrained_cfg = self.default_cfg = config
         set_model_args(self, self.construction())
@@ -193,22 +193,10 @@ class DenseModel(nn.Module):
         )
 
     @property
-    def patch_embed(self) -> nn.Module:
-        return self.backbone.patch_embed
-
-    @property
     def patch_size(self) -> tuple[int, int]:
         """Sides, in pixels of the whole image, of what the backbone sees as a patch: they divide images."""
         height, width = self.patch_embed.patch_size
         return height * self.reduce, width * self.reduce
-
-    @property
-    def in_chans(self) -> int:
-        return self.backbone.in_chans
-
-    @property
-    def num_features(self) -> int:
-        return self.backbone.num_features
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, channels, height, width) -> what the head reads, (B, L, C, h, w)."""
@@ -224,14 +212,6 @@ class DenseModel(nn.Module):
         features = x if x.ndim == 5 else self.features(x)
         return self.head(features.to(self.head.classify.weight.dtype))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As timm's, of the backbone."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """As timm's, of the backbone."""
-        self.backbone.set_input_size(*args, **kwargs)
-
     def reset_classifier(self, num_classes: int) -> None:
         """Puts a new head of the same kind in the place of the old one."""
         self.num_classes = as_integer('num_classes', num_classes)
@@ -242,15 +222,6 @@ class DenseModel(nn.Module):
         self.head = head.to(weight.device, weight.dtype)
         self.pretrained_cfg['num_classes'] = self.num_classes
         set_model_args(self, self.construction())
-
-    def no_weight_decay(self) -> set[str]:
-        """As timm's: names of parameters that are not to decay."""
-        return {f'{_BACKBONE}{name}' for name in self.backbone.no_weight_decay()}
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], Iterable[float]]:
-        """As timm's: the layers of parameters, in order. The head is beyond all of those of the backbone."""
-        layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
-        return lambda name: (layers.get(name.removeprefix(_BACKBONE), float('inf')),)
 
     def freeze_backbone(self) -> None:
         """Only the head learns from now on, and the backbone is what it is in evaluation, in training too."""
@@ -324,7 +295,7 @@ def vit_dense(
 
 def filter_backbone(state_dict: dict[str, Tensor], model: DenseModel) -> dict[str, Tensor]:
     """`checkpoint_filter_fn` of the backbone's part of a checkpoint."""
-    inner = {name.removeprefix(_BACKBONE): value for name, value in state_dict.items() if name.startswith(_BACKBONE)}
-    rest = {name: value for name, value in state_dict.items() if not name.startswith(_BACKBONE)}
+    inner = {name.removeprefix(BACKBONE): value for name, value in state_dict.items() if name.startswith(BACKBONE)}
+    rest = {name: value for name, value in state_dict.items() if not name.startswith(BACKBONE)}
     found = checkpoint_filter_fn(inner, model.backbone)
-    return {f'{_BACKBONE}{name}': value for name, value in found.items()} | rest
+    return {f'{BACKBONE}{name}': value for name, value in found.items()} | rest

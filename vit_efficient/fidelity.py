@@ -91,6 +91,26 @@ def fidelity(reference: Tensor, tokens: Tensor, prefix: int) -> Fidelity:
     )
 
 
+def same_neighbours(reference: Tensor, tokens: Tensor, prefix: int, count: int = 10) -> float:
+    """The share of the nearest patches of a patch that are among its nearest still, mean over the patches of an image.
+
+    Args:
+        reference, tokens: As of `fidelity`.
+        count: Of nearest patches, by the cosine of tokens less the mean patch token of the image; at most all others.
+    """
+    count = min(count, len(reference) - prefix - 1)
+    if count < 1:
+        return 1.0
+    nearest = []
+    for each in (reference, tokens):
+        patches = each[prefix:].float()
+        patches = F.normalize(patches - patches.mean(0), dim=-1)
+        near = patches @ patches.T
+        nearest.append(near.fill_diagonal_(-2).topk(count).indices)
+    both = torch.zeros(len(near), len(near), dtype=torch.bool, device=near.device).scatter_(1, nearest[0], True)
+    return float(both.gather(1, nearest[1]).float().mean())
+
+
 def _cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a, b, dim=-1).mean())
 

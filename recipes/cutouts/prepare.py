@@ -15,7 +15,7 @@ import json
 import runpy
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -111,11 +111,16 @@ class Material:
             for split in SPLITS:
                 chosen = [i for i in range(len(groups)) if (i in val) == (split == 'val')]
                 self.cutouts[split][label] = [cutout for i in chosen for cutout in groups[i]]
-        order = np.random.default_rng(0).permutation(len(photographs))
-        val = set(order[: round(_VAL_PHOTOGRAPHS * len(photographs))].tolist())
-        of_splits = {split: [i for i in range(len(photographs)) if (i in val) == (split == 'val')] for split in SPLITS}
-        every = sorted(photographs)
-        self.photographs = {split: [photographs[every[i]] for i in chosen] for split, chosen in of_splits.items()}
+        of_splits = split_photographs(photographs)
+        self.photographs = {split: [photographs[name] for name in names] for split, names in of_splits.items()}
+
+
+def split_photographs(names: Iterable[str]) -> dict[str, list[str]]:
+    """Which photographs each split is put on."""
+    every = sorted(names)
+    order = np.random.default_rng(0).permutation(len(every))
+    val = set(order[: round(_VAL_PHOTOGRAPHS * len(every))].tolist())
+    return {split: [name for i, name in enumerate(every) if (i in val) == (split == 'val')] for split in SPLITS}
 
 
 def _first(order: np.ndarray, sizes: list[int], wanted: int) -> set[int]:

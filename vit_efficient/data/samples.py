@@ -98,7 +98,7 @@ class Samples(Dataset):
         dataset: Any map-style data set of (image, label), the image being a PIL image or an array (`to_array`), or a
             QuantizedJpeg; with `check_target`, of (image, label, array of integers).
         transform: (array or QuantizedJpeg, *key) -> tensor; or a `PixelTransform`.
-        in_chans, num_classes: Channels and classes of the model.
+        in_chans, num_classes: Channels and classes of the model; None: labels are not read, and are 0.
         cache: Keep decoded images in memory. Every loader process holds its own.
         check_target: Raises UserError if a target does not fit its image: ((height, width), (rows, columns)) -> None.
         on_error: error or skip, see `DataConfig`.
@@ -110,7 +110,7 @@ class Samples(Dataset):
         dataset: Dataset,
         transform: Callable[..., torch.Tensor],
         in_chans: int,
-        num_classes: int,
+        num_classes: int | None,
         cache: bool = False,
         check_target: Callable[[tuple[int, int], tuple[int, int]], None] | None = None,
         on_error: str = 'error',
@@ -172,6 +172,8 @@ class Samples(Dataset):
         return image, *truth
 
     def _label(self, label: Any) -> int:
+        if self._known is None:
+            return 0
         # Numbers of NumPy and PyTorch have no axes; int() would cut 0.7 off, and read '1'.
         number = label.item() if getattr(label, 'ndim', None) == 0 else label
         if not isinstance(number, int):  # True is 1, as a column of booleans has it

@@ -121,6 +121,11 @@ class OnGrid:
             given['state'] = state
         return attention(x, grid, **given, attn_mask=attn_mask, is_causal=is_causal)
 
+    def run_attention(self, name: str, *args, **kwargs) -> Tensor:
+        """What one of its attentions makes of what it is called with. Where the weights of the block are split among
+        processes, they are gathered for it, as for `forward` (`train.sharding`)."""
+        return self.own_attentions()[name](*args, **kwargs)
+
     def drop(self, drop_path: nn.Module, x: Tensor, grid: Grid) -> Tensor:
         """Drop path, which drops what is added to some images."""
         if isinstance(drop_path, nn.Identity) or not self.training:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vit_efficient.conversion import convert, sharing_weights
 from vit_efficient.data.squares import Photograph, find_photographs, large_enough
-from vit_efficient.fidelity import Fidelity, fidelity, final_tokens
+from vit_efficient.fidelity import Fidelity, fidelity, final_tokens, same_neighbours
 from vit_efficient.flops import count_flops
 from vit_efficient.models.create import parse_layers
 from vit_efficient.models.forward import kept_tokens
@@ -38,10 +38,15 @@ from vit_efficient.utils.packages import import_optional, needing
 logger = logging.getLogger(__name__)
 
 AS_IT_IS = 'as it is'
+_NEW = 'neighbours'
+_KEPT = (*Fidelity._fields, _NEW)
 COLUMNS = [Column('img_size', 'px'), Column('attention'), Column('keys', digits=0)]
 COLUMNS += [Column('keys_percent', 'of patches (%)', 1), Column('patch', 'patch cosine', 3)]
-COLUMNS += [Column('centred', 'centred', 3), Column('prefix', 'class', 3)]
+_CENTRED = Column('centred', 'centred', 3)
+COLUMNS += [_CENTRED, Column('prefix', 'class', 3)]
+COLUMNS += [Column('neighbours', 'same neighbours', 3)]
 COLUMNS += [Column('gmacs', 'GMACs', 1), Column('gmacs_ratio', 'of the model', 3)]
+GIVEN_BACK = Column('given_back', 'given back (%)', 1)
 TIMES = [Column('milliseconds', 'ms', 0), Column('speed_ratio', 'times as fast', 2)]
 
 
@@ -53,16 +58,19 @@ class Wanted:
         title: What the table calls it.
         curve: What the plot calls it: a line joins those that differ in a budget alone.
         attention, options: As `convert` takes them.
+        folder: Of a model that has learned, in the place of an attention.
     """
 
     title: str
     curve: str
     attention: str
     options: dict[str, Any]
+    folder: str = ''
 
 
 def read_attentions(texts: Sequence[str]) -> list[Wanted]:
-    """Attentions as they are written: `NAME[:KEY=VALUE,…]`, or `@FILE` for the lines of a file, without those of #.
+    """Attentions as they are written: `NAME[:KEY=VALUE,…]`, or `@FILE` for the lines of a file, without those of #; or
+    run and model folders.
 
     Raises:
         UserError: If one is given twice, or there is none.
@@ -80,6 +88,8 @@ def read_attentions(texts: Sequence[str]) -> list[Wanted]:
 
 
 def _wanted(text: str) -> Wanted:
+    if Path(text).is_dir():
+        return Wanted(text, text, '', {}, text)
     name, options = parse_spec(text)
     if 'layers' in options:
         options['layers'] = parse_layers(options['layers'])
@@ -140,6 +150,8 @@ def fidelity_table(
         rows += at_size.rows(chosen[at_size.size], known)
 
     columns = [*COLUMNS, *(TIMES if times else [])]
+    if any(each.folder for each in wanted):
+        columns.insert(columns.index(_CENTRED) + 1, GIVEN_BACK)
     keys = [column.key for column in columns]
     table = Table(columns, [{key: row.get(key) for key in keys} for row in rows])
     machines = dict.fromkeys(machine for at_size in at_sizes for machine in at_size.machines)
@@ -169,20 +181,30 @@ class _AtSize:
             with torch.random.fork_rng([device] if device.type == 'cuda' else []):
                 torch.manual_seed(0)
                 try:
-                    converted = convert(sharing_weights(exact), each.attention, **each.options)
+                    if each.folder:
+                        converted = _same_tokens(open_model(each.folder, size)[0], exact)
+                    else:
+                        converted = convert(sharing_weights(exact), each.attention, **each.options)
                     kept_tokens(converted, size)
                 except UserError as error:
                     raise UserError(f'{each.title} at {size} px: {error}') from error
             self.models[each.title] = converted.to(device).eval()
         full = convert(sharing_weights(exact), 'full')
         self.patches = kept_tokens(full, size)[0] - self.prefix
-        self.digest = digest([(f'{exact}{self.preprocessing}', torch.empty(0)), *exact.state_dict().items()])
+        self.own = {each.title: self._digest(self.models[each.title]) for each in wanted if each.folder}
+        self.digest = self._digest(exact)
+
+    def _digest(self, model: torch.nn.Module) -> str:
+        return digest([(f'{model}{self.preprocessing}', torch.empty(0)), *model.state_dict().items()])
+
+    def _spec(self, title: str) -> str:
+        """The attention of each of its layers."""
+        layers = [AS_IT_IS] if title == AS_IT_IS else self.models[title].attention_spec()
+        return json.dumps(layers[0] if all(layer == layers[0] for layer in layers) else layers, default=str)
 
     def keys(self, title: str) -> tuple[str, str, str]:
         """Where what is measured of one of the models is kept, by photograph."""
-        layers = [AS_IT_IS] if title == AS_IT_IS else self.models[title].attention_spec()
-        spec = layers[0] if all(layer == layers[0] for layer in layers) else layers
-        return self.digest, str(self.size), json.dumps(spec, default=str)
+        return self.digest, str(self.size), self.own.get(title, self._spec(title))
 
     def measure(self, photographs: Sequence[Photograph], known: Measurements) -> None:
         """Measures what was not yet."""
@@ -191,7 +213,9 @@ class _AtSize:
 
         of_models = {title: self.keys(title) for title in self.models}
         for photograph in tqdm(photographs, f'{self.size:,} px', disable=None):
-            left = [title for title, keys in of_models.items() if not known.get(*keys, photograph.digest)]
+            # What an older version has measured lacks the neighbours.
+            cells = {title: known.get(*keys, photograph.digest) for title, keys in of_models.items()}
+            left = [title for title, cell in cells.items() if not cell or _is_older(cell)]
             if not left:
                 continue
             image = photograph.square(self.preprocessing)
@@ -200,6 +224,7 @@ class _AtSize:
             for title in left:
                 tokens, seconds = (reference, own_seconds) if title == AS_IT_IS else self._run(title, image)
                 kept = fidelity(reference, tokens, self.prefix)._asdict()
+                kept[_NEW] = same_neighbours(reference, tokens, self.prefix)
                 kept['prefix'] = kept['prefix'] if self.prefix else None  # JSON has no NaN
                 times = {'seconds': seconds, 'own_seconds': own_seconds, 'machine': self.machine}
                 found[(*of_models[title], photograph.digest)] = kept | times
@@ -213,9 +238,9 @@ class _AtSize:
     @staticmethod
     def _cell(known: Measurements, *keys: str) -> dict[str, Any]:
         cell, times = known.get(*keys), ('seconds', 'own_seconds')
-        if not isinstance(cell, dict) or not {*Fidelity._fields, *times, 'machine'} <= cell.keys():
+        if not isinstance(cell, dict) or not {*_KEPT, *times, 'machine'} <= cell.keys():
             raise known.damaged(*keys)
-        numbers = all(cell[name] is None or is_real(cell[name]) for name in Fidelity._fields)
+        numbers = all(cell[name] is None or is_real(cell[name]) for name in _KEPT)
         if not numbers or not all(is_real(cell[name]) and cell[name] > 0 for name in times):
             raise known.damaged(*keys)
         return cell
@@ -227,7 +252,7 @@ class _AtSize:
             model = self.models[title]
             cells = [self._cell(known, *self.keys(title), photograph.digest) for photograph in photographs]
             self.machines |= dict.fromkeys(cell['machine'] for cell in cells)
-            kept = [name for name in Fidelity._fields if cells[0][name] is not None]
+            kept = [name for name in _KEPT if cells[0][name] is not None]
             on_grid = convert(sharing_weights(model), 'full', layers=[])  # timm's own models do not say their keys
             keys = fmean(kept_tokens(on_grid, self.size)) - self.prefix
             gmacs = count_flops(model, input_size(model, self.size)).total / 1e9
@@ -238,13 +263,37 @@ class _AtSize:
             row['milliseconds'] = 1e3 * median(cell['seconds'] for cell in cells)
             row['speed_ratio'] = median(cell['own_seconds'] / cell['seconds'] for cell in cells)
             rows.append(row)
+        self._say_given_back(rows)
         return rows
+
+    def _say_given_back(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Of what has learned, the share that is given back of what the same attentions have lost without."""
+        swapped = {self._spec(row['attention']): row['centred'] for row in rows if row['attention'] not in self.own}
+        for row in rows:
+            before = swapped.get(self._spec(row['attention']))
+            if row['attention'] in self.own and before is not None and before < 1:
+                row['given_back'] = 100 * (row['centred'] - before) / (1 - before)
+
+
+def _is_older(cell: Any) -> bool:
+    return isinstance(cell, dict) and cell.keys() >= {*Fidelity._fields} and _NEW not in cell
+
+
+def _same_tokens(model: torch.nn.Module, exact: torch.nn.Module) -> torch.nn.Module:
+    width, prefix = ([getattr(each, name, 0) for each in (model, exact)] for name in ('embed_dim', 'num_prefix_tokens'))
+    if len({*width}) > 1 or len({*prefix}) > 1:
+        raise UserError(
+            f'its tokens have {width[0]} channels and {prefix[0]} of them are prefix tokens, those of the model have '
+            f'{width[1]} and {prefix[1]}'
+        )
+    return convert(model, 'full', layers=[])
 
 
 def _notes(chosen: dict[int, list[Photograph]], photographs: Sequence[Photograph], enlarge: bool) -> str:
     lines = [
         'Mean over photographs of the cosine of tokens, after the last norm, to those of the model as it is. Centred: '
-        'its mean patch token is taken from both. Class: of its token, and of registers. Keys: patches that a query '
+        'its mean patch token is taken from both. Class: of its token, and of registers. Same neighbours: the share of '
+        'the ten nearest patches of each patch that are among its ten nearest still. Keys: patches that a query '
         'attends to, mean over the layers.\n'
     ]
     for size, of_size in chosen.items():

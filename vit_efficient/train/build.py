@@ -36,25 +36,39 @@ def create_model(config: Config, classes: list[str] | None) -> nn.Module:
         raise UserError(f'model.args.num_classes must be at least 1, got {num_classes!r}')
     if classes and num_classes < len(classes):
         raise UserError(f'model.args.num_classes={num_classes} is below the {len(classes)} classes of the data')
-    _check_name(config.model.name)
     if classes and num_classes > len(classes):
         logger.warning(
             'model.args.num_classes=%d is above the %d classes of the data: the model is saved without their names',
             *(num_classes, len(classes)),
         )
-    torch.manual_seed(config.seed)
-    _check_rates(args)
-    if not config.model.init_from:
-        _check_pretrained(config, args)
-        model = create_from_spec(config.model.name, {**args, 'num_classes': 0 if config.model.head else num_classes})
-        model = convert_as_asked(model, config.model)
-    else:
-        model = model_from_weights(config, args)
-    _check_usable(model, config.model)
+    model = create_backbone(config, {**args, 'num_classes': 0 if config.model.head else num_classes})
     if config.model.head:
         return _with_head(model, config.model, num_classes)
     if model.num_classes != num_classes:
         model.reset_classifier(num_classes)
+    return model
+
+
+def create_backbone(config: Config, args: dict[str, Any] | None = None) -> nn.Module:
+    """The recipe's model without a head of ours, with the classifier that it has.
+
+    `args` are those of timm.create_model, by default `model.args`; with `model.init_from`, the number of classes is
+    that of the weights.
+
+    Raises:
+        UserError: As `create_model`, but for the classes.
+    """
+    args = dict(config.model.args if args is None else args)
+    _check_name(config.model.name)
+    torch.manual_seed(config.seed)
+    _check_rates(args)
+    if not config.model.init_from:
+        _check_pretrained(config, args)
+        model = convert_as_asked(create_from_spec(config.model.name, args), config.model)
+    else:
+        args.pop('num_classes', None)
+        model = model_from_weights(config, args)
+    _check_usable(model, config.model)
     return model
 
 

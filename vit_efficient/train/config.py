@@ -9,7 +9,8 @@ from vit_efficient.utils.keys import BELOW_1, POSITIVE, SET, Range, at_least, be
 
 ABOVE_0_TO_1 = Range('above 0 and at most 1', lambda v: 0 < v <= 1)
 HEADS = ('linear', 'multilayer')  # those of `vit_efficient.dense`, which is not imported to read a recipe
-TASKS = ('classification', 'segmentation', 'both')
+TASKS = ('classification', 'segmentation', 'both', 'features')
+HEALING = ('align', 'recover', 'refine')  # those of `vit_efficient.healing`
 NO_METRIC = Range('a schedule that needs no metric', lambda v: v not in ('', 'plateau'))
 BELOW_2_32 = Range('at least 0 and below 2**32', lambda v: 0 <= v < 2**32)
 # From some number on, that of the system, threads end the process.
@@ -17,6 +18,7 @@ THREADS = Range('from 1 to 1024', lambda v: 1 <= v <= 1024)
 _WEIGHTS = Range(
     'numbers of at least 0, not all of them 0', lambda v: all(0 <= weight < 1e6 for weight in v) and any(v)
 )
+_SIZES = Range('height and width in pixels', lambda v: len(v) == 2 and min(v) > 0)
 MAX_NUMBER = 1e300  # of a key that has a type of its own; beyond it integers have no float
 
 
@@ -69,6 +71,12 @@ class StageConfig:
     lr: float | None = key(None, 'null: optim.lr', POSITIVE)
     warmup_epochs: float | None = key(None, 'null: sched.warmup_epochs')
     freeze: bool = key(False, 'truncations that are learned become hard ones where the stage begins')
+    heal: str = key(
+        '',
+        "for features: align, each converted attention by itself, on what the teacher's is given; recover, the whole "
+        "model, by the teacher's features; refine, the same, at the size of use; none: recover",
+        one_of('', *HEALING),
+    )
 
 
 @dataclass
@@ -96,6 +104,27 @@ class DistillConfig:
 
 
 @dataclass
+class HealConfig:
+    """What is learned of a teacher's features (`task` features): the loss is a sum of weighted means over tokens."""
+
+    teacher: str = key('', 'a run or model folder; none: the model as it was before its attention was converted')
+    teacher_size: list[int] | None = key(
+        None,
+        "height, width of what the teacher sees, whose features are resized to the student's patches; null: the same",
+        _SIZES,
+    )
+    blocks: list[int] = key([], 'blocks whose tokens are learned too, negative ones counted from the end')
+    prefix: float = key(1.0, 'weight of 1 - cosine of class and register tokens', at_least(0))
+    patch: float = key(1.0, 'of 1 - cosine of patch tokens', at_least(0))
+    centred: float = key(1.0, 'of the same less the mean patch token that the image has for the teacher', at_least(0))
+    smooth: float = key(1.0, "of the smooth-L1 of patch tokens, in units of the teacher's norm of each", at_least(0))
+    blocks_weight: float = key(1.0, 'of these four, mean over `blocks`, beside those at the end', at_least(0))
+    lora: int = key(
+        0, 'rank of what is learned of each linear layer, added to its weight when saved; 0: all learns', at_least(0)
+    )
+
+
+@dataclass
 class TruncationConfig:
     """The price of truncations that are learned (`patch_window`, `learned`).
 
@@ -118,7 +147,8 @@ class Config:
 
     task: str = key(
         'classification',
-        'classification of images, segmentation of patches or pixels, or classification and that of patches (both)',
+        'classification of images, segmentation of patches or pixels, or classification and that of patches (both); or '
+        'features, those of a teacher, from images without labels',
         one_of(*TASKS),
     )
     model: ModelConfig = section(ModelConfig)
@@ -128,6 +158,7 @@ class Config:
     stages: list[StageConfig] = key([], 'one after the other; none: a single one')
     loss: LossConfig = section(LossConfig)
     distill: DistillConfig = section(DistillConfig)
+    heal: HealConfig = section(HealConfig)
     truncation: TruncationConfig = section(TruncationConfig)
     ema: EmaConfig = section(EmaConfig)
     hooks: dict[str, Any] = key({}, 'training hooks of plug-ins, by name, with their options')

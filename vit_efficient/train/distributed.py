@@ -83,14 +83,14 @@ def talking_device(device: torch.device) -> torch.device:
 
 
 def has_unused_parameters(model: nn.Module, images: Tensor, amp: str = 'none') -> bool:
-    """Whether some parameters get no gradient from the logits of images (B, C, H, W), for which DDP would wait.
+    """Whether some parameters get no gradient from what a model makes of images (B, C, H, W): DDP would wait for it.
 
     The model is run in eval mode, with the products of `amp`, and left in the modes that it was in.
     """
     with evaluating(model):
         with autocast(images.device, amp):
-            logits = model(images)
-        logits.sum().backward()
+            outputs = model(images)
+        sum(output.sum() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)).backward()
     unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     model.zero_grad()
     return unused

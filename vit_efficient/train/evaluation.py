@@ -33,6 +33,14 @@ ACCURACIES = {
     'pixel_accuracy': 'pixel accuracy',
     'boundary_f': 'boundary F',
 }
+# How near features are to those of a teacher, 1 where they are the same.
+COSINES = {
+    'centred_cosine': 'centred cosine',
+    'patch_cosine': 'patch cosine',
+    'patch_low': 'its 5th percentile',
+    'prefix_cosine': 'class cosine',
+    'neighbours': 'same neighbours',
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,12 @@ class Evaluation:
     patch_accuracy: float | None = None  # patches that are right
     pixel_accuracy: float | None = None  # pixels that are right, of those that count
     boundary_f: float | None = None  # mean over images of `boundaries.boundary_f`
+    centred_cosine: float | None = None  # of features: as `vit_efficient.fidelity.Fidelity`, mean over images
+    patch_cosine: float | None = None
+    patch_low: float | None = None  # 5th percentile over the patches of all images
+    prefix_cosine: float | None = None  # None without prefix tokens
+    neighbours: float | None = None  # as `vit_efficient.fidelity.same_neighbours`, mean over images
+    after_blocks: list[float] | None = field(default=None, repr=False)  # patch cosine after each block
     confusion: Tensor | None = field(default=None, repr=False)  # of patches or pixels, as `confusion_matrix`
     # (images, 3, K), as predictions: pixels of a class, those that were taken for it, those that are both
     areas: Tensor | None = field(default=None, repr=False)
@@ -63,13 +77,15 @@ class Evaluation:
     @property
     def accuracies(self) -> dict[str, float]:
         """Those that the task has, by name."""
-        values = {name: getattr(self, name) for name in ACCURACIES}
+        values = {name: getattr(self, name) for name in (*ACCURACIES, *COSINES)}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def describe(accuracies: Mapping[str, float]) -> str:
     """Accuracies as text: 'top-1 97.10 %, top-5 99.90 %'. What else the mapping holds is left out."""
-    return ', '.join(f'{title} {accuracies[name]:.2f} %' for name, title in ACCURACIES.items() if name in accuracies)
+    found = [f'{title} {accuracies[name]:.2f} %' for name, title in ACCURACIES.items() if name in accuracies]
+    found += [f'{title} {accuracies[name]:.4f}' for name, title in COSINES.items() if name in accuracies]
+    return ', '.join(found)
 
 
 def confusion_matrix(predicted: Tensor, target: Tensor, classes: int) -> Tensor:

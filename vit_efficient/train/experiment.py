@@ -14,6 +14,7 @@ from vit_efficient.train.build import create_model
 from vit_efficient.train.config import Config, identity
 from vit_efficient.train.distributed import Processes
 from vit_efficient.train.features import CachedFeatures
+from vit_efficient.train.healing import FeatureTask, create_student
 from vit_efficient.train.hooks import TrainingHook, create_hooks
 from vit_efficient.train.rules import check_cached, check_targets
 from vit_efficient.train.stages import Stage, list_stages, model_at_stages
@@ -24,11 +25,14 @@ from vit_efficient.utils.errors import UserError, first_line
 
 def open_data(config: Config, train_set: Dataset | None, val_set: Dataset | None) -> tuple[Dataset, Dataset]:
     """Those that are given or else, by the recipe, `data.train` and `data.val`."""
-    keys = config.data
+    keys, kind = config.data, config.data.dataset
+    of_folders = not any(path.lower().endswith('.tar') for path in (keys.train, keys.val))
+    if config.task == 'features' and not kind and of_folders:
+        kind = 'images'
     if train_set is None:
-        train_set = data.create_dataset(keys.train, keys.dataset, keys.root, 'data.train', keys.args)
+        train_set = data.create_dataset(keys.train, kind, keys.root, 'data.train', keys.args)
     if val_set is None:
-        val_set = data.create_dataset(keys.val, keys.dataset, keys.root, 'data.val', {**keys.args, **keys.val_args})
+        val_set = data.create_dataset(keys.val, kind, keys.root, 'data.val', {**keys.args, **keys.val_args})
     return train_set, val_set
 
 
@@ -64,7 +68,8 @@ class Feed:
         if task.of_patches and not task.of_pixels and not tonal:
             augment = fixed  # nothing is drawn: where images are resized, training sees what evaluation sees
         check_target = task.check_target if task.of_patches else None
-        options = preprocessing.input_size[0], model.num_classes, keys.cache, check_target, keys.on_error
+        num_classes = model.num_classes if task.reads_labels else None
+        options = preprocessing.input_size[0], num_classes, keys.cache, check_target, keys.on_error
         self.train_samples = data.Samples(train_set, augment, *options)
         self.val_samples = data.Samples(val_set, fixed, *options, labels)
         if not len(self.val_samples):
@@ -125,9 +130,15 @@ class Experiment:
         """Builds all of it, on `train_set` and `val_set` where they are given, else on `data.train` and `data.val`."""
         keys = config.data
         train_set, val_set = open_data(config, train_set, val_set)
-        classes = data.class_names(train_set)
-        labels = data.labels_among(classes, data.class_names(val_set), 'the training set', 'the validation set')
-        model = create_model(config, classes).to(team.device, memory_format=_layout(config))
+        teacher = classes = labels = None
+        if config.task == 'features':
+            model, teacher = create_student(config)
+            teacher.model.to(team.device)
+        else:
+            classes = data.class_names(train_set)
+            labels = data.labels_among(classes, data.class_names(val_set), 'the training set', 'the validation set')
+            model = create_model(config, classes)
+        model = model.to(team.device, memory_format=_layout(config))
         if config.grad_checkpointing:
             try:
                 model.set_grad_checkpointing()
@@ -135,8 +146,11 @@ class Experiment:
                 missing = f'model {config.model.name} does not have it ({first_line(error)})'
                 raise UserError(f'grad_checkpointing=true: {missing}') from error
         preprocessing = data.Preprocessing.of(model, keys)
-        of_pixels = data.has_masks(train_set, val_set)
-        task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight, of_pixels)
+        if teacher:
+            task = FeatureTask.of_teacher(teacher, config)
+        else:
+            of_pixels = data.has_masks(train_set, val_set)
+            task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight, of_pixels)
         feed = Feed(config, team, train_set, val_set, model, preprocessing, task, labels)
         experiment = cls(config, team, classes, model, preprocessing, task, feed, list_stages(config))
         if not experiment.updates_per_epoch:

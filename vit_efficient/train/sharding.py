@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vit_efficient.models.forward import backbone_of
@@ -33,6 +33,8 @@ def shard(model: nn.Module, processes: Processes, amp: str = 'none') -> None:
     policy = policy if amp == 'bf16' else MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in getattr(backbone_of(model), 'blocks', ()):
         fully_shard(block, mesh=mesh, mp_policy=policy)
+        if hasattr(block, 'run_attention'):
+            register_fsdp_forward_method(block, 'run_attention')
     # By default what is not in blocks stays gathered until a backward pass, which evaluation has not.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 

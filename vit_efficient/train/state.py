@@ -76,6 +76,7 @@ class TrainState:
                 hook.before_stage(stage, self.model)
             stage.convert(self.model)
         self.stage, config = number, experiment.config
+        experiment.task.begin_stage(stage.config, self.model)
         self.forward: nn.Module = self.model
         if number:
             gc.collect()  # DDP of the stage before has hooks on the parameters until it is gone

@@ -7,6 +7,7 @@ Dimensions: B images, N tokens (prefix tokens, then h · w patches), K classes, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from vit_efficient.data import Preprocessing
 from vit_efficient.dense import DenseModel
-from vit_efficient.train.config import TASKS
+from vit_efficient.train.config import TASKS, StageConfig
 from vit_efficient.train.masks import PixelScore, pad_to_patches, padded_size, upsampled
 from vit_efficient.utils.checks import check_choice
 from vit_efficient.utils.errors import UserError
@@ -60,6 +61,10 @@ class Task:
                 whose targets are not, or the data have no labels.
         """
         check_choice('task', name, TASKS)
+        if name == 'features':
+            raise UserError(
+                'task=features tells no classes; `vit-efficient table fidelity` measures what it has learned'
+            )
         if of_pixels and name != 'segmentation':
             raise UserError(f'task={name} needs labels, and the data have masks; set task=segmentation')
         if name == 'classification':
@@ -101,6 +106,13 @@ class Task:
         grid, cut_to = tuple(patch_embed.dynamic_feat_size(size)), None if preprocessing.crop_mode == 'squash' else size
         return cls(name, grid, cut_to, patch_weight, none)
 
+    reads_labels = True  # whether samples are to have a class, among those of the model
+
+    @property
+    def metric(self) -> str:
+        """The accuracy by which a model is the best one."""
+        return 'top1' if self.of_images else 'miou'
+
     @property
     def of_images(self) -> bool:
         return self.name != 'segmentation'
@@ -119,6 +131,33 @@ class Task:
                 f'task={self.name} needs logits {needed}, the model gives {tuple(logits.shape)}; see task and '
                 'model.args.global_pool'
             )
+
+    def begin_stage(self, stage: StageConfig, model: nn.Module) -> None:
+        """A stage begins, before there is an optimiser: what learns in it may be chosen."""
+
+    def learn(
+        self,
+        model: nn.Module,
+        forward: Callable[[Tensor], Any],
+        images: Tensor,
+        truth: Sequence[Tensor],
+        criterion: Criterion,
+    ) -> tuple[Any, Tensor]:
+        """What a model gives for a batch, and the loss of that.
+
+        Args:
+            model: That learns.
+            forward: Its forward pass, as updates call it.
+            images: (B, C, H, W), normalised.
+            truth: As of `split`.
+            criterion: As of `loss`.
+        """
+        logits = forward(images)
+        return logits, self.loss(self.split(logits, truth), truth, criterion)
+
+    def product(self, model: nn.Module) -> nn.Module:
+        """What is saved of a model that has learned, which stays as it is."""
+        return model
 
     def check_target(self, image: tuple[int, int], target: tuple[int, int]) -> None:
         """Raises UserError if patches of an image (h, w) are not where its target (rows, columns) says, or finer; or

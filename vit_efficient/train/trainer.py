@@ -25,6 +25,7 @@ from vit_efficient.data import iterate
 from vit_efficient.train.checkpoint import CHECKPOINT
 from vit_efficient.train.evaluation import Evaluation, evaluate
 from vit_efficient.train.experiment import Experiment
+from vit_efficient.train.healing import FeatureTask, evaluate_features
 from vit_efficient.train.hooks import plain
 from vit_efficient.train.interrupts import Interrupted, Interrupts
 from vit_efficient.train.log import (
@@ -207,9 +208,12 @@ class Trainer:
         images = experiment.feed.train_samples.normalize(images.to(memory_format=experiment.layout))
         if state.mixup:
             images, *truth = state.mixup(images, *truth)
-        with autocast(images.device, experiment.config.amp):
-            logits = state.forward(images)
-        loss = experiment.task.loss(experiment.task.split(logits, truth), truth, state.criterion)
+
+        def forward(*given: Any) -> Any:
+            with autocast(images.device, experiment.config.amp):
+                return state.forward(*given)
+
+        logits, loss = experiment.task.learn(state.model, forward, images, truth, state.criterion)
         for hook in experiment.hooks:
             loss = hook.penalty(state, images, logits, loss)
         return loss
@@ -244,9 +248,11 @@ class Trainer:
 
     def measure(self, model: nn.Module) -> Evaluation:
         """Evaluates a model on the validation set."""
-        experiment = self.experiment
-        options = experiment.team, experiment.config.amp, experiment.task, True, self.stop.check
-        return evaluate(model, experiment.feed.val_loader, *options)
+        task, loader, team = self.experiment.task, self.experiment.feed.val_loader, self.experiment.team
+        amp, after_batch = self.experiment.config.amp, self.stop.check
+        if isinstance(task, FeatureTask):
+            return evaluate_features(model, loader, team, task, amp, True, after_batch)
+        return evaluate(model, loader, team, amp, task, True, after_batch)
 
     def evaluate(self) -> Evaluation:
         """Evaluates the model at the end of an epoch, and tells."""
@@ -272,10 +278,11 @@ class Trainer:
     def _keep_best(self, evaluation: Evaluation) -> None:
         """Saves the model if its top-1, or the mIoU where there is none, is above that of all evaluations before."""
         experiment, progress, accuracies = self.experiment, self.state.progress, evaluation.accuracies
-        name = 'top1' if experiment.task.of_images else 'miou'
+        name = experiment.task.metric
         if experiment.config.checkpoint_best and accuracies[name] > progress.best.get(name, -math.inf):
             model = self.state.whole(self.state.evaluated)
             if experiment.team.is_first:
+                model = experiment.task.product(model)
                 with writing(self.folder.path / BEST, '; the checkpoint is as it was, resume=auto goes on from it'):
                     self.folder.save_model(model, experiment, BEST)
             progress.best = {'epoch': progress.epoch, **accuracies}
@@ -283,6 +290,7 @@ class Trainer:
     def finish(self, model: nn.Module, evaluation: Evaluation) -> dict[str, Any]:
         """Writes the model and, last, what result.json holds, which is returned."""
         experiment, progress = self.experiment, self.state.progress
+        model = experiment.task.product(model)
         self.folder.save_model(model, experiment)
         result = describe_result(experiment, progress, model, evaluation)
         skipped = [reason for _, reason in sorted(progress.skipped.items())]

@@ -20,6 +20,7 @@ from vit_efficient.data.sources.hugging_face import HuggingFaceReader
 from vit_efficient.data.sources.masks import MaskedImages, classes_of_masks
 from vit_efficient.data.sources.shards import ShardReader
 from vit_efficient.data.sources.tars import TarReader
+from vit_efficient.data.sources.unlabelled import UnlabelledImages
 from vit_efficient.utils.checks import argument_names, check_options
 from vit_efficient.utils.errors import UserError, one_line
 
@@ -84,8 +85,9 @@ def create_dataset(
             name of the split.
         dataset: megapixel_mnist; `hfds/NAME` or `hfds/FOLDER`, see `HuggingFaceReader`; tar, where `path` is a tar file
             in `root` that holds class folders or a tar file for each class, or a folder of such files, see
-            `TarReader`; folder, of class folders in `root`; masks, where `path` is in `root`, see `MaskedImages`; or a
-            name that timm.data.create_dataset knows, such as `torch/cifar10`.
+            `TarReader`; folder, of class folders in `root`; masks, where `path` is in `root`, see `MaskedImages`;
+            images, without labels, where `path` is in `root`, see `UnlabelledImages`; or a name that
+            timm.data.create_dataset knows, such as `torch/cifar10`.
         root: With `dataset`, the folder that holds it; with `hfds/`, where the library keeps what it has prepared.
         key: The recipe's key for `path`, for messages.
         args: Further arguments, of `MegapixelMnist`, `MaskedImages`, `ShardReader`, `HuggingFaceReader`, `TarReader` or
@@ -113,6 +115,8 @@ def create_dataset(
         if path not in SPLITS:
             raise UserError(f'{key} must be a split of megapixel_mnist ({" or ".join(SPLITS)}), got {path!r}')
         return _open(MegapixelMnist, path, args, args_key, f'data.dataset={dataset}, {args_key}')
+    if dataset == 'images':
+        return _open(UnlabelledImages, str(Path(root, path)), args, args_key, key)
     if dataset == 'masks':
         return _open(MaskedImages, str(Path(root, path)), args, args_key, key)
     where = f'data.dataset={dataset}, split {path}'

@@ -163,6 +163,6 @@ def plain(value: Any, what: str) -> Any:
     return json.loads(text)
 
 
-from vit_efficient.train.hooks import distillation, leaves, truncation  # noqa: E402, F401 (they register themselves)
+from vit_efficient.train.hooks import distillation, healing, leaves, truncation  # noqa: E402, F401 (they register themselves)
 
 OURS = tuple(HOOKS)

@@ -1,0 +1,300 @@
+"""Giving a converted model back what its features have lost: a student learns the features of its teacher, which is the
+model as it was, from images without labels.
+
+Two kinds of learning. *Align*: each attention that was converted is given what the teacher's is given, and learns to
+give back what that gives. *Recover*: the whole student learns the teacher's tokens at the end, and after blocks that
+are chosen. Sources: attention outputs, then final features, Li et al., "ViT-AdaLA", 2026; a cosine for class and patch
+tokens with a smooth-L1 beside it, "IronViT", 2026. What is ours: each token is compared by its own scale, so that a few
+tokens of large norm (Darcet et al., "Vision transformers need registers", ICLR 2024, arXiv 2309.16588) do not rule; and
+a centred cosine, since patches of an image have much in common.
+
+Dimensions: B images, N tokens (prefix tokens, then patches), C channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from vit_efficient.conversion import swap_attentions
+from vit_efficient.grid import PatchGrid
+from vit_efficient.models import blocks
+from vit_efficient.models.backbone import WithBackbone
+from vit_efficient.models.forward import GridForward
+from vit_efficient.models.served import served_model
+from vit_efficient.utils.checks import as_integer
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.measurements import digest
+
+ALIGN, RECOVER, REFINE = KINDS = ('align', 'recover', 'refine')
+
+
+class Given(NamedTuple):
+    """What a part of a model was called with: an attention, 'blocks.3.attn', or a whole block, 'blocks.3'."""
+
+    part: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def on_grid(model: nn.Module) -> nn.Module:
+    """The vision transformer itself, out of its wrapper, as one of ours: what it computes stays.
+
+    Raises:
+        UserError: If it is none that can be served, or its tokens do not lie on one grid.
+    """
+    model = served_model(model)
+    if not hasattr(model, 'patch_embed') or hasattr(model, 'neck'):
+        raise UserError(f'healing needs the tokens of one grid, which a {type(model).__name__} lacks')
+    if not isinstance(model, GridForward):
+        swap_attentions(model, 'full', layers=[])
+    return model
+
+
+def tokens_after(model: nn.Module, images: Tensor, layers: Sequence[int] = ()) -> list[Tensor]:
+    """The tokens (B, N, C) after the last block and the final norm, then those after each of some blocks."""
+    if not layers:
+        return [model.forward_features(images)]
+    final, features = model.forward_intermediates(images, list(layers), return_prefix_tokens=True, output_fmt='NLC')
+    pairs = [each if isinstance(each, tuple) else (each, each[:, :0]) for each in features]
+    return [final, *(torch.cat([prefix, patches], 1) for patches, prefix in pairs)]
+
+
+class Student(WithBackbone):
+    """A model that learns features; what is saved of it is its backbone.
+
+    Args:
+        backbone: As for `convert`, converted; it is used, not copied.
+        layers: Blocks, after which tokens are compared as well; negative ones are counted from the end.
+
+    Attributes:
+        kind: What is learned: align, recover or refine.
+        parts: What aligns, by name.
+    """
+
+    def __init__(self, backbone: nn.Module, layers: Sequence[int] = ()):
+        super().__init__()
+        self.backbone = on_grid(backbone)
+        depth = len(self.backbone.blocks)
+        for i in layers:
+            if not -depth <= i < depth:
+                raise UserError(f'heal.blocks: the model has blocks 0 … {depth - 1}, got {i}')
+        self.layers = sorted({i % depth for i in layers})
+        self.kind, self.parts = RECOVER, []
+        self.pretrained_cfg = self.backbone.pretrained_cfg
+
+    @property
+    def num_classes(self) -> int:
+        """Of the classifier, which stays as it is."""
+        return self.backbone.num_classes
+
+    @property
+    def prefix(self) -> int:
+        return self.backbone.num_prefix_tokens
+
+    def begin(self, kind: str, teacher: 'Teacher') -> None:
+        """What learns from now on: of `align` the attentions that the teacher has otherwise, else all.
+
+        Raises:
+            UserError: If there is nothing that differs.
+        """
+        self.parts = converted_parts(self.backbone, teacher.model)
+        self.kind = kind
+        if kind == ALIGN and not self.parts:
+            raise UserError('align: the attentions of the student are those of its teacher; nothing was converted')
+        low_rank = [name for name, _ in self.named_parameters() if '.parametrizations.' in name]
+        for name, parameter in self.named_parameters():
+            adapts = name.rpartition('.')[2] in ('down', 'up') if low_rank else True
+            parameter.requires_grad_(adapts)
+        if kind == ALIGN and not low_rank:
+            attentions = blocks.named_attentions(self.backbone)
+            wanted = {part if part in attentions else f'{part}.attn' for part in self.parts}
+            learns = {id(p) for name in wanted for p in self.backbone.get_submodule(name).parameters()}
+            for parameter in self.parameters():
+                parameter.requires_grad_(id(parameter) in learns)
+
+    def forward(self, images: Tensor, given: Sequence[Given] = (), layers: Sequence[int] | None = None) -> list[Tensor]:
+        """`tokens_after` the blocks `layers`, by default the student's own; or what its parts make of what they are
+        `given`, without the images."""
+        if given:
+            return [self._run(*each) for each in given]
+        return tokens_after(self.backbone, images, self.layers if layers is None else layers)
+
+    def _run(self, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        number, _, attention = part.removeprefix('blocks.').partition('.')
+        block = self.backbone.blocks[int(number)]
+        if attention:
+            return block.run_attention(attention, *args, **kwargs)
+        return block(*args, **kwargs) - args[0]
+
+    def no_weight_decay(self) -> set[str]:
+        """As timm's: names of parameters that are not to decay."""
+        low_rank = {name for name, _ in self.named_parameters() if '.parametrizations.' in name}
+        return super().no_weight_decay() | low_rank
+
+
+def converted_parts(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """The attentions of a student that its teacher has otherwise, by name; or their blocks, where those work on what an
+    attention has kept."""
+    found = []
+    for i, block in blocks.grid_blocks(student).items():
+        ours, theirs = (blocks.first_attention(each) for each in (block, teacher.blocks[i]))
+        if (ours.mechanism, ours.options) == (theirs.mechanism, theirs.options):
+            continue
+        found += [f'blocks.{i}'] if ours.of_block else [f'blocks.{i}.{name}' for name in blocks.attentions_of(block)]
+    return found
+
+
+class Teacher:
+    """A model whose features are learned. It is evaluated, without gradients, and never changed.
+
+    Args:
+        model: As for `convert`; it is used, not copied.
+        size: Height and width in pixels that images are resized to for it, or None. Its tokens of patches are then
+            resized to the student's grid.
+
+    Attributes:
+        digest: A hash of its weights.
+    """
+
+    def __init__(self, model: nn.Module, size: Sequence[int] | None = None):
+        self.model = on_grid(model).eval().requires_grad_(False)
+        self.size = None if size is None else tuple(size)
+        self.digest = self.current_digest()
+
+    def current_digest(self) -> str:
+        return digest(self.model.state_dict().items())
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor, layers: Sequence[int] = ()) -> list[Tensor]:
+        """As `tokens_after`, on the grid that the images have without `size`."""
+        height, width = images.shape[2:]
+        if self.size is None or self.size == (height, width):
+            return tokens_after(self.model, images, layers)
+        resized = F.interpolate(images, self.size, mode='bicubic', antialias=True)
+        small, large = self.model.grid_of(*self.size), self.model.grid_of(height, width)
+        return [_on_grid(tokens, small, large) for tokens in tokens_after(self.model, resized, layers)]
+
+    @torch.no_grad()
+    def parts(self, images: Tensor, names: Sequence[str]) -> tuple[list[Given], list[Tensor]]:
+        """What its parts are called with, and what they give; of a block what it adds to its tokens."""
+        given, found, handles = [], [], []
+
+        def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            given.append(Given(name, args, kwargs))
+            found.append(output if name.count('.') > 1 else output - args[0])
+
+        for name in names:
+
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
+                keep(name, args, kwargs, output)
+
+            module = self.model.get_submodule(name)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        try:
+            self.model.forward_features(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return given, found
+
+
+def _on_grid(tokens: Tensor, small: PatchGrid, large: PatchGrid) -> Tensor:
+    prefix, patches = tokens.tensor_split([small.prefix], 1)
+    maps = patches.transpose(1, 2).unflatten(2, (small.height, small.width))
+    maps = F.interpolate(maps.float(), (large.height, large.width), mode='bilinear', antialias=True)
+    return torch.cat([prefix, maps.to(prefix).flatten(2).transpose(1, 2)], 1)
+
+
+@dataclass(frozen=True)
+class FeatureLoss:
+    """What features that differ cost: a sum of weighted means over tokens.
+
+    Args:
+        prefix: Weight of 1 - cosine of prefix tokens (class, registers).
+        patch: Of 1 - cosine of patch tokens.
+        centred: Of the same, after the mean patch token of the image, as the teacher has it, is taken from both.
+        smooth: Of the smooth-L1 of patch tokens in units of the root mean square of each, as the teacher has it.
+        blocks: Of the same four, mean over the blocks, of tokens after blocks.
+    """
+
+    prefix: float = 1.0
+    patch: float = 1.0
+    centred: float = 1.0
+    smooth: float = 1.0
+    blocks: float = 1.0
+
+    def __call__(self, taught: Sequence[Tensor], found: Sequence[Tensor], prefix: int) -> Tensor:
+        """The loss of tokens (B, N, C), those at the end first, of which `prefix` are prefix tokens."""
+        final, *after = (self._of(*pair, prefix) for pair in zip(taught, found, strict=True))
+        return final + self.blocks * torch.stack(after).mean() if after else final
+
+    def _of(self, taught: Tensor, found: Tensor, prefix: int) -> Tensor:
+        kind = torch.promote_types(found.dtype, torch.float32)
+        taught, found = taught.to(kind), found.to(kind)
+        first, patches = taught.tensor_split([prefix], 1)
+        our_first, ours = found.tensor_split([prefix], 1)
+        loss = self.patch * _away(patches, ours)
+        if prefix:
+            loss = loss + self.prefix * _away(first, our_first)
+        if self.centred:
+            mean = patches.mean(1, keepdim=True)
+            loss = loss + self.centred * _away(patches - mean, ours - mean)
+        if self.smooth:
+            scale = patches.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(kind).tiny)
+            loss = loss + self.smooth * F.smooth_l1_loss(ours / scale, patches / scale)
+        return loss
+
+
+def _away(a: Tensor, b: Tensor) -> Tensor:
+    return (1 - F.cosine_similarity(a, b, dim=-1)).mean()
+
+
+def part_loss(taught: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
+    """The mean over parts of the mean squared error over the mean square of what is taught, so that all count alike."""
+    errors = []
+    for a, b in zip(taught, found, strict=True):
+        kind = torch.promote_types(b.dtype, torch.float32)
+        errors.append(F.mse_loss(b.to(kind), a.to(kind)) / a.to(kind).square().mean())
+    return torch.stack(errors).mean()
+
+
+class LowRank(nn.Module):
+    """What is added to a weight (out, in): up · down, of a rank; it starts at 0.
+
+    Source: Hu et al., "LoRA", ICLR 2022, arXiv 2106.09685, with their scale 1.
+    """
+
+    def __init__(self, weight: Tensor, rank: int):
+        super().__init__()
+        self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+        self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def add_low_rank(model: nn.Module, rank: int) -> None:
+    """Puts a `LowRank` on the weight of each linear layer in the blocks of a model, in place.
+
+    Raises:
+        UserError: If the rank is not at least 1, or a layer is not wide enough for it.
+    """
+    as_integer('heal.lora', rank)
+    for name, module in model.blocks.named_modules():
+        if isinstance(module, nn.Linear):
+            if rank > min(module.weight.shape):
+                raise UserError(f'heal.lora={rank} is above the width of blocks.{name}, {min(module.weight.shape)}')
+            parametrize.register_parametrization(module, 'weight', LowRank(module.weight, rank))
+
+
+def merge_low_rank(model: nn.Module) -> None:
+    """Takes each `LowRank` into its weight, in place."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module, 'weight'):
+            parametrize.remove_parametrizations(module, 'weight')
