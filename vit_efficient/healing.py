@@ -85,7 +85,10 @@ class Student(WithBackbone):
                 raise UserError(f'heal.blocks: the model has blocks 0 … {depth - 1}, got {i}')
         self.layers = sorted({i % depth for i in layers})
         self.kind, self.parts = RECOVER, []
-        self.pretrained_cfg = self.backbone.pretrained_cfg
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        return self.backbone.pretrained_cfg
 
     @property
     def num_classes(self) -> int:
@@ -297,4 +300,7 @@ def merge_low_rank(model: nn.Module) -> None:
     """Takes each `LowRank` into its weight, in place."""
     for module in model.modules():
         if parametrize.is_parametrized(module, 'weight'):
-            parametrize.remove_parametrizations(module, 'weight')
+            # PyTorch's way takes the property from the class, which a copy shares with the module that goes on learning.
+            weight, (_, module.__class__, *_) = module.weight.detach(), type(module).__mro__
+            del module.parametrizations
+            module.weight = nn.Parameter(weight)

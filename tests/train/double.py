@@ -18,6 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from vit_efficient.data import Samples
 from vit_efficient.models import compile_blocks
 from vit_efficient.train import Interrupted, experiment, load_recipe, state, train
 from vit_efficient.train.distributed import processes
@@ -26,13 +27,17 @@ from vit_efficient.train.trainer import Trainer
 
 
 def double(create_model):
-    """The model in float64. It is made once in a run: what it was made from may be gone later."""
+    """The model in float64, and its teacher. It is made once in a run: what it was made from may be gone later."""
 
     def create(*args):
         create.calls += 1
-        model = create_model(*args).double()
-        model.register_forward_pre_hook(lambda _, images: (images[0].double(),))
-        return model
+        made = create_model(*args)
+        model, *teacher = made if isinstance(made, tuple) else (made,)
+        model.double().register_forward_pre_hook(lambda _, given: (given[0].double(), *given[1:]))
+        for each in teacher:
+            each.model.double()
+            each.digest = each.current_digest()
+        return made
 
     create.calls = 0
     return create
@@ -78,6 +83,9 @@ def stop_after(last_update, update):
 if __name__ == '__main__':
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     experiment.create_model = double(experiment.create_model)
+    experiment.create_student = double(experiment.create_student)
+    normalize = Samples.normalize
+    Samples.normalize = lambda self, images: normalize(self, images).double()
     state.compile_blocks = partial(compile_blocks, backend='aot_eager')
     TrainState.wrap = counting(TrainState.wrap)
     update = Trainer.update
@@ -87,5 +95,5 @@ if __name__ == '__main__':
             Trainer.update = stop_after(int(last_update or 0), update)
             with suppress(Interrupted):
                 train(load_recipe(recipe))
-            assert experiment.create_model.calls == 1
-            experiment.create_model.calls = 0
+            assert experiment.create_model.calls + experiment.create_student.calls == 1
+            experiment.create_model.calls = experiment.create_student.calls = 0

@@ -164,7 +164,34 @@ def linear_macs(module: nn.Module) -> int:
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, (nn.Linear, Part)))
 
 
-class _PreNorm(OnGrid):
+class _Added(OnGrid):
+    """Attention and MLP of the normalised tokens are added, each scaled."""
+
+    def scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """The scales of what attention and MLP add, (C,) each; None without."""
+        raise NotImplementedError
+
+    def before_linear(self, x: Tensor, grid: PatchGrid, rope: Any, place: int) -> tuple[Tensor, Tensor]:
+        """The tokens without what its attention (place 0), or then its MLP (place 1), adds; and for each of them what
+        the last layer of that is given, if this layer gives its input back."""
+        attention, given = self.attn, (rope, None, False)
+        if not attention.of_block:
+            if place == 0:
+                return x, self.attend(attention, self.norm1(x), grid, *given)
+            x = x + self.attention_adds(x, grid, *given)
+            return x, self.mlp(self.norm2(x))
+        y, state = attention.down(x, grid)
+        if place == 0:
+            return x, attention.up(self.attend(attention, self.norm1(y), grid, *given, state), grid, state)
+        added = self.attention_adds(y, grid, *given, state)
+        hidden = self.mlp(self.norm2(y + added))
+        return x + attention.up(added, grid, state), attention.up(hidden, grid, state)
+
+
+class _PreNorm(_Added):
+    def scales(self) -> tuple[Tensor | None, Tensor | None]:
+        return tuple(getattr(scale, 'gamma', None) for scale in (self.ls1, self.ls2))
+
     def attention_adds(self, x: Tensor, grid: Grid, *given) -> Tensor:
         return self.drop(self.drop_path1, self.ls1(self.attend(self.attn, self.norm1(x), grid, *given)), grid)
 
@@ -172,8 +199,11 @@ class _PreNorm(OnGrid):
         return self.drop(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), grid)
 
 
-class _PreNormGamma(OnGrid):
+class _PreNormGamma(_Added):
     """The scale of a layer is a parameter of the block."""
+
+    def scales(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.gamma_1, self.gamma_2
 
     def attention_adds(self, x: Tensor, grid: Grid, *given) -> Tensor:
         y = _scaled(self.gamma_1, self.attend(self.attn, self.norm1(x), grid, *given))

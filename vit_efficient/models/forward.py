@@ -144,7 +144,7 @@ class GridForward:
         """The layout of the tokens of an image, given its sides in pixels."""
         return PatchGrid(*self.patch_embed.dynamic_feat_size((height, width)), prefix=self.num_prefix_tokens)
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, PatchGrid, Tensor | None]:
+    def embed(self, x: Tensor) -> tuple[Tensor, PatchGrid, Tensor | None]:
         """Images (B, channels, height, width) → tokens (B, N, C), where they lie, and their positions."""
         height, width = plain_sizes((x.shape[-2], x.shape[-1]))
         if isinstance(self.patch_embed, DctPatchEmbed):
@@ -209,7 +209,7 @@ class GridForward:
             for i in range(len(self.blocks)):
                 x = self.run_block(i, x, batch.grids, rope)
             return batch.unpack(self.norm(x))
-        x, grid, rope = self._embed(x)
+        x, grid, rope = self.embed(x)
         for i in range(len(self.blocks)):
             x = self.run_block(i, x, grid, rope, attn_mask, is_causal)
         return self.norm(x)
@@ -238,7 +238,7 @@ class GridForward:
             raise UserError('a list of images must hold tensors (channels, height, width), at least one')
         groups = groups_of([tuple(image.shape) for image in images])
         parts, grids, ropes = zip(
-            *(self._embed(torch.stack([images[i] for i in group])) for group in groups), strict=True
+            *(self.embed(torch.stack([images[i] for i in group])) for group in groups), strict=True
         )
         grids = PackedGrids(tuple((grid, len(group)) for grid, group in zip(grids, groups, strict=True)))
         if ropes[0] is None:
@@ -271,7 +271,7 @@ class GridForward:
             x, batch, rope = self._embed_list(x, attn_mask, is_causal)
             grid = batch.grids
         else:
-            x, grid, rope = self._embed(x)
+            x, grid, rope = self.embed(x)
         x, features = self.run_blocks(x, grid, rope, indices, norm, stop_early, attn_mask, is_causal)
 
         def of_images(tokens: Tensor, function: Callable[[Tensor, PatchGrid], Tensor]) -> Tensor | list[Tensor]:

@@ -44,7 +44,7 @@ class EfficientNaFlexVit(GridForward, NaFlexVit):
         """Raises UserError: it takes images of any size."""
         raise UserError('a NaFlexVit takes images of any size as it is; leave set_input_size out')
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, PatchGrid, Tensor | None]:
+    def embed(self, x: Tensor) -> tuple[Tensor, PatchGrid, Tensor | None]:
         grid = self.grid_of(*plain_sizes(x.shape[-2:]))
         rope = None if self.rope is None else self.rope.get_embed(shape=(grid.height, grid.width))
         if rope is not None and not self.rope_is_mixed:

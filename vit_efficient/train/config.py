@@ -119,6 +119,12 @@ class HealConfig:
     centred: float = key(1.0, 'of the same less the mean patch token that the image has for the teacher', at_least(0))
     smooth: float = key(1.0, "of the smooth-L1 of patch tokens, in units of the teacher's norm of each", at_least(0))
     blocks_weight: float = key(1.0, 'of these four, mean over `blocks`, beside those at the end', at_least(0))
+    solve: int = key(
+        0,
+        'training images, at data.img_size, by which the layers that end attention and MLP are solved for before the '
+        'first update (vit_efficient.least_squares); a few hundred; 0: none',
+        at_least(0),
+    )
     lora: int = key(
         0, 'rank of what is learned of each linear layer, added to its weight when saved; 0: all learns', at_least(0)
     )

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from vit_efficient.train.config import Config, DistillConfig
+from vit_efficient.train.config import Config, DistillConfig, HealConfig
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.keys import check_ranges, flatten
 
@@ -71,6 +71,7 @@ def validate(config: Config) -> None:
             "model's own attention are model.args.attention_kwargs"
         )
     _check_teacher(config)
+    _check_healing(config)
     if config.stages:
         _check_stages(config)
     elif config.sched.warmup_epochs > config.sched.epochs:
@@ -183,6 +184,22 @@ def _check_teacher(config: Config) -> None:
         raise UserError(
             'loss.bce=true is too small to be heard beside a teacher; set loss.bce=false with distill.teacher'
         )
+
+
+def _check_healing(config: Config) -> None:
+    keys = config.heal
+    if config.task != 'features':
+        given, defaults = vars(keys), vars(HealConfig())
+        idle = [f'heal.{key}={json.dumps(defaults[key])}' for key in given if given[key] != defaults[key]]
+        if idle:
+            raise UserError(f'heal has options, and task={config.task}; set task=features, or {" ".join(idle)}')
+        for number, stage in enumerate(config.stages):
+            if stage.heal:
+                raise UserError(f'stages[{number}].heal is for task=features, got task={config.task}')
+        return
+    _require(config, {'loss.mixup': 0.0, 'loss.cutmix': 0.0}, 'task=features')
+    if not any((keys.prefix, keys.patch, keys.centred, keys.smooth)):
+        raise UserError('heal: one of prefix, patch, centred and smooth must be above 0, or nothing is learned')
 
 
 def _check_stages(config: Config) -> None:

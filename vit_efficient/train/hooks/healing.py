@@ -1,12 +1,19 @@
 """What the features of a student were before it has learned, and after each stage: entries of result.json."""
 
+import copy
+import time
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
+
+from vit_efficient.data import Samples
+from vit_efficient.least_squares import solve
+from vit_efficient.train import sharding
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.hooks import TrainingHook, register_hook
 
-SWAPPED = 'swapped'
+SWAPPED, SOLVED = 'swapped', 'solved'
 _DONE = {'align': 'aligned', 'recover': 'recovered', 'refine': 'refined'}
 
 
@@ -24,10 +31,38 @@ class Healing(TrainingHook):
         return cls(experiment) if experiment.config.task == 'features' else None
 
     def begin_stage(self, trainer):
-        if not trainer.state.progress.updates:
-            evaluation = trainer.measure(trainer.state.evaluated)
-            self.memory['stages'] = [self._line(SWAPPED, trainer, evaluation)]
-            trainer.log.say(f'{SWAPPED}: {describe(evaluation.accuracies)}')
+        if not trainer.state.progress.updates and not self.memory.get('stages'):
+            lines = [self._measured(SWAPPED, trainer)]
+            if self.config.solve:
+                self._solve(trainer)
+                lines.append(self._measured(SOLVED, trainer))
+            self.memory['stages'] = lines
+            if self.config.solve:
+                trainer.save()
+
+    def _measured(self, name: str, trainer) -> dict[str, Any]:
+        evaluation = trainer.measure(trainer.state.evaluated)
+        trainer.log.say(f'{name}: {describe(evaluation.accuracies)}')
+        return self._line(name, trainer, evaluation)
+
+    def _solve(self, trainer) -> None:
+        """In all processes alike, on a copy: what is stopped has changed nothing."""
+        state, start = trainer.state, time.perf_counter()
+        images = self._images(trainer.experiment.feed)
+        student = copy.deepcopy(state.whole(state.model, everywhere=True))
+        trainer.log.say(f'least squares over {len(images)} images')
+        self.memory['solved'] = [
+            each._asdict() for each in solve(student.backbone, self.task.teacher.model, images, trainer.stop.check)
+        ]
+        for model in (state.model, state.average.module) if state.average else (state.model,):
+            sharding.load_model_state(model, student.state_dict())
+        state.progress.train_seconds += time.perf_counter() - start
+
+    def _images(self, feed) -> list[Tensor]:
+        """Of the training set, evenly spread, as evaluation would see them."""
+        train, val = feed.train_samples, feed.val_samples
+        samples = Samples(train.dataset, val.transform, train.in_chans, None, on_error=train.on_error)
+        return [image for image, *_ in samples.readable(self.config.solve)]
 
     def end_stage(self, trainer, following, evaluation):
         self.memory['stages'] = [*self._before(trainer), self._of_stage(trainer, evaluation)]
@@ -46,11 +81,12 @@ class Healing(TrainingHook):
             'teacher_digest': self.task.teacher.digest,
             'losses': weights,
             'healing': [*self.memory['stages'], self.final],
+            **({'solved': self.memory['solved']} if 'solved' in self.memory else {}),
         }
 
     def _before(self, trainer) -> list[dict[str, Any]]:
         """Lines of what is done before the stage that ends: a run that went on may have come to its end before."""
-        return self.memory['stages'][: trainer.state.stage + 1]
+        return self.memory['stages'][: trainer.state.stage + 1 + bool(self.config.solve)]
 
     def _of_stage(self, trainer, evaluation: Evaluation) -> dict[str, Any]:
         return self._line(_DONE[trainer.state.model.kind], trainer, evaluation)
@@ -59,7 +95,7 @@ class Healing(TrainingHook):
         progress = trainer.state.progress
         return {
             'features': name,
-            'images': progress.updates * self.images,
+            'images': progress.updates * self.images + (self.config.solve if name != SWAPPED else 0),
             'hours': progress.train_seconds / 3600,
             'loss': evaluation.loss,
             **evaluation.accuracies,

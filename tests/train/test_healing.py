@@ -1,0 +1,237 @@
+"""Healing as training: stages, resumption, processes, what is saved and told, and what is refused."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from tests.data.trees import write_tree
+from tests.processes import run_python, torchrun
+from tests.train.recipes import TINY
+from tests.train.test_scale import assert_close
+from tests.train.test_trainer import assert_same_run, fail, stop_after
+from vit_efficient import save_model
+from vit_efficient.data import EvalTransform, Preprocessing, SizeConfig, to_array
+from vit_efficient.data.sources.unlabelled import UnlabelledImages
+from vit_efficient.healing import tokens_after
+from vit_efficient.models import load_model
+from vit_efficient.train import Config, train
+from vit_efficient.train.checkpoint import load_checkpoint
+from vit_efficient.train.config import (
+    EmaConfig,
+    HealConfig,
+    ModelConfig,
+    OptimConfig,
+    SchedConfig,
+    StageConfig,
+)
+from vit_efficient.train.recipe import to_yaml
+from vit_efficient.utils.errors import UserError
+
+STAGES = [
+    StageConfig(1, heal='align', lr=1e-2, warmup_epochs=0),
+    StageConfig(2, heal='recover', warmup_epochs=0.5),
+    StageConfig(1, heal='refine', lr=1e-4, warmup_epochs=0),
+]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """24 images to learn from in three folders, six to validate on; and a pretrained model, its classifier included."""
+    root = write_tree(tmp_path_factory.mktemp('healing'))
+    torch.manual_seed(0)
+    model = timm.create_model('vit_tiny_patch16_224', **TINY, num_classes=3, dynamic_img_size=True, init_values=1.0)
+    for block in model.blocks:  # so that much hangs on which patches are attended to
+        block.attn.qkv.weight.data.mul_(20)
+        block.attn.proj.weight.data.mul_(5)
+    save_model(model, root / 'pretrained')
+    return root
+
+
+def recipe(folder, output, **options) -> Config:
+    config = Config(
+        task='features',
+        model=ModelConfig(
+            'vit_tiny_patch16_224',
+            {'dynamic_img_size': True},
+            init_from=str(folder / 'pretrained'),
+            attention='dct',
+            attention_kwargs={'keep_ratio': 0.25},
+        ),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.0),
+        sched=SchedConfig(epochs=4),
+        stages=[StageConfig(**vars(stage)) for stage in STAGES],
+        output=str(output),
+        device='cpu',
+        threads=1,
+        log_every=1,
+        clip_grad=1.0,
+    )
+    data = config.data
+    data.train, data.val, data.batch_size, data.workers = f'{folder}/train', f'{folder}/val', 4, 0
+    data.schedule = [SizeConfig(0, [16, 16]), SizeConfig(3, [20, 24])]
+    data.img_size = [20, 24]
+    data.augment.rand_ops, data.augment.erasing = 0, 0.0
+    for key, value in options.items():
+        section, _, name = key.rpartition('.')
+        setattr(getattr(config, section) if section else config, name, value)
+    return config
+
+
+def test_a_run_heals_step_by_step_and_says_so(folder, tmp_path):
+    config = recipe(folder, tmp_path / 'run', heal=HealConfig(solve=12, blocks=[0]))
+    result = train(config)
+    lines = result['healing']
+    assert [line['features'] for line in lines] == ['swapped', 'solved', 'aligned', 'recovered', 'refined']
+    assert [line['images'] for line in lines] == [0, 12, 36, 84, 108]
+    assert [line['hours'] for line in lines] == sorted(line['hours'] for line in lines) and lines[1]['hours'] > 0
+    assert lines[-1]['centred_cosine'] > lines[0]['centred_cosine'] + 0.05
+    assert lines[1]['centred_cosine'] > lines[0]['centred_cosine']
+    assert all(len(line['after_blocks']) == 2 and 0 <= line['neighbours'] <= 1 for line in lines)
+    assert len(result['solved']) == 4
+    assert result['centred_cosine'] == lines[-1]['centred_cosine']
+
+    model = timm.create_model(f'local-dir:{tmp_path}/run/model', pretrained=True).eval()
+    assert model.attention_spec()[0][0] == 'dct' and model.num_classes == 3
+    # The classifier is the one that it came with.
+    teacher = load_model(folder / 'pretrained')
+    assert torch.equal(model.head.weight, teacher.head.weight)
+    rows = (tmp_path / 'run/predictions.csv').read_text().splitlines()
+    assert rows[0] == 'index,file,centred_cosine,patch_cosine,prefix_cosine,neighbours' and len(rows) == 7
+    kinds = [json.loads(line)['kind'] for line in (tmp_path / 'run/metrics.jsonl').open()]
+    assert kinds.count('val') == 4 and kinds.count('train') == 24
+
+
+def test_what_is_said_of_features_is_so(folder, tmp_path):
+    """Against tokens that are compared by hand."""
+    config = recipe(
+        folder, tmp_path / 'run', stages=[], **{'sched.epochs': 1, 'sched.warmup_epochs': 0, 'data.schedule': []}
+    )
+    result = train(config)
+    model, teacher = load_model(tmp_path / 'run'), load_model(folder / 'pretrained', img_size=(20, 24))
+    transform = EvalTransform(Preprocessing.of(model.eval(), config.data))
+    images = UnlabelledImages(folder / 'val')
+    cosines, centred = [], []
+    for image, _ in images:
+        pixels = transform(to_array(image, 3))[None]
+        with torch.no_grad():
+            a, b = (tokens_after(each.eval(), pixels)[0][0].double() for each in (teacher, model))
+        mean = a[1:].mean(0)
+        cosines.append(torch.cosine_similarity(a[1:], b[1:]).mean())
+        centred.append(torch.cosine_similarity(a[1:] - mean, b[1:] - mean).mean())
+    assert result['patch_cosine'] == pytest.approx(float(sum(cosines) / 6), abs=1e-6)
+    assert result['centred_cosine'] == pytest.approx(float(sum(centred) / 6), abs=1e-6)
+
+
+@pytest.mark.parametrize('stop', [2, 8, 20])  # in align, recover and refine
+def test_a_run_that_was_killed_reaches_the_same_weights(folder, tmp_path, stop):
+    options = {'checkpoint_steps': 1, 'heal': HealConfig(solve=8), 'ema': EmaConfig(0.9)}
+    train(recipe(folder, tmp_path / 'whole', **options))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        stop_after(patch, stop % 6, fail) if stop < 6 else _stop_at(patch, stop)
+        train(recipe(folder, tmp_path / 'killed', **options))
+    result = train(recipe(folder, tmp_path / 'killed', **options, resume='auto'))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'killed')
+    assert len(result['healing']) == 5
+    ours, theirs = (load_file(tmp_path / name / 'model/model.safetensors') for name in ('whole', 'killed'))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _stop_at(patch, update):
+    from vit_efficient.train.trainer import Trainer
+
+    take = Trainer.update
+
+    def updating(trainer, chunk):
+        if trainer.state.progress.updates == update:
+            fail()
+        return take(trainer, chunk)
+
+    patch.setattr(Trainer, 'update', updating)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_two_processes_compute_what_one_does(folder, tmp_path, parallel):
+    """In float64, in all stages, after least squares, with tokens of blocks: nothing but rounding differs."""
+    paths = {}
+    for share, grad_accum in (('one', 4), ('two', 2)):
+        heal = HealConfig(solve=8, blocks=[0, -1])
+        config = recipe(folder, tmp_path / share, grad_accum=grad_accum, parallel=parallel, heal=heal)
+        config.data.batch_size = 1
+        paths[share] = tmp_path / f'{share}.yaml'
+        paths[share].write_text(to_yaml(config))
+    run_python('tests/train/double.py', str(paths['one']))
+    torchrun('tests/train/double.py', str(paths['two']))
+    one, two = (load_checkpoint(tmp_path / share / 'checkpoint.pt') for share in paths)
+    assert one['progress']['updates'] == 24
+    for name in ('model', 'optimizer'):
+        assert_close(one[name], two[name], name)
+    ours, theirs = (json.loads((tmp_path / share / 'result.json').read_text()) for share in paths)
+    for before, after in zip(ours['healing'], theirs['healing'], strict=True):
+        for name in ('centred_cosine', 'patch_cosine', 'patch_low', 'prefix_cosine', 'neighbours', 'loss'):
+            assert before[name] == pytest.approx(after[name], abs=1e-9), (before['features'], name)
+
+
+def test_low_rank_updates_are_merged_when_saved(folder, tmp_path):
+    result = train(recipe(folder, tmp_path / 'run', heal=HealConfig(lora=2), checkpoint_best=True, checkpoint_every=1))
+    names = load_file(folder / 'pretrained/model.safetensors').keys()
+    for name in ('model', 'best'):
+        assert load_file(tmp_path / 'run' / name / 'model.safetensors').keys() == names
+    assert result['healing'][-1]['centred_cosine'] > result['healing'][0]['centred_cosine']
+    assert any('parametrizations' in name for name in load_checkpoint(tmp_path / 'run/checkpoint.pt')['model'])
+
+
+def test_stages_may_convert_layer_after_layer(folder, tmp_path):
+    stages = [
+        StageConfig(1, 'dct', {'keep_ratio': 0.25}, [1], warmup_epochs=0, heal='align'),
+        StageConfig(1, 'dct', {'keep_ratio': 0.25}, [0], warmup_epochs=0, heal='align'),
+        StageConfig(2, warmup_epochs=0),
+    ]
+    config = recipe(folder, tmp_path / 'run', stages=stages)
+    config.model.attention, config.model.attention_kwargs = '', {}
+    result = train(config)
+    assert [line['features'] for line in result['healing']] == ['swapped', 'aligned', 'aligned', 'recovered']
+    assert [name for name, _ in load_model(tmp_path / 'run').attention_spec()] == ['dct', 'dct']
+    assert result['healing'][0]['centred_cosine'] < 0.999  # of the first stage as it begins
+
+
+def test_another_teacher_may_be_named(folder, tmp_path):
+    """As where a healed model is healed once more."""
+    train(recipe(folder, tmp_path / 'first'))
+    config = recipe(folder, tmp_path / 'second', heal=HealConfig(teacher=str(folder / 'pretrained')))
+    config.model.init_from = str(tmp_path / 'first')
+    first = json.loads((tmp_path / 'first/result.json').read_text())['healing'][-1]
+    again = train(config)['healing'][0]
+    assert again['centred_cosine'] == pytest.approx(first['centred_cosine'], abs=1e-6)
+    config.heal.teacher, config.output = '', str(tmp_path / 'third')
+    with pytest.raises(UserError, match='heal.teacher must name the model to learn from'):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (
+            {'model.attention': '', 'model.attention_kwargs': {}},
+            'is the one that it is to learn from; set model.attention',
+        ),
+        ({'heal': HealConfig(blocks=[2])}, r'heal.blocks: the model has blocks 0 … 1, got 2'),
+        ({'heal': HealConfig(lora=13)}, 'heal.lora=13 is above the width of blocks.0.attn.qkv, 12'),
+        ({'heal': HealConfig(teacher='nowhere')}, 'nowhere: no such model folder'),
+        (
+            {'heal': HealConfig(prefix=0.0, patch=0.0, centred=0.0, smooth=0.0)},
+            'heal: one of prefix, patch, centred and smooth must be above 0',
+        ),
+        ({'loss.mixup': 0.5}, 'loss.mixup must be 0.0 for task=features'),
+        ({'model.head': 'linear'}, 'model.head=linear is for task=segmentation, got task=features'),
+        ({'task': 'classification'}, 'stages.0..heal is for task=features'),
+        ({'data.train': 'nowhere'}, 'data.train: nowhere: no such folder of images'),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        train(recipe(folder, tmp_path / 'run', **options))
+    assert not (tmp_path / 'run').exists()

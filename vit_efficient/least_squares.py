@@ -1,0 +1,206 @@
+"""Healing without gradients: the linear layers that end attention and MLP, solved for by least squares.
+
+Block after block, the tokens of some images go through a student and its teacher. What the student's attention lacks of
+the teacher's tokens is linear in the weights of its output projection, what its MLP lacks in those of its last layer:
+each is a ridge regression, whose solution needs no learning rate and a few hundred images. A block sees what the blocks
+before it, already solved for, have made of the images, so that it also makes up for what these could not.
+
+The idea of fitting a network to another one, layer by layer, by least squares is known from pruning and quantisation
+(He, Zhang, Sun, "Channel pruning", ICCV 2017, arXiv 1707.06168; Frantar, Alistarh, "Optimal brain compression", NeurIPS
+2022, arXiv 2208.11580). Ridges are chosen, layer by layer, on images that no regression has seen; none is among the
+choices, so that a layer that would not gain stays as it is.
+
+Dimensions: N tokens, C channels, F inputs of a linear layer.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from vit_efficient.models.blocks import OnGrid
+from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.modes import evaluating
+
+#: Of the mean square of an input, each: what a ridge may be.
+RIDGES = tuple(10 ** (k / 2) for k in range(-6, 9))
+HELD_OUT = 4  # one in so many images chooses the ridges
+LAYERS = ('attn.proj', 'mlp.fc2')  # of a block
+
+
+class Solved(NamedTuple):
+    """What a layer has gained.
+
+    Attributes:
+        layer: Its name in the model.
+        ridge: That was chosen; None where it stays as it was.
+        before, after: The mean squared error of tokens over their mean square, on the images that chose.
+    """
+
+    layer: str
+    ridge: float | None
+    before: float
+    after: float
+
+
+def check_solvable(block: nn.Module) -> None:
+    """Raises UserError unless a block adds to its tokens what two linear layers give."""
+    modules = dict(block.named_modules())
+    if not hasattr(block, 'before_linear') or not all(isinstance(modules.get(name), nn.Linear) for name in LAYERS):
+        raise UserError(
+            f'heal.solve serves blocks that add what {" and ".join(LAYERS)} give, which a {type(block).__name__} does '
+            'not; set heal.solve=0'
+        )
+
+
+@torch.no_grad()
+def solve(
+    student: nn.Module, teacher: nn.Module, images: Sequence[Tensor], after_block: Callable[[], None] | None = None
+) -> list[Solved]:
+    """Solves for the layers of all blocks of a student, in place.
+
+    Args:
+        student, teacher: Models of ours of one architecture (`healing.on_grid`).
+        images: (channels, height, width) each, preprocessed, of sizes that both take; every fourth one chooses ridges.
+        after_block: Called after each block.
+
+    Raises:
+        UserError: If there are fewer than four images, or blocks of a kind that is not served.
+    """
+    if len(images) < HELD_OUT:
+        raise UserError(f'heal.solve needs {HELD_OUT} images at least, got {len(images)}')
+    for block in (*student.blocks, *teacher.blocks):
+        check_solvable(block)
+    if any(block.attn.of_block for block in teacher.blocks):
+        raise UserError("heal.solve: the teacher has attentions at place='block'; set heal.solve=0")
+    report = []
+    with evaluating(student), evaluating(teacher):
+        streams = [_Stream(student, teacher, image) for image in images]
+        for i, (ours, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
+            for place, name in enumerate(LAYERS):
+                linear, scale = ours.get_submodule(name), ours.scales()[place]
+                fitted, held_out = _System(linear, scale), _System(linear, scale)
+                for number, stream in enumerate(streams):
+                    stream.teach(theirs, i, place)
+                    with _passing(ours, name):
+                        found, inputs = ours.before_linear(stream.x, stream.grid, stream.ours(i), place)
+                    system = held_out if number % HELD_OUT == HELD_OUT - 1 else fitted
+                    system.add(inputs, stream.target - found, stream.target)
+                ridge, error = _best_ridge(fitted, held_out)
+                report.append(Solved(f'blocks.{i}.{name}', ridge, held_out.error(), error))
+                if ridge is not None:
+                    fitted.apply(ridge)
+            for stream in streams:
+                stream.advance(ours, i)
+            if after_block:
+                after_block()
+    return report
+
+
+class _Stream:
+    """The tokens (1, N, C) of an image on their way through student and teacher."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, image: Tensor):
+        weight = next(student.parameters())
+        self.x, self.grid, self.rope = student.embed(image[None].to(weight.device, weight.dtype))
+        self.taught, _, self.their_rope = teacher.embed(image[None].to(weight.device, weight.dtype))
+        self.target, self.mixed = self.taught, student.rope_mixed
+
+    def ours(self, i: int) -> Any:
+        """The positions of block i."""
+        return self.rope[i] if self.mixed else self.rope
+
+    def teach(self, block: OnGrid, i: int, place: int) -> None:
+        """The target is what the teacher has after the attention of block i (place 0), or then after its MLP (1)."""
+        start, rope = self.target if place else self.taught, self.their_rope[i] if self.mixed else self.their_rope
+        self.target = start + block.sublayers(self.grid, rope, None, False)[place](start)
+
+    def advance(self, block: OnGrid, i: int) -> None:
+        """Both are after block i."""
+        self.x, self.taught = block(self.x, self.grid, self.ours(i)), self.target
+
+
+class _System:
+    """The normal equations of what is added to a linear layer, tokens weighed by the inverse of their mean square.
+
+    Args:
+        linear: The layer.
+        scale: (C,), by which what it gives is scaled, or None.
+    """
+
+    def __init__(self, linear: nn.Linear, scale: Tensor | None):
+        self.linear, self.scale = linear, scale
+        size, wide = linear.in_features + (linear.bias is not None), dict(dtype=torch.float64)
+        self.inner = linear.weight.new_zeros(size, size, **wide)
+        self.outer = linear.weight.new_zeros(size, linear.out_features, **wide)
+        self.squares, self.tokens = 0.0, 0
+
+    def add(self, inputs: Tensor, wanted: Tensor, target: Tensor) -> None:
+        """The tokens of an image.
+
+        Args:
+            inputs: (1, N, F).
+            wanted: (1, N, C), what the block should add, scaled.
+            target: (1, N, C), the tokens that come of it.
+        """
+        weight = target.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()[0]
+        added = self.linear(inputs)
+        lacking = (wanted if self.scale is None else wanted / self.scale) - added
+        lacking, inputs = weight * lacking[0], inputs[0]
+        if self.linear.bias is not None:
+            inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+        inputs = weight * inputs
+        self.inner += inputs.T @ inputs
+        self.outer += inputs.T @ lacking
+        self.squares += float(self._squared(lacking).sum())
+        self.tokens += len(inputs)
+
+    def _squared(self, lacking: Tensor) -> Tensor:
+        return (lacking if self.scale is None else lacking * self.scale).square().double()
+
+    def solution(self, ridge: float, roots: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What is added to weight and bias, (F or F + 1, C)."""
+        values, vectors = roots or torch.linalg.eigh(self.inner)
+        ridge = ridge * float(self.inner.diagonal().mean())
+        return vectors @ ((vectors.T @ self.outer) / (values.clamp(min=0) + ridge)[:, None])
+
+    def error(self, solution: Tensor | None = None) -> float:
+        """The mean squared error of the tokens, over their mean square, with what a solution adds."""
+        squares = self.squares
+        if solution is not None:
+            gained = 2 * (solution * self.outer) - solution * (self.inner @ solution)
+            squares -= float((gained if self.scale is None else gained * self.scale.double() ** 2).sum())
+        return squares / (self.tokens * self.outer.shape[1])
+
+    def apply(self, ridge: float) -> None:
+        """Adds the solution to the layer."""
+        found, linear = self.solution(ridge), self.linear
+        of_weight = found[: linear.in_features].T
+        weight = linear.parametrizations.weight.original if parametrize.is_parametrized(linear) else linear.weight
+        weight += of_weight.to(weight.dtype)
+        if linear.bias is not None:
+            linear.bias += found[-1].to(linear.bias.dtype)
+
+
+def _best_ridge(fitted: _System, held_out: _System) -> tuple[float | None, float]:
+    """The ridge with the least error on what it was not fitted to, and that error."""
+    best, roots = (None, held_out.error()), torch.linalg.eigh(fitted.inner)
+    for ridge in RIDGES:
+        error = held_out.error(fitted.solution(ridge, roots))
+        if error < best[1]:
+            best = ridge, error
+    return best
+
+
+@contextmanager
+def _passing(block: nn.Module, name: str) -> Iterator[None]:
+    """A context in which a layer gives its input back."""
+    layer = block.get_submodule(name)
+    block.set_submodule(name, nn.Identity())
+    try:
+        yield
+    finally:
+        block.set_submodule(name, layer)
