@@ -300,7 +300,7 @@ def merge_low_rank(model: nn.Module) -> None:
     """Takes each `LowRank` into its weight, in place."""
     for module in model.modules():
         if parametrize.is_parametrized(module, 'weight'):
-            # PyTorch's way takes the property from the class, which a copy shares with the module that goes on learning.
+            # PyTorch's way takes the property from the class, which a copy shares with what goes on learning.
             weight, (_, module.__class__, *_) = module.weight.detach(), type(module).__mro__
             del module.parametrizations
             module.weight = nn.Parameter(weight)

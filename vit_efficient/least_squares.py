@@ -7,8 +7,9 @@ before it, already solved for, have made of the images, so that it also makes up
 
 The idea of fitting a network to another one, layer by layer, by least squares is known from pruning and quantisation
 (He, Zhang, Sun, "Channel pruning", ICCV 2017, arXiv 1707.06168; Frantar, Alistarh, "Optimal brain compression", NeurIPS
-2022, arXiv 2208.11580). Ridges are chosen, layer by layer, on images that no regression has seen; none is among the
-choices, so that a layer that would not gain stays as it is.
+2022, arXiv 2208.11580). A layer that would not be better on images that no regression has seen stays as it is. The
+ridge is far larger than what would be best for each layer by itself: layers that are too well fitted to what their own
+attention lacks no longer give what later ones have learned to read.
 
 Dimensions: N tokens, C channels, F inputs of a linear layer.
 """
@@ -25,9 +26,8 @@ from vit_efficient.models.blocks import OnGrid
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import evaluating
 
-#: Of the mean square of an input, each: what a ridge may be.
-RIDGES = tuple(10 ** (k / 2) for k in range(-6, 9))
-HELD_OUT = 4  # one in so many images chooses the ridges
+RIDGE = 10.0
+HELD_OUT = 8  # one in so many images tells whether a layer is better
 LAYERS = ('attn.proj', 'mlp.fc2')  # of a block
 
 
@@ -36,12 +36,11 @@ class Solved(NamedTuple):
 
     Attributes:
         layer: Its name in the model.
-        ridge: That was chosen; None where it stays as it was.
-        before, after: The mean squared error of tokens over their mean square, on the images that chose.
+        before, after: The mean squared error of tokens over their mean square, on images that were held out; the layer
+            stays as it was where it would not be less.
     """
 
     layer: str
-    ridge: float | None
     before: float
     after: float
 
@@ -58,17 +57,22 @@ def check_solvable(block: nn.Module) -> None:
 
 @torch.no_grad()
 def solve(
-    student: nn.Module, teacher: nn.Module, images: Sequence[Tensor], after_block: Callable[[], None] | None = None
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Sequence[Tensor],
+    ridge: float = RIDGE,
+    after_block: Callable[[], None] | None = None,
 ) -> list[Solved]:
     """Solves for the layers of all blocks of a student, in place.
 
     Args:
         student, teacher: Models of ours of one architecture (`healing.on_grid`).
-        images: (channels, height, width) each, preprocessed, of sizes that both take; every fourth one chooses ridges.
+        images: (channels, height, width) each, preprocessed, of sizes that both take; every eighth one is held out.
+        ridge: In units of the mean square of an input of a layer.
         after_block: Called after each block.
 
     Raises:
-        UserError: If there are fewer than four images, or blocks of a kind that is not served.
+        UserError: If there are fewer than eight images, or blocks of a kind that is not served.
     """
     if len(images) < HELD_OUT:
         raise UserError(f'heal.solve needs {HELD_OUT} images at least, got {len(images)}')
@@ -89,10 +93,11 @@ def solve(
                         found, inputs = ours.before_linear(stream.x, stream.grid, stream.ours(i), place)
                     system = held_out if number % HELD_OUT == HELD_OUT - 1 else fitted
                     system.add(inputs, stream.target - found, stream.target)
-                ridge, error = _best_ridge(fitted, held_out)
-                report.append(Solved(f'blocks.{i}.{name}', ridge, held_out.error(), error))
-                if ridge is not None:
-                    fitted.apply(ridge)
+                solution, before = fitted.solution(ridge), held_out.error()
+                after = held_out.error(solution)
+                if after < before:
+                    fitted.apply(solution)
+                report.append(Solved(f'blocks.{i}.{name}', before, min(before, after)))
             for stream in streams:
                 stream.advance(ours, i)
             if after_block:
@@ -161,11 +166,10 @@ class _System:
     def _squared(self, lacking: Tensor) -> Tensor:
         return (lacking if self.scale is None else lacking * self.scale).square().double()
 
-    def solution(self, ridge: float, roots: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def solution(self, ridge: float) -> Tensor:
         """What is added to weight and bias, (F or F + 1, C)."""
-        values, vectors = roots or torch.linalg.eigh(self.inner)
-        ridge = ridge * float(self.inner.diagonal().mean())
-        return vectors @ ((vectors.T @ self.outer) / (values.clamp(min=0) + ridge)[:, None])
+        squares = self.inner.diagonal()
+        return torch.linalg.solve(self.inner + torch.diag((ridge * squares.mean()).expand_as(squares)), self.outer)
 
     def error(self, solution: Tensor | None = None) -> float:
         """The mean squared error of the tokens, over their mean square, with what a solution adds."""
@@ -175,24 +179,14 @@ class _System:
             squares -= float((gained if self.scale is None else gained * self.scale.double() ** 2).sum())
         return squares / (self.tokens * self.outer.shape[1])
 
-    def apply(self, ridge: float) -> None:
-        """Adds the solution to the layer."""
-        found, linear = self.solution(ridge), self.linear
-        of_weight = found[: linear.in_features].T
+    def apply(self, solution: Tensor) -> None:
+        """Adds a solution to the layer."""
+        linear = self.linear
+        of_weight = solution[: linear.in_features].T
         weight = linear.parametrizations.weight.original if parametrize.is_parametrized(linear) else linear.weight
         weight += of_weight.to(weight.dtype)
         if linear.bias is not None:
-            linear.bias += found[-1].to(linear.bias.dtype)
-
-
-def _best_ridge(fitted: _System, held_out: _System) -> tuple[float | None, float]:
-    """The ridge with the least error on what it was not fitted to, and that error."""
-    best, roots = (None, held_out.error()), torch.linalg.eigh(fitted.inner)
-    for ridge in RIDGES:
-        error = held_out.error(fitted.solution(ridge, roots))
-        if error < best[1]:
-            best = ridge, error
-    return best
+            linear.bias += solution[-1].to(linear.bias.dtype)
 
 
 @contextmanager

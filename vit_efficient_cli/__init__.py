@@ -19,8 +19,10 @@ from vit_efficient_cli.parsing import Parser
 
 COMMANDS = {
     'train': 'train the model of a recipe',
+    'heal': 'give a converted model back the features that it has lost, from images without labels',
     'evaluate': 'measure the accuracy of a trained model',
     'predict': 'write masks of images of any size by a trained model of segmentation',
+    'features': 'draw the features that models have of an image: components as colours, and what is like one patch',
     'plan': 'find which attention each layer of a pretrained model can have within a budget, without training',
     'plot': 'draw the curves of runs',
     'leaves': "draw which leaf of Treeformer's trees each patch of an image falls into",

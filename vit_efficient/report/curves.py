@@ -17,7 +17,7 @@ from vit_efficient.utils.packages import needing
 AXES = ('epoch', 'step', 'hours')
 TRAIN_LOSS = 'train/loss'
 FEW = 20  # points of a curve, which are marked
-DEFAULT_VALUES = (TRAIN_LOSS, 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou')
+DEFAULT_VALUES = (TRAIN_LOSS, 'val/loss', 'val/top1', 'val/foreground_miou', 'val/miou', 'val/centred_cosine')
 
 Points = list[tuple[float, float]]
 

@@ -125,6 +125,7 @@ class HealConfig:
         'first update (vit_efficient.least_squares); a few hundred; 0: none',
         at_least(0),
     )
+    ridge: float = key(10.0, 'of these, in units of the mean square of an input of a layer', POSITIVE)
     lora: int = key(
         0, 'rank of what is learned of each linear layer, added to its weight when saved; 0: all learns', at_least(0)
     )

@@ -51,9 +51,9 @@ class Healing(TrainingHook):
         images = self._images(trainer.experiment.feed)
         student = copy.deepcopy(state.whole(state.model, everywhere=True))
         trainer.log.say(f'least squares over {len(images)} images')
-        self.memory['solved'] = [
-            each._asdict() for each in solve(student.backbone, self.task.teacher.model, images, trainer.stop.check)
-        ]
+        pair = student.backbone, self.task.teacher.model
+        solved = solve(*pair, images, self.config.ridge, trainer.stop.check)
+        self.memory['solved'] = [each._asdict() for each in solved]
         for model in (state.model, state.average.module) if state.average else (state.model,):
             sharding.load_model_state(model, student.state_dict())
         state.progress.train_seconds += time.perf_counter() - start
