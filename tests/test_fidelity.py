@@ -5,8 +5,9 @@ import math
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
-from vit_efficient.fidelity import Fidelity, fidelity, final_tokens, mean_fidelity
+from vit_efficient.fidelity import Fidelity, fidelity, final_tokens, mean_fidelity, same_neighbours
 from vit_efficient.utils.errors import UserError
 
 
@@ -58,3 +59,19 @@ def test_the_map_of_a_sam_is_tokens():
 def test_other_shapes_are_refused(shape, prefix):
     with pytest.raises(UserError, match='of one image'):
         fidelity(torch.randn(4, 8), torch.randn(*shape), prefix)
+
+
+def test_neighbours_are_those_of_slow_loops():
+    torch.manual_seed(4)
+    reference = torch.randn(30, 8)
+    tokens = reference + 0.5 * torch.randn(30, 8)
+
+    def nearest(each, patch):
+        patches = each[2:] - each[2:].mean(0)
+        cosines = {i: float(F.cosine_similarity(patches[i], patches[patch], dim=0)) for i in range(28) if i != patch}
+        return set(sorted(cosines, key=cosines.get)[-5:])
+
+    same = [len(nearest(reference, i) & nearest(tokens, i)) / 5 for i in range(28)]
+    assert same_neighbours(reference, tokens, prefix=2, count=5) == pytest.approx(sum(same) / 28)
+    assert same_neighbours(reference, reference, prefix=2) == 1
+    assert same_neighbours(reference[:3], tokens[:3], prefix=2) == 1  # of a single patch

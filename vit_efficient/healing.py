@@ -146,10 +146,30 @@ def converted_parts(student: nn.Module, teacher: nn.Module) -> list[str]:
     found = []
     for i, block in blocks.grid_blocks(student).items():
         ours, theirs = (blocks.first_attention(each) for each in (block, teacher.blocks[i]))
-        if (ours.mechanism, ours.options) == (theirs.mechanism, theirs.options):
-            continue
-        found += [f'blocks.{i}'] if ours.of_block else [f'blocks.{i}.{name}' for name in blocks.attentions_of(block)]
+        if (ours.mechanism, ours.options) != (theirs.mechanism, theirs.options):
+            found += parts_of(student, i)
     return found
+
+
+def parts_of(model: nn.Module, i: int) -> list[str]:
+    """The attentions of block i, by name; or the block, where it works on what its attention has kept."""
+    block = model.blocks[i]
+    if blocks.first_attention(block).of_block:
+        return [f'blocks.{i}']
+    return [f'blocks.{i}.{name}' for name in blocks.attentions_of(block)]
+
+
+def watch_parts(model: nn.Module, names: Sequence[str], found: dict[str, tuple[Given, Tensor]]) -> list[Any]:
+    """Has each forward pass of a model note what its parts are called with, and what they give; of a block what it adds
+    to its tokens. Returns the handles by which that ends."""
+
+    def watch(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            found[name] = Given(name, args, kwargs), output if name.count('.') > 1 else output - args[0]
+
+        return model.get_submodule(name).register_forward_hook(note, with_kwargs=True)
+
+    return [watch(name) for name in names]
 
 
 class Teacher:
@@ -185,25 +205,14 @@ class Teacher:
     @torch.no_grad()
     def parts(self, images: Tensor, names: Sequence[str]) -> tuple[list[Given], list[Tensor]]:
         """What its parts are called with, and what they give; of a block what it adds to its tokens."""
-        given, found, handles = [], [], []
-
-        def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            given.append(Given(name, args, kwargs))
-            found.append(output if name.count('.') > 1 else output - args[0])
-
-        for name in names:
-
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
-                keep(name, args, kwargs, output)
-
-            module = self.model.get_submodule(name)
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        found: dict[str, tuple[Given, Tensor]] = {}
+        handles = watch_parts(self.model, names, found)
         try:
             self.model.forward_features(images)
         finally:
             for handle in handles:
                 handle.remove()
-        return given, found
+        return [found[name][0] for name in names], [found[name][1] for name in names]
 
 
 def _on_grid(tokens: Tensor, small: PatchGrid, large: PatchGrid) -> Tensor:

@@ -15,7 +15,7 @@ from tests.train.test_trainer import assert_same_run, fail, stop_after
 from vit_efficient import save_model
 from vit_efficient.data import EvalTransform, Preprocessing, SizeConfig, to_array
 from vit_efficient.data.sources.unlabelled import UnlabelledImages
-from vit_efficient.healing import tokens_after
+from vit_efficient.healing import Teacher, tokens_after
 from vit_efficient.models import load_model
 from vit_efficient.train import Config, train
 from vit_efficient.train.checkpoint import load_checkpoint
@@ -235,3 +235,39 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         train(recipe(folder, tmp_path / 'run', **options))
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('place', ['memory', 'folder'])
+def test_a_teacher_sees_each_image_once(folder, tmp_path, monkeypatch, place):
+    """Its tokens are kept in half precision: the weights are nearly those without."""
+
+    def still(name, **keys):
+        config = recipe(folder, tmp_path / name, heal=HealConfig(blocks=[0]), **keys)
+        config.stages, config.data.schedule, config.sched.warmup_epochs = [], [], 0
+        config.data.augment.crop_scale, config.data.augment.hflip, config.data.augment.color_jitter = None, 0.0, 0.0
+        return config
+
+    train(still('plain'))
+    seen = []
+    tokens = Teacher.tokens
+    monkeypatch.setattr(
+        Teacher, 'tokens', lambda self, images, layers: seen.append(layers) or tokens(self, images, layers)
+    )
+    place = place if place == 'memory' else str(tmp_path / 'features')
+    train(still('kept', **{'data.cache_features': place}))
+    assert sum(layers == [0] for layers in seen) == 24
+    ours, theirs = (load_checkpoint(tmp_path / name / 'checkpoint.pt')['model'] for name in ('plain', 'kept'))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
+    if place != 'memory':
+        seen.clear()
+        train(still('again', **{'data.cache_features': place}))
+        assert not any(layers == [0] for layers in seen)
+        assert_same_run(tmp_path / 'kept', tmp_path / 'again')
+    with pytest.raises(UserError, match='stages must not align with data.cache_features'):
+        config = still('aligned', **{'data.cache_features': place})
+        config.stages = [StageConfig(4, heal='align', warmup_epochs=0)]
+        train(config)
+    with pytest.raises(UserError, match='data.augment.hflip must be 0.0 for data.cache_features'):
+        config = still('flipped', **{'data.cache_features': place})
+        config.data.augment.hflip = 0.5
+        train(config)

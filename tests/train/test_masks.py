@@ -324,10 +324,10 @@ def test_features_in_a_folder_serve_other_runs(tmp_path, monkeypatch):
     run('memory', 'memory')
     # The seed draws the weights of the backbone too, which stand for pretrained ones here.
     first, computed = run('first', folder)
-    assert computed == 16 + 5 and len(list((tmp_path / 'features').rglob('*.npy'))) == 21
+    assert computed == 16 + 5 and len(list((tmp_path / 'features').rglob('*.npz'))) == 21
     one, two = (load_checkpoint(tmp_path / name / 'checkpoint.pt')['model'] for name in ('memory', 'first'))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    damaged, zeroed, emptied = sorted((tmp_path / 'features').rglob('*.npy'))[3:6]
+    damaged, zeroed, emptied = sorted((tmp_path / 'features').rglob('*.npz'))[3:6]
     damaged.write_bytes(damaged.read_bytes()[:100])
     zeroed.write_bytes(zeroed.read_bytes()[:200] + bytes(zeroed.stat().st_size - 200))
     emptied.write_bytes(b'')

@@ -107,7 +107,7 @@ class DataConfig:
         '',
         'with model.freeze, where nothing is drawn in training: each image goes through the backbone once, and what '
         'the head reads is kept, in half precision, in memory (memory); or in a folder, for other runs too, and of '
-        'validation images as well',
+        'validation images as well. For features, the tokens of the teacher are kept',
         _PLACE,
         resume=True,
     )

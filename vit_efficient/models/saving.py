@@ -70,7 +70,9 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
     return arguments | model.construction()
 
 
-def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequence[str] | None = None) -> None:
+def save_model(
+    model: nn.Module, folder: str | os.PathLike, label_names: Sequence[str] | None = None, **about: Any
+) -> None:
     """Saves a model to a folder in timm's `local-dir:` layout.
 
     Both files are written before the first one takes its place: what can fail leaves the earlier model as it was.
@@ -79,6 +81,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequenc
         model: Built by `timm.create_model`, converted or not; what is wrapped is saved as what the wrapper holds.
         folder: Made where it does not exist.
         label_names: Names of the classes, in order; they go into the config.
+        **about: What else goes there, of types that JSON has.
 
     Raises:
         UserError: If the model was not built by `timm.create_model`, or an attention in it is not registered.
@@ -93,7 +96,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike, label_names: Sequenc
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in inner.state_dict().items()}
     labels = {} if label_names is None else {'label_names': list(label_names)}
     with replacing(folder / 'config.json') as config_path, replacing(folder / 'model.safetensors') as weights_path:
-        save_model_config(inner, config_path, arguments, **labels)
+        save_model_config(inner, config_path, arguments, **labels, **about)
         safetensors.torch.save_file(tensors, weights_path)
 
 

@@ -100,6 +100,12 @@ class DistillConfig:
     weights: str = key('', 'the checkpoint file of that model, instead of its pretrained weights')
     kind: str = key('soft', 'its probabilities (soft), or its first class (hard)', one_of('soft', 'hard'))
     weight: float = key(0.5, 'of what the teacher says in the loss; the labels have the rest', between(0, 1))
+    outputs: float = key(
+        0.0,
+        'times the mean squared error of what attentions give, to what they give in the teacher, mean over blocks, is '
+        'added to the loss, for a student that is the teacher converted; 50 in the source',
+        at_least(0),
+    )
     temperature: float = key(1.0, "of soft probabilities, the student's and the teacher's", POSITIVE)
 
 

@@ -1,7 +1,7 @@
 """A run as its recipe describes it: data, model, task, stages and hooks, built and checked; nothing is written."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from vit_efficient.data.config import IMAGES_PER_UPDATE
 from vit_efficient.train.build import create_model
 from vit_efficient.train.config import Config, identity
 from vit_efficient.train.distributed import Processes
-from vit_efficient.train.features import CachedFeatures
+from vit_efficient.train.features import CachedFeatures, DenseFeatures
 from vit_efficient.train.healing import FeatureTask, create_student
 from vit_efficient.train.hooks import TrainingHook, create_hooks
 from vit_efficient.train.rules import check_cached, check_targets
@@ -77,10 +77,14 @@ class Feed:
         self.trained_on, self.validated_on = self.train_samples, self.val_samples
         if keys.cache_features:
             check_cached(config)
-            self.trained_on = CachedFeatures(self.train_samples, model, task, config.amp, keys.cache_features)
-            if self.trained_on.folder:  # of whole images features may be many: they are not kept in memory
-                options = model, task, config.amp, keys.cache_features
-                self.validated_on = CachedFeatures(self.val_samples, *options, half=False)
+            if isinstance(task, FeatureTask):
+                taught, about = partial(task.kept, layers=model.layers), task.about(model.layers)
+                self.trained_on = CachedFeatures(self.train_samples, taught, about, keys.cache_features, beside=True)
+            else:
+                kept, whole = (DenseFeatures(model, task, config.amp, half) for half in (True, False))
+                self.trained_on = CachedFeatures(self.train_samples, kept, kept.about(), keys.cache_features)
+                if self.trained_on.folder:  # of whole images features may be many: they are not kept in memory
+                    self.validated_on = CachedFeatures(self.val_samples, whole, whole.about(), keys.cache_features)
         part = {'rank': team.rank, 'world_size': team.world_size, 'block': keys.batch_size, 'repeats': keys.repeats}
         shards = data.shard_order(train_set, keys.mixed_shards)
         self.workers = data.limit_workers(keys.workers, 'data.workers')

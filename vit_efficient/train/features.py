@@ -1,9 +1,11 @@
-"""Features of a backbone that does not learn, kept in memory or in files: each image goes through it once."""
+"""Features of models that do not learn, kept in memory or in files: each image goes through them once."""
 
 import hashlib
 import io
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from vit_efficient.train.tasks import Task
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import write_bytes
 from vit_efficient.utils.measurements import digest
+from vit_efficient.utils.modes import evaluating
 from vit_efficient.utils.precision import autocast
 from vit_efficient.version import __version__
 
@@ -28,27 +31,33 @@ def _checksum(content: bytes) -> bytes:
 
 
 class CachedFeatures(Dataset):
-    """Samples with the features of their images in the place of these, as `DenseModel` takes them: (L, C, h, w).
-
-    They are computed when a sample is first asked for, in this process. Nothing may be drawn for a sample.
+    """Samples with something that a model makes of each image, computed when a sample is first asked for, in this
+    process. Nothing may be drawn for a sample.
 
     Args:
-        samples: Of images and masks.
-        model: Its backbone must not learn.
-        task: Of pixels or patches.
-        amp: none or bf16, as of the run.
+        samples: Whose items begin with an image and end with the index.
+        compute: What is kept of an image (C, H, W), normalised: tensors on the CPU.
+        about: What, beside the image, that depends on.
         place: `memory`, the CPU's; or a folder of files, which any number of processes and runs share: each is named by
-            what its features depend on, the pixels, the backbone, its attention, the blocks and the precision.
-        half: Whether they are kept in half precision, where it holds them.
+            the image and by `about`.
+        beside: Whether they stand after the image, rather than in its place.
     """
 
     cached = None  # as of `Samples`: no decoded images
 
-    def __init__(self, samples: Samples, model: DenseModel, task: Task, amp: str, place: str, half: bool = True):
-        self.samples, self.model, self.task, self.amp, self.half = samples, model, task, amp, half
+    def __init__(
+        self,
+        samples: Samples,
+        compute: Callable[[Tensor], list[Tensor]],
+        about: Any,
+        place: str,
+        beside: bool = False,
+    ):
+        self.samples, self.compute, self.beside = samples, compute, beside
         self.on_error = samples.on_error
         self.kept: dict[int, tuple] | None = {} if place == MEMORY else None
-        self.folder = None if place == MEMORY else Path(place) / self._of_model()
+        name = hashlib.sha256(repr((about, __version__)).encode()).hexdigest()[:16]
+        self.folder = None if place == MEMORY else Path(place) / name
         if self.folder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,44 +73,61 @@ class CachedFeatures(Dataset):
             return self.kept[index]
         item = self.samples[key]
         if not isinstance(item, Unreadable):
-            image, *rest = item
-            item = self._features(self.samples.normalize(image)), *rest
+            image, *rest, last = item
+            found = self._features(self.samples.normalize(image))
+            item = (image, *rest, *found, last) if self.beside else (*found, *rest, last)
         if self.kept is not None:
             self.kept[index] = item
         return item
 
-    def _features(self, image: Tensor) -> Tensor:
+    def _features(self, image: Tensor) -> list[Tensor]:
         if self.folder is None:
-            return self._compute(image)
+            return self.compute(image)
         name = hashlib.sha256(f'{image.dtype} {tuple(image.shape)}'.encode() + image.numpy().tobytes()).hexdigest()
-        path = self.folder / f'{name}.npy'
+        path = self.folder / f'{name}.npz'
         content = path.read_bytes() if path.exists() else b''
         if content and content[-4:] == _checksum(content[:-4]):
-            return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
-        features, file = self._compute(image), io.BytesIO()  # there is none, or it is damaged
-        np.save(file, features.numpy())
+            kept = np.load(io.BytesIO(content[:-4]), allow_pickle=False)
+            return [torch.from_numpy(kept[f'arr_{number}']) for number in range(len(kept.files))]
+        features, file = self.compute(image), io.BytesIO()  # there is none, or it is damaged
+        np.savez(file, *(each.numpy() for each in features))
         write_bytes(path, file.getvalue() + _checksum(file.getvalue()))
         return features
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """As of `Samples`; features are as they are."""
+        return self.samples.normalize(images) if self.beside else images
+
+
+class DenseFeatures:
+    """What the head of a `DenseModel` reads of an image, (L, C, h, w); its backbone must not learn.
+
+    Args:
+        model: With the backbone.
+        task: Of pixels or patches.
+        amp: none or bf16, as of the run.
+        half: Whether they are kept in half precision, where it holds them.
+    """
+
+    def __init__(self, model: DenseModel, task: Task, amp: str, half: bool = True):
+        self.model, self.task, self.amp, self.half = model, task, amp, half
+
     @torch.no_grad()
-    def _compute(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor) -> list[Tensor]:
         device = next(self.model.parameters()).device
         images = self.task.padded(image[None].to(device))
-        training = self.model.training
-        with autocast(device, self.amp):
-            features = self.model.eval().features(images)[0].float().cpu()
-        self.model.train(training)
-        half = features.half() if self.half else features
-        return half if half.isfinite().all() else features
+        with evaluating(self.model), autocast(device, self.amp):
+            features = self.model.features(images)[0].float().cpu()
+        return [as_half(features) if self.half else features]
 
-    def _of_model(self) -> str:
-        """A hash of all but the image that features depend on."""
+    def about(self) -> Any:
+        """All but the image that features depend on."""
         weights = ((name, each) for name, each in self.model.state_dict().items() if not name.startswith('head.'))
         built = {key: each for key, each in self.model.construction().items() if key in ('backbone', 'backbone_args')}
-        about = digest(weights), built, self.model.head.layers, self.task.patch_size, self.amp, self.half, __version__
-        return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+        return digest(weights), built, self.model.head.layers, self.task.patch_size, self.amp, self.half
 
-    @staticmethod
-    def normalize(features: Tensor) -> Tensor:
-        """As of `Samples`: features are as they are."""
-        return features
+
+def as_half(features: Tensor) -> Tensor:
+    """In half precision, where it holds them."""
+    half = features.half()
+    return half if half.isfinite().all() else features

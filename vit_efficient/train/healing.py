@@ -33,6 +33,7 @@ from vit_efficient.train.build import create_backbone
 from vit_efficient.train.config import Config, StageConfig
 from vit_efficient.train.distributed import Processes
 from vit_efficient.train.evaluation import Evaluation
+from vit_efficient.train.features import as_half
 from vit_efficient.train.tasks import Task
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import evaluates
@@ -76,14 +77,23 @@ class FeatureTask(Task):
                 given, taught = self.teacher.parts(images, model.parts)
             found = forward(images, given)
             return found, part_loss(taught, found)
-        taught = truth[1:] or self.taught(images, model.layers)
         found = forward(images)
+        taught = truth[1:] or self.taught(images, model.layers)  # those that are kept
         return found, self.criterion(taught, found, model.prefix)
 
     def taught(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """What a student learns of images: the teacher's tokens at the end, and after blocks."""
         with autocast(images.device, self.amp):
             return self.teacher.tokens(images, layers)
+
+    def kept(self, image: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """What is kept of an image (C, H, W), on the CPU, in half precision where it holds them."""
+        device = next(self.teacher.model.parameters()).device
+        return [as_half(tokens[0].float().cpu()) for tokens in self.taught(image[None].to(device), layers)]
+
+    def about(self, layers: Sequence[int]) -> Any:
+        """All but the image that `kept` depends on."""
+        return self.teacher.digest, str(self.teacher.model), self.teacher.size, tuple(layers), self.amp
 
     def product(self, model: Student) -> nn.Module:
         """The model that a student has become."""

@@ -104,9 +104,16 @@ def check_cached(config: Config) -> None:
     Raises:
         UserError: Naming the first key whose value does not fit.
     """
-    required = {**_STILL, 'model.freeze': True, 'parallel': 'ddp', 'channels_last': False, 'data.augment.three': False}
+    required = {**_STILL, 'data.augment.three': False}
     required |= dict.fromkeys((f'data.augment.{name}' for name in ('color_jitter', 'hue', 'dct_truncate')), 0.0)
-    _require(config, required, 'data.cache_features: each image goes once through a backbone that does not learn')
+    reason = 'data.cache_features: each image goes once through a model that does not learn'
+    if config.task == 'features':
+        if any(stage.heal == 'align' for stage in config.stages):
+            raise UserError(
+                "stages must not align with data.cache_features: what a teacher's attentions do is not kept"
+            )
+        return _require(config, required, reason)
+    _require(config, required | {'model.freeze': True, 'parallel': 'ddp', 'channels_last': False}, reason)
 
 
 def without_effect(config: Config) -> str:
@@ -176,6 +183,10 @@ def _check_teacher(config: Config) -> None:
             f'distill.weights must be empty for distill.teacher={config.distill.teacher}, a folder, which has its own; '
             f'got {config.distill.weights!r}'
         )
+    if config.distill.outputs and config.compile:
+        raise UserError('compile must be false for distill.outputs, which looks into blocks; got true')
+    if not config.distill.weight:
+        return
     values = flatten(config)
     for name, allowed in (('task', ('classification',)), ('data.decode', ('pixels', 'scaled'))):
         if values[name] not in allowed:

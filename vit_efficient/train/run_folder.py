@@ -253,7 +253,8 @@ class RunFolder:
         """Saves a model with its preprocessing and the names of its classes."""
         own, classes = {'num_classes': model.num_classes}, experiment.classes
         model.pretrained_cfg = {**model.pretrained_cfg, **experiment.preprocessing.as_dict(), **own}
-        save_model(model, self.path / name, classes if classes and len(classes) == model.num_classes else None)
+        about = {key: value for hook in experiment.hooks for key, value in hook.about_model().items()}
+        save_model(model, self.path / name, classes if classes and len(classes) == model.num_classes else None, **about)
 
     def write_result(
         self,

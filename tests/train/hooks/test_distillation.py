@@ -11,7 +11,9 @@ from vit_efficient import save_model
 from vit_efficient.data import Preprocessing
 from vit_efficient.train import train
 from vit_efficient.train.config import DistillConfig, LossConfig, ModelConfig
+from vit_efficient.train.hooks.attention_outputs import AttentionOutputs
 from vit_efficient.train.hooks.distillation import Distillation
+from vit_efficient.utils.errors import UserError
 
 SIZE = dict(embed_dim=12, depth=1, num_heads=2, num_classes=4)
 
@@ -95,4 +97,59 @@ def test_a_run(tmp_path):
         run('bad', kind='hard')
     config = tiny_recipe(data, tmp_path / 'bad', distill=DistillConfig(str(teacher)), loss=LossConfig(bce=True))
     with pytest.raises(ValueError, match='loss.bce=true is too small to be heard beside a teacher; set loss.bce=false'):
+        train(config)
+
+
+@pytest.mark.parametrize('task', ['classification', 'segmentation'])
+def test_attention_outputs_are_those_by_hand_and_are_learned(task, tmp_path):
+    """The difference is part of the loss: with a weight it shrinks, and labels are learned beside it."""
+    if task == 'segmentation':
+        from tests.train.test_masks import mask_recipe
+
+        config = mask_recipe(tmp_path / 'data', tmp_path / 'run')
+        config.model.args['global_pool'] = ''
+    else:
+        config = tiny_recipe(write_tree(tmp_path / 'data'), tmp_path / 'run', loss=LossConfig())
+        config.model.args['dynamic_img_size'] = True
+    config.model.name, config.model.attention = 'vit_full_tiny', 'dct'
+    config.model.args.update(drop_path_rate=0.0, proj_drop_rate=0.0)
+    torch.manual_seed(3)
+    teacher = timm.create_model('vit_full_tiny', **{**config.model.args, 'num_classes': 3})
+    for block in teacher.blocks:
+        block.attn.qkv.weight.data.mul_(20)
+    save_model(teacher, tmp_path / 'teacher')
+    config.model.init_from, config.optim.lr = str(tmp_path / 'teacher'), 1e-2
+    config.distill = DistillConfig(str(tmp_path / 'teacher'), weight=0.0, outputs=50.0)
+    seen, by_hand = [], []
+    penalty = AttentionOutputs.penalty
+
+    def watching(self, state, images, logits, loss):
+        added = penalty(self, state, images, logits, loss) - loss
+        seen.append(added.item())
+        with torch.no_grad():
+            pairs = []
+            for model in (state.model, teacher.eval()):
+                outputs = []
+                hooks = [
+                    block.attn.register_forward_hook(lambda module, args, output, kept=outputs: kept.append(output))
+                    for block in model.blocks
+                ]
+                model(images)
+                for hook in hooks:
+                    hook.remove()
+                pairs.append(outputs)
+            by_hand.append(50 * sum(float(F.mse_loss(a, b)) for a, b in zip(*pairs, strict=True)) / 2)
+        return loss + added
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttentionOutputs, 'penalty', watching)
+        train(config)
+    assert seen == pytest.approx(by_hand, rel=1e-4)
+    assert seen[-1] < seen[0]
+    config.output, config.compile = str(tmp_path / 'other'), True
+    with pytest.raises(UserError, match='compile must be false for distill.outputs'):
+        train(config)
+    config.compile, config.model.args = False, {**config.model.args, 'depth': 1}
+    config.model.init_from = ''
+    with pytest.raises(UserError, match='the teacher has 2 blocks of 12 channels, .* the student 1 blocks'):
         train(config)

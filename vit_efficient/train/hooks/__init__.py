@@ -99,6 +99,10 @@ class TrainingHook:
         """
         return model, evaluation
 
+    def about_model(self) -> dict[str, Any]:
+        """Entries of the config.json of models that the run saves."""
+        return {}
+
     def result(self) -> dict[str, Any]:
         """Entries of result.json."""
         return {}
@@ -163,6 +167,6 @@ def plain(value: Any, what: str) -> Any:
     return json.loads(text)
 
 
-from vit_efficient.train.hooks import distillation, healing, leaves, truncation  # noqa: E402, F401 (they register themselves)
+from vit_efficient.train.hooks import attention_outputs, distillation, healing, leaves, truncation  # noqa: E402, F401 (they register themselves)
 
 OURS = tuple(HOOKS)

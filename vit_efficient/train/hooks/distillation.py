@@ -61,7 +61,8 @@ class Distillation(TrainingHook):
     @classmethod
     def of(cls, experiment, options):
         given = experiment.model, experiment.preprocessing, experiment.team.device, experiment.classes
-        return cls(experiment.config.distill, *given) if experiment.config.distill.teacher else None
+        heard = experiment.config.distill.teacher and experiment.config.distill.weight
+        return cls(experiment.config.distill, *given) if heard else None
 
     def penalty(self, state, images, logits, loss):
         with autocast(images.device, state.experiment.config.amp):

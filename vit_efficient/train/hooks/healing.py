@@ -24,6 +24,8 @@ class Healing(TrainingHook):
     def __init__(self, experiment):
         super().__init__()
         self.task, self.config, self.images = experiment.task, experiment.config.heal, experiment.images_per_update
+        model = experiment.config.model
+        self.teacher = self.config.teacher or f'{model.name} of {model.init_from or "its pretrained weights"}'
         self.final: dict[str, Any] = {}
 
     @classmethod
@@ -74,12 +76,13 @@ class Healing(TrainingHook):
             raise RuntimeError('the teacher has changed')
         return model, evaluation
 
+    def about_model(self):
+        losses = {key: value for key, value in asdict(self.config).items() if key != 'teacher'}
+        return {'healed': {'teacher': self.teacher, 'teacher_digest': self.task.teacher.digest, 'losses': losses}}
+
     def result(self):
-        weights = {key: value for key, value in asdict(self.config).items() if key != 'teacher'}
         return {
-            'teacher': self.config.teacher or 'the model as it was',
-            'teacher_digest': self.task.teacher.digest,
-            'losses': weights,
+            **self.about_model()['healed'],
             'healing': [*self.memory['stages'], self.final],
             **({'solved': self.memory['solved']} if 'solved' in self.memory else {}),
         }
