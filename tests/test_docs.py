@@ -44,11 +44,17 @@ TRAIN = """
     data.batch_size=4 grad_accum=1 data.workers=0 data.eval_batch_size=null
     sched.epochs=1 sched.warmup_epochs=0 stages=[] device=cpu amp=none compile=false threads=1
 """
+HEAL = """
+    model.args.img_size=32 data.img_size=[32,32] data.schedule=[] heal.solve=8 stages=[] sched.epochs=1
+    sched.warmup_epochs=0 data.batch_size=4 data.workers=0 device=cpu threads=1
+"""
 BENCHMARK = '--rounds 1 --no-memory --device cpu --dtype float32'
 SMALLER = {
     'train': TRAIN,
     'evaluate': '--device cpu',
     'predict': '--device cpu',
+    'heal': HEAL,
+    'features': '--img-size 224',
     'table accuracy': f'{TRAIN} --seeds 0',
     'benchmark layer': f'--tokens 64 --dim 32 --heads 2 {BENCHMARK}',
     'benchmark model': f'--models vit_full_tiny vit_dct_tiny --img-sizes 32 --batch-size 2 {BENCHMARK}',
@@ -99,7 +105,8 @@ def prepared(tmp_path_factory) -> Path:
     ignored = shutil.ignore_patterns('*.csv', '*.png', '*.md', '*.py')
     shutil.copytree(ROOT / 'recipes', folder / 'recipes', ignore=ignored)
     plain = timm.create_model('vit_small_patch16_224', embed_dim=16, num_heads=2, depth=2)
-    save_model(plain, folder / 'plain')
+    for name in ('plain', 'my_vit'):
+        save_model(plain, folder / name)
     data = [f'data.{split}={folder}/images/{split}' for split in ('train', 'val')]
     for run, name in (('mine', 'vit_dct_tiny'), ('trees', 'vit_treeformer_tc_tiny')):
         arguments = [f'output={folder}/runs/{run}', f'model.name={name}', *data, *TRAIN.split()]
