@@ -66,7 +66,7 @@ def main() -> None:
 
 ABOUT = (
     f'Of {IMAGES:,} images: {EPOCHS[0]} epochs of recover, at {SMALL} px at most, and {EPOCHS[1]} of refine at the '
-    'size of use, on one H200. A projection from multiply-accumulates and one measured rate, printed by write_recipes.py; '
+    'size of use, on one H200. A projection from multiply-accumulates and one measured rate, by write_recipes.py; '
     'none was run. A plan of half of the multiply-accumulates takes about as much as `pool`.'
 )
 
@@ -75,7 +75,7 @@ def recipe(family: str, name: str, size: int, small: int) -> str:
     """The text of a recipe."""
     return f"""# {name} at {size} px, healed from images without labels. Not run: hours.md has what it would take.
 #     vit-efficient heal recipes/heal/families/{family}/{size}.yaml data.train=IMAGES data.val=OTHERS
-# or with model.attention=combiner 'model.attention_kwargs={{window_size: 12, cell_size: 4}}', or model.attention=plan.yaml:
+# or with model.attention=combiner 'model.attention_kwargs={{window_size: 12, cell_size: 4}}', or =plan.yaml:
 #     vit-efficient plan {name} --images OTHERS --img-size {size} --budget 0.5 --out plan.yaml
 
 extends: ../base.yaml
