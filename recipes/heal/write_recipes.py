@@ -44,11 +44,16 @@ def gmacs(name: str, size: int, attention: str | None, options: dict) -> float:
     return count_flops(model, (3, size, size)).total / 1e9
 
 
+def smaller(size: int, patch: int) -> int:
+    """The side of most images that a model for `size` learns from."""
+    return min(round(0.55 * size / patch), SMALL // patch) * patch
+
+
 def main() -> None:
     rows = []
     for family, (name, patch, sizes) in FAMILIES.items():
         for size in sizes:
-            small = min(round(0.55 * size / patch), SMALL // patch) * patch
+            small = smaller(size, patch)
             folder = FOLDER / 'families' / family
             folder.mkdir(parents=True, exist_ok=True)
             for title, (attention, options) in ATTENTIONS.items():
