@@ -129,6 +129,15 @@ def _of_attention(block):
     return [name for name, _ in block.attn.named_parameters()]
 
 
+def test_what_does_not_learn_in_the_model_does_not_learn_in_the_student():
+    model = convert(tiny(), 'dct', keep_ratio=0.25)
+    model.pos_embed.requires_grad_(False)
+    student, teacher = Student(model), Teacher(tiny())
+    for kind in (ALIGN, RECOVER):
+        student.begin(kind, teacher)
+        assert not model.pos_embed.requires_grad and model.blocks[0].attn.proj.weight.requires_grad
+
+
 def test_what_is_the_same_has_nothing_to_align():
     student, teacher = Student(tiny()), Teacher(tiny())
     assert converted_parts(student.backbone, teacher.model) == []

@@ -85,6 +85,7 @@ class Student(WithBackbone):
                 raise UserError(f'heal.blocks: the model has blocks 0 … {depth - 1}, got {i}')
         self.layers = sorted({i % depth for i in layers})
         self.kind, self.parts = RECOVER, []
+        self._fixed = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class Student(WithBackbone):
             raise UserError('align: the attentions of the student are those of its teacher; nothing was converted')
         low_rank = [name for name, _ in self.named_parameters() if '.parametrizations.' in name]
         for name, parameter in self.named_parameters():
-            adapts = name.rpartition('.')[2] in ('down', 'up') if low_rank else True
+            adapts = name.rpartition('.')[2] in ('down', 'up') if low_rank else name not in self._fixed
             parameter.requires_grad_(adapts)
         if kind == ALIGN and not low_rank:
             attentions = blocks.named_attentions(self.backbone)
