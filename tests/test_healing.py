@@ -193,7 +193,7 @@ def test_a_low_rank_update_starts_at_nothing_and_merges_to_the_same():
 
 
 def test_models_without_one_grid_are_refused():
-    with pytest.raises(UserError, match='needs the tokens of one grid'):
+    with pytest.raises(UserError, match='on one grid of patches, which a VisionTransformerSAM lacks'):
         Student(timm.create_model('samvit_base_patch16_224', depth=1, embed_dim=24, num_heads=2))
     with pytest.raises(UserError, match=r'heal.blocks: the model has blocks 0 … 2, got 3'):
         Student(tiny(), [3])

@@ -136,3 +136,15 @@ def test_what_cannot_be_solved_is_refused():
         solve(on_grid(model), on_grid(copy.deepcopy(model)), [torch.zeros(3, 224, 224)] * 8)
     with pytest.raises(UserError, match='heal.solve needs 8 images at least, got 3'):
         solve(on_grid(tiny()), on_grid(tiny()), pictures(3))
+
+
+def test_a_channel_that_is_scaled_by_nothing_asks_for_nothing():
+    teacher = on_grid(tiny(init_values=0.5))
+    teacher.blocks[0].ls1.gamma.data[3:5] = 0
+    student = convert(copy.deepcopy(teacher), 'dct', keep_ratio=0.25)
+    found = solve(student, teacher, pictures(8))
+    assert all(each.after <= each.before < 1 for each in found)
+    assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
+    teacher.blocks[0].attn.proj.bias.data[0] = float('nan')
+    with pytest.raises(UserError, match='heal.solve: tokens are not finite, of these images, at blocks.0.attn.proj'):
+        solve(student, teacher, pictures(8))

@@ -23,10 +23,10 @@ from torch.nn.utils import parametrize
 from vit_efficient.conversion import swap_attentions
 from vit_efficient.grid import PatchGrid
 from vit_efficient.models import blocks
-from vit_efficient.models.backbone import WithBackbone
+from vit_efficient.models.backbone import BACKBONE, WithBackbone
 from vit_efficient.models.forward import GridForward
 from vit_efficient.models.served import served_model
-from vit_efficient.utils.checks import as_integer
+from vit_efficient.utils.checks import as_integer, is_integer
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.measurements import digest
 
@@ -49,7 +49,7 @@ def on_grid(model: nn.Module) -> nn.Module:
     """
     model = served_model(model)
     if not hasattr(model, 'patch_embed') or hasattr(model, 'neck'):
-        raise UserError(f'healing needs the tokens of one grid, which a {type(model).__name__} lacks')
+        raise UserError(f'features are compared of tokens on one grid of patches, which a {type(model).__name__} lacks')
     if not isinstance(model, GridForward):
         swap_attentions(model, 'full', layers=[])
     return model
@@ -81,7 +81,7 @@ class Student(WithBackbone):
         self.backbone = on_grid(backbone)
         depth = len(self.backbone.blocks)
         for i in layers:
-            if not -depth <= i < depth:
+            if not is_integer(i, -depth) or i >= depth:
                 raise UserError(f'heal.blocks: the model has blocks 0 … {depth - 1}, got {i}')
         self.layers = sorted({i % depth for i in layers})
         self.kind, self.parts = RECOVER, []
@@ -110,16 +110,19 @@ class Student(WithBackbone):
         self.kind = kind
         if kind == ALIGN and not self.parts:
             raise UserError('align: the attentions of the student are those of its teacher; nothing was converted')
-        low_rank = [name for name, _ in self.named_parameters() if '.parametrizations.' in name]
-        for name, parameter in self.named_parameters():
-            adapts = name.rpartition('.')[2] in ('down', 'up') if low_rank else name not in self._fixed
-            parameter.requires_grad_(adapts)
-        if kind == ALIGN and not low_rank:
+        if kind == ALIGN:
             attentions = blocks.named_attentions(self.backbone)
             wanted = {part if part in attentions else f'{part}.attn' for part in self.parts}
-            learns = {id(p) for name in wanted for p in self.backbone.get_submodule(name).parameters()}
-            for parameter in self.parameters():
-                parameter.requires_grad_(id(parameter) in learns)
+            aligned = {id(p) for name in wanted for p in self.backbone.get_submodule(name).parameters()}
+        known, low_rank = {name for name, _ in teacher.model.named_parameters()}, self._has_low_rank()
+        for name, parameter in self.named_parameters():
+            # With low-rank updates these learn, and what an attention has that the teacher's has not.
+            inner = name.removeprefix(BACKBONE).replace('.parametrizations.weight.original', '.weight')
+            learns = inner not in known if low_rank else name not in self._fixed
+            parameter.requires_grad_(learns and (kind != ALIGN or id(parameter) in aligned))
+
+    def _has_low_rank(self) -> bool:
+        return any(isinstance(module, LowRank) for module in self.modules())
 
     def forward(self, images: Tensor, given: Sequence[Given] = (), layers: Sequence[int] | None = None) -> list[Tensor]:
         """`tokens_after` the blocks `layers`, by default the student's own; or what its parts make of what they are

@@ -14,6 +14,7 @@ attention lacks no longer give what later ones have learned to read.
 Dimensions: N tokens, C channels, F inputs of a linear layer.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -95,6 +96,8 @@ def solve(
                     system.add(inputs, stream.target - found, stream.target)
                 solution, before = fitted.solution(ridge), held_out.error()
                 after = held_out.error(solution)
+                if not math.isfinite(before):
+                    raise UserError(f'heal.solve: tokens are not finite, of these images, at blocks.{i}.{name}')
                 if after < before:
                     fitted.apply(solution)
                 report.append(Solved(f'blocks.{i}.{name}', before, min(before, after)))
@@ -153,7 +156,9 @@ class _System:
         """
         weight = target.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()[0]
         added = self.linear(inputs)
-        lacking = (wanted if self.scale is None else wanted / self.scale) - added
+        if self.scale is not None:  # a channel that is scaled by 0 asks for nothing
+            wanted = torch.where(self.scale == 0, added, wanted / self.scale)
+        lacking = wanted - added
         lacking, inputs = weight * lacking[0], inputs[0]
         if self.linear.bias is not None:
             inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)

@@ -115,7 +115,7 @@ def test_a_recipe_runs_as_by_train(here, capsys):
         ('model --images nowhere --attention dct', 'nowhere: no such folder of images'),
         ('model --images images --attention dct:keep_ratio=1/4 --keep-ratio 1/2', 'which says it already'),
         ('vit_full_tiny --images images --attention dct', 'timm has no pretrained weights of it'),
-        ('resnet18 --images images --attention dct', 'a ResNet has no patches of one size'),
+        ('resnet18 --images images --attention dct', 'a ResNet has no one grid of patches'),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(here, capsys, command, message):

@@ -1,6 +1,10 @@
 """Healing as training: stages, resumption, processes, what is saved and told, and what is refused."""
 
 import json
+import os
+import shutil
+import signal
+import tarfile
 
 import pytest
 import timm
@@ -12,12 +16,12 @@ from tests.processes import run_python, torchrun
 from tests.train.recipes import TINY
 from tests.train.test_scale import assert_close
 from tests.train.test_trainer import assert_same_run, fail, stop_after
-from vit_efficient import save_model
+from vit_efficient import convert, save_model
 from vit_efficient.data import EvalTransform, Preprocessing, SizeConfig, to_array
 from vit_efficient.data.sources.unlabelled import UnlabelledImages
 from vit_efficient.healing import Teacher, tokens_after
 from vit_efficient.models import load_model
-from vit_efficient.train import Config, train
+from vit_efficient.train import Config, Interrupted, healing, train, trainer
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import (
     EmaConfig,
@@ -226,6 +230,20 @@ def test_another_teacher_may_be_named(folder, tmp_path):
             'heal: one of prefix, patch, centred and smooth must be above 0',
         ),
         ({'loss.mixup': 0.5}, 'loss.mixup must be 0.0 for task=features'),
+        ({'distill.teacher': 'any'}, "task must be classification with distill.teacher, got 'features'"),
+        (
+            {'distill.teacher': 'any', 'distill.weight': 0.0},
+            'distill.teacher must be  for task=features, which has no labels',
+        ),
+        ({'heal': HealConfig(blocks=[0.5])}, 'heal.blocks: the model has blocks 0 … 1, got 0.5'),
+        (
+            {'heal': HealConfig(teacher_size=[18, 16])},
+            r'heal.teacher_size=.18, 16.: the teacher does not take such images',
+        ),
+        (
+            {'stages': [StageConfig(3), StageConfig(1, 'full', heal='align')], 'sched.warmup_epochs': 0},
+            r'stages.1..heal=align: the attentions',
+        ),
         ({'model.head': 'linear'}, 'model.head=linear is for task=segmentation, got task=features'),
         ({'task': 'classification'}, 'stages.0..heal is for task=features'),
         ({'data.train': 'nowhere'}, 'data.train: nowhere: no such folder of images'),
@@ -271,3 +289,72 @@ def test_a_teacher_sees_each_image_once(folder, tmp_path, monkeypatch, place):
         config = still('flipped', **{'data.cache_features': place})
         config.data.augment.hflip = 0.5
         train(config)
+
+
+def test_a_run_that_was_stopped_while_it_was_measured_is_not_solved_twice(folder, tmp_path, monkeypatch):
+    """Measured are the swapped model, then what least squares have made of it: a signal comes in each of the two."""
+    options = {'heal': HealConfig(solve=8)}
+    train(recipe(folder, tmp_path / 'whole', **options))
+    for number in (0, 1):
+        calls, measure = [], healing.evaluate_features
+
+        def stopped(*args, number=number, calls=calls, measure=measure):
+            calls.append(len(calls))
+            if len(calls) - 1 == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return measure(*args)
+
+        output = tmp_path / f'stopped{number}'
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(trainer, 'evaluate_features', stopped)
+            train(recipe(folder, output, **options))
+        train(recipe(folder, output, **options, resume='auto'))
+        assert_same_run(tmp_path / 'whole', output)
+
+
+def test_a_teacher_that_has_changed_is_another_run(folder, tmp_path):
+    shutil.copytree(folder / 'pretrained', tmp_path / 'pretrained')
+    config = recipe(folder, tmp_path / 'run', heal=HealConfig(teacher=str(tmp_path / 'pretrained')), checkpoint_steps=1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
+        _stop_at(patch, 8)
+        train(config)
+    changed = load_model(tmp_path / 'pretrained')
+    changed.norm.bias.data += 1
+    save_model(changed, tmp_path / 'pretrained')
+    config.resume = 'auto'
+    with pytest.raises(UserError, match='pretrained has other weights than when the run began'):
+        train(config)
+
+
+def test_shards_need_no_labels(folder, tmp_path):
+    for split in ('train', 'val'):
+        with tarfile.open(tmp_path / f'{split}.tar', 'w') as archive:
+            for number, path in enumerate(sorted((folder / split).rglob('*.png'))):
+                archive.add(path, f'{number:04}.png')
+    config = recipe(folder, tmp_path / 'run', stages=[], **{'sched.epochs': 1, 'sched.warmup_epochs': 0})
+    config.data.schedule, config.data.train = [], f'{tmp_path}/train.tar'
+    assert train(config)['val_images'] == 6  # those of a folder, beside shards
+    config.data.val, config.output = f'{tmp_path}/val.tar', str(tmp_path / 'both')
+    result = train(config)
+    assert (result['train_images'], result['val_images']) == (24, 6)
+
+
+@pytest.mark.distributed
+def test_low_rank_updates_align_in_several_processes(folder, tmp_path):
+    """Only those of attentions learn there, which is what DDP has to be told."""
+    config = recipe(folder, tmp_path / 'run', heal=HealConfig(lora=2))
+    config.data.batch_size = 2
+    (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
+    torchrun('tools/train.py', tmp_path / 'recipe.yaml')
+    assert len(json.loads((tmp_path / 'run/result.json').read_text())['healing']) == 4
+
+
+def test_what_an_attention_adds_learns_beside_low_rank_updates(folder, tmp_path):
+    config = recipe(folder, tmp_path / 'run', heal=HealConfig(lora=2))
+    config.model.attention = 'linformer'
+    train(config)
+    before = convert(load_model(folder / 'pretrained', img_size=(20, 24)), 'linformer', keep_ratio=0.25).state_dict()
+    after = load_model(tmp_path / 'run').state_dict()
+    for name in ('blocks.0.attn.compress.down.weight', 'blocks.0.attn.qkv.weight'):
+        assert not torch.equal(before[name], after[name])
+    assert torch.equal(before['blocks.0.mlp.fc1.bias'], after['blocks.0.mlp.fc1.bias'])

@@ -70,6 +70,11 @@ def accuracy_table(
     runs = runs or default_output(recipes[0]).parent
     out = out or runs
     entries = open_runs(recipes, overrides, seeds or (), runs)
+    for entry in entries:
+        if entry.configs[0].task == 'features':
+            raise UserError(
+                f'{entry.recipe}: runs of task=features have no accuracy; `vit-efficient table fidelity` compares them'
+            )
     remarks = check_runs(entries)
     import_optional('matplotlib', 'the plot beside the table is drawn with', 'train')  # hours before it is
     train_missing(entries)

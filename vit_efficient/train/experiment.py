@@ -25,14 +25,19 @@ from vit_efficient.utils.errors import UserError, first_line
 
 def open_data(config: Config, train_set: Dataset | None, val_set: Dataset | None) -> tuple[Dataset, Dataset]:
     """Those that are given or else, by the recipe, `data.train` and `data.val`."""
-    keys, kind = config.data, config.data.dataset
-    of_folders = not any(path.lower().endswith('.tar') for path in (keys.train, keys.val))
-    if config.task == 'features' and not kind and of_folders:
-        kind = 'images'
+    keys = config.data
+
+    def opened(path: str, key: str, args: dict[str, Any]) -> Dataset:
+        kind = keys.dataset
+        if config.task == 'features' and not kind:  # without labels
+            kind = '' if path.lower().endswith('.tar') else 'images'
+            args = args if kind else {'target_key': '', **args}
+        return data.create_dataset(path, kind, keys.root, key, args)
+
     if train_set is None:
-        train_set = data.create_dataset(keys.train, kind, keys.root, 'data.train', keys.args)
+        train_set = opened(keys.train, 'data.train', keys.args)
     if val_set is None:
-        val_set = data.create_dataset(keys.val, kind, keys.root, 'data.val', {**keys.args, **keys.val_args})
+        val_set = opened(keys.val, 'data.val', {**keys.args, **keys.val_args})
     return train_set, val_set
 
 
@@ -163,7 +168,9 @@ class Experiment:
                 f'{len(train_set)}; make data.batch_size={keys.batch_size} smaller'
                 + (f', or grad_accum={config.grad_accum}' if config.grad_accum > 1 else '')
             )
-        list(model_at_stages(model, experiment.stages))  # tries them
+        for number, (stage, at_stage) in enumerate(model_at_stages(model, experiment.stages)):  # which tries them
+            task.check_stage(f'stages[{number}]', stage.config, at_stage)
+        task.try_inputs(experiment.blank_input())
         experiment.hooks = create_hooks(experiment)
         return experiment
 

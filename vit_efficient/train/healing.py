@@ -66,6 +66,17 @@ class FeatureTask(Task):
     def check_logits(self, logits: Sequence[Tensor]) -> None:
         """Student and teacher have tokens of one shape: `create_student` has seen to it."""
 
+    def check_stage(self, name: str, stage: StageConfig, model: Student) -> None:
+        if stage.heal == ALIGN and not converted_parts(model.backbone, self.teacher.model):
+            raise UserError(f'{name}.heal=align: the attentions of the student are those of its teacher there')
+
+    def try_inputs(self, images: Tensor) -> None:
+        key = 'heal.teacher' if self.teacher.size is None else f'heal.teacher_size={list(self.teacher.size)}'
+        try:
+            self.taught(images.to(next(self.teacher.model.parameters()).dtype), ())
+        except UserError as error:
+            raise UserError(f'{key}: the teacher does not take such images: {error}') from error
+
     def begin_stage(self, stage: StageConfig, model: Student) -> None:
         model.begin(stage.heal or RECOVER, self.teacher)
 
@@ -118,7 +129,12 @@ def create_student(config: Config) -> tuple[Student, Teacher]:
         try:
             as_it_was = create_backbone(replace(config, model=_unconverted(config.model)))
         except UserError as error:
-            raise UserError(f'heal.teacher must name the model to learn from: {error}') from error
+            if not config.model.init_from:
+                raise
+            raise UserError(
+                f'heal.teacher must name the model to learn from: model.init_from={config.model.init_from} has other '
+                'attentions already'
+            ) from error
         teacher = Teacher(as_it_was, keys.teacher_size)
     ours, theirs = (_tokens_of(each) for each in (student.backbone, teacher.model))
     if ours != theirs:
@@ -140,8 +156,8 @@ def _unconverted(model: Any) -> Any:
 def _tokens_of(model: nn.Module) -> str:
     grid = 'x'.join(map(str, model.patch_embed.patch_size))
     return (
-        f'{model.embed_dim} channels, {model.num_prefix_tokens} prefix tokens, patches of {grid} px, '
-        f'{len(model.blocks)} blocks'
+        f'images of {model.in_chans} channels, {model.embed_dim} channels, {model.num_prefix_tokens} prefix tokens, '
+        f'patches of {grid} px, {len(model.blocks)} blocks'
     )
 
 

@@ -52,6 +52,11 @@ def recipe_of_model(
             f'{model} is no recipe (.yaml), and to heal a model --images and --attention must be given, such as '
             '--images photographs --attention dct:keep_ratio=1/4'
         )
+    if images.lower().endswith('.tar'):
+        raise UserError(
+            f'--images {images}: of shards none is held out; copy a recipe, `vit-efficient recipe copy heal/images`, '
+            'and set data.train, data.val, data.args={} and data.val_args={}'
+        )
     name, options = (attention, {}) if is_plan(attention) else parse_spec(attention)
     if keep_ratio is not None:
         if is_plan(attention) or 'keep_ratio' in options:
@@ -62,7 +67,7 @@ def recipe_of_model(
         built = create_from_spec(architecture, saved)
     patch = getattr(getattr(built, 'patch_embed', None), 'patch_size', None)
     if not patch:
-        raise UserError(f'{model}: a {type(built).__name__} has no patches of one size, and cannot be healed')
+        raise UserError(f'{model}: a {type(built).__name__} has no one grid of patches, and cannot be healed')
     side = max(image_size(built) or (224,)) if img_size is None else as_integer('--img-size', img_size)
     if side % patch[0]:
         instead = multiples_around(side, patch[0])

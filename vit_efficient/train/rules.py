@@ -208,7 +208,8 @@ def _check_healing(config: Config) -> None:
             if stage.heal:
                 raise UserError(f'stages[{number}].heal is for task=features, got task={config.task}')
         return
-    _require(config, {'loss.mixup': 0.0, 'loss.cutmix': 0.0}, 'task=features')
+    off = {'loss.mixup': 0.0, 'loss.cutmix': 0.0, 'loss.bce': False, 'distill.teacher': ''}
+    _require(config, off, 'task=features, which has no labels, and a teacher of its own')
     if not any((keys.prefix, keys.patch, keys.centred, keys.smooth)):
         raise UserError('heal: one of prefix, patch, centred and smooth must be above 0, or nothing is learned')
 

@@ -132,6 +132,12 @@ class Task:
                 'model.args.global_pool'
             )
 
+    def check_stage(self, name: str, stage: StageConfig, model: nn.Module) -> None:
+        """Raises UserError if a stage cannot be had of a model, which has no data."""
+
+    def try_inputs(self, images: Tensor) -> None:
+        """Raises UserError if what the task has beside the model does not take images."""
+
     def begin_stage(self, stage: StageConfig, model: nn.Module) -> None:
         """A stage begins, before there is an optimiser: what learns in it may be chosen."""
 

@@ -45,7 +45,8 @@ class ShardReader(Reader):
     Args:
         pattern: The paths of the shards, with braces as in `train-{000000..000009}.tar`, or with wildcards.
         input_key: Extensions of the images, separated by semicolons; of several, the first one that a sample has.
-        target_key: Extension of the labels: integers, as text. Or of masks, such as png or seg.png.
+        target_key: Extension of the labels: integers, as text. Or of masks, such as png or seg.png. '': labels are not
+            read, and are 0.
         classes: Names of the classes, or a text file with one in each line; by default they are not known. Those of
             masks are not told here.
 
@@ -79,7 +80,7 @@ class ShardReader(Reader):
         self._extents = np.concatenate([extents for _, extents in found])
         if not (self._extents['image'] >= 0).any():
             raise UserError(f'{pattern}: no sample has an image ({input_key})')
-        if not (self._extents['label'] >= 0).any():
+        if target_key and not (self._extents['label'] >= 0).any():
             raise UserError(
                 f'{pattern}: no sample has a label ({target_key}); a tar of class folders is read with '
                 'data.dataset=tar (its folder is data.root), labels of another extension with target_key'
@@ -92,12 +93,13 @@ class ShardReader(Reader):
         extent, contents = self._extents[index], []
         # Opened anew: a position in a file that is open is shared with the processes that are forked.
         with open(self._shard(index), 'rb') as file:
-            for part, keys in (('image', self.input_key), ('label', self.target_key)):
+            parts = [('image', self.input_key), ('label', self.target_key)]
+            for part, keys in parts if self.target_key else parts[:1]:
                 if extent[part] < 0:
                     raise UserError(f'it has no {part} ({keys})')
                 file.seek(extent[part])
                 contents.append(file.read(extent[f'{part}_size']))
-        image, label = contents
+        image, label = contents if self.target_key else (*contents, b'0')
         if self.of_masks:
             return io.BytesIO(image), io.BytesIO(label)
         try:

@@ -37,7 +37,9 @@ class UnlabelledImages(Dataset):
             self.root = self.root.parent
             for name in self.names:
                 if not (self.root / name).is_file():
-                    raise UserError(f'{root}: there is no file {self.root / name}, which it lists')
+                    raise UserError(
+                        f'{root}: there is no file {self.root / name}, which it lists (each line is a path)'
+                    )
         else:
             what = (
                 'a file, and neither a folder nor a list, .txt' if self.root.is_file() else 'no such folder of images'
@@ -52,7 +54,10 @@ class UnlabelledImages(Dataset):
             step = as_integer('every' if without_every is None else 'without_every', given, 2)
             taken = [name for i, name in enumerate(self.names, 1) if (i % step == 0) == (without_every is None)]
             if not taken:
-                raise UserError(f'{root}: of {len(self.names)} images, every {step}th is none; take a smaller number')
+                raise UserError(
+                    f'{root}: of {len(self.names)} images, every {step}th is none; take a smaller number, as every and '
+                    'without_every (data.args, data.val_args)'
+                )
             self.names = taken
 
     def __len__(self) -> int:

@@ -65,7 +65,8 @@ class AttentionOutputs(TrainingHook):
     def penalty(self, state, images, logits, loss):
         with torch.no_grad(), autocast(images.device, state.experiment.config.amp):
             _, taught = self.teacher.parts(state.experiment.task.padded(images), self.names)
-        return loss + self.weight * mean_error(taught, [self.found[name][1] for name in self.names])
+        found = [self.found.pop(name)[1] for name in self.names]
+        return loss + self.weight * mean_error(taught, found)
 
 
 def mean_error(taught: list[Tensor], found: list[Tensor]) -> Tensor:

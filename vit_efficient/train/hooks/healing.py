@@ -12,6 +12,7 @@ from vit_efficient.least_squares import solve
 from vit_efficient.train import sharding
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.hooks import TrainingHook, register_hook
+from vit_efficient.utils.errors import UserError
 
 SWAPPED, SOLVED = 'swapped', 'solved'
 _DONE = {'align': 'aligned', 'recover': 'recovered', 'refine': 'refined'}
@@ -33,14 +34,23 @@ class Healing(TrainingHook):
         return cls(experiment) if experiment.config.task == 'features' else None
 
     def begin_stage(self, trainer):
-        if not trainer.state.progress.updates and not self.memory.get('stages'):
-            lines = [self._measured(SWAPPED, trainer)]
-            if self.config.solve:
+        digest = self.task.teacher.digest
+        if self.memory.setdefault('teacher_digest', digest) != digest:
+            raise UserError(
+                f'heal.teacher: {self.teacher} has other weights than when the run began; put back what they were, or '
+                'start another run with output=…'
+            )
+        lines = self.memory.setdefault('stages', [])
+        if trainer.state.progress.updates or len(lines) > bool(self.config.solve):
+            return
+        # Each step is noted as soon as it is done: who is stopped goes on with the next one.
+        if not lines:
+            lines.append(self._measured(SWAPPED, trainer))
+        if self.config.solve:
+            if 'solved' not in self.memory:
                 self._solve(trainer)
-                lines.append(self._measured(SOLVED, trainer))
-            self.memory['stages'] = lines
-            if self.config.solve:
-                trainer.save()
+            lines.append(self._measured(SOLVED, trainer))
+            trainer.save()
 
     def _measured(self, name: str, trainer) -> dict[str, Any]:
         evaluation = trainer.measure(trainer.state.evaluated)
@@ -55,9 +65,9 @@ class Healing(TrainingHook):
         trainer.log.say(f'least squares over {len(images)} images')
         pair = student.backbone, self.task.teacher.model
         solved = solve(*pair, images, self.config.ridge, trainer.stop.check)
-        self.memory['solved'] = [each._asdict() for each in solved]
         for model in (state.model, state.average.module) if state.average else (state.model,):
             sharding.load_model_state(model, student.state_dict())
+        self.memory['solved'], self.memory['images'] = [each._asdict() for each in solved], len(images)
         state.progress.train_seconds += time.perf_counter() - start
 
     def _images(self, feed) -> list[Tensor]:
@@ -98,7 +108,7 @@ class Healing(TrainingHook):
         progress = trainer.state.progress
         return {
             'features': name,
-            'images': progress.updates * self.images + (self.config.solve if name != SWAPPED else 0),
+            'images': progress.updates * self.images + self.memory.get('images', 0),
             'hours': progress.train_seconds / 3600,
             'loss': evaluation.loss,
             **evaluation.accuracies,
