@@ -57,6 +57,7 @@ def test_a_system_is_that_of_a_slow_solver(bias, scaled):
     torch.testing.assert_close(linear.weight, changed.weight)
 
 
+@torch.no_grad()
 def _error(student, teacher, image):
     ours, theirs = (tokens_after(model, image[None])[0] for model in (student, teacher))
     return float((ours - theirs).square().mean() / theirs.square().mean())

@@ -1,7 +1,6 @@
 """The task of learning a teacher's features: what a batch costs, and how near the features are."""
 
 import copy
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,8 +37,6 @@ from vit_efficient.train.tasks import Task
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import evaluates
 from vit_efficient.utils.precision import autocast, real_dtype
-
-logger = logging.getLogger(__name__)
 
 _OF_SIZE = ('img_size', 'dynamic_img_size')
 
