@@ -12,6 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('image', help='a file')
     about = 'side of the square that is seen of it, a multiple of the patches'
     parser.add_argument('--img-size', type=int, required=True, metavar='PX', help=about)
+    about = 'the first model with these attentions, as they are without healing, beside it'
+    parser.add_argument('--swapped', nargs='+', default=[], metavar='NAME[:KEY=VALUE,…]', help=about)
     about = 'the patch that others are compared to, from 0 to 1 (default: the middle)'
     parser.add_argument('--at', nargs=2, type=float, metavar=('DOWN', 'ACROSS'), help=about)
     parser.add_argument('--out', type=Path, default=Path('features.png'), help='(default: %(default)s)')
@@ -25,5 +27,5 @@ def run(args: argparse.Namespace) -> None:
 
     check_can_write(args.out)
     at = None if args.at is None else tuple(args.at)
-    plot_features(args.models, args.image, as_integer('--img-size', args.img_size), args.out, at)
+    plot_features(args.models, args.image, as_integer('--img-size', args.img_size), args.out, at, args.swapped)
     print(f'saved {args.out}')

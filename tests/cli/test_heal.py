@@ -50,10 +50,29 @@ def test_a_model_is_healed_in_one_command_and_shown(here, capsys):
     assert about['teacher'] == 'vit_small_patch16_224 of model' and about['losses']['solve'] == 8
 
     assert main(['features', 'model', 'healed', 'images/0.png', '--img-size', '48', '--at', '0.2', '0.9']) == 0
+    assert (
+        main(
+            [
+                'features',
+                'model',
+                'healed',
+                'images/0.png',
+                '--img-size',
+                '48',
+                '--swapped',
+                'dct',
+                '--out',
+                'three.png',
+            ]
+        )
+        == 0
+    )
+    assert Image.open('three.png').size[0] > Image.open('features.png').size[0]
     assert Image.open('features.png').size[0] > 500
+    capsys.readouterr()
     table = ['table', 'fidelity', 'model', '--images', 'images', '--img-size', '48', '--no-times']
     assert main([*table, '--attention', 'dct:keep_ratio=1/4', 'healed', '--format', 'json']) == 0
-    exact, swapped, healed = json.loads(capsys.readouterr().out.partition('\n')[2])
+    exact, swapped, healed = json.loads(capsys.readouterr().out)
     assert exact['given_back'] is None and swapped['given_back'] is None
     part = (healed['centred'] - swapped['centred']) / (1 - swapped['centred'])
     assert healed['given_back'] == pytest.approx(100 * part) and part > 0

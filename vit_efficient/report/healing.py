@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vit_efficient.conversion import convert
 from vit_efficient.data.files.images import read_image, to_array
 from vit_efficient.data.preprocessing import EvalTransform
 from vit_efficient.fidelity import final_tokens
@@ -18,6 +19,7 @@ from vit_efficient.report.table import Column, Table
 from vit_efficient.train.evaluation import COSINES
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
+from vit_efficient.utils.options import parse_spec
 from vit_efficient.utils.packages import needing
 
 
@@ -55,7 +57,12 @@ def blocks_table(result: Mapping[str, Any]) -> Table:
 
 
 def plot_features(
-    models: Sequence[str], image: str | Path, img_size: int, out: Path, at: tuple[float, float] | None = None
+    models: Sequence[str],
+    image: str | Path,
+    img_size: int,
+    out: Path,
+    at: tuple[float, float] | None = None,
+    swapped: Sequence[str] = (),
 ) -> None:
     """Saves a picture of the patch tokens of an image, a column for each model: above, their first three principal
     components as colours; below, the cosine of each to that of one patch, after the mean token is taken from all.
@@ -67,6 +74,7 @@ def plot_features(
         image: A file.
         img_size: Side of the square that is seen of it, in pixels.
         out: PNG, or by another suffix PDF or SVG.
+        swapped: Attentions, `NAME[:KEY=VALUE,…]`: the first model with each of them has a column after its own.
         at: Down and across, from 0 to 1: the patch that others are compared to; by default the middle.
 
     Raises:
@@ -78,9 +86,13 @@ def plot_features(
     down, across = at or (0.5, 0.5)
     if not (0 <= down <= 1 and 0 <= across <= 1):
         raise UserError(f'--at must be two numbers from 0 to 1, got {down:g} {across:g}')
-    shown, maps = None, []
-    for name in models:
-        model, preprocessing = open_model(name, img_size)
+    shown, maps, models = None, [], [models[0], *swapped, *models[1:]]
+    for number, name in enumerate(models):
+        changed = 0 < number <= len(swapped)
+        model, preprocessing = open_model(models[0] if changed else name, img_size)
+        if changed:
+            attention, options = parse_spec(name)
+            convert(model, attention, **options)
         tensor = EvalTransform(preprocessing)(to_array(read_image(image), preprocessing.input_size[0]))
         if shown is None:
             mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
