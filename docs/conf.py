@@ -83,7 +83,8 @@ def mend_links(app, docname: str, source: list[str]) -> None:
 
     def mend(link: re.Match) -> str:
         target, hash_, anchor = link[1].partition('#')
-        target = target.replace('../recipes/', 'recipes/', 1) if not docname.startswith('recipes/') else target
+        moved = ('docs/', '') if docname.startswith('recipes/') else ('../recipes/', 'recipes/')
+        target = target.replace(*moved, 1)
         if target and (Path(__file__).parent / docname).parent.joinpath(target, 'README.md').is_file():
             target = target.rstrip('/') + '/README.md'
         return f']({target}{hash_}{anchor})'

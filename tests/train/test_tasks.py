@@ -328,7 +328,7 @@ def test_a_run_from_before_a_key_existed_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ('key', 'value', 'message'),
     [
-        ('task', 'detection', "task must be classification, segmentation or both, got 'detection'"),
+        ('task', 'detection', "task must be classification, segmentation, both or features, got 'detection'"),
         ('data.augment.crop_scale', [0.5, 1.0], r'data\.augment\.crop_scale must be null for task=both'),
         ('data.augment.hflip', 0.5, r'data\.augment\.hflip must be 0\.0 for task=both.* got 0\.5'),
         ('data.augment.vflip', 0.5, r'data\.augment\.vflip must be 0'),
