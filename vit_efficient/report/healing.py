@@ -102,7 +102,7 @@ def plot_features(
     if len(set(widths.values())) > 1:
         raise UserError(f'tokens of several widths cannot be compared: {widths}')
     components = Components(maps[0])
-    figure = Figure(figsize=(2.6 * (len(models) + 1), 5.4), dpi=150, layout='constrained')
+    figure = Figure(figsize=(2.6 * (len(models) + 1), 5.4), dpi=100, layout='constrained')
     upper, lower = figure.subplots(2, len(models) + 1, squeeze=False)
     show_image(upper[0], shown)
     show_image(lower[0], shown)
