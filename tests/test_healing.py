@@ -16,14 +16,13 @@ from vit_efficient.healing import (
     FeatureLoss,
     Student,
     Teacher,
-    add_low_rank,
     converted_parts,
-    merge_low_rank,
     on_grid,
     part_loss,
     tokens_after,
 )
 from vit_efficient.utils.errors import UserError
+from vit_efficient.weight_updates import add_low_rank, add_whitened, linear_layers, merge_updates, whiten
 
 
 def tiny(registers=0, **options):
@@ -185,11 +184,54 @@ def test_a_low_rank_update_starts_at_nothing_and_merges_to_the_same():
             parameter.data.normal_()
     changed = model.forward_features(images)
     assert (changed - before).abs().max() > 0.1
-    merge_low_rank(model)
+    merge_updates(model)
     torch.testing.assert_close(model.forward_features(images), changed)
     assert sorted(model.state_dict()) == sorted(names)
     with pytest.raises(UserError, match=r'heal.lora=25 is above the width of blocks.0.attn.qkv, 24'):
         add_low_rank(model, 25)
+
+
+def test_a_whitened_update_starts_at_nothing_and_merges_to_the_same():
+    model, images = on_grid(tiny()), torch.randn(1, 3, 28, 52, dtype=torch.float64)
+    before, names = model.forward_features(images), [*model.state_dict()]
+    add_whitened(model)
+    whiten(model, [torch.randn(3, 28, 52, dtype=torch.float64), torch.randn(3, 28, 52, dtype=torch.float64)])
+    torch.testing.assert_close(model.forward_features(images), before)
+    student = Student(model)
+    student.begin(RECOVER, Teacher(tiny()))
+    fixed = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
+    assert fixed == {f'backbone.{name}.parametrizations.weight.original' for name, _ in linear_layers(model)}
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith('.update'):
+            parameter.data.normal_()
+    changed = model.forward_features(images)
+    assert (changed - before).abs().max() > 0.1
+    merge_updates(model)
+    torch.testing.assert_close(model.forward_features(images), changed)
+    assert sorted(model.state_dict()) == sorted(names)
+
+
+def test_whitened_inputs_are_about_equally_large_in_all_directions():
+    """Against the inputs of each layer, by hand: a direction that has v times their mean square has v / (v + 0.1)."""
+    model, inputs = on_grid(tiny()), {}
+    add_whitened(model)
+    images = [torch.randn(3, 28, 52, dtype=torch.float64), torch.randn(3, 28, 52, dtype=torch.float64)]
+    layers = dict(linear_layers(model))
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0][0]))
+    whiten(model, images)
+    for name, layer in layers.items():
+        seen = torch.cat(inputs[name])
+        seen = seen / seen.square().mean().sqrt()
+        root = layer.parametrizations.weight[0].root
+        values = torch.linalg.eigvalsh(seen.T @ seen / len(seen)).clamp(min=0)
+        found = torch.linalg.eigvalsh((seen @ root).T @ (seen @ root) / len(seen))
+        torch.testing.assert_close(found, values / (values + 0.1), rtol=1e-6, atol=1e-9)
+    with pytest.raises(UserError, match='heal.whiten: there is no image'):
+        whiten(model, [])
+    with pytest.raises(UserError, match=r'heal.whiten: the inputs of blocks.0.attn.qkv are not finite'):
+        whiten(model, [images[0] / 0])
 
 
 def test_models_without_one_grid_are_refused():

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from vit_efficient.conversion import swap_attentions
 from vit_efficient.grid import PatchGrid
@@ -26,9 +25,10 @@ from vit_efficient.models import blocks
 from vit_efficient.models.backbone import BACKBONE, WithBackbone
 from vit_efficient.models.forward import GridForward
 from vit_efficient.models.served import served_model
-from vit_efficient.utils.checks import as_integer, is_integer
+from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.measurements import digest
+from vit_efficient.weight_updates import ORIGINAL, LowRank, Whitened
 
 ALIGN, RECOVER, REFINE = KINDS = ('align', 'recover', 'refine')
 
@@ -114,15 +114,17 @@ class Student(WithBackbone):
             attentions = blocks.named_attentions(self.backbone)
             wanted = {part if part in attentions else f'{part}.attn' for part in self.parts}
             aligned = {id(p) for name in wanted for p in self.backbone.get_submodule(name).parameters()}
-        known, low_rank = {name for name, _ in teacher.model.named_parameters()}, self._has_low_rank()
+        known = {name for name, _ in teacher.model.named_parameters()}
+        low_rank, whitened = self._has(LowRank), self._has(Whitened)
         for name, parameter in self.named_parameters():
             # With low-rank updates these learn, and what an attention has that the teacher's has not.
-            inner = name.removeprefix(BACKBONE).replace('.parametrizations.weight.original', '.weight')
+            inner = name.removeprefix(BACKBONE).replace(ORIGINAL, 'weight')
             learns = inner not in known if low_rank else name not in self._fixed
+            learns = learns and not (whitened and name.endswith(ORIGINAL))
             parameter.requires_grad_(learns and (kind != ALIGN or id(parameter) in aligned))
 
-    def _has_low_rank(self) -> bool:
-        return any(isinstance(module, LowRank) for module in self.modules())
+    def _has(self, kind: type[nn.Module]) -> bool:
+        return any(isinstance(module, kind) for module in self.modules())
 
     def forward(self, images: Tensor, given: Sequence[Given] = (), layers: Sequence[int] | None = None) -> list[Tensor]:
         """`tokens_after` the blocks `layers`, by default the student's own; or what its parts make of what they are
@@ -140,8 +142,8 @@ class Student(WithBackbone):
 
     def no_weight_decay(self) -> set[str]:
         """As timm's: names of parameters that are not to decay."""
-        low_rank = {name for name, _ in self.named_parameters() if '.parametrizations.' in name}
-        return super().no_weight_decay() | low_rank
+        updates = {name for name, _ in self.named_parameters() if '.parametrizations.' in name}
+        return super().no_weight_decay() | updates
 
 
 def converted_parts(student: nn.Module, teacher: nn.Module) -> list[str]:
@@ -277,43 +279,3 @@ def part_loss(taught: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
         kind = torch.promote_types(b.dtype, torch.float32)
         errors.append(F.mse_loss(b.to(kind), a.to(kind)) / a.to(kind).square().mean())
     return torch.stack(errors).mean()
-
-
-class LowRank(nn.Module):
-    """What is added to a weight (out, in): up · down, of a rank; it starts at 0.
-
-    Source: Hu et al., "LoRA", ICLR 2022, arXiv 2106.09685, with their scale 1.
-    """
-
-    def __init__(self, weight: Tensor, rank: int):
-        super().__init__()
-        self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
-        self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
-        nn.init.kaiming_uniform_(self.down, a=5**0.5)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.up @ self.down
-
-
-def add_low_rank(model: nn.Module, rank: int) -> None:
-    """Puts a `LowRank` on the weight of each linear layer in the blocks of a model, in place.
-
-    Raises:
-        UserError: If the rank is not at least 1, or a layer is not wide enough for it.
-    """
-    as_integer('heal.lora', rank)
-    for name, module in model.blocks.named_modules():
-        if isinstance(module, nn.Linear):
-            if rank > min(module.weight.shape):
-                raise UserError(f'heal.lora={rank} is above the width of blocks.{name}, {min(module.weight.shape)}')
-            parametrize.register_parametrization(module, 'weight', LowRank(module.weight, rank))
-
-
-def merge_low_rank(model: nn.Module) -> None:
-    """Takes each `LowRank` into its weight, in place."""
-    for module in model.modules():
-        if parametrize.is_parametrized(module, 'weight'):
-            # PyTorch's way takes the property from the class, which a copy shares with what goes on learning.
-            weight, (_, module.__class__, *_) = module.weight.detach(), type(module).__mro__
-            del module.parametrizations
-            module.weight = nn.Parameter(weight)

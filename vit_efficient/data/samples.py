@@ -227,8 +227,8 @@ class Samples(Dataset):
         """Images (…, C, H, W) as the model takes them: normalised, where they are uint8."""
         return self.transform.normalize(images) if self._normalizes_later else images
 
-    def readable(self, count: int) -> Iterator[tuple[Any, ...]]:
-        """So many samples (at most all), normalised and evenly spread over the set, as in epoch 0, less skipped ones.
+    def readable(self, count: int, epoch: int = 0) -> Iterator[tuple[Any, ...]]:
+        """So many samples (at most all), normalised and evenly spread over the set, as in an epoch, less skipped ones.
 
         Raises:
             UserError: If a sample does not fit, or all would be skipped.
@@ -236,7 +236,7 @@ class Samples(Dataset):
         count = min(count, len(self))
         skipped = []
         for i in range(count):
-            item = self[0, i * len(self) // count]
+            item = self[epoch, i * len(self) // count]
             if isinstance(item, Unreadable):
                 skipped.append(item.reason)
             else:

@@ -127,11 +127,18 @@ class HealConfig:
     blocks_weight: float = key(1.0, 'of these four, mean over `blocks`, beside those at the end', at_least(0))
     solve: int = key(
         0,
-        'training images, at data.img_size, by which the layers that end attention and MLP are solved for before the '
-        'first update (vit_efficient.least_squares); a few hundred; 0: none',
+        'training images, drawn as for training, at data.img_size, by which the layers that end attention and MLP are '
+        'solved for before the first update (vit_efficient.least_squares); a few hundred; 0: none',
         at_least(0),
     )
     ridge: float = key(10.0, 'of these, in units of the mean square of an input of a layer', POSITIVE)
+    whiten: int = key(
+        0,
+        'training images, likewise, after which the inputs of linear layers are whitened for what learns of '
+        'their weights (vit_efficient.weight_updates), which is merged when saved; 16 or more; 0: weights learn as '
+        'they are',
+        at_least(0),
+    )
     lora: int = key(
         0, 'rank of what is learned of each linear layer, added to its weight when saved; 0: all learns', at_least(0)
     )

@@ -1,6 +1,6 @@
 """A run as its recipe describes it: data, model, task, stages and hooks, built and checked; nothing is written."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -109,6 +109,12 @@ class Feed:
         workers = [0 if isinstance(each, CachedFeatures) else self.workers for each in (self.trained_on, samples)]
         train = data.create_loader(self.trained_on, self.sampler, keys.batch_size, workers[0], True, pin)
         return train, data.create_loader(samples, order, batch_size, workers[1], pin=pin)
+
+    def samples_of_full_size(self, model: nn.Module) -> data.Samples:
+        """Those of training for a model, without a schedule of sizes."""
+        train, keys = self.train_samples, replace(self.config.data, schedule=[])
+        dataset, augment = data.train_input(train.dataset, model, self.preprocessing, keys, self.config.seed)
+        return data.Samples(dataset, augment, train.in_chans, train.num_classes, on_error=train.on_error)
 
     def follow(self, model: nn.Module) -> None:
         """Gives what the model takes: a patch embedding that has been truncated takes fewer coefficients."""

@@ -22,9 +22,7 @@ from vit_efficient.healing import (
     FeatureLoss,
     Student,
     Teacher,
-    add_low_rank,
     converted_parts,
-    merge_low_rank,
     part_loss,
 )
 from vit_efficient.models import load_model
@@ -37,6 +35,7 @@ from vit_efficient.train.tasks import Task
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import evaluates
 from vit_efficient.utils.precision import autocast, real_dtype
+from vit_efficient.weight_updates import add_low_rank, add_whitened, merge_updates
 
 _OF_SIZE = ('img_size', 'dynamic_img_size')
 
@@ -107,7 +106,7 @@ class FeatureTask(Task):
         """The model that a student has become."""
         if any('.parametrizations.' in name for name, _ in model.named_parameters()):
             model = copy.deepcopy(model)
-            merge_low_rank(model.backbone)
+            merge_updates(model.backbone)
         return model.backbone
 
 
@@ -143,6 +142,8 @@ def create_student(config: Config) -> tuple[Student, Teacher]:
         )
     if keys.lora:
         add_low_rank(student.backbone, keys.lora)
+    if keys.whiten:
+        add_whitened(student.backbone)
     return student, teacher
 
 

@@ -2,17 +2,20 @@
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from vit_efficient.data import Samples
+from vit_efficient.healing import Student
 from vit_efficient.least_squares import solve
 from vit_efficient.train import sharding
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.hooks import TrainingHook, register_hook
 from vit_efficient.utils.errors import UserError
+from vit_efficient.weight_updates import whiten
 
 SWAPPED, SOLVED = 'swapped', 'solved'
 _DONE = {'align': 'aligned', 'recover': 'recovered', 'refine': 'refined'}
@@ -41,16 +44,18 @@ class Healing(TrainingHook):
                 'start another run with output=…'
             )
         lines = self.memory.setdefault('stages', [])
-        if trainer.state.progress.updates or len(lines) > bool(self.config.solve):
+        if trainer.state.progress.updates:
             return
         # Each step is noted as soon as it is done: who is stopped goes on with the next one.
         if not lines:
             lines.append(self._measured(SWAPPED, trainer))
-        if self.config.solve:
+        if self.config.solve and len(lines) == 1:
             if 'solved' not in self.memory:
                 self._solve(trainer)
             lines.append(self._measured(SOLVED, trainer))
             trainer.save()
+        if self.config.whiten:
+            self._whiten(trainer)
 
     def _measured(self, name: str, trainer) -> dict[str, Any]:
         evaluation = trainer.measure(trainer.state.evaluated)
@@ -58,23 +63,36 @@ class Healing(TrainingHook):
         return self._line(name, trainer, evaluation)
 
     def _solve(self, trainer) -> None:
-        """In all processes alike, on a copy: what is stopped has changed nothing."""
-        state, start = trainer.state, time.perf_counter()
-        images = self._images(trainer.experiment.feed)
-        student = copy.deepcopy(state.whole(state.model, everywhere=True))
+        images = self._images(trainer, self.config.solve)
         trainer.log.say(f'least squares over {len(images)} images')
-        pair = student.backbone, self.task.teacher.model
-        solved = solve(*pair, images, self.config.ridge, trainer.stop.check)
+        with self._changing(trainer) as student:
+            pair = student.backbone, self.task.teacher.model
+            solved = solve(*pair, images, self.config.ridge, trainer.stop.check)
+        self.memory['solved'], self.memory['images'] = [each._asdict() for each in solved], len(images)
+
+    def _whiten(self, trainer) -> None:
+        images = self._images(trainer, self.config.whiten)
+        trainer.log.say(f'inputs of linear layers are whitened, by {len(images)} images')
+        with self._changing(trainer) as student:
+            whiten(student.backbone, images, trainer.stop.check)
+
+    @contextmanager
+    def _changing(self, trainer) -> Iterator[Student]:
+        """A context that changes the student, in all processes alike, by a copy, so that a stop changes nothing."""
+        state, start = trainer.state, time.perf_counter()
+        student = copy.deepcopy(state.whole(state.model, everywhere=True))
+        yield student
         for model in (state.model, state.average.module) if state.average else (state.model,):
             sharding.load_model_state(model, student.state_dict())
-        self.memory['solved'], self.memory['images'] = [each._asdict() for each in solved], len(images)
         state.progress.train_seconds += time.perf_counter() - start
 
-    def _images(self, feed) -> list[Tensor]:
-        """Of the training set, evenly spread, as evaluation would see them."""
-        train, val = feed.train_samples, feed.val_samples
-        samples = Samples(train.dataset, val.transform, train.in_chans, None, on_error=train.on_error)
-        return [image for image, *_ in samples.readable(self.config.solve)]
+    def _images(self, trainer, count: int) -> list[Tensor]:
+        """Of the training set, evenly spread, and drawn as training would draw them, at data.img_size; more than there
+        are, drawn again."""
+        samples, images = trainer.experiment.feed.samples_of_full_size(trainer.state.model), []
+        for epoch in range(-(-count // len(samples))):
+            images += [image for image, *_ in samples.readable(count - epoch * len(samples), epoch)]
+        return images
 
     def end_stage(self, trainer, following, evaluation):
         self.memory['stages'] = [*self._before(trainer), self._of_stage(trainer, evaluation)]
