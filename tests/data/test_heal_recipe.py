@@ -1,10 +1,18 @@
-"""recipes/heal: how its photographs are divided, and that its files are those that its script writes."""
+"""recipes/heal: how its photographs are divided, its files and those that its script writes, and what is measured."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from PIL import Image
 
+from vit_efficient import convert, save_model
+from vit_efficient.dense import DenseModel
+from vit_efficient.models import load_model
+from vit_efficient.models.saving import read_model_config
 from vit_efficient.train import load_recipe
 
 FOLDER = Path(__file__).parents[2] / 'recipes/heal'
@@ -64,3 +72,54 @@ def test_recipes_of_families_are_those_that_the_script_writes():
             config = load_recipe(path)
             assert config.model.args == {'pretrained': True, 'img_size': size, 'dynamic_img_size': True}
             assert all(side % patch == 0 for part in config.data.schedule for side in part.img_size)
+
+
+def test_a_head_stays_as_it_is_on_another_backbone(tmp_path, capsys):
+    """On one that is converted, and on one that has learned: what it gives are logits of that one's features."""
+    module = load('keep_head')
+    torch.manual_seed(0)
+    tiny = dict(img_size=56, depth=2, embed_dim=24, num_heads=2, num_classes=0, init_values=1.0, dynamic_img_size=True)
+    backbone = timm.create_model('vit_small_patch14_dinov2', **tiny)
+    dense = DenseModel(copy.deepcopy(backbone), 'multilayer', num_classes=3, width=8)
+    save_model(dense, tmp_path / 'full-s7', ['none', 'a', 'b'])
+    learned = convert(backbone, 'subsample', keep_ratio=1 / 4)
+    for parameter in learned.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save_model(learned, tmp_path / 'healed')
+    heads = ['--heads', str(tmp_path / 'full-s7'), '--out', str(tmp_path)]
+    assert module.main([str(tmp_path / 'healed'), 'learned', *heads]) == 0
+    assert module.main(['subsample:keep_ratio=1/4', 'swapped', *heads]) == 0
+    images = torch.randn(2, 3, 56, 56)
+    expected = {'learned': learned, 'swapped': convert(copy.deepcopy(dense), 'subsample', keep_ratio=1 / 4).backbone}
+    for name, wanted in expected.items():
+        found = load_model(tmp_path / f'{name}-s7').eval()
+        assert read_model_config(tmp_path / f'{name}-s7')['label_names'] == ['none', 'a', 'b']
+        reference = DenseModel(copy.deepcopy(wanted), 'multilayer', num_classes=3, width=8)
+        reference.head.load_state_dict(dense.head.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(found(images), reference.eval()(images))
+    assert module.main(['subsample:keep_ratio=1/4', 'swapped', *heads]) == 2
+    assert 'is there already' in capsys.readouterr().err
+    assert module.main(['dct', 'other', '--heads', str(tmp_path / 'healed'), '--out', str(tmp_path)]) == 2
+    assert 'has no head for patches' in capsys.readouterr().err
+
+
+def test_saliency_maps_are_compared_with_those_of_the_exact_model(tmp_path, monkeypatch, capsys):
+    module = load('saliency')
+    torch.manual_seed(0)
+    tiny = dict(img_size=56, depth=2, embed_dim=384, num_heads=6, num_classes=0, init_values=1.0, dynamic_img_size=True)
+    save_model(timm.create_model('vit_small_patch14_dinov2', **tiny), tmp_path / 'exact')
+    (tmp_path / 'photographs').mkdir()
+    for i in range(2):
+        Image.effect_mandelbrot((60, 60), (-3 + i, -2.5, 2, 2.5), 99).save(tmp_path / f'photographs/{i}.png')
+    head = module.SaliencyHead().eval().requires_grad_(False)
+    monkeypatch.setattr(module, 'read_head', lambda archives: head)
+    words = ['full', 'subsample:keep_ratio=1/4', '--model', str(tmp_path / 'exact'), '--img-size', '56']
+    words += ['--images', str(tmp_path / 'photographs'), '--out', str(tmp_path / 'saliency.md')]
+    assert module.main(words) == 0
+    text = (tmp_path / 'saliency.md').read_text()
+    assert text == capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()[2:5]]
+    assert [row[0] for row in rows] == ['as it is', 'full', 'subsample:keep_ratio=1/4']
+    assert rows[1][1:] == rows[0][1:] == ['1.000', '1.000', '1.000', '0.0000']
+    assert 0 < float(rows[2][1]) < 1 and float(rows[2][4]) > 0
