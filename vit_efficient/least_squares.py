@@ -27,7 +27,7 @@ from vit_efficient.models.blocks import OnGrid
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import evaluating
 
-RIDGE = 10.0
+RIDGE = 1.0
 HELD_OUT = 8  # one in so many images tells whether a layer is better
 LAYERS = ('attn.proj', 'mlp.fc2')  # of a block
 

@@ -108,7 +108,10 @@ def test_saliency_maps_are_compared_with_those_of_the_exact_model(tmp_path, monk
     module = load('saliency')
     torch.manual_seed(0)
     tiny = dict(img_size=56, depth=2, embed_dim=384, num_heads=6, num_classes=0, init_values=1.0, dynamic_img_size=True)
-    save_model(timm.create_model('vit_small_patch14_dinov2', **tiny), tmp_path / 'exact')
+    exact = timm.create_model('vit_small_patch14_dinov2', **tiny)
+    for block in exact.blocks:  # so that much hangs on which patches are attended to
+        block.attn.qkv.weight.data.mul_(20)
+    save_model(exact, tmp_path / 'exact')
     (tmp_path / 'photographs').mkdir()
     for i in range(2):
         Image.effect_mandelbrot((60, 60), (-3 + i, -2.5, 2, 2.5), 99).save(tmp_path / f'photographs/{i}.png')

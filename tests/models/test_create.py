@@ -1,5 +1,7 @@
 """Models by one line of text: whose option a key is, and what is said of one that is nobody's."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -66,6 +68,18 @@ def test_converted_models(layers, converted):
     assert model.num_classes == 0 and model.patch_embed.img_size == (518, 518)
     shapes = {name: tensor.shape for name, tensor in timms.state_dict().items()}
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+
+
+def test_a_model_is_converted_by_the_plan_in_a_file():
+    """As by hand; its other options are those of the model."""
+    plan = Path(__file__).parents[2] / 'recipes/heal/plan-block.yaml'
+    with torch.device('meta'):
+        model = create(f'convert:vit_small_patch14_dinov2:{plan},reg_tokens=4', 252)
+        by_hand = vit_efficient.convert(timm.create_model('vit_small_patch14_dinov2'), plan)
+    assert model.attention_spec() == by_hand.attention_spec()
+    assert model.num_reg_tokens == 4 and model.patch_embed.img_size == (252, 252)
+    with pytest.raises(UserError, match=r'nothing\.yaml: no such plan'):
+        create('convert:vit_small_patch14_dinov2:nothing.yaml')
 
 
 def test_arguments_of_converted_models():

@@ -2,7 +2,7 @@
 
 A key is an option of the attention where the model's attention has such an option; any other one is an argument of
 `timm.create_model`. `convert:BASE:ATTENTION[,KEY=VALUE,…]` is the timm model BASE, converted: in all of its blocks, or
-in those that `layers` says, such as `layers=6-11` or `layers=[0,-2,-1]`.
+in those that `layers` says, such as `layers=6-11` or `layers=[0,-2,-1]`. ATTENTION may be the YAML file of a plan.
 """
 
 import inspect
@@ -17,6 +17,7 @@ from torch import nn
 
 from vit_efficient.attention import get_attention, trained_options
 from vit_efficient.compress import get_compressor
+from vit_efficient.models.plans import as_spec
 from vit_efficient.models.served import MODELS
 from vit_efficient.utils.checks import argument_names, check_options, is_integer, multiples_around, nearest
 from vit_efficient.utils.errors import UserError, is_bug_of_plugin, one_line
@@ -40,7 +41,7 @@ def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = 
     """
     entry, own = _entry_point(name, options)
     arguments = _arguments(name, options) | own
-    if own:  # what is not said is as `vit_efficient.convert` has it
+    if own and isinstance(own['attention'], str):  # what is not said is as `vit_efficient.convert` has it
         arguments['attention_kwargs'] = trained_options(own['attention'], arguments.get('attention_kwargs') or {})
     if img_size is not None:
         if 'img_size' in options:
@@ -79,7 +80,7 @@ def _entry_point(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any
     for key, given in (('base', base), ('attention', attention)):
         if key in options:
             raise UserError(f'{name} is given {key}={options[key]!r} beside {given}: give it once')
-    arguments = {'base': base, 'attention': attention}
+    arguments = {'base': base, 'attention': as_spec(attention)}
     config = timm.get_pretrained_cfg(base)
     if config is not None:  # vit_converted has defaults of its own
         of_base = {'num_classes': config.num_classes, 'img_size': config.input_size[1:]}

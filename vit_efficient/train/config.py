@@ -131,7 +131,7 @@ class HealConfig:
         'solved for before the first update (vit_efficient.least_squares); a few hundred; 0: none',
         at_least(0),
     )
-    ridge: float = key(10.0, 'of these, in units of the mean square of an input of a layer', POSITIVE)
+    ridge: float = key(1.0, 'of these, in units of the mean square of an input of a layer', POSITIVE)
     whiten: int = key(
         0,
         'training images, likewise, after which the inputs of linear layers are whitened for what learns of '

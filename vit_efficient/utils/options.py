@@ -57,7 +57,8 @@ def parse_option(text: str) -> tuple[str, Any]:
 def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     """'name:key=value,…' as a name and its options; commas within brackets belong to a value.
 
-    The name of a converted model has colons of its own: 'convert:base:attention,key=value,…'.
+    The name of a converted model has colons of its own: 'convert:base:attention,key=value,…', or
+    'convert:base:plan.yaml'.
     """
     name, _, options = text.partition(':')
     if name.rpartition('/')[2] in ('local-dir', 'hf-hub'):
@@ -68,7 +69,7 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     if name.rpartition('/')[2] == 'convert':
         base, _, rest = options.partition(':')
         attention, _, options = rest.partition(',')
-        if not base or not re.fullmatch(r'\w+', attention):
+        if not base or not re.fullmatch(r'\w+|.+\.ya?ml', attention):
             raise UserError(f'expected convert:BASE:ATTENTION[,KEY=VALUE,…], got {text!r}')
         name = f'{name}:{base}:{attention}'
     parts, depth = [''] if options else [], 0
