@@ -7,7 +7,7 @@ import timm
 import torch
 
 from tests.test_healing import tiny
-from vit_efficient import convert
+from vit_efficient import convert, least_squares
 from vit_efficient.healing import on_grid, tokens_after
 from vit_efficient.least_squares import LAYERS, _System, solve
 from vit_efficient.utils.errors import UserError
@@ -104,6 +104,24 @@ def test_a_converted_model_is_nearer_to_what_it_was(attention, options):
     assert sum(_error(student, teacher, image) for image in new) < sum(errors)
     changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(any(f'.{layer}.' in name for layer in LAYERS) for name in changed)
+
+
+def test_of_large_images_some_tokens_count(monkeypatch):
+    """All of them, if so many are wanted; fewer give nearly the same."""
+    teacher, found = on_grid(tiny(init_values=0.5)), {}
+    for parameter in teacher.parameters():
+        parameter.data.mul_(2)
+    image = pictures(17)[16]
+    for tokens in (92, 91, 30):  # of 1 + 7 × 13
+        monkeypatch.setattr(least_squares, 'TOKENS', tokens)
+        student = convert(copy.deepcopy(teacher), 'subsample', keep_ratio=0.25)
+        before = _error(student, teacher, image)
+        solve(student, teacher, pictures(16))
+        found[tokens] = student.state_dict(), _error(student, teacher, image)
+    (first, error), (second, _), (third, with_few) = found.values()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert not torch.equal(third['blocks.0.attn.proj.weight'], first['blocks.0.attn.proj.weight'])
+    assert error < before and with_few < before
 
 
 def test_a_model_that_lacks_nothing_stays_as_it_is():

@@ -8,7 +8,7 @@ before it, already solved for, have made of the images, so that it also makes up
 The idea of fitting a network to another one, layer by layer, by least squares is known from pruning and quantisation
 (He, Zhang, Sun, "Channel pruning", ICCV 2017, arXiv 1707.06168; Frantar, Alistarh, "Optimal brain compression", NeurIPS
 2022, arXiv 2208.11580). A layer that would not be better on images that no regression has seen stays as it is. The
-ridge is far larger than what would be best for each layer by itself: layers that are too well fitted to what their own
+ridge is larger than what would be best for each layer by itself: layers that are too well fitted to what their own
 attention lacks no longer give what later ones have learned to read.
 
 Dimensions: N tokens, C channels, F inputs of a linear layer.
@@ -29,6 +29,7 @@ from vit_efficient.utils.modes import evaluating
 
 RIDGE = 1.0
 HELD_OUT = 8  # one in so many images tells whether a layer is better
+TOKENS = 400  # of an image that count, about; others are much like them
 LAYERS = ('attn.proj', 'mlp.fc2')  # of a block
 
 
@@ -92,8 +93,13 @@ def solve(
                     stream.teach(theirs, i, place)
                     with _passing(ours, name):
                         found, inputs = ours.before_linear(stream.x, stream.grid, stream.ours(i), place)
-                    system = held_out if number % HELD_OUT == HELD_OUT - 1 else fitted
-                    system.add(inputs, stream.target - found, stream.target)
+                    system, tokens = held_out if number % HELD_OUT == HELD_OUT - 1 else fitted, found.shape[1]
+                    step = max(1, tokens // TOKENS)
+                    # Now these tokens, then those beside them: a step may be that of an attention, too.
+                    few = slice(number % step, None, step)
+                    system.add(inputs[:, few], (stream.target - found)[:, few], stream.target[:, few])
+                    if place and not ours.attn.of_block:
+                        stream.between = found
                 solution, before = fitted.solution(ridge), held_out.error()
                 after = held_out.error(solution)
                 if not math.isfinite(before):
@@ -116,6 +122,7 @@ class _Stream:
         self.x, self.grid, self.rope = student.embed(image[None].to(weight.device, weight.dtype))
         self.taught, _, self.their_rope = teacher.embed(image[None].to(weight.device, weight.dtype))
         self.target, self.mixed = self.taught, student.rope_mixed
+        self.between: Tensor | None = None  # after the attention of the block, where that is known
 
     def ours(self, i: int) -> Any:
         """The positions of block i."""
@@ -128,7 +135,11 @@ class _Stream:
 
     def advance(self, block: OnGrid, i: int) -> None:
         """Both are after block i."""
-        self.x, self.taught = block(self.x, self.grid, self.ours(i)), self.target
+        if self.between is None:
+            self.x = block(self.x, self.grid, self.ours(i))
+        else:
+            self.x = self.between + block.mlp_adds(self.between, self.grid)
+        self.taught, self.between = self.target, None
 
 
 class _System:
