@@ -9,7 +9,7 @@ import torch
 from tests.test_healing import tiny
 from vit_efficient import convert, least_squares
 from vit_efficient.healing import on_grid, tokens_after
-from vit_efficient.least_squares import LAYERS, _System, solve
+from vit_efficient.least_squares import HELD_OUT, LAYERS, _System, solve
 from vit_efficient.utils.errors import UserError
 
 
@@ -112,12 +112,13 @@ def test_of_large_images_some_tokens_count(monkeypatch):
     for parameter in teacher.parameters():
         parameter.data.mul_(2)
     image = pictures(17)[16]
-    for tokens in (92, 91, 30):  # of 1 + 7 × 13
+    for tokens in (92, 47, 30):  # of 1 + 7 × 13: a step of 1, 1 and 3
         monkeypatch.setattr(least_squares, 'TOKENS', tokens)
         student = convert(copy.deepcopy(teacher), 'subsample', keep_ratio=0.25)
         before = _error(student, teacher, image)
         solve(student, teacher, pictures(16))
         found[tokens] = student.state_dict(), _error(student, teacher, image)
+    assert {(number + number // HELD_OUT) % 2 for number in range(HELD_OUT - 1, 64, HELD_OUT)} == {0, 1}
     (first, error), (second, _), (third, with_few) = found.values()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert not torch.equal(third['blocks.0.attn.proj.weight'], first['blocks.0.attn.proj.weight'])

@@ -96,7 +96,7 @@ def solve(
                     system, tokens = held_out if number % HELD_OUT == HELD_OUT - 1 else fitted, found.shape[1]
                     step = max(1, tokens // TOKENS)
                     # Now these tokens, then those beside them: a step may be that of an attention, too.
-                    few = slice(number % step, None, step)
+                    few = slice((number + number // HELD_OUT) % step, None, step)
                     system.add(inputs[:, few], (stream.target - found)[:, few], stream.target[:, few])
                     if place and not ours.attn.of_block:
                         stream.between = found
