@@ -95,6 +95,11 @@ def test_a_run_heals_step_by_step_and_says_so(folder, tmp_path):
     assert lines[1]['centred_cosine'] > lines[0]['centred_cosine']
     assert all(len(line['after_blocks']) == 2 and 0 <= line['neighbours'] <= 1 for line in lines)
     assert len(result['solved']) == 4
+    solved = timm.create_model(f'local-dir:{tmp_path}/run/solved', pretrained=True).eval()
+    swapped = convert(load_model(folder / 'pretrained', img_size=(20, 24)), 'dct', keep_ratio=0.25).state_dict()
+    changed = {name for name, value in solved.state_dict().items() if not torch.equal(value, swapped[name])}
+    changed -= {'pos_embed'}  # resized another way
+    assert changed and all('.attn.proj.' in name or '.mlp.fc2.' in name for name in changed)
     assert result['centred_cosine'] == lines[-1]['centred_cosine']
 
     model = timm.create_model(f'local-dir:{tmp_path}/run/model', pretrained=True).eval()

@@ -14,10 +14,12 @@ from vit_efficient.least_squares import solve
 from vit_efficient.train import sharding
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.hooks import TrainingHook, register_hook
+from vit_efficient.train.run_folder import SOLVED
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.files import writing
 from vit_efficient.weight_updates import whiten
 
-SWAPPED, SOLVED = 'swapped', 'solved'
+SWAPPED = 'swapped'
 _DONE = {'align': 'aligned', 'recover': 'recovered', 'refine': 'refined'}
 
 
@@ -53,6 +55,7 @@ class Healing(TrainingHook):
             if 'solved' not in self.memory:
                 self._solve(trainer)
             lines.append(self._measured(SOLVED, trainer))
+            self._save_solved(trainer)
             trainer.save()
         if self.config.whiten:
             self._whiten(trainer)
@@ -69,6 +72,14 @@ class Healing(TrainingHook):
             pair = student.backbone, self.task.teacher.model
             solved = solve(*pair, images, self.config.ridge, trainer.stop.check)
         self.memory['solved'], self.memory['images'] = [each._asdict() for each in solved], len(images)
+
+    def _save_solved(self, trainer) -> None:
+        """For who finds that training has made it worse."""
+        state, experiment = trainer.state, trainer.experiment
+        model = state.whole(state.evaluated)
+        if experiment.team.is_first:
+            with writing(trainer.folder.path / SOLVED, '; resume=auto begins with the first update'):
+                trainer.folder.save_model(experiment.task.product(model), experiment, SOLVED)
 
     def _whiten(self, trainer) -> None:
         images = self._images(trainer, self.config.whiten)
