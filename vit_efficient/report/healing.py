@@ -14,7 +14,7 @@ from vit_efficient.conversion import convert
 from vit_efficient.data.files.images import read_image, to_array
 from vit_efficient.data.preprocessing import EvalTransform
 from vit_efficient.fidelity import final_tokens
-from vit_efficient.healing import on_grid
+from vit_efficient.healing import SOLVED, on_grid
 from vit_efficient.report.evaluation import open_model
 from vit_efficient.report.plot import show_image
 from vit_efficient.report.table import Column, Table
@@ -87,7 +87,7 @@ def _reached(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     first, last = lines[0], lines[-1]
     found = {key: last[key] for key in ('images', 'hours', *COSINES) if last.get(key) is not None}
     found['swapped'] = first['centred_cosine']
-    if lines[1]['features'] == 'solved':
+    if lines[1]['features'] == SOLVED:
         found['solved'] = lines[1]['centred_cosine']
     if first['centred_cosine'] < 1:
         lost = 1 - first['centred_cosine']

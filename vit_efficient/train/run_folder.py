@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vit_efficient.data.config import IMAGES_PER_UPDATE
+from vit_efficient.healing import SOLVED
 from vit_efficient.models import save_model
 from vit_efficient.train.checkpoint import CHECKPOINT, check_room, list_checkpoints, load_newest, save_checkpoint
 from vit_efficient.train.config import Config, StageConfig
@@ -41,9 +42,8 @@ PREDICTIONS = 'predictions.csv'
 AREAS = 'class_areas.csv'  # of masks: for each image, the pixels of each class in truth, as predicted, and in both
 _AREAS = ('labelled', 'predicted', 'both')
 SKIPPED = 'skipped.txt'
-MODEL = 'model'  # a model folder, as are the next two
+MODEL = 'model'  # a model folder, as are those beside it
 BEST = 'best'
-SOLVED = 'solved'  # of a run of heal: what least squares gave, before the first update
 MODELS = (MODEL, BEST, SOLVED)
 LOCK = '.lock'
 

@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vit_efficient.healing import Student
+from vit_efficient.healing import SOLVED, Student
 from vit_efficient.least_squares import solve
 from vit_efficient.train import sharding
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.hooks import TrainingHook, register_hook
-from vit_efficient.train.run_folder import SOLVED
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import writing
 from vit_efficient.weight_updates import whiten
