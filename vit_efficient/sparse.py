@@ -78,10 +78,10 @@ class SparseLinear(nn.Module):
         weight = torch.sparse_csr_tensor(
             self.starts, self.columns, self.values, (self.out_features, self.in_features), check_invariants=False
         )
-        # The transposed result is what the product writes as it goes, and what the next one reads.
-        tokens = x.flatten(0, -2).T
+        tokens = x.reshape(-1, self.in_features).T
         y = weight @ tokens if self.bias is None else torch.addmm(self.bias[:, None], weight, tokens)
-        return y.T.view(*x.shape[:-1], self.out_features)
+        # Attention is slow on strides; with two axes, as here, PyTorch transposes fast.
+        return y.T.contiguous().view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         share = len(self.values) / (self.in_features * self.out_features)
