@@ -10,6 +10,7 @@ from vit_efficient.utils.keys import BELOW_1, POSITIVE, SET, Range, at_least, be
 ABOVE_0_TO_1 = Range('above 0 and at most 1', lambda v: 0 < v <= 1)
 HEADS = ('linear', 'multilayer')  # those of `vit_efficient.dense`, which is not imported to read a recipe
 TASKS = ('classification', 'segmentation', 'both', 'features')
+PRUNING = ('lamp', 'global', 'uniform', 'uniform+', 'erk')  # those of `vit_efficient.prune`
 HEALING = ('align', 'recover', 'refine')  # those of `vit_efficient.healing`
 NO_METRIC = Range('a schedule that needs no metric', lambda v: v not in ('', 'plateau'))
 BELOW_2_32 = Range('at least 0 and below 2**32', lambda v: 0 <= v < 2**32)
@@ -71,6 +72,13 @@ class StageConfig:
     lr: float | None = key(None, 'null: optim.lr', POSITIVE)
     warmup_epochs: float | None = key(None, 'null: sched.warmup_epochs')
     freeze: bool = key(False, 'truncations that are learned become hard ones where the stage begins')
+    prune: float | None = key(
+        None,
+        'the share, of the weights that are left, that becomes 0 where the stage begins, and stays so in all that '
+        'follow; 0: those that are 0 already stay so; null: none',
+        BELOW_1,
+    )
+    prune_method: str = key('lamp', 'how `prune` chooses them', one_of(*PRUNING))
     heal: str = key(
         '',
         "for features: align, each converted attention by itself, on what the teacher's is given; recover, the whole "
