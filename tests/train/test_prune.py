@@ -52,13 +52,6 @@ def masks_of(state):
     return state['tensors']['pruning']
 
 
-def momenta(state, model):
-    """Of the optimiser, by the name of a parameter, all that has the shape of that."""
-    (found,) = [state['optimizer']['state']]
-    shapes = {name: value.shape for name, value in model.named_parameters()}
-    return [v for entry in found.values() for v in entry.values() if getattr(v, 'shape', ()) in shapes.values()]
-
-
 def assert_pruned(state):
     for name, kept in masks_of(state).items():
         for weights in (state['model'], state['ema'] or state['model']):
