@@ -11,13 +11,14 @@ import torch
 from tests.data.trees import write_tree
 from tests.processes import run_python, torchrun
 from tests.train.recipes import TINY
+from tests.train.test_masks import mask_recipe
 from tests.train.test_scale import assert_close, save, state_of
 from tests.train.test_stages import lines_of, staged_recipe
 from tests.train.test_trainer import assert_same_run, fail
-from vit_efficient.prune import METHODS, densities
+from vit_efficient.prune import by_role, densities
 from vit_efficient.train import Interrupted, load_model, load_recipe, train, trainer
 from vit_efficient.train.checkpoint import load_checkpoint
-from vit_efficient.train.config import PRUNING, StageConfig
+from vit_efficient.train.config import StageConfig
 from vit_efficient.train.hooks.pruning import Pruning
 from vit_efficient.train.recipe import to_yaml
 from vit_efficient.train.rules import validate
@@ -112,15 +113,28 @@ def test_gradients_of_what_is_pruned_reach_no_norm_and_no_momentum(data, tmp_pat
     assert zeros >= 0.7 * WEIGHTS
 
 
-@pytest.mark.parametrize('stop', [1, 7, 11, 13, 19, 23])
-def test_going_on_inside_a_stage_gives_the_same_weights(data, whole, tmp_path, monkeypatch, stop):
+def go_on_after(data, output, stages, stop, monkeypatch):
+    """Trains until the power is off, in the update after `stop`; and then to the end."""
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='the power is off'):
         iterate, done = trainer.iterate, iter(range(24))
         patch.setattr(trainer, 'iterate', lambda *args: (fail() if next(done) == stop else b for b in iterate(*args)))
-        train(recipe(data, tmp_path / 'parts', checkpoint_steps=1))
-    assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['updates'] == stop
-    train(recipe(data, tmp_path / 'parts', checkpoint_steps=1, resume='auto'))
+        train(recipe(data, output, stages, checkpoint_steps=1))
+    assert load_checkpoint(output / 'checkpoint.pt')['progress']['updates'] == stop
+    train(recipe(data, output, stages, checkpoint_steps=1, resume='auto'))
+
+
+@pytest.mark.parametrize('stop', [1, 7, 11, 13, 19, 23])
+def test_going_on_inside_a_stage_gives_the_same_weights(data, whole, tmp_path, monkeypatch, stop):
+    go_on_after(data, tmp_path / 'parts', STAGES, stop, monkeypatch)
     assert_same_run(whole, tmp_path / 'parts')
+
+
+def test_going_on_in_a_first_stage_that_prunes_gives_the_same_weights(data, tmp_path, monkeypatch):
+    stages = [StageConfig(1, prune=0.5), StageConfig(1, prune=0.5)]
+    train(recipe(data, tmp_path / 'whole', stages))
+    for stop in (2, 8):
+        go_on_after(data, tmp_path / str(stop), stages, stop, monkeypatch)
+        assert_same_run(tmp_path / 'whole', tmp_path / str(stop))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +158,23 @@ def test_going_on_between_stages_gives_the_same_weights(data, whole, tmp_path, m
     assert load_checkpoint(tmp_path / 'parts/checkpoint.pt')['progress']['updates'] in (18, 24)
     train(recipe(data, tmp_path / 'parts', resume='auto'))
     assert_same_run(whole, tmp_path / 'parts')
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+@pytest.mark.subprocess
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(data, tmp_path):
+    def slow(name):
+        config = recipe(data, tmp_path / name, resume='auto', checkpoint_steps=1)
+        config.stages = [StageConfig(1, prune=0.2) for _ in range(6)]
+        config.sched.epochs = 6
+        return config
+
+    train(slow('whole'))
+    run_python('tests/train/killed.py', save(slow('killed')), '5')
+    assert_same_run(tmp_path / 'whole', tmp_path / 'killed')
+    model = 'model/model.safetensors'
+    assert (tmp_path / 'whole' / model).read_bytes() == (tmp_path / 'killed' / model).read_bytes()
 
 
 @pytest.mark.distributed
@@ -200,13 +231,23 @@ def test_what_is_converted_first_may_be_pruned(data, tmp_path):
     assert result['attention'][0] == 'dct' and result['pruning'][0]['roles']['all'] == pytest.approx(0.5)
 
 
-def test_stages_in_yaml(data, tmp_path, caplog):
+def test_a_model_of_segmentation_is_pruned_but_for_its_head(tmp_path):
+    config = mask_recipe(tmp_path / 'images', tmp_path / 'run')
+    config.model.head = 'linear'
+    config.stages, config.sched.warmup_epochs = [StageConfig(1), StageConfig(1, prune=0.5)], 0
+    result = train(config)
+    assert result['pruning'][0]['roles']['all'] == pytest.approx(0.5)
+    assert_pruned(load_checkpoint(tmp_path / 'run/checkpoint.pt'))
+    left = {each.role: each.density for each in by_role(densities(load_model(tmp_path / 'run')))}
+    assert left['head'] == 1 and left['q'] < 1
+
+
+def test_stages_in_yaml(data, tmp_path):
     config = recipe(data, tmp_path / 'run')
     (tmp_path / 'recipe.yaml').write_text(to_yaml(config))
     assert load_recipe(tmp_path / 'recipe.yaml').stages == STAGES
     stages = load_recipe(tmp_path / 'recipe.yaml', ['stages=[{epochs: 4, prune: 1/5, prune_method: erk}]']).stages
     assert stages == [StageConfig(4, prune=0.2, prune_method='erk')]
-    assert PRUNING == METHODS
 
 
 @pytest.mark.parametrize(
@@ -226,6 +267,13 @@ def test_stages_in_yaml(data, tmp_path, caplog):
 def test_stages_that_do_not_fit_are_named(data, tmp_path, stages, message):
     with pytest.raises(ValueError, match=message):
         validate(recipe(data, tmp_path / 'run', stages))
+
+
+def test_a_model_of_which_only_the_head_learns_is_not_pruned(data, tmp_path):
+    config = recipe(data, tmp_path / 'run', [StageConfig(1, prune=0.5)], task='segmentation')
+    config.model.head, config.model.freeze = 'linear', True
+    with pytest.raises(ValueError, match='stages must not change the model with model.freeze=true'):
+        validate(config)
 
 
 def test_what_cannot_be_pruned_is_named_before_anything_is_written(data, tmp_path):

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from vit_efficient.data.config import IMAGES_PER_UPDATE, DataConfig
+from vit_efficient.prune import METHODS
 from vit_efficient.utils import keys
 from vit_efficient.utils.keys import BELOW_1, POSITIVE, SET, Range, at_least, between, key, one_of, section
 
 ABOVE_0_TO_1 = Range('above 0 and at most 1', lambda v: 0 < v <= 1)
 HEADS = ('linear', 'multilayer')  # those of `vit_efficient.dense`, which is not imported to read a recipe
 TASKS = ('classification', 'segmentation', 'both', 'features')
-PRUNING = ('lamp', 'global', 'uniform', 'uniform+', 'erk')  # those of `vit_efficient.prune`
 HEALING = ('align', 'recover', 'refine')  # those of `vit_efficient.healing`
 NO_METRIC = Range('a schedule that needs no metric', lambda v: v not in ('', 'plateau'))
 BELOW_2_32 = Range('at least 0 and below 2**32', lambda v: 0 <= v < 2**32)
@@ -78,7 +78,7 @@ class StageConfig:
         'follow; 0: those that are 0 already stay so; null: none',
         BELOW_1,
     )
-    prune_method: str = key('lamp', 'how `prune` chooses them', one_of(*PRUNING))
+    prune_method: str = key('lamp', 'how `prune` chooses them', one_of(*METHODS))
     heal: str = key(
         '',
         "for features: align, each converted attention by itself, on what the teacher's is given; recover, the whole "
