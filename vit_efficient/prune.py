@@ -55,7 +55,8 @@ class Masks:
     layers, sharding and copies of a model would have to know of it.
 
     Args:
-        kept: By the name of a layer, for each of its weights whether it is left, in the shape of the weight.
+        kept: By the name of a layer, for each of its weights whether it is left, in the shape of the weight; of a
+            sharded one, of the part that the process has.
     """
 
     def __init__(self, kept: Mapping[str, Tensor]):
@@ -73,9 +74,10 @@ class Masks:
         """
         *_, model = unwrap(model)
         for name, kept in self.kept.items():
-            tensor = _weight_of(model, name, kept).grad if gradients else _weight_of(model, name, kept)
+            weight = _weight_of(model, name, kept)
+            tensor = weight.grad if gradients else weight
             if tensor is not None:
-                getattr(tensor, 'to_local', lambda tensor=tensor: tensor)().masked_fill_(~kept.to(tensor.device), 0)
+                _own_part(tensor).masked_fill_(~kept.to(tensor.device), 0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What `Masks` takes, on the CPU."""
@@ -87,10 +89,14 @@ def _weight_of(model: nn.Module, name: str, kept: Tensor) -> Tensor:
         weight = model.get_submodule(name).weight
     except AttributeError as error:
         raise UserError(f'the model has no layer {name}, which was pruned; it was built otherwise') from error
-    shape = getattr(weight, 'to_local', lambda: weight)().shape
-    if shape != kept.shape:
+    if (shape := _own_part(weight).shape) != kept.shape:
         raise UserError(f'{name}: its weight is {tuple(shape)}, its mask {tuple(kept.shape)}')
     return weight
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, which may be sharded."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
 def lamp_scores(weight: Tensor, parts: int = 1) -> Tensor:
