@@ -64,6 +64,7 @@ SMALLER = {
     'table tiles': '--device cpu',
     'plan': '--img-size 224 --enlarge --limit 2 --refine 1 --no-memory --device cpu',
     'plot': '',
+    'prune': '',
     'leaves': '',
     'truncate': '',
     'export': '',

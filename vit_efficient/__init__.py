@@ -12,6 +12,7 @@ from vit_efficient.graphs import graphed
 from vit_efficient.grid import PatchGrid
 from vit_efficient.models import DctPatchEmbed, freeze_truncation, kept_tokens, save_model
 from vit_efficient.planning import Plan, plan
+from vit_efficient.sparse import sparse_linear
 from vit_efficient.version import __version__
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     'plan',
     'register_attention',
     'save_model',
+    'sparse_linear',
 ]

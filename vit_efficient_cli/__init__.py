@@ -24,6 +24,7 @@ COMMANDS = {
     'predict': 'write masks of images of any size by a trained model of segmentation',
     'features': 'draw the features that models have of an image: components as colours, and what is like one patch',
     'plan': 'find which attention each layer of a pretrained model can have within a budget, without training',
+    'prune': 'set the weights of a trained model that matter least to 0, and print how many are left where',
     'plot': 'draw the curves of runs',
     'leaves': "draw which leaf of Treeformer's trees each patch of an image falls into",
     'truncate': 'show an image, its truncations, and the energy they keep',

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vit_efficient.data.config import IMAGES_PER_UPDATE, DataConfig
+from vit_efficient.prune import METHODS
 from vit_efficient.utils import keys
 from vit_efficient.utils.keys import BELOW_1, POSITIVE, SET, Range, at_least, between, key, one_of, section
 
@@ -71,6 +72,13 @@ class StageConfig:
     lr: float | None = key(None, 'null: optim.lr', POSITIVE)
     warmup_epochs: float | None = key(None, 'null: sched.warmup_epochs')
     freeze: bool = key(False, 'truncations that are learned become hard ones where the stage begins')
+    prune: float | None = key(
+        None,
+        'the share, of the weights that are left, that becomes 0 where the stage begins, and stays so in all that '
+        'follow; 0: those that are 0 already stay so; null: none',
+        BELOW_1,
+    )
+    prune_method: str = key('lamp', 'how `prune` chooses them', one_of(*METHODS))
     heal: str = key(
         '',
         "for features: align, each converted attention by itself, on what the teacher's is given; recover, the whole "

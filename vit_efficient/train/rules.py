@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from vit_efficient.train.config import Config, DistillConfig, HealConfig
+from vit_efficient.train.config import Config, DistillConfig, HealConfig, StageConfig
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.keys import check_ranges, flatten
 
@@ -56,7 +56,9 @@ def validate(config: Config) -> None:
     if not config.model.head:
         of_head = {'model.head_args': {}, 'model.freeze': False, 'model.reduce': 1, 'model.upsample': False}
         _require(config, of_head, 'no model.head, which it is of; set model.head=multilayer')
-    if config.model.freeze and any(stage.attention or stage.freeze for stage in config.stages):
+    if config.model.freeze and any(
+        stage.attention or stage.freeze or stage.prune is not None for stage in config.stages
+    ):
         raise UserError('stages must not change the model with model.freeze=true, by which only its head learns')
     if config.model.head and config.task != 'segmentation':
         raise UserError(f'model.head={config.model.head} is for task=segmentation, got task={config.task}')
@@ -224,6 +226,7 @@ def _check_stages(config: Config) -> None:
             raise UserError(f'stages[{number}] has attention and freeze; give the second of them a stage of its own')
         if not stage.attention and (stage.attention_kwargs or stage.layers is not None):
             raise UserError(f'stages[{number}] has attention_kwargs or layers, and no attention to give them to')
+    _check_pruning(config)
     freezing = [number for number, stage in enumerate(config.stages) if stage.freeze]
     if len(freezing) > 1:
         raise UserError(f'freeze is for one stage, that of {" and ".join(map(str, freezing))} is true (stages)')
@@ -235,3 +238,21 @@ def _check_stages(config: Config) -> None:
     epochs = sum(stage.epochs for stage in config.stages)
     if epochs != config.sched.epochs:
         raise UserError(f'sched.epochs must be {epochs}, as all stages together have, got {config.sched.epochs}')
+
+
+def _check_pruning(config: Config) -> None:
+    pruned = None
+    for number, stage in enumerate(config.stages):
+        if stage.prune is None and stage.prune_method != StageConfig().prune_method:
+            raise UserError(f'stages[{number}] has prune_method={stage.prune_method}, and no prune; set both')
+        if stage.prune is not None and config.task == 'features':
+            raise UserError(
+                f'stages[{number}].prune is for a task with labels, got task=features; prune what has been healed'
+            )
+        pruned = number if pruned is None and stage.prune is not None else pruned
+        for key in ('attention', 'freeze'):
+            if pruned is not None and getattr(stage, key):
+                raise UserError(
+                    f'stages[{number}].{key}={json.dumps(getattr(stage, key))} changes layers that stages[{pruned}] '
+                    'prunes, and masks would not fit them; give the change an earlier stage'
+                )

@@ -204,7 +204,8 @@ class RunFolder:
             keys += ['truncation.penalty=0', 'truncation.budget=0']
         source, changed = Source.open(str(self.path)), staged
         if staged:
-            keys.append('stages=[]')
+            pruned = any(stage.prune is not None for stage in config.stages)
+            keys.append(f'stages=[{{epochs: {epochs}, prune: 0}}]' if pruned else 'stages=[]')
         try:
             check_same_attention(source.path, source.model, config.model, epochs)
         except UserError:

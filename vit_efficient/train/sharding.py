@@ -80,6 +80,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return map_instances(DTensor, gather, optimizer.state_dict())
 
 
+def share_as(parameter: DTensor, whole: Tensor) -> DTensor:
+    """A tensor of the shape of a parameter, whole in all processes, shared out as that is."""
+    whole = whole.to(parameter.device)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Loads what `optimizer_state` gave, of any number of processes; all have it.
 
@@ -89,8 +95,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
     def share(parameter: nn.Parameter, value: Any) -> Any:
         if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
-            value = value.to(parameter.device)
-            return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            return share_as(parameter, value)
         return value
 
     shared = {

@@ -35,6 +35,8 @@ class Stage:
     def __str__(self) -> str:
         """What begins with it, such as 'treeformer_tc in layers -2 -1'."""
         begins = ['truncations frozen'] if self.config.freeze else []
+        if self.config.prune is not None:
+            begins.append(f'{self.config.prune:g} of the weights left pruned ({self.config.prune_method})')
         if self.config.attention:
             layers = self.config.layers
             where = ' in layers ' + ' '.join(map(str, layers)) if layers is not None else ''

@@ -158,6 +158,7 @@ class TrainState:
             'preprocessing': json.loads(json.dumps(self.experiment.preprocessing.as_dict())),
             'progress': asdict(self.progress),
             'hooks': {hook.name: remembered(hook) for hook in self.experiment.hooks},
+            'tensors': {hook.name: dict(hook.tensors) for hook in self.experiment.hooks if hook.tensors},
             'model': sharding.model_state(self.model),
             'optimizer': sharding.optimizer_state(self.optimizer),
             'ema': sharding.model_state(self.average.module) if self.average else None,
@@ -171,6 +172,7 @@ class TrainState:
         self.progress = Progress(**progress)
         for hook in self.experiment.hooks:
             hook.memory = dict(memories.get(hook.name, {}))
+            hook.tensors = state.get('tensors', {}).get(hook.name, {})
         stage = stage_of(self.experiment.stages, self.progress.epoch)
         if stage != self.stage:
             self.enter_stage(stage)

@@ -173,6 +173,8 @@ class Trainer:
                 loss = self.loss(*tensors)
                 (loss / count).backward()
             losses.append(loss.detach())
+        for hook in experiment.hooks:
+            hook.before_step(state)
         norm = state.gradient_norm()
         rows = team.exchange([*losses, norm], (self.stop.received, len(self.unreadable)))
         *_, norms, signals, skipped = zip(*rows, strict=True)

@@ -4,7 +4,8 @@ Ours are modules of this package; others are registered by `register_hook`.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -30,9 +31,12 @@ class TrainingHook:
         name: Its registered name.
         memory: What it has to remember when the run goes on in another process, of types that JSON has (or numbers of
             NumPy); it is kept in checkpoints.
+        tensors: What it has to remember beside that, whole and the same in all processes; it is assigned anew, not
+            changed.
     """
 
     name: str = ''
+    tensors: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self) -> None:
         self.memory: dict[str, Any] = {}
@@ -74,6 +78,9 @@ class TrainingHook:
             loss: So far, a scalar.
         """
         return loss
+
+    def before_step(self, state: 'TrainState') -> None:
+        """The gradients of an update are there, of all processes; their norm is yet to be taken."""
 
     def after_step(self, state: 'TrainState') -> None:
         """The optimiser has made a step, and the average of weights has followed."""
@@ -167,6 +174,6 @@ def plain(value: Any, what: str) -> Any:
     return json.loads(text)
 
 
-from vit_efficient.train.hooks import attention_outputs, distillation, healing, leaves, truncation  # noqa: E402, F401 (they register themselves)
+from vit_efficient.train.hooks import attention_outputs, distillation, healing, leaves, pruning, truncation  # noqa: E402, F401 (they register themselves)
 
 OURS = tuple(HOOKS)
