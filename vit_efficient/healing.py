@@ -69,17 +69,18 @@ class Student(WithBackbone):
 
     Args:
         backbone: As for `convert`, converted; it is used, not copied.
-        layers: Blocks, after which tokens are compared as well; negative ones are counted from the end.
+        layers: Blocks, after which tokens are compared as well; negative ones are counted from the end. None: all.
 
     Attributes:
         kind: What is learned: align, recover or refine.
         parts: What aligns, by name.
     """
 
-    def __init__(self, backbone: nn.Module, layers: Sequence[int] = ()):
+    def __init__(self, backbone: nn.Module, layers: Sequence[int] | None = ()):
         super().__init__()
         self.backbone = on_grid(backbone)
         depth = len(self.backbone.blocks)
+        layers = range(depth) if layers is None else layers
         for i in layers:
             if not is_integer(i, -depth) or i >= depth:
                 raise UserError(f'heal.blocks: the model has blocks 0 … {depth - 1}, got {i}')

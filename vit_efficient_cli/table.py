@@ -1,4 +1,5 @@
-"""`vit-efficient table flops …`, `table families …`, `table fidelity …`, `table tiles …` and `table accuracy …`."""
+"""`vit-efficient table flops …`, `table families …`, `table fidelity …`, `table healing …`, `table tiles …`
+and `table accuracy …`."""
 
 import argparse
 import sys
@@ -50,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = 'keeps what was measured: the same command goes on, another one adds (default: measured.json in --out)'
     fidelity.add_argument('--measured', type=Path, metavar='FILE.json', help=about)
     fidelity.set_defaults(make=_fidelity_table)
+
+    about = 'what runs of vit-efficient heal have given back, on the images that they were measured on'
+    healing = tables.add_parser('healing', help=about, description=about)
+    about = 'finished runs; NAME-s0, NAME-s1, … are seeds, of which the table has the mean'
+    healing.add_argument('runs', nargs='+', type=Path, metavar='RUN', help=about)
+    healing.add_argument('--format', **FORMAT)
+    healing.add_argument('--out', type=Path, metavar='FILE', help='write the table to this file')
+    healing.set_defaults(make=_healing_table)
 
     about = (
         'whole images against tiles of them, by the same weights on images with masks: mIoU, also near seams, seconds'
@@ -117,6 +126,14 @@ def _tiles_table(args: argparse.Namespace) -> None:
     layouts = list(product(args.tile, map(parse_value, args.overlap)))
     options = args.limit, args.near, args.device, args.format
     _show(tiles_table(args.models, args.data, layouts, *options), args.out)
+
+
+def _healing_table(args: argparse.Namespace) -> None:
+    for path in args.runs:
+        check_exists(path, 'run folder')
+    from vit_efficient.report.healing import healed_table
+
+    _show(healed_table(args.runs).render(args.format), args.out)
 
 
 def _flops_table(args: argparse.Namespace) -> None:

@@ -1,9 +1,13 @@
 """Tables of healing, and what its pictures of features show."""
 
+import json
+
 import pytest
 import torch
 
-from vit_efficient.report.healing import Components, blocks_table, healing_table, similarity
+from vit_efficient.report.healing import Components, blocks_table, healed_table, healing_table, similarity
+from vit_efficient.utils.errors import UserError
+from vit_efficient_cli import main
 
 
 def line(features, centred, **more):
@@ -22,6 +26,31 @@ def test_a_row_says_which_part_of_the_loss_is_given_back():
 def test_what_has_lost_nothing_gives_nothing_back():
     rows = healing_table({'healing': [line('swapped', 1.0), line('solved', 1.0)]}).rows
     assert rows[2]['given_back'] is None
+
+
+def test_runs_that_differ_in_their_seed_have_one_row(tmp_path, capsys):
+    def run(name, *lines):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'result.json').write_text(json.dumps({'healing': lines, 'environment': {}}))
+        return str(tmp_path / name)
+
+    first = run('dct-s0', line('swapped', 0.6, images=0), line('solved', 0.7), line('refined', 0.8, images=16, hours=1))
+    second = run(
+        'dct-s1', line('swapped', 0.6, images=0), line('solved', 0.8), line('refined', 0.9, images=16, hours=2)
+    )
+    other = run('pool', line('swapped', 0.5, images=0), line('recovered', 0.4, images=8, hours=1))
+    rows = healed_table([first, other, second]).rows
+    assert [(row['run'], row['seeds'], row.get('solved')) for row in rows] == [
+        ('dct', 2, pytest.approx(0.75)),
+        ('pool', 1, None),
+    ]
+    assert [row['given_back'] for row in rows] == [pytest.approx(62.5), pytest.approx(-20)]
+    assert rows[0]['given_back_std'] == pytest.approx(12.5 * 2**0.5) and rows[0]['hours'] == 1.5
+    assert main(['table', 'healing', first, other, '--out', str(tmp_path / 'healing.md')]) == 0
+    assert (tmp_path / 'healing.md').read_text() == capsys.readouterr().out
+    (tmp_path / 'begun').mkdir()
+    with pytest.raises(UserError, match='begun: no finished run of vit-efficient heal'):
+        healed_table([first, tmp_path / 'begun'])
 
 
 def test_colours_are_the_components_of_the_first_model():

@@ -1,7 +1,9 @@
 """What healing has given back: the table of a run, and pictures of features."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from vit_efficient.report.evaluation import open_model
 from vit_efficient.report.plot import show_image
 from vit_efficient.report.table import Column, Table
 from vit_efficient.train.evaluation import COSINES
+from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
 from vit_efficient.utils.options import parse_spec
@@ -41,6 +44,51 @@ def healing_table(result: Mapping[str, Any]) -> Table:
             row['given_back'] = 100 * (line['centred_cosine'] - lines[0]['centred_cosine']) / lost
         rows.append(row)
     return Table(columns, rows)
+
+
+def healed_table(runs: Sequence[str | Path]) -> Table:
+    """What each run has reached, and what least squares had given it; the mean of runs that differ in their seed alone.
+
+    Args:
+        runs: Finished runs of `task` features; NAME-s0, NAME-s1, … are the seeds of one row.
+
+    Raises:
+        UserError: If one is not finished, or is of another task.
+    """
+    groups: dict[str, list[dict[str, float]]] = {}
+    for path in map(Path, runs):
+        run = RunFolder(path)
+        if not run.is_finished or 'healing' not in run.result:
+            raise UserError(f'{path}: no finished run of vit-efficient heal')
+        groups.setdefault(re.sub(r'-s\d+$', '', path.name), []).append(_reached(run.result['healing']))
+    titles = COSINES | {'centred_cosine': 'healed'}
+    columns = [Column('run'), Column('images', 'images seen', 0), Column('hours', digits=2)]
+    columns += [Column('swapped', 'centred cosine, swapped', 4), Column('solved', digits=4)]
+    columns += [Column(name, title, 4) for name, title in titles.items()]
+    columns.insert(6, Column('given_back', 'given back (%)', 1, spread='given_back_std'))
+    columns += [Column('given_back_std'), Column('seeds')]
+    rows = []
+    for name, found in groups.items():
+        row = {'run': name, 'seeds': len(found)}
+        for key in found[0]:
+            values = [each[key] for each in found if key in each]
+            row[key] = fmean(values)
+            if key == 'given_back' and len(values) > 1:
+                row['given_back_std'] = stdev(values)
+        rows.append(row)
+    return Table(columns, rows)
+
+
+def _reached(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    first, last = lines[0], lines[-1]
+    found = {key: last[key] for key in ('images', 'hours', *COSINES) if last.get(key) is not None}
+    found['swapped'] = first['centred_cosine']
+    if lines[1]['features'] == 'solved':
+        found['solved'] = lines[1]['centred_cosine']
+    if first['centred_cosine'] < 1:
+        lost = 1 - first['centred_cosine']
+        found['given_back'] = 100 * (last['centred_cosine'] - first['centred_cosine']) / lost
+    return found
 
 
 def blocks_table(result: Mapping[str, Any]) -> Table:

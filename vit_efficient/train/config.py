@@ -119,12 +119,14 @@ class HealConfig:
         "height, width of what the teacher sees, whose features are resized to the student's patches; null: the same",
         _SIZES,
     )
-    blocks: list[int] = key([], 'blocks whose tokens are learned too, negative ones counted from the end')
+    blocks: list[int] | None = key(
+        None, 'blocks whose tokens are learned too, negative ones counted from the end; null: all; []: none'
+    )
     prefix: float = key(1.0, 'weight of 1 - cosine of class and register tokens', at_least(0))
     patch: float = key(1.0, 'of 1 - cosine of patch tokens', at_least(0))
     centred: float = key(1.0, 'of the same less the mean patch token that the image has for the teacher', at_least(0))
     smooth: float = key(1.0, "of the smooth-L1 of patch tokens, in units of the teacher's norm of each", at_least(0))
-    blocks_weight: float = key(1.0, 'of these four, mean over `blocks`, beside those at the end', at_least(0))
+    blocks_weight: float = key(3.0, 'of these four, mean over `blocks`, beside those at the end', at_least(0))
     solve: int = key(
         0,
         'training images, drawn as for training, at data.img_size, by which the layers that end attention and MLP are '
