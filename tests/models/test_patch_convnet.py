@@ -1,4 +1,4 @@
-"""PatchConvNet: its published counts, the names of the authors' weights, a slow reference, and what timm's models do."""
+"""PatchConvNet: its published counts, the names of the authors' weights, a slow reference, and what timm's have."""
 
 import pytest
 import timm
@@ -32,6 +32,7 @@ def test_parameters_and_multiply_accumulates_are_those_published(name):
 
 def official_state(channels, depth, classes, hidden):
     """Random weights under the authors' names, in their shapes."""
+
     def linear(name, rows, columns):
         return {f'{name}.weight': torch.randn(rows, columns), f'{name}.bias': torch.randn(rows)}
 
@@ -81,8 +82,10 @@ def slow(state, images):
             y = norm(x[0].permute(1, 2, 0), f'blocks.{i}.norm1').permute(2, 0, 1)[None]
             y = F.gelu(F.conv2d(y, s[f'{name}.0.weight'], s[f'{name}.0.bias']))
             y = F.gelu(F.conv2d(y, s[f'{name}.2.weight'], s[f'{name}.2.bias'], padding=1, groups=channels))
-            gate = F.conv2d(y.mean((2, 3), keepdim=True), s[f'{name}.4.conv_reduce.weight'], s[f'{name}.4.conv_reduce.bias'])
-            gate = F.conv2d(gate.clamp(min=0), s[f'{name}.4.conv_expand.weight'], s[f'{name}.4.conv_expand.bias'])
+            gate = y.mean((2, 3), keepdim=True)
+            for part in ('reduce', 'expand'):
+                gate = gate.clamp(min=0) if part == 'expand' else gate
+                gate = F.conv2d(gate, s[f'{name}.4.conv_{part}.weight'], s[f'{name}.4.conv_{part}.bias'])
             y = F.conv2d(y / (1 + (-gate).exp()), s[f'{name}.5.weight'], s[f'{name}.5.bias'])
             x = x + s[f'blocks.{i}.gamma_1'][:, None, None] * y
             i += 1
@@ -96,9 +99,10 @@ def slow(state, images):
         scores = linear(u, f'{head}.attn.k') @ linear(u[0], f'{head}.attn.q') / channels**0.5
         alpha = scores.exp() / scores.exp().sum()
         c = c + s[f'{head}.gamma_1'] * linear(alpha @ linear(u, f'{head}.attn.v'), f'{head}.attn.proj')
-        c = c + s[f'{head}.gamma_2'] * linear(F.gelu(linear(norm(c, f'{head}.norm2'), f'{head}.mlp.fc1')), f'{head}.mlp.fc2')
+        hidden = F.gelu(linear(norm(c, f'{head}.norm2'), f'{head}.mlp.fc1'))
+        c = c + s[f'{head}.gamma_2'] * linear(hidden, f'{head}.mlp.fc2')
         outputs.append((linear(norm(c, 'norm'), 'head'), alpha))
-    return [torch.stack(part) for part in zip(*outputs)]
+    return [torch.stack(part) for part in zip(*outputs, strict=True)]
 
 
 def test_official_weights_load_by_their_names_and_the_output_is_that_of_the_equations():
@@ -142,9 +146,10 @@ def test_it_is_one_of_timms_models():
     torch.testing.assert_close(features[-1], final)
     torch.testing.assert_close(model.forward_head(final), model(images))
     assert model.forward_head(final, pre_logits=True).shape == (2, 16)
-    with_features = timm.create_model('patch_convnet_s60', features_only=True, out_indices=(0, 1), embed_dim=16, depth=3)
-    assert [f.shape for f in with_features(images.float())] == [(2, 16, 4, 6)] * 2
-    assert with_features.feature_info.reduction() == [16, 16]
+    options = dict(features_only=True, out_indices=(0, 1), embed_dim=16, depth=3)
+    backbone = timm.create_model('patch_convnet_s60', **options)
+    assert [each.shape for each in backbone(images.float())] == [(2, 16, 4, 6)] * 2
+    assert backbone.feature_info.reduction() == [16, 16]
     model.set_grad_checkpointing()
     model.train()(images).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -8,6 +8,7 @@ Dimensions: B images, N patches, C channels, K query tokens, h heads.
 """
 
 import torch
+from timm.layers import trunc_normal_
 from timm.models.cait import ClassAttn, LayerScaleBlockClassAttn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,6 +77,60 @@ class AggregationBlock(LayerScaleBlockClassAttn):
     def weights(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Those of its attention, of patches (B, N, C) and query tokens (B, K, C)."""
         return self.attn.weights(self.norm1(torch.cat((tokens, x), dim=1)))
+
+
+class Aggregation(nn.Module):
+    """Pooling of patches, which timm's ViTs call `attn_pool`.
+
+    Args:
+        dim, num_heads, num_queries, init_values: As of `AggregationBlock`.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 1, num_queries: int = 1, init_values: float = 1e-4, **place):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.empty(1, num_queries, dim, **place))
+        self.block = AggregationBlock(dim, num_heads, num_queries, init_values, **place)
+        trunc_normal_(self.cls_token, std=0.02)
+        self.apply(init_linear)
+
+    @property
+    def num_queries(self) -> int:
+        return self.cls_token.shape[1]
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return self.cls_token.expand(len(x), -1, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) → (B, C); with a token for each class (B, K, C)"""
+        pooled = self.block(x, self._tokens(x))
+        return pooled[:, 0] if self.num_queries == 1 else pooled
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What each query token gives to what it asks, of patches (B, N, C): (B, h, 1, 1 + N), itself first; or, with
+        a token for each class, (B, h, K, N). They sum to 1."""
+        return self.block.weights(x, self._tokens(x))
+
+
+class ClassHead(nn.Module):
+    """A classifier of pooled tokens, one for each class: each has a linear map of its own to its logit."""
+
+    def __init__(self, dim: int, num_classes: int, **place):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, dim, **place))
+        self.bias = nn.Parameter(torch.zeros(num_classes, **place))
+        trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, K, C) → (B, K)"""
+        return (x * self.weight).sum(-1) + self.bias
+
+
+def init_linear(module: nn.Module) -> None:
+    """Initialises a linear layer as timm's ViTs do."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def check_pooling(pool_tokens: str, num_classes: int) -> int:

@@ -33,7 +33,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """timm's filter for checkpoints of a model's class. What a mechanism adds to them follows the image size; what a
     checkpoint does not have starts as it is in the model; Linformer's projections beside weights of a plain ViT, as
     means of cells."""
-    state_dict = _filter_like_timm(state_dict, model)
+    # timm would rename the scales of aggregation, which are not those of a block.
+    pooling = {key: value for key, value in state_dict.items() if key.startswith('attn_pool.block.')}
+    state_dict = _filter_like_timm({key: v for key, v in state_dict.items() if key not in pooling}, model) | pooling
     for name, module in model.named_modules():
         own = module.state_dict(prefix=f'{name}.') if isinstance(module, Compressor) else {}
         missing, present = sorted(own.keys() - state_dict.keys()), sorted(own.keys() & state_dict.keys())

@@ -1,8 +1,8 @@
 """PatchConvNet: a column of equal convolutional blocks at one resolution, and pooling by attention.
 
 Touvron et al., "Augmenting convolutional networks with attention-based aggregation", 2021, arXiv 2112.13692. Its cost
-grows with the number of patches, and it has no positions, so that it takes images of any size. Parameters have the names
-that the authors' weights have.
+grows with the number of patches, and it has no positions, so that it takes images of any size. Parameters have the
+names that the authors' weights have.
 
     timm.create_model('patch_convnet_s60', num_classes=10)
 
@@ -10,16 +10,16 @@ Dimensions: B images, H × W patches, N of them, C channels, K query tokens.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from itertools import pairwise
 from typing import Any
 
-import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vit_efficient.models.aggregation import AggregationBlock, check_pooling
+from vit_efficient.models.aggregation import AggregationBlock, check_pooling, init_linear
 from vit_efficient.models.registered import build_model, default_cfgs
 from vit_efficient.utils.compat import feature_indices
 from vit_efficient.utils.errors import UserError
@@ -36,7 +36,7 @@ class ConvStem(nn.Module):
         super().__init__()
         widths = [in_chans, *(embed_dim // 2**k for k in reversed(range(_STEM)))]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:]):
+        for before, after in pairwise(widths):
             layers += [nn.Sequential(nn.Conv2d(before, after, 3, 2, 1, bias=False)), nn.GELU()]
         self.proj = nn.Sequential(*layers[:-1])
 
@@ -130,7 +130,7 @@ class PatchConvNet(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.num_classes = -1
         self.reset_classifier(num_classes, global_pool)
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """As timm's. With a token for each class, all that pools begins anew as well."""
@@ -154,7 +154,7 @@ class PatchConvNet(nn.Module):
         else:
             self.head = nn.Linear(self.embed_dim, num_classes, **place) if num_classes else nn.Identity()
         for module in (self.blocks_token_only, self.head):
-            module.apply(_init_weights)
+            module.apply(init_linear)
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -167,7 +167,8 @@ class PatchConvNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """As timm's: which layer a parameter is of, by its name."""
-        return dict(stem=r'^cls_token|^patch_embed', blocks=[(r'^blocks\.(\d+)', None), (r'^blocks_token_only|^norm', (99999,))])
+        blocks = [(r'^blocks\.(\d+)', None), (r'^blocks_token_only|^norm', (99999,))]
+        return dict(stem=r'^cls_token|^patch_embed', blocks=blocks)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, height, width), sides of any size from 1 → (B, C, H, W)"""
@@ -202,7 +203,7 @@ class PatchConvNet(nn.Module):
             return pooled.mean(1)
         if isinstance(self.head, nn.ModuleList):
             weight, bias = (torch.stack([getattr(each, name)[0] for each in self.head]) for name in ('weight', 'bias'))
-            return (pooled * weight).sum(-1) + bias
+            return (pooled * weight).sum(-1) + bias  # names of the authors, where `ClassHead` has one tensor
         return self.head(pooled[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,7 +234,9 @@ class PatchConvNet(nn.Module):
                 features.append(x.permute(0, 3, 1, 2))
         return features if intermediates_only else (x.permute(0, 3, 1, 2), features)
 
-    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True):
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """As timm's: what comes after the last block that is read is taken away."""
         taken, last = feature_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
@@ -242,11 +245,8 @@ class PatchConvNet(nn.Module):
         return taken
 
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def _weights_of(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    return checkpoint.get('model', checkpoint)
 
 
 def _register(size: str, depth: int) -> None:
@@ -254,14 +254,14 @@ def _register(size: str, depth: int) -> None:
 
     def entry_point(pretrained: bool = False, **kwargs) -> nn.Module:
         arguments = dict(embed_dim=WIDTHS[size], depth=depth) | kwargs
-        return build_model(PatchConvNet, name, pretrained, lambda weights, _: weights.get('model', weights), **arguments)
+        return build_model(PatchConvNet, name, pretrained, _weights_of, **arguments)
 
     entry_point.__name__ = entry_point.__qualname__ = name
     entry_point.__doc__ = f'PatchConvNet-{size.upper()}{depth}.'
     entry_point.model_cls = PatchConvNet
-    config = dict(url='', num_classes=1000, input_size=(3, 224, 224), pool_size=(14, 14), crop_pct=1.0, license='apache-2.0')
-    config |= dict(interpolation='bicubic', mean=timm.data.IMAGENET_DEFAULT_MEAN, std=timm.data.IMAGENET_DEFAULT_STD)
-    config |= dict(first_conv='patch_embed.proj.0.0', classifier='head')
+    config = dict(url='', num_classes=1000, input_size=(3, 224, 224), pool_size=(14, 14), crop_pct=1.0)
+    config |= dict(interpolation='bicubic', mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    config |= dict(first_conv='patch_embed.proj.0.0', classifier='head', license='apache-2.0')
     default_cfgs.update(generate_default_cfgs({name: config}))
     register_model(entry_point)
 
