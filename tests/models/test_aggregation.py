@@ -122,7 +122,7 @@ def vit(**options):
 
 @pytest.mark.parametrize(
     'options',
-    [{}, {'pool_heads': 3}, {'pool_tokens': 'class', 'pool_init': 0.1}, dict(class_token=False, reg_tokens=4)],
+    [{}, {'pool_heads': 3}, {'pool_tokens': 'class'}, dict(class_token=False, reg_tokens=4)],
 )
 def test_models_pool_their_patches_and_come_back_from_a_folder(options, tmp_path):
     model, images = vit(**options), torch.randn(2, 3, 32, 64)
