@@ -8,11 +8,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
+from timm.layers import SelectAdaptivePool2d
+from timm.models import VisionTransformer, generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
 from torch import nn
 
 from vit_efficient.attention import trained_options
 from vit_efficient.models import blocks
+from vit_efficient.models.aggregation import Aggregation, Aggregation2d, ClassHead, check_pooling
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.plans import Plan, as_spec
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
@@ -167,6 +169,72 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
     return whole
 
 
+def convert_pool(
+    model: nn.Module, pool: str = 'aggregate', heads: int = 1, tokens: str = 'one', init: float = 1e-4
+) -> nn.Module:
+    """Swaps the pooling of a model for attention of a learned token to all patches, in place (`Aggregation`).
+
+        model = timm.create_model('vit_base_patch16_224', pretrained=True)
+        convert_pool(model)  # and fine-tune it; or a convolutional network, such as resnet50 or convnext_base
+
+    Of a ViT, the class token starts the query, the final norm becomes that of what is pooled, and the classifier stays;
+    with a token for each class its rows become their classifiers. What pools has to be trained.
+
+    Args:
+        model: As for `convert`, of timm's `VisionTransformer`; or a network of timm with one `SelectAdaptivePool2d`.
+        pool: 'aggregate'.
+        heads, init: As of `AggregationBlock`.
+        tokens: 'one'; or 'class', of ViTs, one for each class.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        UserError: If there is no such pooling, or an option is out of range. The model is then as it was.
+    """
+    if pool != 'aggregate':
+        raise UserError(f"convert_pool: pool must be 'aggregate', got {pool!r}")
+    pools = [name for name, module in model.named_modules() if isinstance(module, SelectAdaptivePool2d)]
+    if pools:
+        return _convert_pool_of_maps(model, pools, heads, tokens, init)
+    vit = served_model(model)
+    if type(vit) not in (VisionTransformer, EfficientVisionTransformer):
+        raise UserError(f'cannot convert the pooling of a {type(vit).__name__}; ViTs and convolutional networks are served')
+    queries = check_pooling(tokens, vit.num_classes) if vit.num_classes else 1
+    weight = next(vit.parameters())
+    aggregation = Aggregation(vit.embed_dim, heads, queries, init, device=weight.device, dtype=weight.dtype)
+    swap_attentions(vit, 'full', layers=[])
+    with torch.no_grad():
+        if vit.has_class_token:
+            aggregation.cls_token.copy_(vit.cls_token.expand_as(aggregation.cls_token))
+        if tokens == 'class' and vit.num_classes:
+            head = ClassHead(vit.embed_dim, vit.num_classes, device=weight.device, dtype=weight.dtype)
+            head.weight.copy_(vit.head.weight)
+            head.bias.copy_(vit.head.bias)
+            vit.head = head
+    if isinstance(vit.fc_norm, nn.Identity):
+        vit.norm, vit.fc_norm = vit.fc_norm, vit.norm
+    vit.attn_pool, vit.global_pool, vit.pool_include_prefix = aggregation, 'aggregate', False
+    vit.pool_heads, vit.pool_tokens, vit.pool_init = heads, tokens, init
+    set_model_args(vit, model_arguments(vit))
+    return model
+
+
+def _convert_pool_of_maps(model: nn.Module, pools: list[str], heads: int, tokens: str, init: float) -> nn.Module:
+    if tokens != 'one':
+        raise UserError(f"convert_pool: tokens={tokens!r} is for ViTs; a {type(model).__name__} has 'one'")
+    if len(pools) > 1:
+        raise UserError(f'cannot convert the pooling of a {type(model).__name__}: it has several, {", ".join(pools)}')
+    old = model.get_submodule(pools[0])
+    sample = old(torch.zeros(1, 2, 3, 5))
+    channels_last = sample.flatten().numel() == 5
+    weight = next(model.parameters())
+    place = dict(device=weight.device, dtype=weight.dtype)
+    new = Aggregation2d(model.num_features, heads, init, sample.ndim == 2, channels_last, **place)
+    model.set_submodule(pools[0], new)
+    return model
+
+
 def _indices(layers: int | Iterable[int]) -> list:
     try:
         return [layers] if is_integer(layers) else list(layers)
@@ -174,6 +242,7 @@ def _indices(layers: int | Iterable[int]) -> list:
         raise UserError(f'layers must be an index of a block, or several, got {layers!r}') from error
 
 
+_POOLING = ('heads', 'tokens', 'init')
 default_cfgs = generate_default_cfgs({'vit_converted': DEFAULT_CFG})
 
 
@@ -194,6 +263,9 @@ def vit_converted(
         raise UserError(f"vit_converted: base must name a timm ViT, such as 'vit_base_patch16_224', got {base=}")
 
     def build(without_norm: bool = False, **arguments) -> nn.Module:
+        pooling = {name: arguments.pop(f'pool_{name}') for name in _POOLING if f'pool_{name}' in arguments}
+        if aggregates := arguments.get('global_pool') == 'aggregate':
+            arguments['global_pool'] = 'avg'
         try:
             model = model_entrypoint(base)(pretrained=False, **arguments)
         except TypeError:  # it has no such argument, such as img_size, often because it is no ViT
@@ -208,7 +280,7 @@ def vit_converted(
         if patch_embed == 'dct':
             convert_patch_embed(model, **options)
         swap_attentions(served_model(model), attention, layers, **(attention_kwargs or {}))
-        return model
+        return convert_pool(model, **pooling) if aggregates else model
 
     if not kwargs.get('pretrained_cfg'):  # what images and classes it is for, it has from its base
         config = get_pretrained_cfg(base).to_dict(remove_source=True)

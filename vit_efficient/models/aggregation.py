@@ -111,6 +111,36 @@ class Aggregation(nn.Module):
         return self.block.weights(x, self._tokens(x))
 
 
+class Aggregation2d(nn.Module):
+    """`Aggregation` and the norm of what it gives in the place of timm's pooling of maps.
+
+    Args:
+        dim, num_heads, init_values: As of `AggregationBlock`.
+        flatten: Whether it gives (B, C); else maps of one pixel.
+        channels_last: Whether maps are (B, H, W, C).
+    """
+
+    def __init__(self, dim: int, num_heads: int, init_values: float, flatten: bool, channels_last: bool, **place):
+        super().__init__()
+        self.aggregation = Aggregation(dim, num_heads, 1, init_values, **place)
+        self.norm = nn.LayerNorm(dim, eps=1e-6, **place)
+        self.flattens, self.channels_last = flatten, channels_last
+
+    def _patches(self, x: Tensor) -> Tensor:
+        return x.flatten(1, 2) if self.channels_last else x.flatten(2).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), or (B, H, W, C) → (B, C), or maps of one pixel"""
+        pooled = self.norm(self.aggregation(self._patches(x)))
+        if self.flattens:
+            return pooled
+        return pooled[:, None, None] if self.channels_last else pooled[:, :, None, None]
+
+    def weights(self, x: Tensor) -> Tensor:
+        """(B, h, 1, 1 + H · W), as of `Aggregation`."""
+        return self.aggregation.weights(self._patches(x))
+
+
 class ClassHead(nn.Module):
     """A classifier of pooled tokens, one for each class: each has a linear map of its own to its logit."""
 
