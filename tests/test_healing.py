@@ -205,11 +205,37 @@ def test_a_whitened_update_starts_at_nothing_and_merges_to_the_same():
     for name, parameter in model.named_parameters():
         if name.endswith('.update'):
             parameter.data.normal_()
-    changed = model.forward_features(images)
+    changed, layer = model.forward_features(images), model.blocks[1].mlp.fc1
+    (beside,) = layer.parametrizations.weight
+    assert not torch.allclose(beside.root, torch.eye(24, dtype=torch.float64), atol=0.1)
+    wanted = layer.parametrizations.weight.original + beside.update @ beside.root
+    torch.testing.assert_close(layer.weight, wanted)
     assert (changed - before).abs().max() > 0.1
     merge_updates(model)
     torch.testing.assert_close(model.forward_features(images), changed)
+    torch.testing.assert_close(model.blocks[1].mlp.fc1.weight, wanted)
     assert sorted(model.state_dict()) == sorted(names)
+
+
+def test_layers_that_are_not_called_are_whitened_by_what_their_attention_is_given():
+    torch.manual_seed(0)
+    model = on_grid(timm.create_model('eva02_tiny_patch14_224', depth=1, img_size=28, num_classes=0))
+    model.blocks[0].attn.requires_grad_(True)
+    add_whitened(model)
+    whiten(model, [torch.randn(3, 28, 28)])
+    for name, layer in linear_layers(model):
+        root = layer.parametrizations.weight[0].root
+        assert not torch.allclose(root, torch.eye(len(root)), atol=0.01), name
+
+
+def test_layers_that_are_fixed_stay_so():
+    model = on_grid(tiny())
+    model.blocks[0].requires_grad_(False)
+    student = Student(model)
+    add_whitened(model)
+    student.begin(RECOVER, Teacher(tiny()))
+    learns = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert learns and not any(name.startswith('backbone.blocks.0.') for name in learns)
 
 
 def test_whitened_inputs_are_about_equally_large_in_all_directions():
@@ -230,7 +256,7 @@ def test_whitened_inputs_are_about_equally_large_in_all_directions():
         torch.testing.assert_close(found, values / (values + 0.1), rtol=1e-6, atol=1e-9)
     with pytest.raises(UserError, match='heal.whiten: there is no image'):
         whiten(model, [])
-    with pytest.raises(UserError, match=r'heal.whiten: the inputs of blocks.0.attn.qkv are not finite'):
+    with pytest.raises(UserError, match=r'the inputs of blocks.0.attn.qkv are not finite.*set heal.whiten=0'):
         whiten(model, [images[0] / 0])
 
 

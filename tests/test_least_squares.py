@@ -9,7 +9,7 @@ import torch
 from tests.test_healing import tiny
 from vit_efficient import convert, least_squares
 from vit_efficient.healing import on_grid, tokens_after
-from vit_efficient.least_squares import LAYERS, _System, solve
+from vit_efficient.least_squares import HELD_OUT, LAYERS, _System, solve
 from vit_efficient.utils.errors import UserError
 
 
@@ -111,17 +111,26 @@ def test_of_large_images_some_tokens_count(monkeypatch):
     teacher, found = on_grid(tiny(init_values=0.5)), {}
     for parameter in teacher.parameters():
         parameter.data.mul_(2)
-    image = pictures(17)[16]
-    for tokens in (92, 91, 30):  # of 1 + 7 × 13
+    *images, image = pictures(49)
+    for tokens in (92, 47, 30):  # of 1 + 7 × 13: a step of 1, 1 and 3
         monkeypatch.setattr(least_squares, 'TOKENS', tokens)
         student = convert(copy.deepcopy(teacher), 'subsample', keep_ratio=0.25)
         before = _error(student, teacher, image)
-        solve(student, teacher, pictures(16))
+        solve(student, teacher, images)
         found[tokens] = student.state_dict(), _error(student, teacher, image)
     (first, error), (second, _), (third, with_few) = found.values()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert not torch.equal(third['blocks.0.attn.proj.weight'], first['blocks.0.attn.proj.weight'])
     assert error < before and with_few < before
+
+
+@pytest.mark.parametrize('step', range(1, 9))
+def test_all_tokens_count_in_some_image_that_is_fitted_and_in_some_that_is_held_out(step):
+    tokens = step * least_squares.TOKENS
+    for numbers in (range(HELD_OUT - 1, 512, HELD_OUT), [n for n in range(512) if n % HELD_OUT != HELD_OUT - 1]):
+        counted = [range(tokens)[least_squares._counted(number, tokens)] for number in numbers]
+        assert {len(each) for each in counted} == {least_squares.TOKENS}
+        assert set().union(*counted) == {*range(tokens)}
 
 
 def test_a_model_that_lacks_nothing_stays_as_it_is():

@@ -30,6 +30,7 @@ from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.measurements import digest
 from vit_efficient.weight_updates import ORIGINAL, LowRank, Whitened
 
+SOLVED = 'solved'  # what least squares give, before anything learns; in a run's folder the model that it is
 ALIGN, RECOVER, REFINE = KINDS = ('align', 'recover', 'refine')
 
 

@@ -93,10 +93,8 @@ def solve(
                     stream.teach(theirs, i, place)
                     with _passing(ours, name):
                         found, inputs = ours.before_linear(stream.x, stream.grid, stream.ours(i), place)
-                    system, tokens = held_out if number % HELD_OUT == HELD_OUT - 1 else fitted, found.shape[1]
-                    step = max(1, tokens // TOKENS)
-                    # Now these tokens, then those beside them: a step may be that of an attention, too.
-                    few = slice(number % step, None, step)
+                    system = held_out if _is_held_out(number) else fitted
+                    few = _counted(number, found.shape[1])
                     system.add(inputs[:, few], (stream.target - found)[:, few], stream.target[:, few])
                     if place and not ours.attn.of_block:
                         stream.between = found
@@ -112,6 +110,17 @@ def solve(
             if after_block:
                 after_block()
     return report
+
+
+def _counted(number: int, tokens: int) -> slice:
+    """Those of the tokens of an image that count. From image to image, those held out too, it is others that do: the
+    distance between them may be that of the keys of an attention."""
+    step, before = max(1, tokens // TOKENS), number // HELD_OUT  # images that were held out before this one
+    return slice((before if _is_held_out(number) else number - before) % step, None, step)
+
+
+def _is_held_out(number: int) -> bool:
+    return number % HELD_OUT == HELD_OUT - 1
 
 
 class _Stream:

@@ -4,7 +4,7 @@ and is added to the weight when it has learned.
 Dimensions: F inputs of a linear layer, O outputs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +69,19 @@ def add_low_rank(model: nn.Module, rank: int) -> None:
 
 
 def add_whitened(model: nn.Module) -> None:
-    """Puts a `Whitened` on the weight of each linear layer in the blocks of a model, in place. See `whiten`."""
+    """Puts a `Whitened` on the weight of each linear layer in the blocks of a model, in place, if that learns.
+
+    Roots are the identity until `whiten` gives them theirs.
+    """
     for _, layer in linear_layers(model):
-        parametrize.register_parametrization(layer, 'weight', Whitened(layer.weight))
+        if layer.weight.requires_grad:
+            parametrize.register_parametrization(layer, 'weight', Whitened(layer.weight))
 
 
 @torch.no_grad()
 def whiten(model: nn.Module, images: Sequence[Tensor], after_image: Callable[[], None] | None = None) -> None:
-    """Gives each `Whitened` of a model its root, for the inputs that its layers have of some images.
+    """Gives each `Whitened` of a model, which `add_whitened` has put there, its root, for the inputs that its layers
+    have of some images.
 
     Args:
         images: (channels, height, width) each, preprocessed, of sizes that the model takes.
@@ -87,14 +92,38 @@ def whiten(model: nn.Module, images: Sequence[Tensor], after_image: Callable[[],
     """
     if not images:
         raise UserError('heal.whiten: there is no image to take the inputs of layers from')
-    weight, moments, handles = next(model.parameters()), {}, []
-    for name, layer in linear_layers(model):
+    whitened = {name: layer for name, layer in linear_layers(model) if _root_of(layer) is not None}
+    moments = _moments(model, whitened, images, after_image)
+    # Attentions with biases of their own take the weight of their layer without calling it.
+    unseen = {name: model.get_submodule(name.rpartition('.')[0]) for name in whitened.keys() - moments.keys()}
+    if unseen:
+        moments |= _moments(model, unseen, images, after_image)
+    for name, layer in whitened.items():
+        root = _root_of(layer)
+        if name in moments and len(moments[name]) == len(root):
+            root.copy_(_inverse_root(moments[name], name, root))
 
-        def add(module: nn.Module, args: tuple[Tensor], name: str = name) -> None:
+
+def _root_of(layer: nn.Linear) -> Tensor | None:
+    updates = layer.parametrizations.weight if parametrize.is_parametrized(layer, 'weight') else ()
+    return next((each.root for each in updates if isinstance(each, Whitened)), None)
+
+
+def _moments(
+    model: nn.Module,
+    watched: Mapping[str, nn.Module],
+    images: Sequence[Tensor],
+    after_image: Callable[[], None] | None,
+) -> dict[str, Tensor]:
+    """Of modules that are called, the sums (F, F) over tokens of products of their inputs."""
+    weight, moments, handles = next(model.parameters()), {}, []
+    for name, module in watched.items():
+
+        def add(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
             inputs = args[0].flatten(0, -2).double()
             moments[name] = moments.get(name, 0) + inputs.T @ inputs
 
-        handles.append(layer.register_forward_pre_hook(add))
+        handles.append(module.register_forward_pre_hook(add))
     try:
         with evaluating(model):
             for image in images:
@@ -104,16 +133,15 @@ def whiten(model: nn.Module, images: Sequence[Tensor], after_image: Callable[[],
     finally:
         for handle in handles:
             handle.remove()
-    for name, layer in linear_layers(model):
-        if name in moments:  # all but those of layers that are not run
-            root = layer.parametrizations.weight[0].root
-            root.copy_(_inverse_root(moments[name], name))
+    return moments
 
 
-def _inverse_root(moments: Tensor, name: str) -> Tensor:
+def _inverse_root(moments: Tensor, name: str, root: Tensor) -> Tensor:
     size = moments.diagonal().mean()
-    if not torch.isfinite(moments).all() or not size > 0:
-        raise UserError(f'heal.whiten: the inputs of {name} are not finite, or all 0, of these images')
+    if not torch.isfinite(moments).all():
+        raise UserError(f'heal.whiten: the inputs of {name} are not finite, of these images; set heal.whiten=0')
+    if not size:  # nothing to tell large from small by
+        return root
     values, vectors = torch.linalg.eigh(moments / size)
     return (vectors * (values.clamp(min=0) + DAMPING).rsqrt()) @ vectors.T
 

@@ -25,6 +25,10 @@ def with_backbone(run: Path, wanted: Wanted) -> DenseModel:
         raise UserError(f'--heads {run}: a {type(model).__name__} has no head for patches')
     if not wanted.folder:
         return convert(model, wanted.attention, **wanted.options)
+    if model.reduce > 1:
+        raise UserError(
+            f'--heads {run}: its backbone sees images reduced by {model.reduce}, which no other one learned'
+        )
     size = model.backbone.patch_embed.img_size
     backbone = load_model(wanted.folder, img_size=size, dynamic_img_size=True)
     other = DenseModel(backbone, model.head_name, model.num_classes, **model.head_options)

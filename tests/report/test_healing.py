@@ -48,6 +48,8 @@ def test_runs_that_differ_in_their_seed_have_one_row(tmp_path, capsys):
     assert rows[0]['given_back_std'] == pytest.approx(12.5 * 2**0.5) and rows[0]['hours'] == 1.5
     assert main(['table', 'healing', first, other, '--out', str(tmp_path / 'healing.md')]) == 0
     assert (tmp_path / 'healing.md').read_text() == capsys.readouterr().out
+    with pytest.raises(UserError, match='dct-s0 is given twice'):
+        healed_table([first, first])
     (tmp_path / 'begun').mkdir()
     with pytest.raises(UserError, match='begun: no finished run of vit-efficient heal'):
         healed_table([first, tmp_path / 'begun'])

@@ -95,6 +95,11 @@ def test_a_run_heals_step_by_step_and_says_so(folder, tmp_path):
     assert lines[1]['centred_cosine'] > lines[0]['centred_cosine']
     assert all(len(line['after_blocks']) == 2 and 0 <= line['neighbours'] <= 1 for line in lines)
     assert len(result['solved']) == 4
+    solved = timm.create_model(f'local-dir:{tmp_path}/run/solved', pretrained=True).eval()
+    swapped = convert(load_model(folder / 'pretrained', img_size=(20, 24)), 'dct', keep_ratio=0.25).state_dict()
+    changed = {name for name, value in solved.state_dict().items() if not torch.equal(value, swapped[name])}
+    changed -= {'pos_embed'}  # resized another way
+    assert changed and all('.attn.proj.' in name or '.mlp.fc2.' in name for name in changed)
     assert result['centred_cosine'] == lines[-1]['centred_cosine']
 
     model = timm.create_model(f'local-dir:{tmp_path}/run/model', pretrained=True).eval()
@@ -186,7 +191,44 @@ def test_updates_beside_weights_are_merged_when_saved(folder, tmp_path, heal):
     for name in ('model', 'best'):
         assert load_file(tmp_path / 'run' / name / 'model.safetensors').keys() == names
     assert result['healing'][-1]['centred_cosine'] > result['healing'][0]['centred_cosine']
-    assert any('parametrizations' in name for name in load_checkpoint(tmp_path / 'run/checkpoint.pt')['model'])
+    state = load_checkpoint(tmp_path / 'run/checkpoint.pt')['model']
+    assert any('parametrizations' in name for name in state)
+    roots = [value for name, value in state.items() if name.endswith('.root')]
+    assert len(roots) == (8 if heal.whiten else 0)
+    assert not any(torch.allclose(root, torch.eye(len(root)), atol=0.01) for root in roots)
+    config = recipe(folder, tmp_path / 'other')
+    config.model.init_from = str(tmp_path / 'run/checkpoint.pt')
+    with pytest.raises(UserError, match=r'run with heal\.(lora|whiten), whose updates lie apart'):
+        train(config)
+
+
+def test_least_squares_see_what_training_would_draw(folder, tmp_path, monkeypatch):
+    """Training images, of the final size, more than there are drawn again; not those of validation."""
+    from vit_efficient.train.hooks import healing as hook
+
+    seen, solve = [], hook.solve
+
+    def watched(ours, theirs, images, *rest):
+        seen.extend(images)
+        return solve(ours, theirs, images, *rest)
+
+    monkeypatch.setattr(hook, 'solve', watched)
+    found = {}
+    for drawn in (False, True):
+        seen.clear()
+        config = recipe(folder, tmp_path / f'{drawn}', heal=HealConfig(solve=40), stages=[], **{'sched.epochs': 1})
+        config.sched.warmup_epochs, config.data.schedule = 0, [SizeConfig(0, [16, 16])]
+        if not drawn:
+            augment = config.data.augment
+            augment.crop_scale, augment.color_jitter, augment.hflip = None, 0.0, 0.0
+        train(config)
+        found[drawn] = torch.stack(seen)
+    assert found[True].shape == found[False].shape == (40, 3, 20, 24)
+    config.data.crop_pct = 1.0
+    transform = EvalTransform(Preprocessing.of(load_model(tmp_path / 'False'), config.data))
+    of_training = torch.stack([transform(to_array(image, 3)) for image, _ in UnlabelledImages(folder / 'train')])
+    torch.testing.assert_close(found[False][:24], of_training, rtol=0, atol=0.05)
+    assert not any(torch.equal(a, b) for a in found[True][:24] for b in found[True][24:])
 
 
 def test_stages_may_convert_layer_after_layer(folder, tmp_path):

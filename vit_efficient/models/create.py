@@ -30,7 +30,7 @@ def create_from_spec(name: str, options: dict[str, Any], img_size: int | None = 
     """A model by its name and one set of options, those of its attention and those of timm.create_model.
 
     Args:
-        name: A model of timm, or `convert:BASE:ATTENTION`.
+        name: A model of timm, or `convert:BASE:ATTENTION`, or `convert:BASE:PLAN.yaml`, whose options are the model's.
         options: As `utils.options.parse_spec` reads them. `attention_kwargs` may hold those of the attention, too.
         img_size: Side of square images, in pixels. A model that takes any size is built as it is.
         **factory: device and dtype.

@@ -14,7 +14,7 @@ from vit_efficient.conversion import convert
 from vit_efficient.data.files.images import read_image, to_array
 from vit_efficient.data.preprocessing import EvalTransform
 from vit_efficient.fidelity import final_tokens
-from vit_efficient.healing import on_grid
+from vit_efficient.healing import SOLVED, on_grid
 from vit_efficient.report.evaluation import open_model
 from vit_efficient.report.plot import show_image
 from vit_efficient.report.table import Column, Table
@@ -47,7 +47,7 @@ def healing_table(result: Mapping[str, Any]) -> Table:
 
 
 def healed_table(runs: Sequence[str | Path]) -> Table:
-    """What each run has reached, and what least squares had given it; the mean of runs that differ in their seed alone.
+    """What each run has reached, and what least squares had given it; a mean over seeds.
 
     Args:
         runs: Finished runs of `task` features; NAME-s0, NAME-s1, … are the seeds of one row.
@@ -55,12 +55,16 @@ def healed_table(runs: Sequence[str | Path]) -> Table:
     Raises:
         UserError: If one is not finished, or is of another task.
     """
-    groups: dict[str, list[dict[str, float]]] = {}
-    for path in map(Path, runs):
-        run = RunFolder(path)
+    groups: dict[Path, list[dict[str, float]]] = {}
+    folders = [Path(run).resolve() for run in runs]
+    for path, folder in zip(runs, folders, strict=True):
+        run = RunFolder(folder)
         if not run.is_finished or 'healing' not in run.result:
             raise UserError(f'{path}: no finished run of vit-efficient heal')
-        groups.setdefault(re.sub(r'-s\d+$', '', path.name), []).append(_reached(run.result['healing']))
+        if folders.count(folder) > 1:
+            raise UserError(f'{path} is given twice')
+        group = folder.with_name(re.sub(r'-s\d+$', '', folder.name))
+        groups.setdefault(group, []).append(_reached(run.result['healing']))
     titles = COSINES | {'centred_cosine': 'healed'}
     columns = [Column('run'), Column('images', 'images seen', 0), Column('hours', digits=2)]
     columns += [Column('swapped', 'centred cosine, swapped', 4), Column('solved', digits=4)]
@@ -68,10 +72,10 @@ def healed_table(runs: Sequence[str | Path]) -> Table:
     columns.insert(6, Column('given_back', 'given back (%)', 1, spread='given_back_std'))
     columns += [Column('given_back_std'), Column('seeds')]
     rows = []
-    for name, found in groups.items():
-        row = {'run': name, 'seeds': len(found)}
-        for key in found[0]:
-            values = [each[key] for each in found if key in each]
+    for folder, found in groups.items():
+        row = {'run': folder.name, 'seeds': len(found)}
+        for key in [key for key in found[0] if all(key in each for each in found)]:
+            values = [each[key] for each in found]
             row[key] = fmean(values)
             if key == 'given_back' and len(values) > 1:
                 row['given_back_std'] = stdev(values)
@@ -83,7 +87,7 @@ def _reached(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     first, last = lines[0], lines[-1]
     found = {key: last[key] for key in ('images', 'hours', *COSINES) if last.get(key) is not None}
     found['swapped'] = first['centred_cosine']
-    if lines[1]['features'] == 'solved':
+    if lines[1]['features'] == SOLVED:
         found['solved'] = lines[1]['centred_cosine']
     if first['centred_cosine'] < 1:
         lost = 1 - first['centred_cosine']

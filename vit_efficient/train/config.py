@@ -137,8 +137,8 @@ class HealConfig:
     whiten: int = key(
         0,
         'training images, likewise, after which the inputs of linear layers are whitened for what learns of '
-        'their weights (vit_efficient.weight_updates), which is merged when saved; 16 or more; 0: weights learn as '
-        'they are',
+        'their weights (vit_efficient.weight_updates), which is merged when saved and does not decay; 32 or more; 0: '
+        'weights learn as they are',
         at_least(0),
     )
     lora: int = key(

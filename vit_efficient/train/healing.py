@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -162,6 +163,7 @@ def _tokens_of(model: nn.Module) -> str:
 # Not inference_mode: see `train.evaluation.evaluate`.
 @torch.no_grad()
 @evaluates
+@parametrize.cached()  # weights with updates beside them are put together once
 def evaluate_features(
     model: nn.Module,
     loader: DataLoader,

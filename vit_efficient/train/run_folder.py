@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vit_efficient.data.config import IMAGES_PER_UPDATE
+from vit_efficient.healing import SOLVED
 from vit_efficient.models import save_model
 from vit_efficient.train.checkpoint import CHECKPOINT, check_room, list_checkpoints, load_newest, save_checkpoint
 from vit_efficient.train.config import Config, StageConfig
@@ -41,8 +42,9 @@ PREDICTIONS = 'predictions.csv'
 AREAS = 'class_areas.csv'  # of masks: for each image, the pixels of each class in truth, as predicted, and in both
 _AREAS = ('labelled', 'predicted', 'both')
 SKIPPED = 'skipped.txt'
-MODEL = 'model'  # a model folder, as BEST is
+MODEL = 'model'  # a model folder, as are those beside it
 BEST = 'best'
+MODELS = (MODEL, BEST, SOLVED)
 LOCK = '.lock'
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class RunFolder:
     def of_model(cls, path: str | Path) -> 'RunFolder | None':
         """The run that a path belongs to: its folder, or that of one of its models; None without a run."""
         folder = Path(path).absolute()
-        if folder.name in (MODEL, BEST) and not (folder / RECIPE).exists():
+        if folder.name in MODELS and not (folder / RECIPE).exists():
             folder = folder.parent
         return cls(folder) if (folder / RECIPE).exists() else None
 
@@ -326,14 +328,14 @@ def _begin(folder: Path, experiment: Experiment, state: TrainState) -> None:
     """Checks the room, clears what is not to stay, and writes what the run is."""
     config = experiment.config
     check_room(folder, state.model, state.average is not None, config.checkpoint_keep, config.checkpoint_best)
-    for name in ('', MODEL, BEST):
+    for name in ('', *MODELS):
         remove_unfinished(folder / name)
     if config.resume == 'restart':
         for path in list_checkpoints(folder):
             path.unlink()
         for name in (SKIPPED, METRICS, PREDICTIONS, AREAS):
             (folder / name).unlink(missing_ok=True)
-        for name in (MODEL, BEST, TENSORBOARD):
+        for name in (*MODELS, TENSORBOARD):
             shutil.rmtree(folder / name, ignore_errors=True)
     (folder / RESULT).unlink(missing_ok=True)  # of a run that goes on beyond its end
     write_text(folder / RECIPE, to_yaml(config))

@@ -70,7 +70,7 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
         base, _, rest = options.partition(':')
         attention, _, options = rest.partition(',')
         if not base or not re.fullmatch(r'\w+|.+\.ya?ml', attention):
-            raise UserError(f'expected convert:BASE:ATTENTION[,KEY=VALUE,…], got {text!r}')
+            raise UserError(f'expected convert:BASE:ATTENTION[,KEY=VALUE,…] or convert:BASE:PLAN.yaml, got {text!r}')
         name = f'{name}:{base}:{attention}'
     parts, depth = [''] if options else [], 0
     for character in options:

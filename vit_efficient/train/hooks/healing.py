@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from vit_efficient.healing import Student
+from vit_efficient.healing import SOLVED, Student
 from vit_efficient.least_squares import solve
 from vit_efficient.train import sharding
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.hooks import TrainingHook, register_hook
 from vit_efficient.utils.errors import UserError
+from vit_efficient.utils.files import writing
 from vit_efficient.weight_updates import whiten
 
-SWAPPED, SOLVED = 'swapped', 'solved'
+SWAPPED = 'swapped'
 _DONE = {'align': 'aligned', 'recover': 'recovered', 'refine': 'refined'}
 
 
@@ -53,6 +54,7 @@ class Healing(TrainingHook):
             if 'solved' not in self.memory:
                 self._solve(trainer)
             lines.append(self._measured(SOLVED, trainer))
+            self._save_solved(trainer)
             trainer.save()
         if self.config.whiten:
             self._whiten(trainer)
@@ -69,6 +71,14 @@ class Healing(TrainingHook):
             pair = student.backbone, self.task.teacher.model
             solved = solve(*pair, images, self.config.ridge, trainer.stop.check)
         self.memory['solved'], self.memory['images'] = [each._asdict() for each in solved], len(images)
+
+    def _save_solved(self, trainer) -> None:
+        """For who finds that training has made it worse."""
+        state, experiment = trainer.state, trainer.experiment
+        model = state.whole(state.evaluated)
+        if experiment.team.is_first:
+            with writing(trainer.folder.path / SOLVED, '; resume=auto begins with the first update'):
+                trainer.folder.save_model(experiment.task.product(model), experiment, SOLVED)
 
     def _whiten(self, trainer) -> None:
         images = self._images(trainer, self.config.whiten)

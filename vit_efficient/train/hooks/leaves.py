@@ -28,7 +28,8 @@ class LeafOccupancy(TrainingHook):
         # Of compiled blocks it would see no inputs.
         eager = torch.compiler.set_stance('force_eager')
         with eager, autocast(experiment.team.device, experiment.config.amp):
-            occupancies = leaf_occupancy(state.evaluated, images)
+            model = state.evaluated
+            occupancies = leaf_occupancy(model if hasattr(model, 'blocks') else model.backbone, images)
         return {
             f'block{layer}/{name}': value
             for layer, occupancy in occupancies.items()
