@@ -21,8 +21,8 @@ from vit_efficient.healing import (
     part_loss,
     tokens_after,
 )
+from vit_efficient.low_rank import add_low_rank, merge_low_rank
 from vit_efficient.utils.errors import UserError
-from vit_efficient.weight_updates import add_low_rank, add_whitened, linear_layers, merge_updates, whiten
 
 
 def tiny(registers=0, **options):
@@ -184,80 +184,20 @@ def test_a_low_rank_update_starts_at_nothing_and_merges_to_the_same():
             parameter.data.normal_()
     changed = model.forward_features(images)
     assert (changed - before).abs().max() > 0.1
-    merge_updates(model)
+    merge_low_rank(model)
     torch.testing.assert_close(model.forward_features(images), changed)
     assert sorted(model.state_dict()) == sorted(names)
     with pytest.raises(UserError, match=r'heal.lora=25 is above the width of blocks.0.attn.qkv, 24'):
         add_low_rank(model, 25)
 
 
-def test_a_whitened_update_starts_at_nothing_and_merges_to_the_same():
-    model, images = on_grid(tiny()), torch.randn(1, 3, 28, 52, dtype=torch.float64)
-    before, names = model.forward_features(images), [*model.state_dict()]
-    add_whitened(model)
-    whiten(model, [torch.randn(3, 28, 52, dtype=torch.float64), torch.randn(3, 28, 52, dtype=torch.float64)])
-    torch.testing.assert_close(model.forward_features(images), before)
-    student = Student(model)
-    student.begin(RECOVER, Teacher(tiny()))
-    fixed = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
-    assert fixed == {f'backbone.{name}.parametrizations.weight.original' for name, _ in linear_layers(model)}
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if name.endswith('.update'):
-            parameter.data.normal_()
-    changed, layer = model.forward_features(images), model.blocks[1].mlp.fc1
-    (beside,) = layer.parametrizations.weight
-    assert not torch.allclose(beside.root, torch.eye(24, dtype=torch.float64), atol=0.1)
-    wanted = layer.parametrizations.weight.original + beside.update @ beside.root
-    torch.testing.assert_close(layer.weight, wanted)
-    assert (changed - before).abs().max() > 0.1
-    merge_updates(model)
-    torch.testing.assert_close(model.forward_features(images), changed)
-    torch.testing.assert_close(model.blocks[1].mlp.fc1.weight, wanted)
-    assert sorted(model.state_dict()) == sorted(names)
-
-
-def test_layers_that_are_not_called_are_whitened_by_what_their_attention_is_given():
-    torch.manual_seed(0)
-    model = on_grid(timm.create_model('eva02_tiny_patch14_224', depth=1, img_size=28, num_classes=0))
-    model.blocks[0].attn.requires_grad_(True)
-    add_whitened(model)
-    whiten(model, [torch.randn(3, 28, 28)])
-    for name, layer in linear_layers(model):
-        root = layer.parametrizations.weight[0].root
-        assert not torch.allclose(root, torch.eye(len(root)), atol=0.01), name
-
-
 def test_layers_that_are_fixed_stay_so():
     model = on_grid(tiny())
     model.blocks[0].requires_grad_(False)
     student = Student(model)
-    add_whitened(model)
     student.begin(RECOVER, Teacher(tiny()))
     learns = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     assert learns and not any(name.startswith('backbone.blocks.0.') for name in learns)
-
-
-def test_whitened_inputs_are_about_equally_large_in_all_directions():
-    """Against the inputs of each layer, by hand: a direction that has v times their mean square has v / (v + 0.1)."""
-    model, inputs = on_grid(tiny()), {}
-    add_whitened(model)
-    images = [torch.randn(3, 28, 52, dtype=torch.float64), torch.randn(3, 28, 52, dtype=torch.float64)]
-    layers = dict(linear_layers(model))
-    for name, layer in layers.items():
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0][0]))
-    whiten(model, images)
-    for name, layer in layers.items():
-        seen = torch.cat(inputs[name])
-        seen = seen / seen.square().mean().sqrt()
-        root = layer.parametrizations.weight[0].root
-        values = torch.linalg.eigvalsh(seen.T @ seen / len(seen)).clamp(min=0)
-        found = torch.linalg.eigvalsh((seen @ root).T @ (seen @ root) / len(seen))
-        torch.testing.assert_close(found, values / (values + 0.1), rtol=1e-6, atol=1e-9)
-    with pytest.raises(UserError, match='heal.whiten: there is no image'):
-        whiten(model, [])
-    with pytest.raises(UserError, match=r'the inputs of blocks.0.attn.qkv are not finite.*set heal.whiten=0'):
-        whiten(model, [images[0] / 0])
 
 
 def test_models_without_one_grid_are_refused():

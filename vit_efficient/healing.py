@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vit_efficient.conversion import swap_attentions
 from vit_efficient.grid import PatchGrid
+from vit_efficient.low_rank import ORIGINAL, LowRank
 from vit_efficient.models import blocks
 from vit_efficient.models.backbone import BACKBONE, WithBackbone
 from vit_efficient.models.forward import GridForward
@@ -28,7 +29,6 @@ from vit_efficient.models.served import served_model
 from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.measurements import digest
-from vit_efficient.weight_updates import ORIGINAL, LowRank, Whitened
 
 SOLVED = 'solved'  # what least squares give, before anything learns; in a run's folder the model that it is
 ALIGN, RECOVER, REFINE = KINDS = ('align', 'recover', 'refine')
@@ -117,16 +117,12 @@ class Student(WithBackbone):
             wanted = {part if part in attentions else f'{part}.attn' for part in self.parts}
             aligned = {id(p) for name in wanted for p in self.backbone.get_submodule(name).parameters()}
         known = {name for name, _ in teacher.model.named_parameters()}
-        low_rank, whitened = self._has(LowRank), self._has(Whitened)
+        low_rank = any(isinstance(module, LowRank) for module in self.modules())
         for name, parameter in self.named_parameters():
             # With low-rank updates these learn, and what an attention has that the teacher's has not.
             inner = name.removeprefix(BACKBONE).replace(ORIGINAL, 'weight')
             learns = inner not in known if low_rank else name not in self._fixed
-            learns = learns and not (whitened and name.endswith(ORIGINAL))
             parameter.requires_grad_(learns and (kind != ALIGN or id(parameter) in aligned))
-
-    def _has(self, kind: type[nn.Module]) -> bool:
-        return any(isinstance(module, kind) for module in self.modules())
 
     def forward(self, images: Tensor, given: Sequence[Given] = (), layers: Sequence[int] | None = None) -> list[Tensor]:
         """`tokens_after` the blocks `layers`, by default the student's own; or what its parts make of what they are

@@ -134,13 +134,6 @@ class HealConfig:
         at_least(0),
     )
     ridge: float = key(1.0, 'of these, in units of the mean square of an input of a layer', POSITIVE)
-    whiten: int = key(
-        0,
-        'training images, likewise, after which the inputs of linear layers are whitened for what learns of '
-        'their weights (vit_efficient.weight_updates), which is merged when saved and does not decay; 32 or more; 0: '
-        'weights learn as they are',
-        at_least(0),
-    )
     lora: int = key(
         0, 'rank of what is learned of each linear layer, added to its weight when saved; 0: all learns', at_least(0)
     )

@@ -26,6 +26,7 @@ from vit_efficient.healing import (
     converted_parts,
     part_loss,
 )
+from vit_efficient.low_rank import add_low_rank, merge_low_rank
 from vit_efficient.models import load_model
 from vit_efficient.train.build import create_backbone
 from vit_efficient.train.config import Config, StageConfig
@@ -36,7 +37,6 @@ from vit_efficient.train.tasks import Task
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import evaluates
 from vit_efficient.utils.precision import autocast, real_dtype
-from vit_efficient.weight_updates import add_low_rank, add_whitened, merge_updates
 
 _OF_SIZE = ('img_size', 'dynamic_img_size')
 
@@ -107,7 +107,7 @@ class FeatureTask(Task):
         """The model that a student has become."""
         if any('.parametrizations.' in name for name, _ in model.named_parameters()):
             model = copy.deepcopy(model)
-            merge_updates(model.backbone)
+            merge_low_rank(model.backbone)
         return model.backbone
 
 
@@ -143,8 +143,6 @@ def create_student(config: Config) -> tuple[Student, Teacher]:
         )
     if keys.lora:
         add_low_rank(student.backbone, keys.lora)
-    if keys.whiten:
-        add_whitened(student.backbone)
     return student, teacher
 
 
@@ -163,7 +161,7 @@ def _tokens_of(model: nn.Module) -> str:
 # Not inference_mode: see `train.evaluation.evaluate`.
 @torch.no_grad()
 @evaluates
-@parametrize.cached()  # weights with updates beside them are put together once
+@parametrize.cached()  # weights with a change beside them are put together once
 def evaluate_features(
     model: nn.Module,
     loader: DataLoader,

@@ -212,10 +212,6 @@ def _check_healing(config: Config) -> None:
     _require(config, off, 'task=features, which has no labels, and a teacher of its own')
     if not any((keys.prefix, keys.patch, keys.centred, keys.smooth)):
         raise UserError('heal: one of prefix, patch, centred and smooth must be above 0, or nothing is learned')
-    if keys.lora and keys.whiten:
-        raise UserError(
-            f'heal.whiten={keys.whiten} is of whole updates, heal.lora={keys.lora} of low-rank ones; set one to 0'
-        )
 
 
 def _check_stages(config: Config) -> None:

@@ -100,9 +100,7 @@ class TrainState:
         experiment = self.experiment
         if experiment.team.world_size > 1 and not experiment.sharded:
             unused = has_unused_parameters(self.model, experiment.blank_input(), experiment.config.amp)
-            # The roots of whitened updates are large, and the same in all processes.
-            options = {'find_unused_parameters': unused, 'broadcast_buffers': not experiment.config.heal.whiten}
-            self.forward = DistributedDataParallel(self.model, **options)
+            self.forward = DistributedDataParallel(self.model, find_unused_parameters=unused)
         if experiment.config.compile:
             for model in (self.model, self.average.module) if self.average else (self.model,):
                 compile_blocks(model)

@@ -74,12 +74,11 @@ class Source:
                 f'model.init_from={path} belongs to a run whose stages change the model; give the folder of the '
                 'finished run, which says what it has become'
             )
-        for key in ('heal.lora', 'heal.whiten'):
-            if identity.get(key):
-                raise UserError(
-                    f'model.init_from={path} belongs to a run with {key}, whose updates lie apart there; give the '
-                    'folder of the finished run'
-                )
+        if identity.get('heal.lora'):
+            raise UserError(
+                f'model.init_from={path} belongs to a run with heal.lora, whose updates lie apart there; give the '
+                'folder of the finished run'
+            )
         given = {key.removeprefix('model.'): value for key, value in identity.items() if key.startswith('model.')}
         model = ModelConfig(**{key: value for key, value in given.items() if key in vars(ModelConfig())})
         return cls(path, state.get('ema') or state['model'], model, state.get('preprocessing', {}))

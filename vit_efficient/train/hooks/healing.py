@@ -2,21 +2,18 @@
 
 import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from vit_efficient.healing import SOLVED, Student
+from vit_efficient.healing import SOLVED
 from vit_efficient.least_squares import solve
 from vit_efficient.train import sharding
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.hooks import TrainingHook, register_hook
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import writing
-from vit_efficient.weight_updates import whiten
 
 SWAPPED = 'swapped'
 _DONE = {'align': 'aligned', 'recover': 'recovered', 'refine': 'refined'}
@@ -56,8 +53,6 @@ class Healing(TrainingHook):
             lines.append(self._measured(SOLVED, trainer))
             self._save_solved(trainer)
             trainer.save()
-        if self.config.whiten:
-            self._whiten(trainer)
 
     def _measured(self, name: str, trainer) -> dict[str, Any]:
         evaluation = trainer.measure(trainer.state.evaluated)
@@ -65,11 +60,14 @@ class Healing(TrainingHook):
         return self._line(name, trainer, evaluation)
 
     def _solve(self, trainer) -> None:
-        images = self._images(trainer, self.config.solve)
+        """In all processes alike, on a copy, so that a stop changes nothing."""
+        state, images, start = trainer.state, self._images(trainer, self.config.solve), time.perf_counter()
         trainer.log.say(f'least squares over {len(images)} images')
-        with self._changing(trainer) as student:
-            pair = student.backbone, self.task.teacher.model
-            solved = solve(*pair, images, self.config.ridge, trainer.stop.check)
+        student = copy.deepcopy(state.whole(state.model, everywhere=True))
+        solved = solve(student.backbone, self.task.teacher.model, images, self.config.ridge, trainer.stop.check)
+        for model in (state.model, state.average.module) if state.average else (state.model,):
+            sharding.load_model_state(model, student.state_dict())
+        state.progress.train_seconds += time.perf_counter() - start
         self.memory['solved'], self.memory['images'] = [each._asdict() for each in solved], len(images)
 
     def _save_solved(self, trainer) -> None:
@@ -79,22 +77,6 @@ class Healing(TrainingHook):
         if experiment.team.is_first:
             with writing(trainer.folder.path / SOLVED, '; resume=auto begins with the first update'):
                 trainer.folder.save_model(experiment.task.product(model), experiment, SOLVED)
-
-    def _whiten(self, trainer) -> None:
-        images = self._images(trainer, self.config.whiten)
-        trainer.log.say(f'inputs of linear layers are whitened, by {len(images)} images')
-        with self._changing(trainer) as student:
-            whiten(student.backbone, images, trainer.stop.check)
-
-    @contextmanager
-    def _changing(self, trainer) -> Iterator[Student]:
-        """A context that changes the student, in all processes alike, by a copy, so that a stop changes nothing."""
-        state, start = trainer.state, time.perf_counter()
-        student = copy.deepcopy(state.whole(state.model, everywhere=True))
-        yield student
-        for model in (state.model, state.average.module) if state.average else (state.model,):
-            sharding.load_model_state(model, student.state_dict())
-        state.progress.train_seconds += time.perf_counter() - start
 
     def _images(self, trainer, count: int) -> list[Tensor]:
         """Of the training set, evenly spread, and drawn as training would draw them, at data.img_size; more than there
