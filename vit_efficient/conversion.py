@@ -8,15 +8,15 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import SelectAdaptivePool2d
 from timm.models import VisionTransformer, generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
 from torch import nn
 
 from vit_efficient.attention import trained_options
 from vit_efficient.models import blocks
-from vit_efficient.models.aggregation import Aggregation, Aggregation2d, ClassHead, check_pooling
+from vit_efficient.models.aggregation import Aggregation, ClassHead, check_pooling
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.plans import Plan, as_spec
+from vit_efficient.models.pooled_cnn import aggregate_maps, pooled_maps
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
 from vit_efficient.models.served import MODELS, served_model
@@ -178,7 +178,8 @@ def convert_pool(
         convert_pool(model)  # and fine-tune it; or a convolutional network, such as resnet50 or convnext_base
 
     Of a ViT, the class token starts the query, the final norm becomes that of what is pooled, and the classifier stays;
-    with a token for each class its rows become their classifiers. What pools has to be trained.
+    with a token for each class its rows become their classifiers. What pools has to be trained. Of a convolutional
+    network, give the number of classes before: `reset_classifier` of some of timm's puts its mean back.
 
     Args:
         model: As for `convert`, of timm's `VisionTransformer`; or a network of timm with one `SelectAdaptivePool2d`.
@@ -194,12 +195,15 @@ def convert_pool(
     """
     if pool != 'aggregate':
         raise UserError(f"convert_pool: pool must be 'aggregate', got {pool!r}")
-    pools = [name for name, module in model.named_modules() if isinstance(module, SelectAdaptivePool2d)]
-    if pools:
-        return _convert_pool_of_maps(model, pools, heads, tokens, init)
+    if pooled_maps(model):
+        if tokens != 'one':
+            raise UserError(f"convert_pool: tokens={tokens!r} is for ViTs; a {type(model).__name__} has 'one'")
+        return aggregate_maps(model, heads, init)
     vit = served_model(model)
     if type(vit) not in (VisionTransformer, EfficientVisionTransformer):
-        raise UserError(f'cannot convert the pooling of a {type(vit).__name__}; ViTs and convolutional networks are served')
+        raise UserError(
+            f'cannot convert the pooling of a {type(vit).__name__}; ViTs and convolutional networks are served'
+        )
     queries = check_pooling(tokens, vit.num_classes) if vit.num_classes else 1
     weight = next(vit.parameters())
     aggregation = Aggregation(vit.embed_dim, heads, queries, init, device=weight.device, dtype=weight.dtype)
@@ -207,31 +211,16 @@ def convert_pool(
     with torch.no_grad():
         if vit.has_class_token:
             aggregation.cls_token.copy_(vit.cls_token.expand_as(aggregation.cls_token))
-        if tokens == 'class' and vit.num_classes:
-            head = ClassHead(vit.embed_dim, vit.num_classes, device=weight.device, dtype=weight.dtype)
-            head.weight.copy_(vit.head.weight)
-            head.bias.copy_(vit.head.bias)
+        wanted = ClassHead if tokens == 'class' else nn.Linear
+        if vit.num_classes and type(vit.head) is not wanted:
+            head = wanted(vit.embed_dim, vit.num_classes, device=weight.device, dtype=weight.dtype)
+            head.load_state_dict(vit.head.state_dict())
             vit.head = head
     if isinstance(vit.fc_norm, nn.Identity):
         vit.norm, vit.fc_norm = vit.fc_norm, vit.norm
     vit.attn_pool, vit.global_pool, vit.pool_include_prefix = aggregation, 'aggregate', False
     vit.pool_heads, vit.pool_tokens, vit.pool_init = heads, tokens, init
     set_model_args(vit, model_arguments(vit))
-    return model
-
-
-def _convert_pool_of_maps(model: nn.Module, pools: list[str], heads: int, tokens: str, init: float) -> nn.Module:
-    if tokens != 'one':
-        raise UserError(f"convert_pool: tokens={tokens!r} is for ViTs; a {type(model).__name__} has 'one'")
-    if len(pools) > 1:
-        raise UserError(f'cannot convert the pooling of a {type(model).__name__}: it has several, {", ".join(pools)}')
-    old = model.get_submodule(pools[0])
-    sample = old(torch.zeros(1, 2, 3, 5))
-    channels_last = sample.flatten().numel() == 5
-    weight = next(model.parameters())
-    place = dict(device=weight.device, dtype=weight.dtype)
-    new = Aggregation2d(model.num_features, heads, init, sample.ndim == 2, channels_last, **place)
-    model.set_submodule(pools[0], new)
     return model
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vit_efficient import count_flops
+from vit_efficient.attention_maps import attention_maps
 from vit_efficient.utils.errors import UserError
 
 PUBLISHED = {'s60': (25.2, 4.0), 's120': (47.7, 7.5), 'b60': (99.4, 15.8), 'b120': (188.6, 29.9)}
@@ -112,7 +113,9 @@ def test_official_weights_load_by_their_names_and_the_output_is_that_of_the_equa
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     expected, alpha = slow(state, images)
     torch.testing.assert_close(model(images), expected)
-    torch.testing.assert_close(model.pool_weights(images)[:, 0, 0], alpha)
+    maps = attention_maps(model, images)
+    torch.testing.assert_close(maps.patches[:, 0, 0].flatten(1), alpha[:, 1:])
+    torch.testing.assert_close(maps.others[:, 0, 0], alpha[:, 0])
 
 
 def test_any_size_is_taken_and_a_shift_by_a_patch_shifts_what_lies_within():
@@ -129,9 +132,9 @@ def test_any_size_is_taken_and_a_shift_by_a_patch_shifts_what_lies_within():
 def test_a_token_for_each_class_has_a_map_and_a_classifier_of_its_own():
     model = tiny(pool_tokens='class')
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    weights = model.pool_weights(images)
-    assert weights.shape == (2, 1, 3, 24)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 1, 3, dtype=torch.float64))
+    maps = attention_maps(model, images)
+    assert maps.patches.shape == (2, 1, 3, 4, 6) and not maps.others.any()
+    torch.testing.assert_close(maps.patches.sum((-1, -2)), torch.ones(2, 1, 3, dtype=torch.float64))
     pooled = model.pooled(model.forward_features(images))
     expected = torch.cat([model.head[k](pooled[:, k]) for k in range(3)], 1)
     torch.testing.assert_close(model(images), expected)

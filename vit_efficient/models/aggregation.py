@@ -33,20 +33,13 @@ class AggregationAttention(ClassAttn):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _asked(self, x: Tensor) -> Tensor:
-        return x if self.num_queries == 1 else x[:, self.num_queries :]
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, K + N, C), the query tokens first → (B, K, C)"""
-        seen, dropout = self._asked(x), self.attn_drop.p if self.training else 0.0
+        seen = x if self.num_queries == 1 else x[:, self.num_queries :]
+        dropout = self.attn_drop.p if self.training else 0.0
         q, k, v = (self._heads(y) for y in (self.q(x[:, : self.num_queries]), self.k(seen), self.v(seen)))
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
-
-    def weights(self, x: Tensor) -> Tensor:
-        """What each query gives to what it asks: (B, h, K, 1 + N), itself first, or (B, h, K, N); they sum to 1."""
-        q, k = self._heads(self.q(x[:, : self.num_queries])), self._heads(self.k(self._asked(x)))
-        return (self.scale * q @ k.transpose(-2, -1)).softmax(-1)
 
 
 class AggregationBlock(LayerScaleBlockClassAttn):
@@ -74,10 +67,6 @@ class AggregationBlock(LayerScaleBlockClassAttn):
             **options,
         )
 
-    def weights(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """Those of its attention, of patches (B, N, C) and query tokens (B, K, C)."""
-        return self.attn.weights(self.norm1(torch.cat((tokens, x), dim=1)))
-
 
 class Aggregation(nn.Module):
     """Pooling of patches, which timm's ViTs call `attn_pool`.
@@ -97,18 +86,10 @@ class Aggregation(nn.Module):
     def num_queries(self) -> int:
         return self.cls_token.shape[1]
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        return self.cls_token.expand(len(x), -1, -1)
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) → (B, C); with a token for each class (B, K, C)"""
-        pooled = self.block(x, self._tokens(x))
+        pooled = self.block(x, self.cls_token.expand(len(x), -1, -1))
         return pooled[:, 0] if self.num_queries == 1 else pooled
-
-    def weights(self, x: Tensor) -> Tensor:
-        """What each query token gives to what it asks, of patches (B, N, C): (B, h, 1, 1 + N), itself first; or, with
-        a token for each class, (B, h, K, N). They sum to 1."""
-        return self.block.weights(x, self._tokens(x))
 
 
 class Aggregation2d(nn.Module):
@@ -126,19 +107,13 @@ class Aggregation2d(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6, **place)
         self.flattens, self.channels_last = flatten, channels_last
 
-    def _patches(self, x: Tensor) -> Tensor:
-        return x.flatten(1, 2) if self.channels_last else x.flatten(2).transpose(1, 2)
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W), or (B, H, W, C) → (B, C), or maps of one pixel"""
-        pooled = self.norm(self.aggregation(self._patches(x)))
+        patches = x.flatten(1, 2) if self.channels_last else x.flatten(2).transpose(1, 2)
+        pooled = self.norm(self.aggregation(patches))
         if self.flattens:
             return pooled
         return pooled[:, None, None] if self.channels_last else pooled[:, :, None, None]
-
-    def weights(self, x: Tensor) -> Tensor:
-        """(B, h, 1, 1 + H · W), as of `Aggregation`."""
-        return self.aggregation.weights(self._patches(x))
 
 
 class ClassHead(nn.Module):

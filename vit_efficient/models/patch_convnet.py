@@ -19,6 +19,7 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vit_efficient.grid import PatchGrid
 from vit_efficient.models.aggregation import AggregationBlock, check_pooling, init_linear
 from vit_efficient.models.registered import build_model, default_cfgs
 from vit_efficient.utils.compat import feature_indices
@@ -177,22 +178,19 @@ class PatchConvNet(nn.Module):
             x = self._run(block, x)
         return x.permute(0, 3, 1, 2)
 
+    def grid_of(self, height: int, width: int) -> PatchGrid:
+        """The layout of the patches of an image, given its sides in pixels."""
+        return PatchGrid(-(-height // _PATCH), -(-width // _PATCH))
+
     def _embed(self, x: Tensor) -> Tensor:
         return self.patch_embed(x).permute(0, 2, 3, 1)
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
 
-    def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.flatten(2).transpose(1, 2), self.cls_token.expand(len(x), -1, -1)
-
     def pooled(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, K, C)"""
-        return self.norm(self.blocks_token_only[0](*self._tokens(x)))
-
-    def pool_weights(self, x: Tensor) -> Tensor:
-        """What pooling looks at: (B, 1, 1, 1 + H · W), the query token itself first, or (B, 1, classes, H · W)."""
-        return self.blocks_token_only[0].weights(*self._tokens(self.forward_features(x)))
+        return self.norm(self.blocks_token_only[0](x.flatten(2).transpose(1, 2), self.cls_token.expand(len(x), -1, -1)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H, W) → (B, classes), or (B, C), the mean over tokens of classes, without classifier."""
