@@ -6,7 +6,7 @@ import torch
 from timm.models.cait import LayerScaleBlockClassAttn
 from torch.nn import functional as F
 
-from vit_efficient import save_model
+from vit_efficient import convert_pool, save_model
 from vit_efficient.attention_maps import recorded_weights
 from vit_efficient.models.aggregation import Aggregation, AggregationBlock, ClassHead
 from vit_efficient.utils.errors import UserError
@@ -155,6 +155,24 @@ def test_a_classifier_may_be_another():
     assert model(images).shape == (1, 3) and model.attn_pool is None
     model.reset_classifier(4, 'aggregate')
     assert model(images).shape == (1, 4) and model.attn_pool.num_queries == 4
+
+
+@pytest.mark.parametrize('tokens', ['one', 'class'])
+@pytest.mark.parametrize('pool', ['token', 'map'])
+def test_weights_of_a_model_that_pooled_otherwise_are_taken_as_by_convert_pool(pool, tokens, caplog):
+    torch.manual_seed(0)
+    plain = timm.create_model('vit_full_tiny', img_size=32, depth=2, embed_dim=24, num_heads=2, global_pool=pool)
+    config = dict(state_dict=plain.state_dict(), num_classes=1000)
+    options = dict(img_size=32, depth=2, embed_dim=24, num_heads=2, global_pool='aggregate', pool_tokens=tokens)
+    with caplog.at_level('INFO', 'vit_efficient'):
+        model = timm.create_model('vit_full_tiny', pretrained=True, pretrained_cfg_overlay=config, **options).eval()
+    assert 'not in the weights, so as it begins: attn_pool' in caplog.text
+    expected = convert_pool(plain.eval(), tokens=tokens)
+    fresh = {key: value for key, value in model.attn_pool.state_dict().items() if key != 'cls_token'}
+    expected.attn_pool.load_state_dict(fresh, strict=False)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.attn_pool.cls_token, expected.attn_pool.cls_token)
+    assert torch.equal(model(images), expected(images))
 
 
 def test_it_is_exported_and_compiled():
