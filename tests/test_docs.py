@@ -65,6 +65,7 @@ SMALLER = {
     'plan': '--img-size 224 --enlarge --limit 2 --refine 1 --no-memory --device cpu',
     'plot': '',
     'leaves': '',
+    'attention-map': '',
     'truncate': '',
     'export': '',
     'recipe list': '',

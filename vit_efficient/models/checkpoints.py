@@ -72,7 +72,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 def _pooling_of(saved: dict[str, Tensor], state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """What a model pools by attention with, where weights are of one that pools otherwise, as `convert_pool` has it.
 
-    It begins as it is, with the class token for its own; the final norm, in `state_dict`, becomes that of what is pooled.
+    It begins as it is, with the class token for its own; in `state_dict` the final norm becomes that of what is pooled.
     """
     own = {key: value for key, value in model.state_dict().items() if key.startswith(('attn_pool.', 'fc_norm.'))}
     wanted = {key: value for key, value in own.items() if key.startswith('attn_pool.')}
