@@ -52,6 +52,24 @@ def test_the_class_token_looks_as_its_scores_say(registers, block):
     assert converted.patches.shape == (2, 2, 1, 7, 13)
 
 
+def test_the_class_token_of_rotary_positions_looks_as_its_scores_say():
+    torch.manual_seed(0)
+    model = timm.create_model('vit_full_rope_tiny', img_size=32, embed_dim=24, depth=2, num_heads=2, num_classes=5)
+    model, given = model.double().eval(), torch.randn(1, 3, 32, 64, dtype=torch.float64)
+    found, block = attention_maps(model, given), model.blocks[1]
+    assert found.patches.shape == (1, 2, 1, 2, 4)
+    seen = []
+    handle = block.attn.register_forward_hook(
+        lambda _, args, kwargs, out: seen.append((args, kwargs)), with_kwargs=True
+    )
+    block.attn.fused_attn, drop = False, []
+    block.attn.attn_drop.register_forward_hook(lambda _, args, out: drop.append(args[0]))
+    model(given)
+    handle.remove()
+    prefix = model.num_prefix_tokens
+    torch.testing.assert_close(found.patches[:, :, 0].flatten(2), drop[0][:, :, 0, prefix:])
+
+
 @pytest.mark.parametrize('include', [True, False])
 def test_timms_attention_pooling_looks_as_its_scores_say(include):
     model, given = tiny(global_pool='map', reg_tokens=2, pool_include_prefix=include), images()

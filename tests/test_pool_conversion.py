@@ -45,6 +45,25 @@ def test_whatever_pooled_before(pool, tmp_path):
     assert again.attention_spec() == model.attention_spec()
 
 
+@pytest.mark.parametrize(
+    'name', ['eva02_tiny_patch14_224', 'vit_full_rope_tiny', 'vit_dct_tiny', 'vit_small_patch16_dinov3']
+)
+def test_other_families_pool_their_patches_too(name, tmp_path):
+    side = 28 if 'patch14' in name else 32
+    model = convert_pool(vit(name, img_size=side), tokens='class', init=0.1).eval()
+    given, prefix = images(side), model.num_prefix_tokens
+    pooled = model.fc_norm(model.attn_pool(model.forward_features(given)[:, prefix:]))
+    torch.testing.assert_close(model(given), model.head(pooled))
+    assert isinstance(model.norm, nn.Identity) and not isinstance(model.fc_norm, nn.Identity)
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path).eval()(given), model(given))
+    model.reset_classifier(7)
+    assert model(given).shape == (2, 7)
+    if name.startswith('vit_full'):
+        made = vit(name, global_pool='aggregate', pool_heads=2)
+        assert made.attn_pool.block.attn.num_heads == 2 and made(given).shape == (2, 5)
+
+
 def test_a_token_for_each_class_and_back(tmp_path):
     model, before = convert_pool(vit(), tokens='class'), vit()
     assert model.attn_pool.cls_token.eq(before.cls_token).all() and model.attn_pool.cls_token.shape == (1, 5, 24)
@@ -113,7 +132,7 @@ def test_what_pools_is_what_the_maps_hold():
             "cannot convert the pooling of a ResNet, which is 'catavgmax'; build it with global_pool='avg'",
         ),
         (lambda: timm.create_model('levit_128s'), {}, 'cannot'),
-        (lambda: timm.create_model('eva02_tiny_patch14_224', depth=1), {}, 'cannot convert the pooling of a Eva'),
+        (lambda: timm.create_model('beit_base_patch16_224', depth=1), {}, 'cannot convert the pooling of a Beit'),
     ],
 )
 def test_what_cannot_be_is_refused_and_the_model_stays(build, options, message):

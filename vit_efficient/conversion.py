@@ -8,12 +8,20 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer, generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
+from timm.models import (
+    Eva,
+    VisionTransformer,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    model_entrypoint,
+    register_model,
+)
 from torch import nn
 
 from vit_efficient.attention import trained_options
 from vit_efficient.models import blocks
 from vit_efficient.models.aggregation import Aggregation, ClassHead, check_pooling
+from vit_efficient.models.eva import EfficientEva
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.plans import Plan, as_spec
 from vit_efficient.models.pooled_cnn import aggregate_maps, pooled_maps
@@ -182,7 +190,7 @@ def convert_pool(
     network, give the number of classes before: `reset_classifier` of some of timm's puts its mean back.
 
     Args:
-        model: As for `convert`, of timm's `VisionTransformer`; or a network of timm with one `SelectAdaptivePool2d`.
+        model: As for `convert`, of timm's `VisionTransformer` or `Eva`; or a network with one `SelectAdaptivePool2d`.
         pool: 'aggregate'.
         heads, init: As of `AggregationBlock`.
         tokens: 'one'; or 'class', of ViTs, one for each class.
@@ -200,7 +208,7 @@ def convert_pool(
             raise UserError(f"convert_pool: tokens={tokens!r} is for ViTs; a {type(model).__name__} has 'one'")
         return aggregate_maps(model, heads, init)
     vit = served_model(model)
-    if type(vit) not in (VisionTransformer, EfficientVisionTransformer):
+    if type(vit) not in (VisionTransformer, EfficientVisionTransformer, Eva, EfficientEva):
         raise UserError(
             f'cannot convert the pooling of a {type(vit).__name__}; ViTs and convolutional networks are served'
         )
@@ -209,7 +217,7 @@ def convert_pool(
     aggregation = Aggregation(vit.embed_dim, heads, queries, init, device=weight.device, dtype=weight.dtype)
     swap_attentions(vit, 'full', layers=[])
     with torch.no_grad():
-        if vit.has_class_token:
+        if getattr(vit, 'cls_token', None) is not None:
             aggregation.cls_token.copy_(vit.cls_token.expand_as(aggregation.cls_token))
         wanted = ClassHead if tokens == 'class' else nn.Linear
         if vit.num_classes and type(vit.head) is not wanted:
@@ -218,7 +226,7 @@ def convert_pool(
             vit.head = head
     if isinstance(vit.fc_norm, nn.Identity):
         vit.norm, vit.fc_norm = vit.fc_norm, vit.norm
-    vit.attn_pool, vit.global_pool, vit.pool_include_prefix = aggregation, 'aggregate', False
+    vit.attn_pool, vit.global_pool = aggregation, 'aggregate'
     vit.pool_heads, vit.pool_tokens, vit.pool_init = heads, tokens, init
     set_model_args(vit, model_arguments(vit))
     return model

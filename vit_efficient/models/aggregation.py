@@ -7,6 +7,8 @@ timm's block has its parameters, under the same names.
 Dimensions: B images, N patches, C channels, K query tokens, h heads.
 """
 
+from typing import Any
+
 import torch
 from timm.layers import trunc_normal_
 from timm.models.cait import ClassAttn, LayerScaleBlockClassAttn
@@ -90,6 +92,62 @@ class Aggregation(nn.Module):
         """(B, N, C) → (B, C); with a token for each class (B, K, C)"""
         pooled = self.block(x, self.cls_token.expand(len(x), -1, -1))
         return pooled[:, 0] if self.num_queries == 1 else pooled
+
+
+class PoolsByAttention:
+    """A ViT of timm's that has `global_pool='aggregate'` as well, an `Aggregation` of its patches; before its class.
+
+    Args:
+        pool_heads: h.
+        pool_tokens: 'one' query token, or one for each 'class', each of which has a classifier of its own.
+        pool_init: γ at the start.
+
+    Raises:
+        UserError: If one of these is out of range.
+    """
+
+    pool_heads, pool_tokens, pool_init = 1, 'one', 1e-4  # also of a model that is converted
+
+    def __init__(self, *args, pool_heads: int, pool_tokens: str, pool_init: float, **kwargs):
+        aggregates = kwargs.get('global_pool') == 'aggregate'
+        if aggregates:  # timm knows a closed list of poolings; with 'avg' the final norm is of what is pooled
+            kwargs['global_pool'] = 'avg'
+        super().__init__(*args, **kwargs)
+        self.pool_heads, self.pool_tokens, self.pool_init = pool_heads, pool_tokens, pool_init
+        check_pooling(pool_tokens, max(self.num_classes, 2))
+        if aggregates:
+            self.reset_classifier(self.num_classes, 'aggregate')
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As timm's, and for 'aggregate': with a token for each class, these begin anew as the classes do."""
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool != 'aggregate':
+            return super().reset_classifier(num_classes, global_pool)
+        of_classes = self.pool_tokens == 'class' and num_classes > 0
+        super().reset_classifier(num_classes)
+        weight = next(self.parameters())
+        place = dict(device=weight.device, dtype=weight.dtype)
+        queries = check_pooling(self.pool_tokens, num_classes) if num_classes else 1
+        if of_classes or not isinstance(self.attn_pool, Aggregation) or self.attn_pool.num_queries != queries:
+            self.attn_pool = Aggregation(self.embed_dim, self.pool_heads, queries, self.pool_init, **place)
+        self.global_pool = 'aggregate'
+        if of_classes:
+            self.head = ClassHead(self.embed_dim, num_classes, **place)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """As timm's: (B, prefix tokens + N, C) → (B, C), or (B, K, C)."""
+        if isinstance(self.attn_pool, Aggregation):
+            return self.attn_pool(x[:, self.num_prefix_tokens :])
+        return super().pool(x, pool_type)
+
+    def forward_head(self, x: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor | list[Tensor]:
+        """As timm's; without classifier, of a token for each class their mean."""
+        x = super().forward_head(x, pre_logits)
+        return x.mean(1) if self.global_pool == 'aggregate' and x.ndim == 3 else x
+
+    def construction(self) -> dict[str, Any]:
+        pooling = ('pool_heads', 'pool_tokens', 'pool_init') if self.global_pool == 'aggregate' else ()
+        return super().construction() | {name: getattr(self, name) for name in pooling}
 
 
 class Aggregation2d(nn.Module):

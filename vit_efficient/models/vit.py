@@ -14,7 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from vit_efficient.models import blocks
-from vit_efficient.models.aggregation import Aggregation, ClassHead, check_pooling
+from vit_efficient.models.aggregation import PoolsByAttention
 from vit_efficient.models.forward import GridForward, check_image_size
 from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.utils.checks import plain_integers
@@ -56,7 +56,7 @@ class _VisionTransformerForward(GridForward):
             self.patch_embed = embedding
 
 
-class EfficientVisionTransformer(_VisionTransformerForward, VisionTransformer):
+class EfficientVisionTransformer(PoolsByAttention, _VisionTransformerForward, VisionTransformer):
     """timm's `VisionTransformer` with any registered attention in each block.
 
     Args:
@@ -65,8 +65,7 @@ class EfficientVisionTransformer(_VisionTransformerForward, VisionTransformer):
         attention_kwargs: Options of a single attention, such as `keep_ratio`.
         patch_embed: 'conv', timm's, or 'dct', a `DctPatchEmbed`, whose arguments are
         patch_keep, patch_color, patch_input, patch_window: its `keep`, `color`, `input` and `window`.
-        pool_heads, pool_tokens, pool_init: Of `global_pool='aggregate'` (`Aggregation`), attention of a learned token
-            to all patches: its heads; 'one' token, or one for each 'class'; and the scale of what it adds at the start.
+        pool_heads, pool_tokens, pool_init: As of `PoolsByAttention`.
 
     Raises:
         UserError: If an attention, a patch embedding, a pooling or an option of theirs is unknown or out of range, or
@@ -95,45 +94,12 @@ class EfficientVisionTransformer(_VisionTransformerForward, VisionTransformer):
         if patch_embed != 'conv' and 'embed_layer' in kwargs:
             raise UserError(f'embed_layer cannot be had with {patch_embed=}: leave out one of them')
         kwargs.setdefault('embed_layer', layer)
-        aggregates = kwargs.get('global_pool') == 'aggregate'
-        if aggregates:  # timm knows a closed list of poolings; with 'avg' the final norm is of what is pooled
-            kwargs['global_pool'] = 'avg'
-        super().__init__(*args, **kwargs)
-        self.pool_heads, self.pool_tokens, self.pool_init = pool_heads, pool_tokens, pool_init
-        check_pooling(pool_tokens, max(self.num_classes, 2))
-        if aggregates:
-            self.reset_classifier(self.num_classes, 'aggregate')
+        super().__init__(*args, pool_heads=pool_heads, pool_tokens=pool_tokens, pool_init=pool_init, **kwargs)
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*plain_integers(self.patch_embed.img_size), self.patch_embed.patch_size)
         blocks.check_blocks(self)
         self.use_grid()
         blocks.build_attentions(self, attention, attention_kwargs)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As timm's, and for 'aggregate': with a token for each class, these begin anew as the classes do."""
-        pool = self.global_pool if global_pool is None else global_pool
-        if pool != 'aggregate':
-            return super().reset_classifier(num_classes, global_pool)
-        of_classes = self.pool_tokens == 'class' and num_classes > 0
-        super().reset_classifier(num_classes)
-        weight = self.pos_embed if self.pos_embed is not None else next(self.parameters())
-        place = dict(device=weight.device, dtype=weight.dtype)
-        queries = check_pooling(self.pool_tokens, num_classes) if num_classes else 1
-        if of_classes or not isinstance(self.attn_pool, Aggregation) or self.attn_pool.num_queries != queries:
-            self.attn_pool = Aggregation(self.embed_dim, self.pool_heads, queries, self.pool_init, **place)
-        self.pool_include_prefix = False
-        self.global_pool = 'aggregate'
-        if of_classes:
-            self.head = ClassHead(self.embed_dim, num_classes, **place)
-
-    def forward_head(self, x: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor | list[Tensor]:
-        """As timm's; without classifier, of a token for each class their mean."""
-        x = super().forward_head(x, pre_logits)
-        return x.mean(1) if self.global_pool == 'aggregate' and x.ndim == 3 else x
-
-    def construction(self) -> dict[str, Any]:
-        pooling = ('pool_heads', 'pool_tokens', 'pool_init') if self.global_pool == 'aggregate' else ()
-        return super().construction() | {name: getattr(self, name) for name in pooling}
 
 
 class EfficientVisionTransformerDistilled(_VisionTransformerForward, VisionTransformerDistilled):
