@@ -66,6 +66,7 @@ SMALLER = {
     'plot': '',
     'prune': '',
     'leaves': '',
+    'attention-map': '',
     'truncate': '',
     'export': '',
     'recipe list': '',

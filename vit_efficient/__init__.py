@@ -5,7 +5,7 @@ Importing the package registers its models with timm.
 
 from vit_efficient import dct
 from vit_efficient.attention import create_attention, list_attentions, register_attention
-from vit_efficient.conversion import convert, convert_patch_embed
+from vit_efficient.conversion import convert, convert_patch_embed, convert_pool
 from vit_efficient.dense import DenseModel
 from vit_efficient.flops import FlopCount, count_flops
 from vit_efficient.graphs import graphed
@@ -24,6 +24,7 @@ __all__ = [
     '__version__',
     'convert',
     'convert_patch_embed',
+    'convert_pool',
     'count_flops',
     'create_attention',
     'dct',

@@ -8,13 +8,23 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
+from timm.models import (
+    Eva,
+    VisionTransformer,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    model_entrypoint,
+    register_model,
+)
 from torch import nn
 
 from vit_efficient.attention import trained_options
 from vit_efficient.models import blocks
+from vit_efficient.models.aggregation import Aggregation, ClassHead, check_pooling
+from vit_efficient.models.eva import EfficientEva
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.plans import Plan, as_spec
+from vit_efficient.models.pooled_cnn import aggregate_maps, pooled_maps
 from vit_efficient.models.registered import DEFAULT_CFG, build_model
 from vit_efficient.models.saving import model_arguments
 from vit_efficient.models.served import MODELS, served_model
@@ -167,6 +177,61 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
     return whole
 
 
+def convert_pool(
+    model: nn.Module, pool: str = 'aggregate', heads: int = 1, tokens: str = 'one', init: float = 1e-4
+) -> nn.Module:
+    """Swaps the pooling of a model for attention of a learned token to all patches, in place (`Aggregation`).
+
+        model = timm.create_model('vit_base_patch16_224', pretrained=True)
+        convert_pool(model)  # and fine-tune it; or a convolutional network, such as resnet50 or convnext_base
+
+    Of a ViT, the class token starts the query, the final norm becomes that of what is pooled, and the classifier stays;
+    with a token for each class its rows become their classifiers. What pools has to be trained. Of a convolutional
+    network, give the number of classes before: `reset_classifier` of some of timm's puts its mean back.
+
+    Args:
+        model: As for `convert`, of timm's `VisionTransformer` or `Eva`; or a network with one `SelectAdaptivePool2d`.
+        pool: 'aggregate'.
+        heads, init: As of `AggregationBlock`.
+        tokens: 'one'; or 'class', of ViTs, one for each class.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        UserError: If there is no such pooling, or an option is out of range. The model is then as it was.
+    """
+    if pool != 'aggregate':
+        raise UserError(f"convert_pool: pool must be 'aggregate', got {pool!r}")
+    if pooled_maps(model):
+        if tokens != 'one':
+            raise UserError(f"convert_pool: tokens={tokens!r} is for ViTs; a {type(model).__name__} has 'one'")
+        return aggregate_maps(model, heads, init)
+    vit = served_model(model)
+    if type(vit) not in (VisionTransformer, EfficientVisionTransformer, Eva, EfficientEva):
+        raise UserError(
+            f'cannot convert the pooling of a {type(vit).__name__}; ViTs and convolutional networks are served'
+        )
+    queries = check_pooling(tokens, vit.num_classes) if vit.num_classes else 1
+    weight = next(vit.parameters())
+    aggregation = Aggregation(vit.embed_dim, heads, queries, init, device=weight.device, dtype=weight.dtype)
+    swap_attentions(vit, 'full', layers=[])
+    with torch.no_grad():
+        if getattr(vit, 'cls_token', None) is not None:
+            aggregation.cls_token.copy_(vit.cls_token.expand_as(aggregation.cls_token))
+        wanted = ClassHead if tokens == 'class' else nn.Linear
+        if vit.num_classes and type(vit.head) is not wanted:
+            head = wanted(vit.embed_dim, vit.num_classes, device=weight.device, dtype=weight.dtype)
+            head.load_state_dict(vit.head.state_dict())
+            vit.head = head
+    if isinstance(vit.fc_norm, nn.Identity):
+        vit.norm, vit.fc_norm = vit.fc_norm, vit.norm
+    vit.attn_pool, vit.global_pool = aggregation, 'aggregate'
+    vit.pool_heads, vit.pool_tokens, vit.pool_init = heads, tokens, init
+    set_model_args(vit, model_arguments(vit))
+    return model
+
+
 def _indices(layers: int | Iterable[int]) -> list:
     try:
         return [layers] if is_integer(layers) else list(layers)
@@ -174,6 +239,7 @@ def _indices(layers: int | Iterable[int]) -> list:
         raise UserError(f'layers must be an index of a block, or several, got {layers!r}') from error
 
 
+_POOLING = ('heads', 'tokens', 'init')
 default_cfgs = generate_default_cfgs({'vit_converted': DEFAULT_CFG})
 
 
@@ -194,6 +260,9 @@ def vit_converted(
         raise UserError(f"vit_converted: base must name a timm ViT, such as 'vit_base_patch16_224', got {base=}")
 
     def build(without_norm: bool = False, **arguments) -> nn.Module:
+        pooling = {name: arguments.pop(f'pool_{name}') for name in _POOLING if f'pool_{name}' in arguments}
+        if aggregates := arguments.get('global_pool') == 'aggregate':
+            arguments['global_pool'] = 'avg'
         try:
             model = model_entrypoint(base)(pretrained=False, **arguments)
         except TypeError:  # it has no such argument, such as img_size, often because it is no ViT
@@ -208,7 +277,7 @@ def vit_converted(
         if patch_embed == 'dct':
             convert_patch_embed(model, **options)
         swap_attentions(served_model(model), attention, layers, **(attention_kwargs or {}))
-        return model
+        return convert_pool(model, **pooling) if aggregates else model
 
     if not kwargs.get('pretrained_cfg'):  # what images and classes it is for, it has from its base
         config = get_pretrained_cfg(base).to_dict(remove_source=True)

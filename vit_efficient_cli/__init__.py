@@ -27,6 +27,7 @@ COMMANDS = {
     'prune': 'set the weights of a trained model that matter least to 0, and print how many are left where',
     'plot': 'draw the curves of runs',
     'leaves': "draw which leaf of Treeformer's trees each patch of an image falls into",
+    'attention-map': 'draw where the pooling of a model looks in an image, or its class token',
     'truncate': 'show an image, its truncations, and the energy they keep',
     'export': 'write a trained model as a graph, .onnx or .pt2, that runs without this package',
     'recipe': 'list, show and copy the recipes that come with the package, and list the keys of recipes',
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if argv[:1] == [name]:
-            module = importlib.import_module(f'vit_efficient_cli.{name}')
+            module = importlib.import_module(f'vit_efficient_cli.{name.replace("-", "_")}')
             module.add_arguments(command)
     args = parser.parse_args(argv)
     if args.command != 'benchmark':  # which times what PyTorch does by itself

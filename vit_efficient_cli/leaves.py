@@ -18,29 +18,14 @@ def run(args: argparse.Namespace) -> None:
     check_exists(args.model, MODEL)
     if args.data is None:
         check_exists(args.image, 'image')
-    import torch
-
     from vit_efficient.attention.treeformer.leaves import find_leaves, occupancy
-    from vit_efficient.data import EvalTransform, read_image, takes_coefficients, to_array
     from vit_efficient.report.evaluation import SavedModel
     from vit_efficient.report.leaves import plot_leaves
-    from vit_efficient.utils.errors import UserError
 
     saved = SavedModel(args.model)
-    if takes_coefficients(saved.model):
-        raise UserError(f'{args.model} takes DCT coefficients of patches, and leaves are drawn on pixels')
-    if args.data is None:
-        image = read_image(args.image)
-    else:
-        dataset = saved.open_data(args.data)
-        if not args.image.isdecimal() or int(args.image) >= len(dataset):
-            raise UserError(f'IMAGE must be a number from 0 to {len(dataset) - 1} with --data, got {args.image!r}')
-        image = dataset[int(args.image)][0]
-    preprocessing = saved.preprocessing
-    tensor = EvalTransform(preprocessing)(to_array(image, preprocessing.input_size[0]), 0, 0)
-    found = find_leaves(saved.model, tensor[None])
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    plot_leaves(tensor * std + mean, found, args.out, args.queries)
+    image = saved.open_image(args.image, args.data)
+    found = find_leaves(saved.model, image[None])
+    plot_leaves(saved.as_seen(image), found, args.out, args.queries)
     for layer, leaves in found.items():
         full = occupancy(leaves.queries if args.queries else leaves.keys, leaves.num_leaves)
         print(

@@ -7,6 +7,7 @@ from vit_efficient.models.eva import EfficientEva
 from vit_efficient.models.forward import kept_tokens
 from vit_efficient.models.inputs import input_size
 from vit_efficient.models.naflex import EfficientNaFlexVit
+from vit_efficient.models.patch_convnet import PatchConvNet
 from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.models.registered import SIZES
 from vit_efficient.models.relative import EfficientBeit, EfficientVisionTransformerRelPos
@@ -25,6 +26,7 @@ __all__ = [
     'EfficientVisionTransformerRelPos',
     'EfficientVisionTransformerSAM',
     'GridBlock',
+    'PatchConvNet',
     'compile_blocks',
     'create_from_spec',
     'freeze_truncation',

@@ -33,7 +33,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """timm's filter for checkpoints of a model's class. What a mechanism adds to them follows the image size; what a
     checkpoint does not have starts as it is in the model; Linformer's projections beside weights of a plain ViT, as
     means of cells."""
-    state_dict = _filter_like_timm(state_dict, model)
+    # timm would rename the scales of aggregation, which are not those of a block.
+    pooling = {key: value for key, value in state_dict.items() if key.startswith('attn_pool.')}
+    state_dict = _filter_like_timm({key: v for key, v in state_dict.items() if key not in pooling}, model)
+    state_dict |= _pooling_of(pooling, state_dict, model)
     for name, module in model.named_modules():
         own = module.state_dict(prefix=f'{name}.') if isinstance(module, Compressor) else {}
         missing, present = sorted(own.keys() - state_dict.keys()), sorted(own.keys() & state_dict.keys())
@@ -64,6 +67,25 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             f' and {len(begun) - 2} more' * (len(begun) > 2),
         )
     return state_dict
+
+
+def _pooling_of(saved: dict[str, Tensor], state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What a model pools by attention with, where weights are of one that pools otherwise, as `convert_pool` has it.
+
+    It begins as it is, with the class token for its own; in `state_dict` the final norm becomes that of what is pooled.
+    """
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(('attn_pool.', 'fc_norm.'))}
+    wanted = {key: value for key, value in own.items() if key.startswith('attn_pool.')}
+    if not wanted or wanted.keys() <= saved.keys():
+        return saved
+    for key in own.keys() - wanted.keys() - state_dict.keys():
+        if (other := key.removeprefix('fc_')) in state_dict:
+            state_dict[key] = state_dict.pop(other)
+    token = 'attn_pool.cls_token'
+    if token in wanted and 'cls_token' in state_dict:
+        wanted[token] = state_dict['cls_token'].expand_as(wanted[token])
+    logger.info('not in the weights, so as it begins: attn_pool, with which %s pools', type(model).__name__)
+    return wanted
 
 
 class _SeenByTimm:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vit_efficient.attention.rotary import Rope
 from vit_efficient.grid import larger, plain_sizes, smaller
 from vit_efficient.models import blocks
+from vit_efficient.models.aggregation import PoolsByAttention
 from vit_efficient.models.forward import GridForward, check_image_size
 from vit_efficient.models.rope_steps import with_steps
 from vit_efficient.utils.checks import plain_integers
@@ -46,13 +47,14 @@ class OpenRotaryEmbedding(RotaryEmbeddingDinoV3):
         return torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype or self.periods.dtype)
 
 
-class EfficientEva(GridForward, Eva):
+class EfficientEva(PoolsByAttention, GridForward, Eva):
     """timm's `Eva` with any registered attention in each block.
 
     Args:
         *args, **kwargs: As timm's `Eva`.
         attention: A registered attention's name, or (name, options), or a list with one of these per layer.
         attention_kwargs: Options of a single attention, such as `keep_ratio`.
+        pool_heads, pool_tokens, pool_init: As of `PoolsByAttention`.
 
     Raises:
         UserError: If an attention or an option is unknown or out of range, or it cannot have rotary positions; or if
@@ -64,6 +66,9 @@ class EfficientEva(GridForward, Eva):
         *args,
         attention: blocks.AttentionSpec = 'full',
         attention_kwargs: dict[str, Any] | None = None,
+        pool_heads: int = 1,
+        pool_tokens: str = 'one',
+        pool_init: float = 1e-4,
         **kwargs,
     ):
         dim, heads = kwargs.get('embed_dim', 768), kwargs.get('num_heads', 12)
@@ -74,7 +79,7 @@ class EfficientEva(GridForward, Eva):
                 'rotary positions turn pairs of channels, half of them by rows and half by columns: the channels of a '
                 f'head must be a multiple of 4, got embed_dim={dim}, num_heads={heads}, {dim // heads} for each'
             )
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, pool_heads=pool_heads, pool_tokens=pool_tokens, pool_init=pool_init, **kwargs)
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*plain_integers(self.patch_embed.img_size), self.patch_embed.patch_size)
         self.use_grid()

@@ -14,6 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from vit_efficient.models import blocks
+from vit_efficient.models.aggregation import PoolsByAttention
 from vit_efficient.models.forward import GridForward, check_image_size
 from vit_efficient.models.patch_embed import DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.utils.checks import plain_integers
@@ -55,7 +56,7 @@ class _VisionTransformerForward(GridForward):
             self.patch_embed = embedding
 
 
-class EfficientVisionTransformer(_VisionTransformerForward, VisionTransformer):
+class EfficientVisionTransformer(PoolsByAttention, _VisionTransformerForward, VisionTransformer):
     """timm's `VisionTransformer` with any registered attention in each block.
 
     Args:
@@ -64,10 +65,11 @@ class EfficientVisionTransformer(_VisionTransformerForward, VisionTransformer):
         attention_kwargs: Options of a single attention, such as `keep_ratio`.
         patch_embed: 'conv', timm's, or 'dct', a `DctPatchEmbed`, whose arguments are
         patch_keep, patch_color, patch_input, patch_window: its `keep`, `color`, `input` and `window`.
+        pool_heads, pool_tokens, pool_init: As of `PoolsByAttention`.
 
     Raises:
-        UserError: If an attention, a patch embedding or an option of theirs is unknown or out of range, or the patches
-            do not divide the image.
+        UserError: If an attention, a patch embedding, a pooling or an option of theirs is unknown or out of range, or
+            the patches do not divide the image.
     """
 
     def __init__(
@@ -80,6 +82,9 @@ class EfficientVisionTransformer(_VisionTransformerForward, VisionTransformer):
         patch_color: str = 'rgb',
         patch_input: str = 'pixels',
         patch_window: bool = False,
+        pool_heads: int = 1,
+        pool_tokens: str = 'one',
+        pool_init: float = 1e-4,
         **kwargs,
     ):
         dim, heads = kwargs.get('embed_dim', 768), kwargs.get('num_heads', 12)
@@ -89,7 +94,7 @@ class EfficientVisionTransformer(_VisionTransformerForward, VisionTransformer):
         if patch_embed != 'conv' and 'embed_layer' in kwargs:
             raise UserError(f'embed_layer cannot be had with {patch_embed=}: leave out one of them')
         kwargs.setdefault('embed_layer', layer)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, pool_heads=pool_heads, pool_tokens=pool_tokens, pool_init=pool_init, **kwargs)
         if not self.patch_embed.dynamic_img_pad:
             check_image_size(*plain_integers(self.patch_embed.img_size), self.patch_embed.patch_size)
         blocks.check_blocks(self)

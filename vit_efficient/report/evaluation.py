@@ -67,6 +67,27 @@ class SavedModel:
             return data.create_dataset(name, key='--data', args=options if name.endswith('.tar') else None)
         return data.create_dataset(name, config.dataset, config.root, '--data', options)
 
+    def open_image(self, name: str, folder: str | None = None) -> torch.Tensor:
+        """An image as the model takes it, (C, H, W): a file or, with a data set as of `open_data`, a number in it."""
+        if data.takes_coefficients(self.model):
+            raise UserError('the model takes DCT coefficients of patches, and pictures are drawn on pixels')
+        if folder is None:
+            image = data.read_image(name)
+        else:
+            dataset = self.open_data(folder)
+            if not name.isdecimal() or int(name) >= len(dataset):
+                raise UserError(f'IMAGE must be a number from 0 to {len(dataset) - 1} with --data, got {name!r}')
+            image = dataset[int(name)][0]
+        channels = self.preprocessing.input_size[0]
+        return data.EvalTransform(self.preprocessing)(data.to_array(image, channels), 0, 0)
+
+    def as_seen(self, image: torch.Tensor) -> torch.Tensor:
+        """What the model is given of an image, (C, H, W), in [0, 1]."""
+        mean, std = (
+            torch.tensor(values)[:, None, None] for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        return image * std + mean
+
     def samples(self, dataset: Dataset, on_error: str, **options: Any) -> data.Samples:
         """The images of a data set as the model takes them."""
         decode = 'coefficients' if data.takes_coefficients(self.model) else self.config.data.decode
