@@ -119,7 +119,7 @@ def test_what_pools_is_what_the_maps_hold():
     [
         (vit, dict(pool='avg'), "pool must be 'aggregate', got 'avg'"),
         (vit, dict(heads=5), 'pool_heads must divide embed_dim=24, got 5'),
-        (vit, dict(tokens='two'), "pool_tokens must be 'one' or 'class', got 'two'"),
+        (vit, dict(tokens='two'), "pool_tokens must be one of one, class, got pool_tokens='two'"),
         (lambda: timm.create_model('resnet10t'), dict(heads=3), 'pool_heads must divide embed_dim=512, got 3'),
         (
             lambda: timm.create_model('resnet10t'),

@@ -23,7 +23,7 @@ from vit_efficient.models.aggregation import Aggregation2d, AggregationAttention
 from vit_efficient.models.forward import GridForward
 from vit_efficient.models.patch_convnet import PatchConvNet
 from vit_efficient.models.pooled_cnn import pooled_maps
-from vit_efficient.models.served import served_model
+from vit_efficient.models.served import MODELS, served_model
 from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.compat import unwrap
 from vit_efficient.utils.errors import UserError
@@ -60,6 +60,8 @@ def attention_maps(model: nn.Module, images: Tensor, block: int | None = None) -
     Raises:
         UserError: If there is no such block, its attention is not exact, or nothing in the model asks for patches.
     """
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        raise UserError('images must be a batch of one size, (B, channels, height, width)')
     model = _on_grid(model)
     pooling = [module for module in model.modules() if isinstance(module, _POOLING)]
     if block is None and pooling:
@@ -79,15 +81,18 @@ def attention_maps(model: nn.Module, images: Tensor, block: int | None = None) -
 
 def _on_grid(model: nn.Module) -> nn.Module:
     *_, model = unwrap(model)
-    if isinstance(model, (GridForward, PatchConvNet)):
+    if isinstance(model, GridForward):
         return model
-    if pools := pooled_maps(model):
+    if isinstance(model, PatchConvNet):
+        if not model.global_pool:
+            raise UserError("a PatchConvNet with global_pool='' pools nothing, and looks nowhere")
+        return model
+    if not isinstance(model, tuple(MODELS)) and (pools := pooled_maps(model)):
         if not isinstance(model.get_submodule(pools[0]), Aggregation2d):
             kind = type(model).__name__
             raise UserError(f'a {kind} takes the mean of its maps, and looks nowhere; convert_pool() it, and train it')
         return model
-    served_model(model)  # says what is wrong before anything is copied
-    model = sharing_weights(model)
+    model = sharing_weights(served_model(model))
     swap_attentions(model, 'full', layers=[])
     return model
 
@@ -123,7 +128,7 @@ def _class_token(model: nn.Module, block: int) -> tuple[str, list[nn.Module]]:
     if getattr(model, 'cls_token', None) is None:
         raise UserError(
             f'a {type(model).__name__} with global_pool={model.global_pool!r} and no class token has nothing that asks '
-            "for patches; convert_pool(model, 'aggregate') adds it"
+            "for patches; of a VisionTransformer, convert_pool(model, 'aggregate') adds it"
         )
     number = block % depth
     attentions = [*blocks.attentions_of(model.blocks[number]).values()]
@@ -156,7 +161,10 @@ def recorded_weights(model: nn.Module, attentions: list[nn.Module], *args: Any) 
             module.fused_attn = before
     if len(recorder.weights) != len(attentions):
         kinds = ', '.join(sorted({type(module).__name__ for module in attentions}))
-        raise UserError(f'{kinds}: {len(recorder.weights)} softmaxes of {len(attentions)} attentions; one each is read')
+        raise UserError(
+            f'{kinds}: of {len(attentions)} attentions {len(recorder.weights)} softmaxes were seen, not one of each; '
+            'of what is compiled none is'
+        )
     return recorder.weights
 
 

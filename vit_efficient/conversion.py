@@ -20,8 +20,9 @@ from torch import nn
 
 from vit_efficient.attention import trained_options
 from vit_efficient.models import blocks
-from vit_efficient.models.aggregation import Aggregation, ClassHead, check_pooling
+from vit_efficient.models.aggregation import Aggregation, ClassHead, queries_of
 from vit_efficient.models.eva import EfficientEva
+from vit_efficient.models.forward import GridForward
 from vit_efficient.models.patch_embed import PATCH_OPTIONS, DctPatchEmbed, Keep, patch_embed_layer
 from vit_efficient.models.plans import Plan, as_spec
 from vit_efficient.models.pooled_cnn import aggregate_maps, pooled_maps
@@ -30,7 +31,7 @@ from vit_efficient.models.saving import model_arguments
 from vit_efficient.models.served import MODELS, served_model
 from vit_efficient.models.vit import EfficientVisionTransformer
 from vit_efficient.utils.checks import is_integer
-from vit_efficient.utils.compat import model_args, set_model_args
+from vit_efficient.utils.compat import model_args, set_model_args, unwrap
 from vit_efficient.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ def convert_pool(
 
     Of a ViT, the class token starts the query, the final norm becomes that of what is pooled, and the classifier stays;
     with a token for each class its rows become their classifiers. What pools has to be trained. Of a convolutional
-    network, give the number of classes before: `reset_classifier` of some of timm's puts its mean back.
+    network, give the number of classes before: `reset_classifier` of some of timm's does not know this pooling.
 
     Args:
         model: As for `convert`, of timm's `VisionTransformer` or `Eva`; or a network with one `SelectAdaptivePool2d`.
@@ -203,33 +204,53 @@ def convert_pool(
     """
     if pool != 'aggregate':
         raise UserError(f"convert_pool: pool must be 'aggregate', got {pool!r}")
-    if pooled_maps(model):
+    if not isinstance(model, nn.Module):
+        raise UserError(f'convert_pool: model must be an nn.Module, made by timm.create_model, got {model!r}')
+    *_, inner = unwrap(model)
+    served = type(inner) in (VisionTransformer, EfficientVisionTransformer, Eva, EfficientEva)
+    if not served and not isinstance(inner, (*MODELS, GridForward)) and pooled_maps(inner):
         if tokens != 'one':
-            raise UserError(f"convert_pool: tokens={tokens!r} is for ViTs; a {type(model).__name__} has 'one'")
-        return aggregate_maps(model, heads, init)
-    vit = served_model(model)
-    if type(vit) not in (VisionTransformer, EfficientVisionTransformer, Eva, EfficientEva):
+            raise UserError(f"convert_pool: tokens={tokens!r} is for ViTs; a {type(inner).__name__} has 'one'")
+        aggregate_maps(inner, heads, init)
+        return model
+    if not served:
         raise UserError(
-            f'cannot convert the pooling of a {type(vit).__name__}; ViTs and convolutional networks are served'
+            f'cannot convert the pooling of a {type(inner).__name__}: it is neither a VisionTransformer nor an Eva of '
+            'timm, nor does it pool its maps by one SelectAdaptivePool2d'
         )
-    queries = check_pooling(tokens, vit.num_classes) if vit.num_classes else 1
-    weight = next(vit.parameters())
-    aggregation = Aggregation(vit.embed_dim, heads, queries, init, device=weight.device, dtype=weight.dtype)
+    vit = served_model(model)
+    queries, weight = queries_of(tokens, vit.num_classes), next(vit.parameters())
+    place = dict(device=weight.device, dtype=weight.dtype)
+    aggregation = Aggregation(vit.embed_dim, heads, queries, init, **place).train(vit.training)
+    head = _head_of(vit, queries, place)
     swap_attentions(vit, 'full', layers=[])
-    with torch.no_grad():
-        if getattr(vit, 'cls_token', None) is not None:
-            aggregation.cls_token.copy_(vit.cls_token.expand_as(aggregation.cls_token))
-        wanted = ClassHead if tokens == 'class' else nn.Linear
-        if vit.num_classes and type(vit.head) is not wanted:
-            head = wanted(vit.embed_dim, vit.num_classes, device=weight.device, dtype=weight.dtype)
-            head.load_state_dict(vit.head.state_dict())
-            vit.head = head
+    if getattr(vit, 'cls_token', None) is not None:
+        aggregation.cls_token.data.copy_(vit.cls_token.expand_as(aggregation.cls_token))
+    vit.head = head
     if isinstance(vit.fc_norm, nn.Identity):
         vit.norm, vit.fc_norm = vit.fc_norm, vit.norm
     vit.attn_pool, vit.global_pool = aggregation, 'aggregate'
     vit.pool_heads, vit.pool_tokens, vit.pool_init = heads, tokens, init
     set_model_args(vit, model_arguments(vit))
     return model
+
+
+def _head_of(vit: nn.Module, queries: int, place: dict[str, Any]) -> nn.Module:
+    """The classifier of a ViT, for one query token or for one of each class: with the weights that it has."""
+    head, wanted = vit.head, ClassHead if queries > 1 else nn.Linear
+    if isinstance(head, ClassHead) == (queries > 1):
+        return head
+    weight, bias = getattr(head, 'weight', None), getattr(head, 'bias', None)
+    if getattr(weight, 'shape', None) != (vit.num_classes, vit.embed_dim):
+        raise UserError(
+            f"convert_pool: tokens='class' takes the classifier of {vit.num_classes} classes apart, a linear layer; "
+            f'the model has a {type(head).__name__}'
+        )
+    made = wanted(vit.embed_dim, vit.num_classes, **place).train(vit.training)
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        made.bias.zero_() if bias is None else made.bias.copy_(bias)
+    return made.requires_grad_(weight.requires_grad)
 
 
 def _indices(layers: int | Iterable[int]) -> list:

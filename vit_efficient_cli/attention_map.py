@@ -39,10 +39,12 @@ def run(args: argparse.Namespace) -> None:
     rows = queries_of(saved.model, image[None], maps, args.classes, CLASSES)
     plot_attention_maps(saved.as_seen(image), maps, args.out, rows, args.mean)
     for query, name in rows.items():
-        for head, share in enumerate(maps.others[0, :, query].tolist()):
-            largest = maps.patches[0, head, query].max().item()
+        patches, others = maps.patches[0, :, query], maps.others[0, :, query]
+        if args.mean:
+            patches, others = patches.mean(0, keepdim=True), others.mean(0, keepdim=True)
+        for head, share in enumerate(others.tolist()):
             print(
-                f'{name or maps.source}, head {head}: {100 * share:.1f} % to tokens that are no patches, '
-                f'{100 * largest:.1f} % to one patch at most'
+                f'{name or maps.source}, {"mean of heads" if args.mean else f"head {head}"}: {100 * share:.1f} % to '
+                f'tokens that are no patches, {100 * patches[head].max().item():.1f} % to one patch at most'
             )
     print(f'saved {args.out}')

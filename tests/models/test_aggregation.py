@@ -185,8 +185,8 @@ def test_it_is_exported_and_compiled():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'pool_tokens': 'two'}, "pool_tokens must be 'one' or 'class', got 'two'"),
-        ({'pool_tokens': 'class', 'num_classes': 1}, "pool_tokens='class' has a token for each class, two at least"),
+        ({'pool_tokens': 'two'}, "pool_tokens must be one of one, class, got pool_tokens='two'"),
+        ({'pool_tokens': 'class', 'num_classes': 1}, "num_classes must be two at least for pool_tokens='class'"),
         ({'pool_heads': 5}, 'pool_heads must divide embed_dim=24, got 5'),
     ],
 )

@@ -168,8 +168,8 @@ def test_it_is_one_of_timms_models():
     [
         (dict(embed_dim=12), 'embed_dim must be a multiple of 8, got 12'),
         (dict(global_pool='map'), "global_pool of a PatchConvNet must be 'aggregate' or '', got 'map'"),
-        (dict(pool_tokens='two'), "pool_tokens must be 'one' or 'class', got 'two'"),
-        (dict(pool_tokens='class', num_classes=1), "pool_tokens='class' has a token for each class"),
+        (dict(pool_tokens='two'), "pool_tokens must be one of one, class, got pool_tokens='two'"),
+        (dict(pool_tokens='class', num_classes=1), "num_classes must be two at least for pool_tokens='class'"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):

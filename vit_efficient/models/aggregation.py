@@ -7,6 +7,7 @@ timm's block has its parameters, under the same names.
 Dimensions: B images, N patches, C channels, K query tokens, h heads.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,16 +16,12 @@ from timm.models.cait import ClassAttn, LayerScaleBlockClassAttn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_efficient.utils.checks import as_integer
+from vit_efficient.utils.checks import as_integer, check_choice, is_real
 from vit_efficient.utils.errors import UserError
 
 
 class AggregationAttention(ClassAttn):
-    """One query token attends to itself and all patches; several, one for each class, to the patches alone.
-
-    Attributes:
-        scale: Of scores, 1 / √(C / h). Weights of the authors' first release need another one.
-    """
+    """One query token attends to itself and all patches; several, one for each class, to the patches alone."""
 
     flop_role = 'attention'
 
@@ -53,10 +50,20 @@ class AggregationBlock(LayerScaleBlockClassAttn):
         num_queries: K.
         init_values: γ at the start. At 1e-6 the tokens are the same for every image for long, which is right for 300
             epochs; short runs want 1e-4 or 0.1.
+        scale: Of scores, by default 1 / √(C / h).
     """
 
-    def __init__(self, dim: int, num_heads: int = 1, num_queries: int = 1, init_values: float = 1e-4, **options):
-        if num_heads < 1 or dim % num_heads:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        num_queries: int = 1,
+        init_values: float = 1e-4,
+        scale: float | None = None,
+        **options,
+    ):
+        check_pool_options(num_heads, init_values)
+        if dim % num_heads:
             raise UserError(f'pool_heads must divide embed_dim={dim}, got {num_heads}')
         super().__init__(
             dim,
@@ -68,6 +75,9 @@ class AggregationBlock(LayerScaleBlockClassAttn):
             init_values=init_values,
             **options,
         )
+        if scale is not None:
+            self.attn.scale = scale
+        self.apply(init_linear)
 
 
 class Aggregation(nn.Module):
@@ -79,18 +89,14 @@ class Aggregation(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 1, num_queries: int = 1, init_values: float = 1e-4, **place):
         super().__init__()
+        self.num_queries = num_queries
         self.cls_token = nn.Parameter(torch.empty(1, num_queries, dim, **place))
         self.block = AggregationBlock(dim, num_heads, num_queries, init_values, **place)
         trunc_normal_(self.cls_token, std=0.02)
-        self.apply(init_linear)
-
-    @property
-    def num_queries(self) -> int:
-        return self.cls_token.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) → (B, C); with a token for each class (B, K, C)"""
-        pooled = self.block(x, self.cls_token.expand(len(x), -1, -1))
+        pooled = self.block(x, self.cls_token.expand(x.shape[0], -1, -1))
         return pooled[:, 0] if self.num_queries == 1 else pooled
 
 
@@ -109,12 +115,13 @@ class PoolsByAttention:
     pool_heads, pool_tokens, pool_init = 1, 'one', 1e-4  # also of a model that is converted
 
     def __init__(self, *args, pool_heads: int, pool_tokens: str, pool_init: float, **kwargs):
+        check_pool_options(pool_heads, pool_init)
+        queries_of(pool_tokens)
         aggregates = kwargs.get('global_pool') == 'aggregate'
         if aggregates:  # timm knows a closed list of poolings; with 'avg' the final norm is of what is pooled
             kwargs['global_pool'] = 'avg'
         super().__init__(*args, **kwargs)
         self.pool_heads, self.pool_tokens, self.pool_init = pool_heads, pool_tokens, pool_init
-        check_pooling(pool_tokens, max(self.num_classes, 2))
         if aggregates:
             self.reset_classifier(self.num_classes, 'aggregate')
 
@@ -123,16 +130,16 @@ class PoolsByAttention:
         pool = self.global_pool if global_pool is None else global_pool
         if pool != 'aggregate':
             return super().reset_classifier(num_classes, global_pool)
-        of_classes = self.pool_tokens == 'class' and num_classes > 0
+        queries = queries_of(self.pool_tokens, num_classes)
         super().reset_classifier(num_classes)
         weight = next(self.parameters())
         place = dict(device=weight.device, dtype=weight.dtype)
-        queries = check_pooling(self.pool_tokens, num_classes) if num_classes else 1
-        if of_classes or not isinstance(self.attn_pool, Aggregation) or self.attn_pool.num_queries != queries:
-            self.attn_pool = Aggregation(self.embed_dim, self.pool_heads, queries, self.pool_init, **place)
+        if queries > 1 or not isinstance(self.attn_pool, Aggregation) or self.attn_pool.num_queries > 1:
+            pool = Aggregation(self.embed_dim, self.pool_heads, queries, self.pool_init, **place)
+            self.attn_pool = pool.train(self.training)
         self.global_pool = 'aggregate'
-        if of_classes:
-            self.head = ClassHead(self.embed_dim, num_classes, **place)
+        if queries > 1:
+            self.head = ClassHead(self.embed_dim, num_classes, **place).train(self.training)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """As timm's: (B, prefix tokens + N, C) → (B, C), or (B, K, C)."""
@@ -143,7 +150,11 @@ class PoolsByAttention:
     def forward_head(self, x: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor | list[Tensor]:
         """As timm's; without classifier, of a token for each class their mean."""
         x = super().forward_head(x, pre_logits)
-        return x.mean(1) if self.global_pool == 'aggregate' and x.ndim == 3 else x
+        of_classes = isinstance(self.attn_pool, Aggregation) and self.attn_pool.num_queries > 1
+        return x.mean(1) if of_classes and pre_logits else x
+
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | {'attn_pool.cls_token'}
 
     def construction(self) -> dict[str, Any]:
         pooling = ('pool_heads', 'pool_tokens', 'pool_init') if self.global_pool == 'aggregate' else ()
@@ -173,6 +184,15 @@ class Aggregation2d(nn.Module):
             return pooled
         return pooled[:, None, None] if self.channels_last else pooled[:, :, None, None]
 
+    # What timm's classifiers ask their pooling.
+    pool_type = 'aggregate'  # which those that make it anew in `reset_classifier` refuse
+
+    def is_identity(self) -> bool:
+        return False
+
+    def feat_mult(self) -> int:
+        return 1
+
 
 class ClassHead(nn.Module):
     """A classifier of pooled tokens, one for each class: each has a linear map of its own to its logit."""
@@ -196,16 +216,28 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_pooling(pool_tokens: str, num_classes: int) -> int:
-    """The number of query tokens.
+def queries_of(pool_tokens: str, num_classes: int = 0) -> int:
+    """The number of query tokens of a model; without classes 1.
 
     Raises:
-        UserError: If `pool_tokens` is neither 'one' nor 'class', or there are no classes to have a token each.
+        UserError: If `pool_tokens` is neither 'one' nor 'class', or there is one class alone to have a token.
     """
-    if pool_tokens not in ('one', 'class'):
-        raise UserError(f"pool_tokens must be 'one' or 'class', got {pool_tokens!r}")
-    if pool_tokens == 'one':
+    check_choice('pool_tokens', pool_tokens, ('one', 'class'))
+    if pool_tokens == 'one' or not num_classes:
         return 1
-    if num_classes < 2:
-        raise UserError(f"pool_tokens='class' has a token for each class, two at least, got num_classes={num_classes}")
-    return as_integer('num_classes', num_classes)
+    return as_integer('num_classes', num_classes, 2, "two at least for pool_tokens='class', a token for each class")
+
+
+def as_queries(saved: Tensor, wanted: Tensor) -> Tensor:
+    """Query tokens (1, K, C) that were saved, for a model with `wanted`: one begins them all, several their mean; those
+    of other classes do not go on."""
+    if saved.shape[1] == wanted.shape[1] or saved.shape[1] == 1:
+        return saved.expand_as(wanted)
+    return saved.mean(1, keepdim=True) if wanted.shape[1] == 1 else wanted
+
+
+def check_pool_options(heads: Any, init: Any) -> None:
+    """Raises UserError for a number of heads that is none, or a scale at the start that is not finite."""
+    as_integer('pool_heads', heads)
+    if not is_real(init) or not math.isfinite(init):
+        raise UserError(f'pool_init must be a finite number, such as 1e-4, got pool_init={init!r}')

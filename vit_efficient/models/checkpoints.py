@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vit_efficient.attention import GridAttention
 from vit_efficient.compress.base import Compressor
 from vit_efficient.compress.maps import Linear, Maps
+from vit_efficient.models.aggregation import as_queries
 from vit_efficient.models.patch_embed import DctPatchEmbed
 from vit_efficient.utils.errors import UserError
 
@@ -75,13 +76,14 @@ def _pooling_of(saved: dict[str, Tensor], state_dict: dict[str, Tensor], model: 
     It begins as it is, with the class token for its own; in `state_dict` the final norm becomes that of what is pooled.
     """
     own = {key: value for key, value in model.state_dict().items() if key.startswith(('attn_pool.', 'fc_norm.'))}
-    wanted = {key: value for key, value in own.items() if key.startswith('attn_pool.')}
+    wanted, token = {key: value for key, value in own.items() if key.startswith('attn_pool.')}, 'attn_pool.cls_token'
+    if token in wanted and token in saved:
+        return saved | {token: as_queries(saved[token], wanted[token])}
     if not wanted or wanted.keys() <= saved.keys():
         return saved
     for key in own.keys() - wanted.keys() - state_dict.keys():
         if (other := key.removeprefix('fc_')) in state_dict:
             state_dict[key] = state_dict.pop(other)
-    token = 'attn_pool.cls_token'
     if token in wanted and 'cls_token' in state_dict:
         wanted[token] = state_dict['cls_token'].expand_as(wanted[token])
     logger.info('not in the weights, so as it begins: attn_pool, with which %s pools', type(model).__name__)

@@ -20,8 +20,9 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vit_efficient.grid import PatchGrid
-from vit_efficient.models.aggregation import AggregationBlock, check_pooling, init_linear
+from vit_efficient.models.aggregation import AggregationBlock, as_queries, check_pool_options, init_linear, queries_of
 from vit_efficient.models.registered import build_model, default_cfgs
+from vit_efficient.utils.checks import as_integer, is_real
 from vit_efficient.utils.compat import feature_indices
 from vit_efficient.utils.errors import UserError
 
@@ -98,6 +99,7 @@ class PatchConvNet(nn.Module):
         in_chans, embed_dim, depth: Channels of images, C, blocks.
         global_pool: 'aggregate'; or '', which leaves the tokens of patches as they are.
         pool_tokens: 'one' query token, or one for each 'class', whose weights are a map of it.
+        pool_scale: Of the scores of pooling, by default 1 / √C; weights of the authors' first release have another one.
         init_values: γ at the start, of all blocks.
         drop_rate: Of what the classifier is given.
         drop_path_rate: The same in all blocks.
@@ -114,14 +116,24 @@ class PatchConvNet(nn.Module):
         depth: int = 60,
         global_pool: str = 'aggregate',
         pool_tokens: str = 'one',
+        pool_scale: float | None = None,
         init_values: float = 1e-6,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        if embed_dim % 8:
+        as_integer('in_chans', in_chans)
+        if as_integer('embed_dim', embed_dim) % 8:
             raise UserError(f'embed_dim must be a multiple of 8, got {embed_dim}')
-        self.in_chans, self.embed_dim, self.pool_tokens, self._init = in_chans, embed_dim, pool_tokens, init_values
+        as_integer('depth', depth)
+        for name, rate in (('drop_rate', drop_rate), ('drop_path_rate', drop_path_rate)):
+            if not is_real(rate) or not 0 <= rate < 1:
+                raise UserError(f'{name} must be a number with 0 ≤ {name} < 1, got {rate!r}')
+        if pool_scale is not None and not is_real(pool_scale):
+            raise UserError(f'pool_scale must be a number, got {pool_scale!r}')
+        check_pool_options(1, init_values)
+        self.in_chans, self.embed_dim, self.pool_tokens = in_chans, embed_dim, pool_tokens
+        self._of_block = dict(init_values=init_values, scale=pool_scale)
         self.num_features = self.head_hidden_size = embed_dim
         self.grad_checkpointing = False
         self.patch_embed = ConvStem(in_chans, embed_dim)
@@ -129,33 +141,35 @@ class PatchConvNet(nn.Module):
         names = [f'blocks.{i}' for i in range(depth)]
         self.feature_info = [dict(num_chs=embed_dim, reduction=_PATCH, module=name) for name in names]
         self.head_drop = nn.Dropout(drop_rate)
-        self.num_classes = -1
-        self.reset_classifier(num_classes, global_pool)
         self.apply(init_linear)
+        self.global_pool, self.cls_token = '', None
+        self.reset_classifier(num_classes, global_pool)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As timm's. With a token for each class, all that pools begins anew as well."""
+        """As timm's. With a token for each class, all that pools begins anew as well; with '' nothing pools."""
         pool = self.global_pool if global_pool is None else global_pool
         if pool not in ('aggregate', ''):
             raise UserError(f"global_pool of a PatchConvNet must be 'aggregate' or '', got {pool!r}")
         if not pool and num_classes:
             raise UserError(f"num_classes must be 0 with global_pool='', which leaves the tokens, got {num_classes}")
-        of_classes = self.pool_tokens == 'class' and num_classes
-        queries = check_pooling(self.pool_tokens, num_classes) if num_classes else 1
-        place = dict(device=self.blocks[0].gamma_1.device, dtype=self.blocks[0].gamma_1.dtype) if self.blocks else {}
-        if not hasattr(self, 'cls_token') or of_classes or self.cls_token.shape[1] != queries:
-            self.cls_token = nn.Parameter(torch.zeros(1, queries, self.embed_dim, **place))
+        queries = queries_of(self.pool_tokens, as_integer('num_classes', num_classes, 0))
+        weight, dim = self.blocks[0].gamma_1, self.embed_dim
+        place = dict(device=weight.device, dtype=weight.dtype)
+        if not pool:
+            self.cls_token, self.blocks_token_only, self.norm = None, nn.ModuleList(), nn.Identity()
+        elif self.cls_token is None or queries > 1 or self.cls_token.shape[1] > 1:
+            self.cls_token = nn.Parameter(torch.empty(1, queries, dim, **place))
             trunc_normal_(self.cls_token, std=0.02)
-            block = AggregationBlock(self.embed_dim, 1, queries, self._init, **place)
-            self.blocks_token_only = nn.ModuleList([block])
-            self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6, **place)
+            self.blocks_token_only = nn.ModuleList([AggregationBlock(dim, 1, queries, **self._of_block, **place)])
+            self.norm = nn.LayerNorm(dim, eps=1e-6, **place)
         self.global_pool, self.num_classes = pool, num_classes
-        if of_classes:
-            self.head = nn.ModuleList(nn.Linear(self.embed_dim, 1, **place) for _ in range(num_classes))
+        if queries > 1:
+            self.head = nn.ModuleList(nn.Linear(dim, 1, **place) for _ in range(num_classes))
         else:
-            self.head = nn.Linear(self.embed_dim, num_classes, **place) if num_classes else nn.Identity()
-        for module in (self.blocks_token_only, self.head):
-            module.apply(init_linear)
+            self.head = nn.Linear(dim, num_classes, **place) if num_classes else nn.Identity()
+        self.head.apply(init_linear)
+        for made in (self.blocks_token_only, self.norm, self.head):
+            made.train(self.training)
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -168,8 +182,8 @@ class PatchConvNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """As timm's: which layer a parameter is of, by its name."""
-        blocks = [(r'^blocks\.(\d+)', None), (r'^blocks_token_only|^norm', (99999,))]
-        return dict(stem=r'^cls_token|^patch_embed', blocks=blocks)
+        blocks = [(r'^blocks\.(\d+)', None), (r'^cls_token|^blocks_token_only|^norm', (99999,))]
+        return dict(stem=r'^patch_embed', blocks=blocks)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, height, width), sides of any size from 1 → (B, C, H, W)"""
@@ -190,7 +204,8 @@ class PatchConvNet(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, K, C)"""
-        return self.norm(self.blocks_token_only[0](x.flatten(2).transpose(1, 2), self.cls_token.expand(len(x), -1, -1)))
+        tokens = self.cls_token.expand(x.shape[0], -1, -1)
+        return self.norm(self.blocks_token_only[0](x.flatten(2).transpose(1, 2), tokens))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H, W) → (B, classes), or (B, C), the mean over tokens of classes, without classifier."""
@@ -244,7 +259,16 @@ class PatchConvNet(nn.Module):
 
 
 def _weights_of(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    return checkpoint.get('model', checkpoint)
+    """The weights; those of other classes than the model's are left out, where each has a token."""
+    weights = dict(checkpoint.get('model', checkpoint))
+    token, own = weights.get('cls_token'), model.state_dict()
+    if token is None or 'cls_token' not in own:
+        return {key: value for key, value in weights.items() if key.partition('.')[0] != 'head' and key in own}
+    if token.shape == own['cls_token'].shape:
+        return weights
+    weights = {key: value for key, value in weights.items() if key.partition('.')[0] != 'head'}
+    begun = {key: value for key, value in own.items() if key.partition('.')[0] == 'head'}
+    return weights | begun | {'cls_token': as_queries(token, own['cls_token'])}
 
 
 def _register(size: str, depth: int) -> None:

@@ -113,11 +113,13 @@ def _computed(config: ModelConfig) -> dict[str, Any]:
     found = {'attention': _EXACT, **_sizes(model.state_dict())}
     if hasattr(model, 'attention_spec'):
         found['attention'] = tuple(json.loads(json.dumps(model_arguments(model)['attention'], default=str)))
-    # Those of pooling by attention are of what is trained anew.
+    # Those of pooling are told apart: it may be trained anew.
     modules = (module for name, module in model.named_modules() if not name.startswith('attn_pool'))
     heads = [module.num_heads for module in modules if isinstance(getattr(module, 'num_heads', None), int)]
     if heads:
         found['num_heads'] = heads[0] if len(set(heads)) == 1 else heads
+    if getattr(model, 'global_pool', '') == 'aggregate' and hasattr(model, 'pool_heads'):
+        found['pool_heads'] = model.pool_heads
     embedding = getattr(model, 'patch_embed', None)
     if isinstance(embedding, DctPatchEmbed):  # kernels over pixels load into any
         options = {key: value for key, value in embedding.options.items() if key != 'input'}
