@@ -6,7 +6,7 @@ import torch
 from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 
-from vit_efficient import convert, convert_pool
+from vit_efficient import DenseModel, convert, convert_pool
 from vit_efficient.attention_maps import attention_maps
 from vit_efficient.utils.errors import UserError
 
@@ -120,8 +120,20 @@ def test_maps_of_convolutional_networks_have_their_last_resolution(name):
     torch.testing.assert_close(found.patches.sum((-1, -2)) + found.others, torch.ones(1, 1, 1))
 
 
+def test_the_backbone_of_a_model_with_a_head_for_patches_looks():
+    backbone = timm.create_model('vit_full_tiny', img_size=32, embed_dim=24, depth=2, num_heads=2, num_classes=0)
+    given = torch.randn(1, 3, 32, 32)
+    found = attention_maps(DenseModel(backbone, num_classes=3).eval(), given)
+    torch.testing.assert_close(found.patches, attention_maps(backbone, given).patches)
+
+
 def test_what_looks_nowhere_is_refused():
     given = images(1)
+    with pytest.raises(UserError, match=r'images must be a batch of one size, \(B, channels, height, width\)'):
+        attention_maps(tiny(), given[0])
+    with pytest.raises(UserError, match="a PatchConvNet with global_pool='' pools nothing"):
+        network = timm.create_model('patch_convnet_s60', embed_dim=16, depth=1, num_classes=0, global_pool='')
+        attention_maps(network, given.float())
     with pytest.raises(UserError, match=r"global_pool='avg' and no class token has nothing that asks.*convert_pool"):
         attention_maps(tiny(global_pool='avg', class_token=False), given)
     with pytest.raises(UserError, match='a ResNet takes the mean of its maps, and looks nowhere; convert_pool'):

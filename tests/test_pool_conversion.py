@@ -101,6 +101,39 @@ def test_convolutional_networks_learn_and_come_back_from_a_folder(name, tmp_path
     assert made(given).shape == (2, 4) and made.pretrained_cfg['mean'] == model.pretrained_cfg['mean']
 
 
+def test_a_network_whose_pooling_is_as_wide_as_another_layer():
+    model = convert_pool(timm.create_model('efficientvit_b0', num_classes=3)).eval()
+    assert model(images(64)).shape == (2, 3)
+
+
+def test_weights_of_the_plain_network_are_taken():
+    plain = timm.create_model('resnet10t', num_classes=3).eval()
+    overlay = dict(state_dict=plain.state_dict(), num_classes=3)
+    options = dict(base='resnet10t', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+    model = timm.create_model('cnn_aggregated', **options).eval()
+    given = images(64)
+    torch.testing.assert_close(model.forward_features(given), plain.forward_features(given))
+
+
+def test_a_transformer_on_the_maps_of_a_network_is_a_transformer():
+    model = convert_pool(timm.create_model('vit_tiny_r_s16_p8_224', depth=1, num_classes=3)).eval()
+    assert isinstance(model, EfficientVisionTransformer) and model(images(224)).shape == (2, 3)
+
+
+def test_heads_of_other_kinds():
+    model = vit()
+    model.head = nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 5))
+    with pytest.raises(UserError, match="tokens='class' takes the classifier of 5 classes apart.*has a Sequential"):
+        convert_pool(model, tokens='class')
+    assert type(model) is VisionTransformer and model.global_pool == 'token'
+    head = model.head
+    assert convert_pool(model).head is head and model(images()).shape == (2, 5) and not model.attn_pool.training
+    without_bias = vit()
+    without_bias.head = nn.Linear(24, 5, bias=False).requires_grad_(False)
+    convert_pool(without_bias, tokens='class')
+    assert not without_bias.head.weight.requires_grad and not without_bias.head.bias.any()
+
+
 def test_what_pools_is_what_the_maps_hold():
     """Maps with the channels last and first, against the pooling of their patches in rows."""
     torch.manual_seed(0)
@@ -131,7 +164,14 @@ def test_what_pools_is_what_the_maps_hold():
             {},
             "cannot convert the pooling of a ResNet, which is 'catavgmax'; build it with global_pool='avg'",
         ),
-        (lambda: timm.create_model('levit_128s'), {}, 'cannot'),
+        (
+            lambda: timm.create_model('levit_128s'),
+            {},
+            'of a LevitDistilled: it is neither a VisionTransformer nor an Eva',
+        ),
+        (lambda: timm.create_model('samvit_base_patch16_224', depth=1), {}, 'of a VisionTransformerSAM: it is neither'),
+        (vit, dict(init=float('inf')), 'pool_init must be a finite number'),
+        (vit, dict(heads=True), 'pool_heads must be a positive integer'),
         (lambda: timm.create_model('beit_base_patch16_224', depth=1), {}, 'cannot convert the pooling of a Beit'),
     ],
 )
@@ -152,4 +192,9 @@ def test_a_base_without_maps_to_pool_is_refused():
         UserError, match='cnn_aggregated: vit_tiny_patch16_224 pools no maps; of a ViT, use convert_pool'
     ):
         timm.create_model('cnn_aggregated', base='vit_tiny_patch16_224')
-    assert type(vit()) is VisionTransformer
+    with pytest.raises(UserError, match='cnn_aggregated: features come before what pools; take resnet10t itself'):
+        timm.create_model('cnn_aggregated', base='resnet10t', features_only=True)
+    with pytest.raises(
+        UserError, match=r"convert_pool: model must be an nn.Module, made by timm.create_model, got 'vit'"
+    ):
+        convert_pool('vit')

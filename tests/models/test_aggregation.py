@@ -90,6 +90,9 @@ def test_of_queries_that_say_nothing_the_mean_comes():
     module.block.attn.q.bias.data.zero_()
     x = torch.randn(1, 9, DIM, dtype=torch.float64)
     torch.testing.assert_close(weights_of(module, x), torch.full((1, 1, 1, 10), 0.1, dtype=torch.float64))
+    attention = module.block.attn
+    u = module.block.norm1(torch.cat([module.cls_token, x], 1))
+    torch.testing.assert_close(attention(u)[:, 0], attention.proj(attention.v(u).mean(1)))
 
 
 @pytest.mark.parametrize('queries', [1, 4])
@@ -122,8 +125,8 @@ def test_a_patch_that_nobody_looks_at_has_no_gradient():
 def vit(**options):
     torch.manual_seed(0)
     small = dict(img_size=(32, 64), depth=2, embed_dim=24, num_heads=2, num_classes=5, patch_size=8)
-    options = dict(attention_kwargs=dict(keep_ratio=0.5)) | small | options
-    return timm.create_model('vit_dct_tiny', global_pool='aggregate', **options).eval()
+    options = dict(attention_kwargs=dict(keep_ratio=0.5), global_pool='aggregate') | small | options
+    return timm.create_model('vit_dct_tiny', **options).eval()
 
 
 @pytest.mark.parametrize(
@@ -175,11 +178,37 @@ def test_weights_of_a_model_that_pooled_otherwise_are_taken_as_by_convert_pool(p
     assert torch.equal(model(images), expected(images))
 
 
-def test_it_is_exported_and_compiled():
-    model, images = vit(), torch.randn(2, 3, 32, 64)
-    expected = model(images)
-    torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), expected)
-    torch.testing.assert_close(torch.compile(model, backend='aot_eager')(images), expected)
+@pytest.mark.compiled
+@pytest.mark.parametrize('tokens', ['one', 'class'])
+def test_it_is_exported_for_any_batch_and_compiled(tokens):
+    model, images, five = vit(pool_tokens=tokens), torch.randn(2, 3, 32, 64), torch.randn(5, 3, 32, 64)
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
+    torch.testing.assert_close(exported(five), model(five))
+    torch.testing.assert_close(torch.jit.trace(model, images)(five), model(five))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(images), model(images))
+    torch.testing.assert_close(torch.compile(model, backend='aot_eager')(images), model(images))
+
+
+@pytest.mark.parametrize('tokens', ['one', 'class'])
+@pytest.mark.parametrize('classes', [0, 7])
+def test_trained_pooling_is_read_for_other_classes(tokens, classes, tmp_path):
+    model, images = vit(pool_tokens=tokens), torch.randn(2, 3, 32, 64)
+    save_model(model, tmp_path)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=classes).eval()
+    assert again(images).shape == (2, classes or 24)
+    assert torch.equal(again.attn_pool.block.attn.q.weight, model.attn_pool.block.attn.q.weight)
+    token, had = again.attn_pool.cls_token, model.attn_pool.cls_token
+    assert token.shape[1] == (classes if tokens == 'class' and classes else 1)
+    if tokens == 'one' or not classes:
+        torch.testing.assert_close(token, had.mean(1, keepdim=True))
+
+
+def test_a_classifier_that_cannot_be_leaves_the_model():
+    model, images = vit(pool_tokens='class'), torch.randn(2, 3, 32, 64)
+    before = model(images)
+    with pytest.raises(UserError, match="num_classes must be two at least for pool_tokens='class'.*got num_classes=1"):
+        model.reset_classifier(1)
+    assert torch.equal(model(images), before) and model.num_classes == 5
 
 
 @pytest.mark.parametrize(
@@ -188,6 +217,9 @@ def test_it_is_exported_and_compiled():
         ({'pool_tokens': 'two'}, "pool_tokens must be one of one, class, got pool_tokens='two'"),
         ({'pool_tokens': 'class', 'num_classes': 1}, "num_classes must be two at least for pool_tokens='class'"),
         ({'pool_heads': 5}, 'pool_heads must divide embed_dim=24, got 5'),
+        ({'pool_heads': 2.0}, 'pool_heads must be a positive integer, got pool_heads=2.0'),
+        ({'pool_init': float('nan')}, 'pool_init must be a finite number, such as 1e-4, got pool_init=nan'),
+        ({'pool_heads': '2', 'global_pool': 'avg'}, 'pool_heads must be a positive integer'),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):

@@ -3,10 +3,11 @@
 import pytest
 import timm
 import torch
+from timm.models import group_parameters
 from torch import nn
 from torch.nn import functional as F
 
-from vit_efficient import count_flops
+from vit_efficient import count_flops, save_model
 from vit_efficient.attention_maps import attention_maps
 from vit_efficient.utils.errors import UserError
 
@@ -139,7 +140,28 @@ def test_a_token_for_each_class_has_a_map_and_a_classifier_of_its_own():
     expected = torch.cat([model.head[k](pooled[:, k]) for k in range(3)], 1)
     torch.testing.assert_close(model(images), expected)
     model.reset_classifier(5)
-    assert model.double()(images).shape == (2, 5) and model.cls_token.shape == (1, 5, 16)
+    assert model(images).shape == (2, 5) and model.cls_token.shape == (1, 5, 16)
+
+
+@pytest.mark.parametrize('tokens', ['one', 'class'])
+def test_trained_pooling_goes_on_with_another_classifier(tokens, tmp_path):
+    images, model = torch.randn(2, 3, 64, 96, dtype=torch.float64), tiny(pool_tokens=tokens, pool_scale=1.0)
+    if tokens == 'one':
+        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+        for classes in (3, 0, 7):
+            model.reset_classifier(classes)
+            assert torch.equal(model.forward_head(model.forward_features(images), pre_logits=True), pooled)
+    save_model(model, tmp_path)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).double().eval()
+    torch.testing.assert_close(again(images), model(images), atol=1e-5, rtol=1e-5)
+    assert again.blocks_token_only[0].attn.scale == 1.0
+    for classes in (4, 0):
+        other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=classes).double().eval()
+        assert other(images).shape == (2, classes or 16)
+        theirs, ours = (each.blocks_token_only[0].attn.q.weight for each in (other, model))
+        torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-6)
+    features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True, out_indices=(0,))
+    assert not any(name.startswith('blocks_token_only') for name, _ in features.named_parameters())
 
 
 def test_it_is_one_of_timms_models():
@@ -158,15 +180,31 @@ def test_it_is_one_of_timms_models():
     assert all(parameter.grad is not None for parameter in model.parameters())
     model.eval().reset_classifier(0, '')
     torch.testing.assert_close(model(images), final)
-    exported = torch.export.export(tiny().float(), (images.float(),)).module()
-    torch.testing.assert_close(exported(images.float()), tiny().float()(images.float()))
     assert isinstance(tiny(num_classes=0).head, nn.Identity)
+
+
+@pytest.mark.compiled
+def test_it_is_exported_for_any_batch():
+    model, images, five = tiny(), *(torch.randn(n, 3, 64, 96, dtype=torch.float64) for n in (2, 5))
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
+    torch.testing.assert_close(exported(five), model(five))
+    torch.testing.assert_close(torch.jit.trace(model, images)(five), model(five))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(five), model(five))
+
+
+def test_the_query_learns_at_the_rate_of_what_it_asks_by():
+    groups = group_parameters(tiny(depth=3), tiny(depth=3).group_matcher(), reverse=True)
+    assert groups['cls_token'] == groups['blocks_token_only.0.attn.q.weight'] > groups['blocks.1.gamma_1']
 
 
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
         (dict(embed_dim=12), 'embed_dim must be a multiple of 8, got 12'),
+        (dict(embed_dim=0), 'embed_dim must be a positive integer, got embed_dim=0'),
+        (dict(depth=1.5), 'depth must be a positive integer, got depth=1.5'),
+        (dict(num_classes=-1), 'num_classes must be an integer of at least 0, got num_classes=-1'),
+        (dict(drop_path_rate=1), 'drop_path_rate must be a number with 0 ≤ drop_path_rate < 1, got 1'),
         (dict(global_pool='map'), "global_pool of a PatchConvNet must be 'aggregate' or '', got 'map'"),
         (dict(pool_tokens='two'), "pool_tokens must be one of one, class, got pool_tokens='two'"),
         (dict(pool_tokens='class', num_classes=1), "num_classes must be two at least for pool_tokens='class'"),
