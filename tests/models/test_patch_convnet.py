@@ -122,8 +122,7 @@ def test_official_weights_load_by_their_names_and_the_output_is_that_of_the_equa
 def test_any_size_is_taken_and_a_shift_by_a_patch_shifts_what_lies_within():
     model = tiny(depth=1)
     images = torch.randn(1, 3, 112, 208, dtype=torch.float64)
-    found, shifted = model.forward_features(images), model.forward_features(images.roll((16, 32), (2, 3)))
-    assert found.shape == (1, 16, 7, 13)
+    assert model.forward_features(images).shape == (1, 16, 7, 13)
     # Squeeze-excite means over the image: what is compared is the stem.
     found, shifted = model.patch_embed(images), model.patch_embed(images.roll((16, 32), (2, 3)))
     torch.testing.assert_close(shifted[:, :, 3:-2, 4:-2], found.roll((1, 2), (2, 3))[:, :, 3:-2, 4:-2])

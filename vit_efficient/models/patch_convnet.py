@@ -262,8 +262,11 @@ def _weights_of(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, Tenso
     """The weights; those of other classes than the model's are left out, where each has a token."""
     weights = dict(checkpoint.get('model', checkpoint))
     token, own = weights.get('cls_token'), model.state_dict()
-    if token is None or 'cls_token' not in own:
-        return {key: value for key, value in weights.items() if key.partition('.')[0] != 'head' and key in own}
+    if token is None:
+        return weights
+    if 'cls_token' not in own:  # nothing pools
+        pooling = ('cls_token', 'blocks_token_only', 'norm', 'head')
+        return {key: value for key, value in weights.items() if key.partition('.')[0] not in pooling}
     if token.shape == own['cls_token'].shape:
         return weights
     weights = {key: value for key, value in weights.items() if key.partition('.')[0] != 'head'}
