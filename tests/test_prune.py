@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from tests.train.recipes import TINY
-from vit_efficient import save_model
+from vit_efficient import convert_patch_embed, save_model
 from vit_efficient.prune import METHODS, Masks, by_role, densities, lamp_scores, prune, share_out, smallest, sparsity
 from vit_efficient.utils.errors import UserError
 
@@ -69,6 +69,41 @@ def test_a_layer_of_zeros_has_scores_of_zero():
     model[1].weight.data.zero_()
     for method in METHODS:
         assert left(prune_copy(model, 0.3, method))['1'] == 0
+
+
+def test_a_layer_that_begins_at_zero_has_no_mask_until_it_has_learned():
+    model = three_layers((30, 30, 30))
+    model[1].weight.data.zero_()
+    masks = prune(model, 0.5, skip=())
+    assert list(masks.kept) == ['0', '2'] and sum(left(model).values()) == 900
+    model[1].weight.data.normal_()
+    masks = prune(model, 0.5, skip=(), masks=masks)
+    assert list(masks.kept) == ['0', '2', '1'] and sum(left(model).values()) == 900
+    model[1].weight.data.zero_()  # one that was emptied stays so
+    assert '1' in prune(model, 0.1, skip=(), masks=masks).kept
+
+
+def test_what_is_not_left_has_no_energy():
+    model = three_layers((30, 30, 30))
+    masks = prune(model, 0.5, skip=())
+    expected = left(prune_copy(model, 0.5, masks=masks))
+    model[0].weight.data[~masks.kept['0']] = 100
+    assert left(prune_copy(model, 0.5, masks=masks)) == expected
+
+
+def test_numbers_whose_squares_are_beyond_float64_have_scores():
+    weight = torch.randn(30, 20, dtype=torch.float64)
+    for scale in (2.0**600, 2.0**-600):
+        assert torch.equal(lamp_scores(weight * scale), lamp_scores(weight))
+    with pytest.raises(UserError, match='weight: an entry is not finite'):
+        lamp_scores(weight / 0)
+
+
+def test_the_head_that_distilled_models_have_beside_it_stays_too():
+    model = vit('deit_tiny_distilled_patch16_224', embed_dim=12, num_heads=2, depth=1)
+    assert not {'head', 'head_dist'} & prune(copy.deepcopy(model), 0.5).kept.keys()
+    plus = {each.name: each.density for each in densities(prune_copy(model, 0.4, 'uniform+'))}
+    assert plus['patch_embed.proj'] == 1 and min(plus['head'], plus['head_dist']) >= 0.2
 
 
 def prune_copy(model, amount, method='lamp', **options):
@@ -324,5 +359,24 @@ def test_weights_that_cannot_be_pruned_are_named():
     masks = prune(model := vit(), 0.5)
     with pytest.raises(UserError, match='the model has no layer blocks.1.attn.qkv, which was pruned'):
         masks.apply_(vit(depth=1))
+    smaller = vit(depth=1)
+    before = copy.deepcopy(smaller.state_dict())
+    for call in (masks.apply_, lambda model: prune(model, 0.5, masks=masks)):
+        with pytest.raises(UserError, match='the model has no layer blocks.1'):
+            call(smaller)
+    assert all(torch.equal(value, before[name]) for name, value in smaller.state_dict().items())
+    with pytest.raises(UserError, match='masks must be what prune has returned, got dict'):
+        prune(model, 0.5, masks=masks.kept)
     with pytest.raises(UserError, match=r'patch_embed.proj: its weight is \(24, 3, 4, 4\), its mask \(12, 3, 4, 4\)'):
         masks.apply_(vit(embed_dim=24))
+
+
+def test_a_pruned_patch_embedding_is_not_converted():
+    model = vit('vit_tiny_patch16_224')
+    prune(model, 0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        UserError, match='of the weights of the patch embedding are 0, which no other basis keeps; convert'
+    ):
+        convert_patch_embed(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -11,7 +11,8 @@ from torch import nn
 from tests.processes import ROOT
 from tests.test_prune import vit
 from vit_efficient import save_model
-from vit_efficient.prune import prune
+from vit_efficient.models import load_model
+from vit_efficient.prune import prune, sparsity
 from vit_efficient.sparse import SparseLinear, load_sparse, sparse_linear
 from vit_efficient.utils.errors import UserError
 
@@ -80,7 +81,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         sparse_linear(vit(), below=0)
     model = vit().half()
     prune(model, 0.95)
-    with pytest.raises(UserError, match='its weight is torch.float16 on cpu; sparse layers are float32 or float64 on'):
+    with pytest.raises(UserError, match='its weight is torch.float16; sparse layers are float32 or float64'):
         sparse_linear(model, below=0.5)
     model = model.float()
     sparse_linear(model, below=0.5)
@@ -99,6 +100,69 @@ def test_what_does_not_fit_is_named(tmp_path):
         load_sparse(tmp_path / 'dense')
     with pytest.raises(UserError, match='no such model folder'):
         load_sparse(tmp_path / 'nothing')
+    with pytest.raises(UserError, match=r'x must be \(…, 7\), as in_features says, got \(2, 8\)'):
+        SparseLinear(7, 3, 0).eval()(torch.ones(2, 8))
+    with pytest.raises(UserError, match='replaces layers inside of a model, got a layer'):
+        sparse_linear(nn.Linear(3, 4))
+    with pytest.raises(UserError, match='blocks.0.attn.qkv: its weight is on meta'):
+        sparse_linear(vit().to('meta'))
+
+
+def test_autocast_is_refused():
+    model = vit()
+    prune(model, 0.95)
+    sparse_linear(model, below=0.5)
+    with (
+        torch.autocast('cpu', torch.bfloat16),
+        pytest.raises(UserError, match='torch.bfloat16 and .*leave autocast'),
+    ):
+        model(torch.randn(1, 3, 16, 16))
+
+
+def test_what_is_sparse_already_is_said_where_dense_models_are_taken(tmp_path):
+    model = vit()
+    prune(model, 0.95)
+    save_model(model, tmp_path / 'dense')
+    sparse_linear(model, below=0.5)
+    for call in (lambda: prune(model, 0.5), lambda: sparsity(model)):
+        with pytest.raises(UserError, match='blocks.0.attn.qkv is sparse already; prune, and count'):
+            call()
+    save_model(model, tmp_path / 'sparse')
+    with pytest.raises(UserError, match='a sparse model; vit_efficient.sparse.load_sparse reads it'):
+        load_model(tmp_path / 'sparse')
+    with pytest.raises(UserError, match='not a sparse model .*none of its layers is sparse'):
+        load_sparse(tmp_path / 'dense')
+
+
+def test_double_precision_is_saved_and_loaded(tmp_path):
+    model = vit().double()
+    prune(model, 0.95)
+    sparse_linear(model, below=0.5)
+    save_model(model, tmp_path)
+    images = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    assert torch.equal(load_sparse(tmp_path)(images), model(images))
+
+
+def test_a_layer_under_two_names_becomes_one():
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU())
+    model.append(model[0])
+    model[0].weight.data[1:] = 0
+    sparse_linear(model.eval())
+    assert isinstance(model[0], SparseLinear) and model[0] is model[2]
+
+
+@pytest.mark.parametrize('tokens', [0, 1, 32, 33, 100])
+def test_any_number_of_tokens(tokens):
+    dense = nn.Linear(7, 9).double().eval()
+    dense.weight.data[torch.rand(9, 7) < 0.7] = 0
+    sparse = SparseLinear.from_linear(dense)
+    x = torch.randn(2, tokens, 7, dtype=torch.float64, requires_grad=True)
+    y, z = dense(x), sparse(x)
+    torch.testing.assert_close(z, y, rtol=0, atol=1e-14)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (z, y)))
+    torch.library.opcheck(
+        torch.ops.vit_efficient.sparse_linear, (x[0], sparse.starts, sparse.columns, sparse.values, sparse.bias)
+    )
 
 
 @pytest.mark.subprocess

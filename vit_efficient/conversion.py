@@ -36,6 +36,8 @@ from vit_efficient.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+PRUNED = 0.01  # of the weights of a patch embedding, those that are 0
+
 
 def convert(
     model: nn.Module,
@@ -159,13 +161,20 @@ def convert_patch_embed(model: nn.Module, patch_embed: str = 'dct', keep: Keep =
         The model itself. Its attention is as it was.
 
     Raises:
-        UserError: If the model cannot be served, or an option is out of range. The model is then as it was.
+        UserError: If the model cannot be served, its patch embedding is pruned, or an option is out of range. The model
+            is then as it was.
     """
     whole, model = model, served_model(model)
     patch_embed_layer(patch_embed, keep, **options)
     if not hasattr(model, 'patch_embed'):
         raise UserError(f'cannot convert the patch embedding of a {type(model).__name__}: it is a part of its embeds')
     embedding = model.patch_embed
+    weight = next(embedding.parameters())
+    if not weight.is_meta and (pruned := 1 - float(weight.count_nonzero()) / weight.numel()) > PRUNED:
+        raise UserError(
+            f'{pruned:.0%} of the weights of the patch embedding are 0, which no other basis keeps; convert it '
+            'first, and prune then'
+        )
     if isinstance(embedding, DctPatchEmbed):
         embedding = embedding.to_conv()
     if patch_embed == 'dct':

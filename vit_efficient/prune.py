@@ -5,8 +5,9 @@ layer the smallest weights go first; the score of LAMP fixes how much each layer
 threshold for all layers (`global`), the same share of each (`uniform`; `uniform+` of Gale et al., 2019, arXiv
 1902.09574), and shares by the shapes of layers (`erk`: Evci et al., ICML 2020, arXiv 1911.11134).
 
-A weight that is 0 counts as pruned, so a pruned model is one of plain weights that goes on where it was. Zeros alone
-make nothing faster: dense products take as long. `vit_efficient.sparse` has products that do not.
+A weight that is 0 counts as pruned, so a pruned model is one of plain weights that goes on where it was; but a layer
+that is all 0, as adapters and others begin, counts as one that has yet to learn. Zeros alone make nothing faster: dense
+products take as long. `vit_efficient.sparse` has products that do not.
 """
 
 import math
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from vit_efficient.flops.roles import role_of
+from vit_efficient.sparse import SparseLinear
 from vit_efficient.utils.checks import as_integer, is_real, nearest
 from vit_efficient.utils.compat import own_parameters, unwrap
 from vit_efficient.utils.errors import UserError
 
 METHODS = ('lamp', 'global', 'uniform', 'uniform+', 'erk')
 LAST_KEPT = 0.2  # of the last layer, by uniform+
+HEADS = ('head', 'head_dist')  # what 'head' stands for
 
 _FUSED = {'qkv': ('q', 'k', 'v'), 'kv': ('k', 'v')}  # layers that are several, with their rows one after the other
 _ALONE = {**{part: part for part in 'qkv'}, **{f'{part}_proj': part for part in 'qkv'}, 'qkv': 'qkv', 'kv': 'kv'}
@@ -70,14 +73,17 @@ class Masks:
             gradients: Set their gradients to 0 instead, before an update, so that no optimiser takes them into account.
 
         Raises:
-            UserError: If the model has no such layer, or one of another shape.
+            UserError: If the model has no such layer, or one of another shape; then all its weights are as they were.
         """
-        *_, model = unwrap(model)
-        for name, kept in self.kept.items():
-            weight = _weight_of(model, name, kept)
+        for weight, kept in self.weights(model):
             tensor = weight.grad if gradients else weight
             if tensor is not None:
                 _own_part(tensor).masked_fill_(~kept.to(tensor.device), 0)
+
+    def weights(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """The weights of a model that have a mask, and the masks, with the errors of `apply_`."""
+        *_, model = unwrap(model)
+        return [(_weight_of(model, name, kept), kept) for name, kept in self.kept.items()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What `Masks` takes, on the CPU."""
@@ -115,18 +121,23 @@ def lamp_scores(weight: Tensor, parts: int = 1) -> Tensor:
         Scores of the shape of the weight, float64, from 0 to 1.
 
     Raises:
-        UserError: If the parts do not divide the rows.
+        UserError: If the parts do not divide the rows, or a weight is not finite.
 
     Source: eq. 4 of arXiv 2010.07611.
     """
     as_integer('parts', parts)
     if not weight.ndim or len(weight) % parts:
         raise UserError(f'parts must divide the rows of a weight of shape {tuple(weight.shape)}, got {parts=}')
+    if not torch.isfinite(weight).all():
+        raise UserError('weight: an entry is not finite')
     return torch.cat([_scores(part) for part in weight.detach().cpu().chunk(parts)])
 
 
 def _scores(weight: Tensor) -> Tensor:
-    squares, order = weight.double().flatten().square().sort(stable=True)
+    weight = weight.double()
+    if weight.numel():  # by a power of 2, which is exact: squares of float64 might be beyond it
+        weight = weight * 2.0 ** -max(math.frexp(weight.abs().max().item())[1], -1000)
+    squares, order = weight.flatten().square().sort(stable=True)
     at_least = squares.flip(0).cumsum(0).flip(0)
     scores = torch.zeros_like(squares)
     scores[order] = torch.where(at_least > 0, squares / at_least, 0)
@@ -152,27 +163,35 @@ def prune(
         method: 'lamp', 'global', 'uniform', 'uniform+' or 'erk'. 'uniform+' keeps the first layer, and a fifth of the
             last one.
         parts: Whether a fused `qkv` is three layers.
-        skip: Names of modules that stay as they are, with all that is in them.
-        masks: What is left; by default all that is not 0.
+        skip: Names of modules that stay as they are, with all that is in them; 'head' is also the second head that
+            distilled models have.
+        masks: What is left; by default all that is not 0, and layers that are all 0 stay as they are.
 
     Returns:
         The masks of the layers that were pruned, now or before.
 
     Raises:
-        UserError: If an argument is out of range, nothing is left to prune or would be left, a name in `skip` is of no
-            module, or a weight is not finite, or no parameter of its layer (`torch.nn.utils.prune`, an adapter).
+        UserError: If an argument is out of range, masks are not of this model, nothing is left to prune or would be
+            left, a name in `skip` is of no module, or a weight is not finite, or no parameter of its layer
+            (`torch.nn.utils.prune`, a parametrisation, `sparse_linear`).
     """
     if not (is_real(amount) and 0 <= amount < 1):
         raise UserError(f'amount must be a number with 0 ≤ amount < 1, got {amount=!r}')
     if method not in METHODS:
         raise UserError(f'method must be one of {", ".join(METHODS)}, got {method=!r}{nearest(method, METHODS)}')
+    if not isinstance(masks, Masks | None):
+        raise UserError(f'masks must be what prune has returned, got {type(masks).__name__}')
     *_, model = unwrap(model)
     units = list_units(model, parts, skip)
+    if masks:
+        masks.weights(model)  # before anything is changed
+    before = masks.state_dict() if masks else {}
     weights = {unit.layer: model.get_submodule(unit.layer).weight.detach() for unit in units}
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise UserError(f'{name}: a weight is not finite')
-    before = masks.state_dict() if masks else {}
+    weights = {name: weight for name, weight in weights.items() if name in before or weight.any()}
+    units = [unit for unit in units if unit.layer in weights]
     kept = before | {name: before[name].clone() if name in before else (w != 0).cpu() for name, w in weights.items()}
     pieces = [_Piece(unit, weights[unit.layer], kept[unit.layer]) for unit in units]
     left = sum(piece.left for piece in pieces)
@@ -216,7 +235,8 @@ class _Piece:
 
     def scores(self, method: str) -> Tensor:
         """(left,)"""
-        scores = lamp_scores(self.weight) if method == 'lamp' else self.weight.double().abs()
+        weight = self.weight.masked_fill(~self.kept, 0)
+        scores = lamp_scores(weight) if method == 'lamp' else weight.double().abs()
         return scores[self.kept]
 
 
@@ -235,12 +255,14 @@ def _budgets(pieces: Sequence[_Piece], total: int, method: str, of_model: Sequen
     most = [piece.left for piece in pieces]
     if method == 'erk':
         return share_out(total, [sum(piece.shape) for piece in pieces], [0] * len(most), most)
-    least, first, last = [0] * len(most), of_model[0].layer, of_model[-1].layer
+    least = [0] * len(most)
     if method == 'uniform+':
+        first = next((unit for unit in of_model if unit.role == 'patch embedding'), of_model[0]).layer
+        last = {unit.layer for unit in of_model if unit.role == 'head'} or {of_model[-1].layer}
         for number, piece in enumerate(pieces):
             if piece.unit.layer == first:
                 least[number] = piece.left
-            elif piece.unit.layer == last:
+            elif piece.unit.layer in last:
                 least[number] = min(piece.left, math.ceil(LAST_KEPT * piece.weight.numel()))
         if sum(least) > total:
             raise UserError(
@@ -285,8 +307,11 @@ def list_units(model: nn.Module, parts: bool = True, skip: Collection[str] = ())
     for name in skip:
         if name not in modules and name != 'head':  # which is by default
             raise UserError(f'skip: the model has no module {name!r}{nearest(name, modules)}')
+    skip += HEADS if 'head' in skip else ()
     units, seen = [], set()
     for name, layer in modules.items():
+        if isinstance(layer, SparseLinear):
+            raise UserError(f'{name} is sparse already; prune, and count, what sparse_linear takes')
         if not isinstance(layer, nn.Linear | nn.Conv2d) or any(f'{name}.'.startswith(f'{each}.') for each in skip):
             continue
         weight = own_parameters(layer).get('weight')
@@ -310,7 +335,7 @@ def list_units(model: nn.Module, parts: bool = True, skip: Collection[str] = ())
 def _parts(name: str, rows: int, modules: Mapping[str, nn.Module], apart: bool) -> Iterable[tuple[str, str, int]]:
     """The layers in one: part, role and rows of each."""
     parent, _, own = name.rpartition('.')
-    if name.partition('.')[0] == 'head':
+    if name.partition('.')[0] in HEADS:
         return [('', 'head', rows)]
     if apart and own == 'in_proj' and hasattr(modules[parent], 'in_split'):  # of timm's parallel blocks
         return [(part, part, count) for part, count in zip(('mlp', *'qkv'), modules[parent].in_split, strict=True)]

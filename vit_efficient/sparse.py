@@ -20,6 +20,38 @@ from vit_efficient.utils.errors import UserError, one_line
 from vit_efficient.utils.projections import is_plain
 
 DTYPES = (torch.float32, torch.float64)
+#: How many tokens a product takes at a time: with all at once rows are so long that caches do not hold them.
+TOKENS = 32
+
+
+# One operator, since a compiler would write out the loop.
+@torch.library.custom_op('vit_efficient::sparse_linear', mutates_args=())
+def _multiply(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, F) → (N, O)"""
+    size = len(starts) - 1, x.shape[1]
+    weight = torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
+    parts = [part.T for part in x.split(TOKENS)]
+    parts = [weight @ part if bias is None else torch.addmm(bias[:, None], weight, part) for part in parts]
+    return torch.cat([part.T for part in parts])
+
+
+@_multiply.register_fake
+def _(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(len(x), len(starts) - 1)
+
+
+def _save_weight(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _gradient(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, starts, columns, values = ctx.saved_tensors
+    rows = torch.arange(grad.shape[1]).repeat_interleave(starts.diff(), output_size=len(values))
+    weight = values.new_zeros(grad.shape[1], x.shape[1]).index_put((rows, columns.long()), values)
+    return grad @ weight, None, None, None, None
+
+
+_multiply.register_autograd(_gradient, setup_context=_save_weight)
 
 
 class SparseLinear(nn.Module):
@@ -63,25 +95,24 @@ class SparseLinear(nn.Module):
         """(…, F) → (…, O)
 
         Raises:
-            UserError: In training mode, or for inputs that are not on the CPU or of another dtype than the weights.
+            UserError: In training mode, under autocast, or for inputs that are not on the CPU, or of another dtype or
+                width than the weights.
         """
         if self.training:
             raise UserError('a SparseLinear does not learn: call model.eval(); to train a pruned model use its Masks')
+        if not x.ndim or x.shape[-1] != self.in_features:
+            raise UserError(f'x must be (…, {self.in_features}), as in_features says, got {tuple(x.shape)}')
         if x.device.type != 'cpu' or self.values.device.type != 'cpu':
             device = next(str(each.device) for each in (x, self.values) if each.device.type != 'cpu')
             raise UserError(f'a SparseLinear computes on the CPU, got {device}; keep the model dense on other devices')
-        if x.dtype != self.values.dtype or x.dtype not in DTYPES:
+        low = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+        if low != self.values.dtype or x.dtype not in DTYPES:
             raise UserError(
-                f'a SparseLinear computes in float32 or float64, inputs and weights alike, got {x.dtype} and '
+                f'a SparseLinear computes in float32 or float64, inputs and weights alike, got {low} and '
                 f'{self.values.dtype}; leave autocast, or convert a dense model before it becomes sparse'
             )
-        weight = torch.sparse_csr_tensor(
-            self.starts, self.columns, self.values, (self.out_features, self.in_features), check_invariants=False
-        )
-        tokens = x.reshape(-1, self.in_features).T
-        y = weight @ tokens if self.bias is None else torch.addmm(self.bias[:, None], weight, tokens)
-        # Attention is slow on strides; with two axes, as here, PyTorch transposes fast.
-        return y.T.contiguous().view(*x.shape[:-1], self.out_features)
+        y = _multiply(x.reshape(-1, self.in_features), self.starts, self.columns, self.values, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         share = len(self.values) / (self.in_features * self.out_features)
@@ -109,24 +140,30 @@ def sparse_linear(model: nn.Module, below: float = 0.2) -> nn.Module:
     """
     below = as_share('below', below)
     *_, inner = unwrap(model)
+    if isinstance(inner, nn.Linear):
+        raise UserError('sparse_linear replaces layers inside of a model, got a layer; SparseLinear.from_linear(layer)')
     replaced, lowest = {}, 1.0
-    for name, layer in inner.named_modules():
+    for name, layer in inner.named_modules(remove_duplicate=False):
         if not is_plain(layer) or not isinstance(layer, nn.Linear) or _is_read(inner, name):
             continue
+        if not layer.weight.numel():
+            continue
+        if layer.weight.device.type != 'cpu':
+            raise UserError(f'{name}: its weight is on {layer.weight.device}; sparse layers need model.cpu()')
         density = layer.weight.count_nonzero().item() / layer.weight.numel()
         lowest = min(lowest, density)
         if density > below:
             continue
-        if layer.weight.device.type != 'cpu' or layer.weight.dtype not in DTYPES:
+        if layer.weight.dtype not in DTYPES:
             raise UserError(
-                f'{name}: its weight is {layer.weight.dtype} on {layer.weight.device}; sparse layers are float32 or '
-                'float64 on the CPU: model.cpu().float()'
+                f'{name}: its weight is {layer.weight.dtype}; sparse layers are float32 or float64: model.float()'
             )
         replaced[name] = layer
     if not replaced:
         raise UserError(f'{below=}: the sparsest linear layer has a density of {lowest:.3f}; prune the model first')
+    made = {layer: SparseLinear.from_linear(layer) for layer in replaced.values()}
     for name, layer in replaced.items():
-        inner.set_submodule(name, SparseLinear.from_linear(layer))
+        inner.set_submodule(name, made[layer])
     return model
 
 
@@ -148,8 +185,11 @@ def load_sparse(folder: str | os.PathLike) -> nn.Module:
     read_model_config(folder)  # for what it says of a file that is none
     try:
         state = safetensors.torch.load_file(folder / 'model.safetensors')
-        model = timm.create_model(f'local-dir:{folder}')
-        for key in [key.removesuffix('.starts') for key in state if key.endswith('.starts')]:
+        keys = [key.removesuffix('.starts') for key in state if key.endswith('.starts')]
+        if not keys:
+            raise ValueError('none of its layers is sparse; timm reads it')
+        model = timm.create_model(f'local-dir:{folder}').to(state[f'{keys[0]}.values'].dtype)
+        for key in keys:
             layer, values = model.get_submodule(key), state[f'{key}.values']
             bias = layer.bias is not None
             model.set_submodule(

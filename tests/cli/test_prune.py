@@ -37,7 +37,11 @@ def test_a_run_is_pruned_and_what_is_left_is_listed(run, tmp_path, capsys):
     model = timm.create_model(f'local-dir:{tmp_path}/pruned', pretrained=True)
     assert sum(each.left for each in densities(model)) == 439
     config = json.loads((tmp_path / 'pruned/config.json').read_text())
-    assert config['pruned'] == {'method': 'lamp', 'keep': 0.1} and config['label_names'] == ['c0', 'c1', 'c2']
+    assert config['pruned'] == {'method': 'lamp', 'keep': 0.1, 'skip': ['head']} and config['label_names'] == [
+        'c0',
+        'c1',
+        'c2',
+    ]
     before = load_model(run)
     assert torch.equal(model.blocks[0].norm1.weight, before.blocks[0].norm1.weight)
 
@@ -71,10 +75,11 @@ def test_what_does_not_fit_is_named(run, tmp_path, capsys, options, message):
 
 
 def test_a_model_is_not_overwritten_nor_filled_again(run, tmp_path, capsys):
-    assert main(['prune', str(run), '--keep', '0.5', '--out', str(run / 'model')]) == 2
-    assert 'is the folder of the model itself' in capsys.readouterr().err
     half = str(tmp_path / 'half')
     assert main(['prune', str(run), '--keep', '0.5', '--out', half]) == 0
+    for taken in (str(run), str(run / 'model'), half):
+        assert main(['prune', str(run), '--keep', '0.5', '--out', taken]) == 2
+        assert f'--out {taken}: holds something already; name a new folder' in capsys.readouterr().err
     assert main(['prune', half, '--keep', '0.6', '--out', str(tmp_path / 'more')]) == 2
     assert '--keep=0.6: only 0.500 of the weights are left already; keep fewer' in capsys.readouterr().err
     assert main(['prune', 'nothing', '--keep', '0.6', '--out', half]) == 2

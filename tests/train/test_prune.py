@@ -219,6 +219,25 @@ def test_a_pruned_model_to_start_from(data, whole, tmp_path, caplog):
     assert start('held', prune=0.0) == 1613
     assert start('more', prune=0.5) == 1613 - 806
     assert 'learn again' not in caplog.text
+    config = recipe(data, tmp_path / 'later', [StageConfig(1), StageConfig(1, prune=0.5)])
+    config.model.init_from = str(whole)
+    train(config)
+    assert '59 % of the weights there are 0, and learn again' in caplog.text
+
+
+def test_modules_that_stay_are_named_by_the_stage(data, tmp_path):
+    pruned = [StageConfig(1, prune=0.5, prune_skip=[])]
+    config = recipe(data, tmp_path / 'all', pruned)
+    found = {each.name: each.density for each in densities(load_model(train_into(config)))}
+    assert found['head'] < 1
+    config = recipe(data, tmp_path / 'held', [StageConfig(1, prune=0.0, prune_skip=[])])
+    config.model.init_from = str(tmp_path / 'all')
+    assert {each.name: each.density for each in densities(load_model(train_into(config)))} == found
+
+
+def train_into(config):
+    train(config)
+    return config.output
 
 
 def test_a_longer_run_of_a_pruned_model_holds_its_zeros(data, whole):
@@ -256,6 +275,7 @@ def test_stages_in_yaml(data, tmp_path):
         ([StageConfig(1, prune=1.0)], r'stages\[0\].prune must be at least 0 and below 1, got 1.0'),
         ([StageConfig(1, prune=0.5, prune_method='lmap')], r'stages\[0\].prune_method must be lamp, .*, got .lmap'),
         ([StageConfig(1, prune_method='erk')], r'stages\[0\] has prune_method=erk, and no prune; set both'),
+        ([StageConfig(1, prune_skip=[])], r'stages\[0\] has prune_skip=\[\], and no prune; set both'),
         (
             [StageConfig(1), StageConfig(1, prune=0.5), StageConfig(1), StageConfig(1, 'dct')],
             r'stages\[3\].attention="dct" changes layers that stages\[1\] prunes, .* an earlier stage',

@@ -149,4 +149,6 @@ def load_model(folder: str | Path, **args: Any) -> nn.Module:
         return timm.create_model(f'local-dir:{folder}', pretrained=True, **args)
     # Weights of another model surface as anything from a KeyError in a checkpoint filter to a RuntimeError of PyTorch.
     except Exception as error:
+        if '.starts' in str(error):
+            raise UserError(f'{folder}: a sparse model; vit_efficient.sparse.load_sparse reads it') from error
         raise UserError(f'{folder}: cannot load its weights into {architecture}: {one_line(error)}') from error

@@ -79,6 +79,7 @@ class StageConfig:
         BELOW_1,
     )
     prune_method: str = key('lamp', 'how `prune` chooses them', one_of(*METHODS))
+    prune_skip: list[str] = key(['head'], 'modules that `prune` leaves as they are, with all that is in them')
     heal: str = key(
         '',
         "for features: align, each converted attention by itself, on what the teacher's is given; recover, the whole "

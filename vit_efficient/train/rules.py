@@ -243,8 +243,9 @@ def _check_stages(config: Config) -> None:
 def _check_pruning(config: Config) -> None:
     pruned = None
     for number, stage in enumerate(config.stages):
-        if stage.prune is None and stage.prune_method != StageConfig().prune_method:
-            raise UserError(f'stages[{number}] has prune_method={stage.prune_method}, and no prune; set both')
+        for key in ('prune_method', 'prune_skip'):
+            if stage.prune is None and getattr(stage, key) != getattr(StageConfig(), key):
+                raise UserError(f'stages[{number}] has {key}={getattr(stage, key)}, and no prune; set both')
         if stage.prune is not None and config.task == 'features':
             raise UserError(
                 f'stages[{number}].prune is for a task with labels, got task=features; prune what has been healed'

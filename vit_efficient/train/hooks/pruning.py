@@ -33,30 +33,31 @@ class Pruning(TrainingHook):
 
     @classmethod
     def of(cls, experiment, options):
-        config, model = experiment.config, experiment.model
-        if any(stage.config.prune is not None for stage in experiment.stages):
-            _try(model, experiment.stages)
-            return cls(experiment.stages)
-        if config.model.init_from:
+        config, model, stages = experiment.config, experiment.model, experiment.stages
+        if config.model.init_from and (not stages or stages[0].config.prune is None):
             with suppress(UserError):
                 if (zeros := sparsity(model)) > TOLD:
+                    how = '; with prune=0, or more, in the first of the stages they stay 0'
                     logger.info(
-                        'model.init_from=%s: %.0f %% of the weights there are 0, and learn again; with prune=0, or '
-                        'more, in the first of the stages they stay 0',
-                        *(config.model.init_from, 100 * zeros),
+                        'model.init_from=%s: %.0f %% of the weights there are 0, and learn again%s',
+                        *(config.model.init_from, 100 * zeros, '' if config.task == 'features' else how),
                     )
-        return None
+        if all(stage.config.prune is None for stage in stages):
+            return None
+        _try(model, stages)
+        return cls(stages)
 
     def before_stage(self, stage, model):
         number, before = self.stages.index(stage), self.memory.get('stages', [])
         if stage.config.prune is None or number in (line['stage'] for line in before):
             return
         masks = Masks(self.tensors) if self.tensors else None
-        masks = prune(model, stage.config.prune, stage.config.prune_method, masks=masks)
+        config = stage.config
+        masks = prune(model, config.prune, config.prune_method, skip=config.prune_skip, masks=masks)
         self.tensors, found = masks.state_dict(), densities(model, masks=masks)
         line = {
             'stage': number,
-            'method': stage.config.prune_method,
+            'method': config.prune_method,
             'roles': {each.name: each.density for each in by_role(found)},
             'layers': {each.name: each.density for each in found},
         }
@@ -94,8 +95,9 @@ def _try(model: nn.Module, stages: list[Stage]) -> None:
     model = copy.deepcopy(model)
     for number, stage in enumerate(stages):
         if stage.config.prune is not None:
-            method = stage.config.prune_method
+            config = stage.config
+            method = config.prune_method if config.prune_method == 'uniform+' else 'uniform'
             try:
-                prune(model, stage.config.prune, method if method == 'uniform+' else 'uniform')
+                prune(model, config.prune, method, skip=config.prune_skip)
             except UserError as error:
                 raise UserError(f'stages[{number}].prune: {error}') from error
