@@ -127,10 +127,24 @@ def test_of_large_images_some_tokens_count(monkeypatch):
 @pytest.mark.parametrize('step', range(1, 9))
 def test_all_tokens_count_in_some_image_that_is_fitted_and_in_some_that_is_held_out(step):
     tokens = step * least_squares.TOKENS
-    for numbers in (range(HELD_OUT - 1, 512, HELD_OUT), [n for n in range(512) if n % HELD_OUT != HELD_OUT - 1]):
-        counted = [range(tokens)[least_squares._counted(number, tokens)] for number in numbers]
-        assert {len(each) for each in counted} == {least_squares.TOKENS}
-        assert set().union(*counted) == {*range(tokens)}
+    counted = [range(tokens)[least_squares._counted(number, tokens)] for number in range(512 // HELD_OUT)]
+    assert {len(each) for each in counted} == {least_squares.TOKENS}
+    assert set().union(*counted) == {*range(tokens)}
+
+
+def test_photographs_are_held_out_and_not_images_of_them():
+    held = least_squares._held_out
+    assert held(range(16)) == [number % HELD_OUT == HELD_OUT - 1 for number in range(16)]
+    assert held([5, 3, 9, 5, 9, 3]) == [False, False, True, False, True, False]
+    twice = [*range(0, 40, 2), *range(0, 40, 2)]
+    assert held(twice)[:20] == held(twice)[20:] and sum(held(twice)) == 4
+    images, numbers = pictures(4), [number % 4 for number in range(12)]
+    teacher = on_grid(tiny())
+    found = [
+        solve(student := convert(copy.deepcopy(teacher), 'dct', keep_ratio=0.25), teacher, images * 3, photographs=each)
+        for each in (numbers, None)
+    ]
+    assert student is not None and [each.after for each in found[0]] > [each.after for each in found[1]]
 
 
 def test_a_model_that_lacks_nothing_stays_as_it_is():
@@ -164,6 +178,8 @@ def test_what_cannot_be_solved_is_refused():
         solve(on_grid(model), on_grid(copy.deepcopy(model)), [torch.zeros(3, 224, 224)] * 8)
     with pytest.raises(UserError, match='heal.solve needs 8 images at least, got 3'):
         solve(on_grid(tiny()), on_grid(tiny()), pictures(3))
+    with pytest.raises(UserError, match='heal.solve needs two photographs at least'):
+        solve(on_grid(tiny()), on_grid(tiny()), pictures(8), photographs=[3] * 8)
 
 
 def test_a_channel_that_is_scaled_by_nothing_asks_for_nothing():

@@ -28,7 +28,7 @@ from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import evaluating
 
 RIDGE = 1.0
-HELD_OUT = 8  # one in so many images tells whether a layer is better
+HELD_OUT = 8  # one in so many photographs tells whether a layer is better; as many images are needed
 TOKENS = 400  # of an image that count, about; others are much like them
 LAYERS = ('attn.proj', 'mlp.fc2')  # of a block
 
@@ -47,14 +47,19 @@ class Solved(NamedTuple):
     after: float
 
 
-def check_solvable(block: nn.Module) -> None:
-    """Raises UserError unless a block adds to its tokens what two linear layers give."""
-    modules = dict(block.named_modules())
-    if not hasattr(block, 'before_linear') or not all(isinstance(modules.get(name), nn.Linear) for name in LAYERS):
-        raise UserError(
-            f'heal.solve serves blocks that add what {" and ".join(LAYERS)} give, which a {type(block).__name__} does '
-            'not; set heal.solve=0'
-        )
+def check_solvable(student: nn.Module, teacher: nn.Module, images: int) -> None:
+    """Raises the errors of `solve` that are known before any image is read."""
+    if images < HELD_OUT:
+        raise UserError(f'heal.solve needs {HELD_OUT} images at least, got {images}')
+    for block in (*student.blocks, *teacher.blocks):
+        modules = dict(block.named_modules())
+        if not hasattr(block, 'before_linear') or not all(isinstance(modules.get(name), nn.Linear) for name in LAYERS):
+            raise UserError(
+                f'heal.solve serves blocks that add what {" and ".join(LAYERS)} give, which a {type(block).__name__} '
+                'does not; set heal.solve=0'
+            )
+    if any(block.attn.of_block for block in teacher.blocks):
+        raise UserError("heal.solve: the teacher has attentions at place='block'; set heal.solve=0")
 
 
 @torch.no_grad()
@@ -64,24 +69,26 @@ def solve(
     images: Sequence[Tensor],
     ridge: float = RIDGE,
     after_block: Callable[[], None] | None = None,
+    photographs: Sequence[int] | None = None,
 ) -> list[Solved]:
     """Solves for the layers of all blocks of a student, in place.
 
     Args:
         student, teacher: Models of ours of one architecture (`healing.on_grid`).
-        images: (channels, height, width) each, preprocessed, of sizes that both take; every eighth one is held out.
+        images: (channels, height, width) each, preprocessed, of sizes that both take.
         ridge: In units of the mean square of an input of a layer.
         after_block: Called after each block.
+        photographs: The number of the photograph that each image is drawn from; by default each is from another. All of
+            every eighth photograph are held out; of fewer than eight, those of the last one.
 
     Raises:
-        UserError: If there are fewer than eight images, or blocks of a kind that is not served.
+        UserError: If there are fewer than eight images, fewer than two photographs, or blocks of a kind that is not
+            served.
     """
-    if len(images) < HELD_OUT:
-        raise UserError(f'heal.solve needs {HELD_OUT} images at least, got {len(images)}')
-    for block in (*student.blocks, *teacher.blocks):
-        check_solvable(block)
-    if any(block.attn.of_block for block in teacher.blocks):
-        raise UserError("heal.solve: the teacher has attentions at place='block'; set heal.solve=0")
+    check_solvable(student, teacher, len(images))
+    held = _held_out(range(len(images)) if photographs is None else photographs)
+    # Those before an image that are held out, too, or are not.
+    before_it = [held[:number].count(own) for number, own in enumerate(held)]
     report = []
     with evaluating(student), evaluating(teacher):
         streams = [_Stream(student, teacher, image) for image in images]
@@ -93,8 +100,8 @@ def solve(
                     stream.teach(theirs, i, place)
                     with _passing(ours, name):
                         found, inputs = ours.before_linear(stream.x, stream.grid, stream.ours(i), place)
-                    system = held_out if _is_held_out(number) else fitted
-                    few = _counted(number, found.shape[1])
+                    system = held_out if held[number] else fitted
+                    few = _counted(before_it[number], found.shape[1])
                     system.add(inputs[:, few], (stream.target - found)[:, few], stream.target[:, few])
                     if place and not ours.attn.of_block:
                         stream.between = found
@@ -112,15 +119,20 @@ def solve(
     return report
 
 
+def _held_out(photographs: Sequence[int]) -> list[bool]:
+    """Of each image whether its photograph is held out."""
+    ranks = {photograph: rank for rank, photograph in enumerate(sorted(set(photographs)))}
+    if len(ranks) < 2:
+        raise UserError('heal.solve needs two photographs at least, one to tell whether a layer is better, got 1')
+    every = min(HELD_OUT, len(ranks))
+    return [ranks[photograph] % every == every - 1 for photograph in photographs]
+
+
 def _counted(number: int, tokens: int) -> slice:
-    """Those of the tokens of an image that count. From image to image, those held out too, it is others that do: the
-    distance between them may be that of the keys of an attention."""
-    step, before = max(1, tokens // TOKENS), number // HELD_OUT  # images that were held out before this one
-    return slice((before if _is_held_out(number) else number - before) % step, None, step)
-
-
-def _is_held_out(number: int) -> bool:
-    return number % HELD_OUT == HELD_OUT - 1
+    """Those of the tokens of an image that count, of the one of that number among those that are fitted, or held out.
+    From image to image it is others that do: the distance between them may be that of the keys of an attention."""
+    step = max(1, tokens // TOKENS)
+    return slice(number % step, None, step)
 
 
 class _Stream:

@@ -4,8 +4,6 @@ weight when it has learned.
 Dimensions: F inputs of a linear layer, O outputs.
 """
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -32,22 +30,18 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(model: nn.Module, rank: int) -> None:
-    """Puts a `LowRank` on the weight of each linear layer in the blocks of a model, in place.
+    """Puts a `LowRank` on the weight of each linear layer in the blocks of a model, in place; of one that is narrower
+    than the rank, such as those of a relative bias, its whole width learns.
 
     Raises:
-        UserError: If the rank is not at least 1, or a layer is not wide enough for it.
+        UserError: If the rank is not at least 1, or no layer is wide enough for it.
     """
     as_integer('heal.lora', rank)
-    for name, layer in _linear_layers(model):
-        if rank > min(layer.weight.shape):
-            raise UserError(f'heal.lora={rank} is above the width of {name}, {min(layer.weight.shape)}')
-        parametrize.register_parametrization(layer, 'weight', LowRank(layer.weight, rank))
-
-
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in model.blocks.named_modules():
-        if isinstance(module, nn.Linear):
-            yield f'blocks.{name}', module
+    layers = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    if rank > (widest := max(min(layer.weight.shape) for layer in layers)):
+        raise UserError(f'heal.lora={rank} is above the width of all layers, {widest} at most')
+    for layer in layers:
+        parametrize.register_parametrization(layer, 'weight', LowRank(layer.weight, min(rank, *layer.weight.shape)))
 
 
 def merge_low_rank(model: nn.Module) -> None:

@@ -10,7 +10,11 @@ from vit_efficient_cli.shipped import find_shipped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = 'key=value, anywhere, overrides a key of the recipe, such as sched.epochs=20 or resume=auto'
+    parser.epilog = (
+        'key=value, anywhere, overrides a key of the recipe, such as optim.lr=3e-6 or resume=auto. Of a MODEL it is '
+        'heal/images.yaml; to train it for longer, give sched.epochs and stages, whose epochs add up to it: '
+        'sched.epochs=20 "stages=[{epochs: 16, heal: recover}, {epochs: 4, heal: refine, lr: 3e-6}]"'
+    )
     parser.takes_overrides = True
     about = "a recipe of task features, .yaml; or a run or model folder, or timm's name of a pretrained model"
     parser.add_argument('model', metavar='RECIPE|MODEL', help=about)
@@ -19,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "of a MODEL: what its attention becomes, or a plan's file, .yaml"
     parser.add_argument('--attention', metavar='NAME[:KEY=VALUE,…]', help=about)
     parser.add_argument('--keep-ratio', metavar='SHARE', help='option of that attention, such as 1/4')
-    about = "of a MODEL: side of images at use, a multiple of the patches (default: the model's own)"
+    about = 'of a MODEL: side of images at use, a multiple of the patches (default: the height and width of the model)'
     parser.add_argument('--img-size', type=int, metavar='PX', help=about)
     about = "of a MODEL: the run's folder (default: runs/heal/NAME-ATTENTION)"
     parser.add_argument('--out', type=Path, metavar='FOLDER', help=about)

@@ -120,6 +120,17 @@ def test_a_recipe_runs_as_by_train(here, capsys):
     assert load_recipe('run/recipe.yaml').task == 'features'
 
 
+def test_the_size_is_that_of_the_model(here):
+    options = dict(embed_dim=24, depth=1, num_heads=2, num_classes=0, patch_size=8, img_size=(96, 128))
+    save_model(timm.create_model('vit_small_patch16_224', **options), here / 'wide')
+    keys = [*SHORT[:4], 'heal.solve=0', *SHORT[5:]]
+    assert main(['heal', 'wide', '--images', 'images', '--attention', 'pool', '--out', 'run', *keys]) == 0
+    config = load_recipe('run/recipe.yaml')
+    assert config.data.img_size == config.model.args['img_size'] == [96, 128]
+    # The last stage has the size of use, however long the others are.
+    assert [(part.epoch, part.img_size) for part in config.data.schedule] == [(0, [64, 72]), (1, [96, 128])]
+
+
 @pytest.mark.parametrize(
     ('command', 'message'),
     [

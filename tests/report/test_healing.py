@@ -24,8 +24,15 @@ def test_a_row_says_which_part_of_the_loss_is_given_back():
 
 
 def test_what_has_lost_nothing_gives_nothing_back():
-    rows = healing_table({'healing': [line('swapped', 1.0), line('solved', 1.0)]}).rows
-    assert rows[2]['given_back'] is None
+    for swapped in (1.0, 1 - 1e-7):  # less than this is rounding
+        rows = healing_table({'healing': [line('swapped', swapped), line('solved', 0.9)]}).rows
+        assert rows[2]['given_back'] is None
+
+
+def test_what_was_swapped_since_has_no_share_of_what_is_given_back():
+    lines = [line('swapped', 0.9, converted=1), line('aligned', 0.95, converted=1), line('aligned', 0.4, converted=2)]
+    rows = healing_table({'healing': lines}).rows
+    assert [row['given_back'] for row in rows[2:]] == [pytest.approx(50), None]
 
 
 def test_runs_that_differ_in_their_seed_have_one_row(tmp_path, capsys):

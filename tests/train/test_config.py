@@ -31,6 +31,14 @@ def test_recipes_extend_and_are_overridden(recipe):
     assert config.output == f'runs/{recipe.parent.name}/dct'
 
 
+def test_an_empty_mapping_empties_one_of_any_keys(recipe):
+    assert load_recipe(recipe, ['model.args={}']).model.args == {}
+    (recipe.parent / 'emptied.yaml').write_text('extends: dct.yaml\nmodel: {args: {}}\n')
+    config = load_recipe(recipe.parent / 'emptied.yaml', ['data.augment={}', 'stages=[]'])
+    assert config.model.args == {} and config.model.name == 'vit_dct_tiny'
+    assert config.data.augment == load_recipe(recipe).data.augment
+
+
 @pytest.mark.parametrize(
     ('overrides', 'attention', 'options'),
     [
@@ -209,6 +217,8 @@ def test_keys_without_effect_are_named(recipe):
         'ema.warmup=True': 'ema.decay=0',
         'distill.temperature=2.0': 'distill.kind=hard',
         'data.root=x': 'no data.dataset',
+        'heal.ridge=2.0': 'heal.solve=0',
+        'heal.blocks_weight=2.0': 'heal.blocks=[]',
         'data.augment.crop_ratio=[0.5, 2.0]': 'data.augment.crop_scale=null',
         'data.augment.rand_magnitude=3.0': 'data.augment.rand_ops=0',
         'data.augment.dct_truncate_ratio=[0.5, 1.0]': 'data.augment.dct_truncate=0',
@@ -216,9 +226,13 @@ def test_keys_without_effect_are_named(recipe):
     idle = ['data.augment.crop_scale=null', 'data.augment.rand_ops=0', 'distill.kind=hard', 'distill.teacher=any']
     for key, reason in cases.items():
         beside = [*idle, 'sched.sched=none'] if 'sched' in key else idle
+        if 'heal' in key:
+            beside = ['task=features', 'heal.blocks=[]']
         config = load_recipe(recipe, [*beside, key])
         text = f'{key} ({reason})'.replace('1e-4', '0.0001').replace('warmup_epochs=1 ', 'warmup_epochs=1.0 ')
         assert without_effect(config) == text
+    with pytest.raises(ValueError, match='distill.teacher teaches nothing with distill.weight=0 and distill.outputs=0'):
+        load_recipe(recipe, ['distill.teacher=any', 'distill.weight=0'])
     with pytest.raises(ValueError, match=r"distill.weights must be empty for distill.teacher=\S+, a folder, .*got 'x'"):
         load_recipe(recipe, [f'distill.teacher={recipe.parent}', 'distill.weights=x'])
 

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import ParallelScalingBlock
 
 from tests.data.trees import write_tree
 from tests.processes import run_python, torchrun
@@ -202,10 +203,11 @@ def test_least_squares_see_what_training_would_draw(folder, tmp_path, monkeypatc
     """Training images, of the final size, more than there are drawn again; not those of validation."""
     from vit_efficient.train.hooks import healing as hook
 
-    seen, solve = [], hook.solve
+    seen, numbers, solve = [], [], hook.solve
 
     def watched(ours, theirs, images, *rest):
         seen.extend(images)
+        numbers[:] = rest[-1]
         return solve(ours, theirs, images, *rest)
 
     monkeypatch.setattr(hook, 'solve', watched)
@@ -225,6 +227,14 @@ def test_least_squares_see_what_training_would_draw(folder, tmp_path, monkeypatc
     of_training = torch.stack([transform(to_array(image, 3)) for image, _ in UnlabelledImages(folder / 'train')])
     torch.testing.assert_close(found[False][:24], of_training, rtol=0, atol=0.05)
     assert not any(torch.equal(a, b) for a in found[True][:24] for b in found[True][24:])
+    # Photographs are told by their number, those that are drawn again too.
+    assert numbers == [*range(24), *range(16)]
+    broken = shutil.copytree(folder / 'train', tmp_path / 'broken')
+    for path in sorted(broken.rglob('*.png'))[:4]:
+        path.write_bytes(b'')
+    config.data.train, config.data.on_error, config.output = str(broken), 'skip', str(tmp_path / 'skipped')
+    train(config)
+    assert numbers == 2 * [*range(4, 24)]
 
 
 def test_stages_may_convert_layer_after_layer(folder, tmp_path):
@@ -262,7 +272,7 @@ def test_another_teacher_may_be_named(folder, tmp_path):
             'is the one that it is to learn from; set model.attention',
         ),
         ({'heal': HealConfig(blocks=[2])}, r'heal.blocks: the model has blocks 0 … 1, got 2'),
-        ({'heal': HealConfig(lora=13)}, 'heal.lora=13 is above the width of blocks.0.attn.qkv, 12'),
+        ({'heal': HealConfig(lora=13)}, 'heal.lora=13 is above the width of all layers, 12'),
         ({'heal': HealConfig(teacher='nowhere')}, 'nowhere: no such model folder'),
         (
             {'heal': HealConfig(prefix=0.0, patch=0.0, centred=0.0, smooth=0.0)},
@@ -271,14 +281,17 @@ def test_another_teacher_may_be_named(folder, tmp_path):
         ({'loss.mixup': 0.5}, 'loss.mixup must be 0.0 for task=features'),
         ({'distill.teacher': 'any'}, "task must be classification with distill.teacher, got 'features'"),
         (
-            {'distill.teacher': 'any', 'distill.weight': 0.0},
+            {'distill.teacher': 'any', 'distill.weight': 0.0, 'distill.outputs': 1.0},
             'distill.teacher must be  for task=features, which has no labels',
         ),
         ({'heal': HealConfig(blocks=[0.5])}, 'heal.blocks: the model has blocks 0 … 1, got 0.5'),
         (
-            {'heal': HealConfig(teacher_size=[18, 16])},
+            {'heal': HealConfig(teacher_size=[18, 16]), 'stages': [StageConfig(4, warmup_epochs=0)]},
             r'heal.teacher_size=.18, 16.: the teacher does not take such images',
         ),
+        ({'heal': HealConfig(teacher_size=[16, 16], solve=8)}, 'heal.teacher_size: least squares and align compare'),
+        ({'heal': HealConfig(teacher_size=[16, 16])}, 'heal.teacher_size: least squares and align compare'),
+        ({'heal': HealConfig(solve=7)}, 'heal.solve needs 8 images at least, got 7'),
         (
             {'stages': [StageConfig(3), StageConfig(1, 'full', heal='align')], 'sched.warmup_epochs': 0},
             r'stages.1..heal=align: the attentions',
@@ -292,6 +305,25 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         train(recipe(folder, tmp_path / 'run', **options))
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_teacher_of_other_images_is_refused(folder, tmp_path):
+    model = load_model(folder / 'pretrained')
+    model.pretrained_cfg['mean'] = (0.4, 0.5, 0.5)
+    save_model(model, tmp_path / 'other')
+    config = recipe(folder, tmp_path / 'run', heal=HealConfig(teacher=str(tmp_path / 'other')))
+    with pytest.raises(UserError, match=r'takes images of mean \[0.4, 0.5, 0.5\], .*: set data.mean=\[0.4, 0.5, 0.5\]'):
+        train(config)
+    config.data.mean = [0.4, 0.5, 0.5]
+    train(config)
+
+
+def test_attentions_without_weights_of_their_own_are_not_aligned(folder, tmp_path):
+    models = [timm.create_model('vit_tiny_patch16_224', **TINY, block_fn=ParallelScalingBlock) for _ in range(2)]
+    student = healing.Student(convert(models[0], 'pool', keep_ratio=0.25))
+    task = healing.FeatureTask(teacher=Teacher(models[1]))
+    with pytest.raises(UserError, match='a GridParallelScalingBlock have no weights of their own; take recover'):
+        task.check_stage('stages[0]', StageConfig(1, heal='align'), student)
 
 
 @pytest.mark.parametrize('place', ['memory', 'folder'])

@@ -25,6 +25,8 @@ from vit_efficient.utils.files import save_figure
 from vit_efficient.utils.options import parse_spec
 from vit_efficient.utils.packages import needing
 
+NOTHING = 1e-6  # of a cosine, which rounding alone may take
+
 
 def healing_table(result: Mapping[str, Any]) -> Table:
     """The features of the teacher, of the model once its attention was swapped, and after each stage.
@@ -33,15 +35,14 @@ def healing_table(result: Mapping[str, Any]) -> Table:
         result: Of a run of `task` features (result.json).
     """
     lines = result['healing']
-    lost = 1 - lines[0]['centred_cosine']
     columns = [Column('features'), Column('images', 'images seen', 0), Column('hours', 'hours', 2)]
     columns += [Column(name, title, 4) for name, title in COSINES.items()]
     columns.insert(4, Column('given_back', 'given back (%)', 1))
     rows = [{'features': 'teacher', **dict.fromkeys(COSINES, 1.0)}]
     for line in lines:
         row = {column.key: line.get(column.key) for column in columns}
-        if line is not lines[0] and lost > 0:
-            row['given_back'] = 100 * (line['centred_cosine'] - lines[0]['centred_cosine']) / lost
+        if line is not lines[0]:
+            row['given_back'] = _given_back(lines[0], line)
         rows.append(row)
     return Table(columns, rows)
 
@@ -87,12 +88,19 @@ def _reached(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     first, last = lines[0], lines[-1]
     found = {key: last[key] for key in ('images', 'hours', *COSINES) if last.get(key) is not None}
     found['swapped'] = first['centred_cosine']
+    if (given_back := _given_back(first, last)) is not None:
+        found['given_back'] = given_back
     if lines[1]['features'] == SOLVED:
         found['solved'] = lines[1]['centred_cosine']
-    if first['centred_cosine'] < 1:
-        lost = 1 - first['centred_cosine']
-        found['given_back'] = 100 * (last['centred_cosine'] - first['centred_cosine']) / lost
     return found
+
+
+def _given_back(swapped: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
+    """The share of what a swap has cost, in percent; None where it costs nothing, or more was swapped since."""
+    lost = 1 - swapped['centred_cosine']
+    if lost < NOTHING or line.get('converted') != swapped.get('converted'):
+        return None
+    return 100 * (line['centred_cosine'] - swapped['centred_cosine']) / lost
 
 
 def blocks_table(result: Mapping[str, Any]) -> Table:

@@ -64,15 +64,22 @@ class FeatureTask(Task):
         """Student and teacher have tokens of one shape: `create_student` has seen to it."""
 
     def check_stage(self, name: str, stage: StageConfig, model: Student) -> None:
-        if stage.heal == ALIGN and not converted_parts(model.backbone, self.teacher.model):
+        if stage.heal != ALIGN:
+            return
+        parts = converted_parts(model.backbone, self.teacher.model)
+        if not parts:
             raise UserError(f'{name}.heal=align: the attentions of the student are those of its teacher there')
+        if not any(True for part in parts for _ in model.backbone.get_submodule(part).parameters()):
+            kind = type(model.backbone.blocks[0]).__name__
+            raise UserError(f'{name}.heal=align: the attentions of a {kind} have no weights of their own; take recover')
 
     def try_inputs(self, images: Tensor) -> None:
         key = 'heal.teacher' if self.teacher.size is None else f'heal.teacher_size={list(self.teacher.size)}'
         try:
             self.taught(images.to(next(self.teacher.model.parameters()).dtype), ())
         except UserError as error:
-            raise UserError(f'{key}: the teacher does not take such images: {error}') from error
+            fixed = '' if self.teacher.size is None else ' (one of a fixed size has no heal.teacher_size)'
+            raise UserError(f'{key}: the teacher does not take such images{fixed}: {error}') from error
 
     def begin_stage(self, stage: StageConfig, model: Student) -> None:
         model.begin(stage.heal or RECOVER, self.teacher)
@@ -136,6 +143,13 @@ def create_student(config: Config) -> tuple[Student, Teacher]:
     ours, theirs = (_tokens_of(each) for each in (student.backbone, teacher.model))
     if ours != theirs:
         raise UserError(f'heal.teacher: its tokens are of {theirs}, those of the student of {ours}')
+    for key in ('mean', 'std'):
+        theirs, ours = teacher.model.pretrained_cfg[key], getattr(config.data, key) or student.pretrained_cfg[key]
+        if any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
+            raise UserError(
+                f'heal.teacher takes images of {key} {list(theirs)}, the student of {list(ours)}; both are given the '
+                f'same: set data.{key}={list(theirs)}'
+            )
     changes = any(stage.attention for stage in config.stages)
     if not changes and not converted_parts(student.backbone, teacher.model) and not keys.teacher:
         raise UserError(

@@ -68,13 +68,13 @@ def recipe_of_model(
     patch = getattr(getattr(built, 'patch_embed', None), 'patch_size', None)
     if not patch:
         raise UserError(f'{model}: a {type(built).__name__} has no one grid of patches, and cannot be healed')
-    side = max(image_size(built) or (224,)) if img_size is None else as_integer('--img-size', img_size)
-    if side % patch[0]:
-        instead = multiples_around(side, patch[0])
-        raise UserError(f'--img-size={side} is not a multiple of the patch size {patch[0]}; use {instead}')
+    size = list(image_size(built) or (224, 224)) if img_size is None else [as_integer('--img-size', img_size)] * 2
+    if img_size is not None and img_size % patch[0]:
+        instead = multiples_around(img_size, patch[0])
+        raise UserError(f'--img-size={img_size} is not a multiple of the patch size {patch[0]}; use {instead}')
     any_size = hasattr(built, 'dynamic_img_size')
-    small = max(8, round(SMALL * side / patch[0])) * patch[0]
-    args = {'img_size': side, **({'dynamic_img_size': True} if any_size else {})}
+    small = [max(8, round(SMALL * side / of)) * of for side, of in zip(size, patch, strict=True)]
+    args = {'img_size': size if len({*size}) > 1 else size[0], **({'dynamic_img_size': True} if any_size else {})}
     keys: dict[str, Any] = {
         'model.name': architecture,
         'model.args': args if source else {**args, 'pretrained': True},
@@ -82,15 +82,17 @@ def recipe_of_model(
         'model.attention_kwargs': options,
         'data.train': images,
         'data.val': images,
-        'data.img_size': [side, side],
+        'data.img_size': size,
         'output': str(out or Path('runs/heal', f'{Path(model).name}-{Path(name).stem}')),
     }
     if source:
         keys['model.init_from'] = source
-    later = load_recipe(template).data.schedule[-1].epoch
-    sizes = [{'epoch': 0, 'img_size': [small, small]}, {'epoch': later, 'img_size': [side, side]}]
-    keys['data.schedule'] = sizes if any_size and small < side else []
     texts = [f'{key}={value if isinstance(value, str) else json.dumps(value)}' for key, value in keys.items()]
+    # The last stage is at the size of use.
+    later = sum(stage.epochs for stage in load_recipe(template, [*texts, *overrides]).stages[:-1])
+    if any_size and later and all(a < b for a, b in zip(small, size, strict=True)):
+        sizes = [{'epoch': 0, 'img_size': small}, {'epoch': later, 'img_size': size}]
+        texts.append(f'data.schedule={json.dumps(sizes)}')
     return load_recipe(template, [*texts, *overrides])
 
 

@@ -137,6 +137,7 @@ def _merge(config: Any, layer: Any, spelt: Any, source: str) -> Any:
     elif args.get('pretrained') or args.get('checkpoint_path'):
         config.model.init_from = ''
     try:
+        _empty(config, layer)
         return OmegaConf.merge(config, layer)
     except (ConfigKeyError, ConfigAttributeError) as error:
         key = str(error.full_key)
@@ -145,6 +146,17 @@ def _merge(config: Any, layer: Any, spelt: Any, source: str) -> Any:
         raise UserError(f'{source}: {first_line(error)}; a list is replaced as a whole') from error
     except OmegaConfBaseException as error:
         raise UserError(f'{source}: {_key_of(error)}{first_line(error)}') from error
+
+
+def _empty(config: Any, layer: Any) -> None:
+    """Empties the mappings of any keys, such as data.args, that a layer gives as {}: a merge adds to them alone."""
+    for key, value in layer.items():
+        if not OmegaConf.is_dict(value) or not OmegaConf.is_dict(config.get(key)):
+            continue
+        if value:
+            _empty(config[key], value)
+        elif OmegaConf.get_type(config[key]) is dict:
+            config[key] = {}
 
 
 def _key_of(error: OmegaConfBaseException) -> str:

@@ -128,6 +128,11 @@ def without_effect(config: Config) -> str:
         'model.freeze=true': config.model.freeze and ('optim.layer_decay',),
         'ema.decay=0': not config.ema.decay and ('ema.warmup',),
         'distill.kind=hard': config.distill.kind == 'hard' and ('distill.temperature',),
+        'distill.weight=0': config.distill.teacher
+        and not config.distill.weight
+        and ('distill.kind', 'distill.temperature'),
+        'heal.solve=0': not config.heal.solve and ('heal.ridge',),
+        'heal.blocks=[]': config.heal.blocks == [] and ('heal.blocks_weight',),
         'no data.dataset': not config.data.dataset and ('data.root',),
         'data.augment.crop_scale=null': augment.crop_scale is None and ('data.augment.crop_ratio',),
         'data.augment.crop_zoom': augment.crop_zoom and ('data.augment.crop_scale', 'data.augment.crop_ratio'),
@@ -187,6 +192,8 @@ def _check_teacher(config: Config) -> None:
         )
     if config.distill.outputs and config.compile:
         raise UserError('compile must be false for distill.outputs, which looks into blocks; got true')
+    if not config.distill.weight and not config.distill.outputs:
+        raise UserError('distill.teacher teaches nothing with distill.weight=0 and distill.outputs=0; set one of them')
     if not config.distill.weight:
         return
     values = flatten(config)
@@ -214,6 +221,11 @@ def _check_healing(config: Config) -> None:
     _require(config, off, 'task=features, which has no labels, and a teacher of its own')
     if not any((keys.prefix, keys.patch, keys.centred, keys.smooth)):
         raise UserError('heal: one of prefix, patch, centred and smooth must be above 0, or nothing is learned')
+    if keys.teacher_size and (keys.solve or any(stage.heal == 'align' for stage in config.stages)):
+        raise UserError(
+            'heal.teacher_size: least squares and align compare what blocks make of one and the same image; set '
+            'heal.solve=0, and let no stage align'
+        )
 
 
 def _check_stages(config: Config) -> None:

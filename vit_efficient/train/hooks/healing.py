@@ -1,14 +1,15 @@
 """What the features of a student were before it has learned, and after each stage: entries of result.json."""
 
 import copy
+import itertools
 import time
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from vit_efficient.healing import SOLVED
-from vit_efficient.least_squares import solve
+from vit_efficient.healing import SOLVED, converted_parts
+from vit_efficient.least_squares import check_solvable, solve
 from vit_efficient.train import sharding
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.hooks import TrainingHook, register_hook
@@ -29,6 +30,8 @@ class Healing(TrainingHook):
         model = experiment.config.model
         self.teacher = self.config.teacher or f'{model.name} of {model.init_from or "its pretrained weights"}'
         self.final: dict[str, Any] = {}
+        if self.config.solve:
+            check_solvable(experiment.model.backbone, self.task.teacher.model, self.config.solve)
 
     @classmethod
     def of(cls, experiment, options):
@@ -61,10 +64,12 @@ class Healing(TrainingHook):
 
     def _solve(self, trainer) -> None:
         """In all processes alike, on a copy, so that a stop changes nothing."""
-        state, images, start = trainer.state, self._images(trainer, self.config.solve), time.perf_counter()
+        state, start = trainer.state, time.perf_counter()
+        images, photographs = self._images(trainer, self.config.solve)
         trainer.log.say(f'least squares over {len(images)} images')
         student = copy.deepcopy(state.whole(state.model, everywhere=True))
-        solved = solve(student.backbone, self.task.teacher.model, images, self.config.ridge, trainer.stop.check)
+        given = student.backbone, self.task.teacher.model, images, self.config.ridge, trainer.stop.check, photographs
+        solved = solve(*given)
         for model in (state.model, state.average.module) if state.average else (state.model,):
             sharding.load_model_state(model, student.state_dict())
         state.progress.train_seconds += time.perf_counter() - start
@@ -78,13 +83,17 @@ class Healing(TrainingHook):
             with writing(trainer.folder.path / SOLVED, '; resume=auto begins with the first update'):
                 trainer.folder.save_model(experiment.task.product(model), experiment, SOLVED)
 
-    def _images(self, trainer, count: int) -> list[Tensor]:
+    def _images(self, trainer, count: int) -> tuple[list[Tensor], list[int]]:
         """Of the training set, evenly spread, and drawn as training would draw them, at data.img_size; more than there
-        are, drawn again."""
-        samples, images = trainer.experiment.feed.samples_of_full_size(trainer.state.model), []
-        for epoch in range(-(-count // len(samples))):
-            images += [image for image, *_ in samples.readable(count - epoch * len(samples), epoch)]
-        return images
+        are, drawn again. And the numbers of their photographs."""
+        samples = trainer.experiment.feed.samples_of_full_size(trainer.state.model)
+        images, photographs = [], []
+        for epoch in itertools.count():
+            for image, *_, photograph in samples.readable(len(samples) if epoch else count, epoch):
+                images.append(image)
+                photographs.append(photograph)
+                if len(images) == count:
+                    return images, photographs
 
     def end_stage(self, trainer, following, evaluation):
         self.memory['stages'] = [*self._before(trainer), self._of_stage(trainer, evaluation)]
@@ -120,6 +129,7 @@ class Healing(TrainingHook):
             'features': name,
             'images': progress.updates * self.images + self.memory.get('images', 0),
             'hours': progress.train_seconds / 3600,
+            'converted': len(converted_parts(trainer.state.model.backbone, self.task.teacher.model)),
             'loss': evaluation.loss,
             **evaluation.accuracies,
             'after_blocks': evaluation.after_blocks,
