@@ -212,3 +212,8 @@ def test_the_query_learns_at_the_rate_of_what_it_asks_by():
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         tiny(**options)
+
+
+def test_parameters_are_made_where_they_belong():
+    model = timm.create_model('patch_convnet_s60', depth=2, embed_dim=32, device='meta', dtype=torch.float64)
+    assert {(str(p.device), p.dtype) for p in model.parameters()} == {('meta', torch.float64)}

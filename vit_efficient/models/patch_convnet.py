@@ -34,12 +34,12 @@ _STEM = 4  # convolutions, each of which halves the resolution
 class ConvStem(nn.Module):
     """Patches of 16 pixels that overlap: (B, in_chans, height, width) → (B, C, H, W)."""
 
-    def __init__(self, in_chans: int, embed_dim: int):
+    def __init__(self, in_chans: int, embed_dim: int, **place):
         super().__init__()
         widths = [in_chans, *(embed_dim // 2**k for k in reversed(range(_STEM)))]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
-            layers += [nn.Sequential(nn.Conv2d(before, after, 3, 2, 1, bias=False)), nn.GELU()]
+            layers += [nn.Sequential(nn.Conv2d(before, after, 3, 2, 1, bias=False, **place)), nn.GELU()]
         self.proj = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,9 +49,10 @@ class ConvStem(nn.Module):
 class SqueezeExcite(nn.Module):
     """Channels scaled by what their means say. The bottleneck has C / 4 channels, which timm would round to eights."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, **place):
         super().__init__()
-        self.conv_reduce, self.conv_expand = nn.Conv2d(dim, dim // 4, 1), nn.Conv2d(dim // 4, dim, 1)
+        self.conv_reduce = nn.Conv2d(dim, dim // 4, 1, **place)
+        self.conv_expand = nn.Conv2d(dim // 4, dim, 1, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.conv_expand(self.conv_reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
@@ -62,15 +63,15 @@ class ConvMixer(nn.Module):
 
     flop_role = 'rest'
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, **place):
         super().__init__()
         self.qkv_pos = nn.Sequential(
-            nn.Conv2d(dim, dim, 1),
+            nn.Conv2d(dim, dim, 1, **place),
             nn.GELU(),
-            nn.Conv2d(dim, dim, 3, padding=1, groups=dim),
+            nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **place),
             nn.GELU(),
-            SqueezeExcite(dim),
-            nn.Conv2d(dim, dim, 1),
+            SqueezeExcite(dim, **place),
+            nn.Conv2d(dim, dim, 1, **place),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,11 +80,11 @@ class ConvMixer(nn.Module):
 
 
 class PatchConvBlock(nn.Module):
-    def __init__(self, dim: int, drop_path: float, init_values: float):
+    def __init__(self, dim: int, drop_path: float, init_values: float, **place):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = ConvMixer(dim)
-        self.gamma_1 = nn.Parameter(init_values * torch.ones(dim))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **place)
+        self.attn = ConvMixer(dim, **place)
+        self.gamma_1 = nn.Parameter(init_values * torch.ones(dim, **place))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,6 +104,7 @@ class PatchConvNet(nn.Module):
         init_values: γ at the start, of all blocks.
         drop_rate: Of what the classifier is given.
         drop_path_rate: The same in all blocks.
+        device, dtype: Of the parameters.
 
     Raises:
         UserError: If an argument is out of range.
@@ -120,8 +122,11 @@ class PatchConvNet(nn.Module):
         init_values: float = 1e-6,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        place = dict(device=device, dtype=dtype)
         as_integer('in_chans', in_chans)
         if as_integer('embed_dim', embed_dim) % 8:
             raise UserError(f'embed_dim must be a multiple of 8, got {embed_dim}')
@@ -136,8 +141,9 @@ class PatchConvNet(nn.Module):
         self._of_block = dict(init_values=init_values, scale=pool_scale)
         self.num_features = self.head_hidden_size = embed_dim
         self.grad_checkpointing = False
-        self.patch_embed = ConvStem(in_chans, embed_dim)
-        self.blocks = nn.ModuleList(PatchConvBlock(embed_dim, drop_path_rate, init_values) for _ in range(depth))
+        self.patch_embed = ConvStem(in_chans, embed_dim, **place)
+        blocks = (PatchConvBlock(embed_dim, drop_path_rate, init_values, **place) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
         names = [f'blocks.{i}' for i in range(depth)]
         self.feature_info = [dict(num_chs=embed_dim, reduction=_PATCH, module=name) for name in names]
         self.head_drop = nn.Dropout(drop_rate)

@@ -145,7 +145,7 @@ def create_student(config: Config) -> tuple[Student, Teacher]:
         raise UserError(f'heal.teacher: its tokens are of {theirs}, those of the student of {ours}')
     for key in ('mean', 'std'):
         theirs, ours = teacher.model.pretrained_cfg[key], getattr(config.data, key) or student.pretrained_cfg[key]
-        if any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
+        if len(theirs) == len(ours) and any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
             raise UserError(
                 f'heal.teacher takes images of {key} {list(theirs)}, the student of {list(ours)}; both are given the '
                 f'same: set data.{key}={list(theirs)}'
