@@ -30,9 +30,10 @@ def _multiply(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor, bias: 
     """(N, F) → (N, O)"""
     size = len(starts) - 1, x.shape[1]
     weight = torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
-    parts = [part.T for part in x.split(TOKENS)]
-    parts = [weight @ part if bias is None else torch.addmm(bias[:, None], weight, part) for part in parts]
-    return torch.cat([part.T for part in parts])
+    bias, y = values.new_zeros(()) if bias is None else bias, x.new_empty(len(x), size[0])
+    for some, of_some in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
+        torch.add((weight @ some.T).T, bias, out=of_some)
+    return y
 
 
 @_multiply.register_fake
