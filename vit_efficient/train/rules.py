@@ -121,6 +121,7 @@ def check_cached(config: Config) -> None:
 def without_effect(config: Config) -> str:
     """The keys that have been given another value than the default, and do nothing beside the others; '' if none."""
     values, defaults, augment = flatten(config), flatten(Config()), config.data.augment
+    untaught = config.distill.teacher and not config.distill.weight
     idle = {
         'sched.sched=none': config.sched.sched == 'none' and ('sched.warmup_epochs', 'sched.warmup_lr', 'sched.min_lr'),
         f'task={config.task}': config.task != 'both' and ('loss.patch_weight',),
@@ -128,9 +129,8 @@ def without_effect(config: Config) -> str:
         'model.freeze=true': config.model.freeze and ('optim.layer_decay',),
         'ema.decay=0': not config.ema.decay and ('ema.warmup',),
         'distill.kind=hard': config.distill.kind == 'hard' and ('distill.temperature',),
-        'distill.weight=0': config.distill.teacher
-        and not config.distill.weight
-        and ('distill.kind', 'distill.temperature'),
+        'distill.weight=0': untaught and ('distill.kind', 'distill.temperature'),
+        'distill.weight=0, distill.outputs=0': untaught and not config.distill.outputs and ('distill.teacher',),
         'heal.solve=0': not config.heal.solve and ('heal.ridge',),
         'heal.blocks=[]': config.heal.blocks == [] and ('heal.blocks_weight',),
         'no data.dataset': not config.data.dataset and ('data.root',),
@@ -192,8 +192,6 @@ def _check_teacher(config: Config) -> None:
         )
     if config.distill.outputs and config.compile:
         raise UserError('compile must be false for distill.outputs, which looks into blocks; got true')
-    if not config.distill.weight and not config.distill.outputs:
-        raise UserError('distill.teacher teaches nothing with distill.weight=0 and distill.outputs=0; set one of them')
     if not config.distill.weight:
         return
     values = flatten(config)
