@@ -49,7 +49,7 @@ class AggregationBlock(LayerScaleBlockClassAttn):
         num_heads: h.
         num_queries: K.
         init_values: γ at the start. At 1e-6 the tokens are the same for every image for long, which is right for 300
-            epochs; short runs want 1e-4 or 0.1.
+            epochs; short runs want 1.
         scale: Of scores, by default 1 / √(C / h).
     """
 
