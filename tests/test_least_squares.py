@@ -140,11 +140,12 @@ def test_photographs_are_held_out_and_not_images_of_them():
     assert held(twice)[:20] == held(twice)[20:] and sum(held(twice)) == 4
     images, numbers = pictures(4), [number % 4 for number in range(12)]
     teacher = on_grid(tiny())
-    found = [
-        solve(student := convert(copy.deepcopy(teacher), 'dct', keep_ratio=0.25), teacher, images * 3, photographs=each)
+    told, untold = (
+        solve(convert(copy.deepcopy(teacher), 'dct', keep_ratio=0.25), teacher, images * 3, photographs=each)
         for each in (numbers, None)
-    ]
-    assert student is not None and [each.after for each in found[0]] > [each.after for each in found[1]]
+    )
+    # Images of photographs that are fitted too make a layer look better than it is.
+    assert told[0].after > untold[0].after
 
 
 def test_a_model_that_lacks_nothing_stays_as_it_is():

@@ -27,6 +27,7 @@ from vit_efficient.utils.packages import needing
 HERE = Path(__file__).parent
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 RIVAL = 'uniform'
+FIRST = 'patch embedding'
 
 
 def trained(recipe: Path, folder: Path, *overrides: str) -> RunFolder:
@@ -47,13 +48,16 @@ def measure(model: str, seeds: list[int], runs: Path) -> list[dict]:
     rows = [{'model': model, 'density': 1.0, 'dense': [right(dense[seed]) for seed in seeds]}]
     for density in DENSITIES:
         answers: dict[str, list[list[bool]]] = {}
+        first: dict[str, list[float]] = {}
         for method in METHODS:
             for seed in seeds:
                 stages = f'[{{epochs: 6, prune: {1 - density:.2f}, prune_method: {method}}}]'
                 folder = runs / 'pruning' / f'{model}-{method}-{density}-s{seed}'
                 given = f'seed={seed}', f'model.init_from={dense[seed].path}', f'stages={stages}'
-                answers.setdefault(method, []).append(right(trained(HERE / f'{model}.yaml', folder, *given)))
-        rows.append({'model': model, 'density': density, **answers})
+                run = trained(HERE / f'{model}.yaml', folder, *given)
+                answers.setdefault(method, []).append(right(run))
+                first.setdefault(method, []).append(100 * run.result['pruning'][0]['roles'][FIRST])
+        rows.append({'model': model, 'density': density, FIRST: first, **answers})
     return rows
 
 
@@ -78,6 +82,17 @@ def table(rows: list[dict]) -> Table:
             pair = compare(row[RIVAL], row['lamp'])
             line |= {'difference': pair.difference, 'interval': f'{pair.low:+.2f} … {pair.high:+.2f}'}
         lines.append(line)
+    return Table(columns, lines)
+
+
+def table_of_first(rows: list[dict]) -> Table:
+    """What is left of the patch embedding, in percent, mean over seeds."""
+    columns = [Column('model'), Column('density'), *(Column(name, digits=1) for name in METHODS)]
+    lines = [
+        {'model': row['model'], 'density': row['density'], **{name: fmean(row[FIRST][name]) for name in METHODS}}
+        for row in rows
+        if FIRST in row
+    ]
     return Table(columns, lines)
 
 
@@ -116,7 +131,9 @@ def main(argv: list[str] | None = None) -> int:
             'Differences are paired by image and seed; intervals: bootstrap over images. '
             f'{one_line(describe_environment(torch.device("cpu")))}.'
         )
-        text = f'{table(rows).render()}\n{about}\n'
+        text = (
+            f'{table(rows).render()}\n{about}\n\nOf the {FIRST}, weights left (%):\n\n{table_of_first(rows).render()}'
+        )
         if args.out:
             write_text(args.out / 'results.md', text)
             draw(rows, args.out / 'results.png')
