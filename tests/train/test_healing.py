@@ -114,6 +114,22 @@ def test_a_run_heals_step_by_step_and_says_so(folder, tmp_path):
     assert kinds.count('val') == 4 and kinds.count('train') == 24
 
 
+def test_training_that_makes_it_worse_is_told(folder, tmp_path, caplog):
+    stages = [StageConfig(1, heal='refine', warmup_epochs=0)]
+    options = {'stages': stages, 'data.schedule': [], 'sched.epochs': 1, 'sched.warmup_epochs': 0}
+    for lr, worse in ((1e-9, False), (0.3, True)):
+        config = recipe(folder, tmp_path / f'{lr}', heal=HealConfig(solve=12), **options)
+        config.optim.lr = lr
+        with caplog.at_level('INFO'):
+            *_, solved, refined = train(config)['healing']
+        told = [line for line in caplog.messages if 'nearer to the teacher' in line]
+        assert (refined['centred_cosine'] < solved['centred_cosine']) == worse == bool(told)
+    (line,) = told
+    before = f'centred cosine {solved["centred_cosine"]:.4f}'
+    assert line.startswith(f'solved was nearer to the teacher than refined: {before}')
+    assert line.endswith(f'it is in {tmp_path}/0.3/solved')
+
+
 def test_what_is_said_of_features_is_so(folder, tmp_path):
     """Against tokens that are compared by hand."""
     config = recipe(

@@ -101,9 +101,22 @@ class Healing(TrainingHook):
     def end(self, trainer, model, evaluation):
         self.final = self._of_stage(trainer, evaluation)
         self.memory['stages'] = self._before(trainer)
+        self._tell_if_worse(trainer)
         if self.task.teacher.current_digest() != self.task.teacher.digest:
             raise RuntimeError('the teacher has changed')
         return model, evaluation
+
+    def _tell_if_worse(self, trainer) -> None:
+        """Tells of what was nearer to the teacher before the end, with no less converted."""
+        alike = [line for line in self.memory['stages'] if line['converted'] == self.final['converted']]
+        best = max([*alike, self.final], key=lambda line: line['centred_cosine'])
+        if best['centred_cosine'] > self.final['centred_cosine']:
+            saved = best['features'] == SOLVED
+            trainer.log.say(
+                f'{best["features"]} was nearer to the teacher than {self.final["features"]}: centred cosine '
+                f'{best["centred_cosine"]:.4f}, now {self.final["centred_cosine"]:.4f}; '
+                + (f'it is in {trainer.folder.path / SOLVED}' if saved else 'a lower optim.lr or fewer epochs may help')
+            )
 
     def about_model(self):
         losses = {key: value for key, value in asdict(self.config).items() if key != 'teacher'}
