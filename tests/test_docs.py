@@ -49,6 +49,7 @@ HEAL = """
     sched.warmup_epochs=0 data.batch_size=4 data.workers=0 device=cpu threads=1
 """
 BENCHMARK = '--rounds 1 --no-memory --device cpu --dtype float32'
+PRETRAINED = 'vit_small_patch14_dinov2', 'vit_base_patch16_224'
 SMALLER = {
     'train': TRAIN,
     'evaluate': '--device cpu',
@@ -206,7 +207,7 @@ def test_commands(page, here, capsys, monkeypatch):
             # Writing ONNX takes seconds; docs/export.md does it in Python.
             words = [re.sub(r'\.onnx$', '.pt2', word) for word in words]
             # Nothing is downloaded.
-            words = ['plain' if word == 'vit_small_patch14_dinov2' else word for word in words]
+            words = ['plain' if word in PRETRAINED else word for word in words]
             run(words[1:], capsys)
         elif words[0] in CHECKS:
             CHECKS[words[0]](words[1:])
