@@ -13,7 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         'key=value, anywhere, overrides a key of the recipe, such as optim.lr=3e-6 or resume=auto. Of a MODEL it is '
         'heal/images.yaml; to train it for longer, give sched.epochs and stages, whose epochs add up to it: '
-        'sched.epochs=20 "stages=[{epochs: 16, heal: recover}, {epochs: 4, heal: refine, lr: 3e-6}]"'
+        'sched.epochs=20 "stages=[{epochs: 16, heal: recover}, {epochs: 4, heal: refine, lr: 3e-6}]"; for least '
+        'squares alone, in minutes, sched.epochs=0 stages=[]'
     )
     parser.takes_overrides = True
     about = "a recipe of task features, .yaml; or a run or model folder, or timm's name of a pretrained model"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import tarfile
@@ -32,7 +33,7 @@ from vit_efficient.train.config import (
     SchedConfig,
     StageConfig,
 )
-from vit_efficient.train.recipe import to_yaml
+from vit_efficient.train.recipe import load_recipe, to_yaml
 from vit_efficient.utils.errors import UserError
 
 STAGES = [
@@ -128,6 +129,47 @@ def test_training_that_makes_it_worse_is_told(folder, tmp_path, caplog):
     before = f'centred cosine {solved["centred_cosine"]:.4f}'
     assert line.startswith(f'solved was nearer to the teacher than refined: {before}')
     assert line.endswith(f'it is in {tmp_path}/0.3/solved')
+
+
+def test_least_squares_alone_are_a_run(folder, tmp_path, monkeypatch):
+    """They give what a run that trains begins with, and go on where they were stopped."""
+    alone = {'heal': HealConfig(solve=12), 'stages': [], 'data.schedule': [], 'sched.epochs': 0}
+    alone |= {'sched.warmup_epochs': 0}
+    train(recipe(folder, tmp_path / 'trained', heal=HealConfig(solve=12)))
+    result = train(recipe(folder, tmp_path / 'run', **alone))
+    assert [(line['features'], line['images']) for line in result['healing']] == [('swapped', 0), ('solved', 12)]
+    assert result['steps'] == result['epochs'] == 0 and len(result['solved']) == 4
+    assert result['centred_cosine'] == result['healing'][-1]['centred_cosine'] > result['healing'][0]['centred_cosine']
+    assert not (tmp_path / 'run/solved').exists() and len((tmp_path / 'run/predictions.csv').open().readlines()) == 7
+    same, expected = (load_file(tmp_path / name / 'model.safetensors') for name in ('run/model', 'trained/solved'))
+    assert same.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in same.items())
+    assert train(recipe(folder, tmp_path / 'run', **alone, resume='auto')) == result
+
+    calls, measure = [], healing.evaluate_features
+
+    def stopped(*args):
+        calls.append(len(calls))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(trainer, 'evaluate_features', stopped)
+        train(recipe(folder, tmp_path / 'stopped', **alone))
+    train(recipe(folder, tmp_path / 'stopped', **alone, resume='auto'))
+    again = load_file(tmp_path / 'stopped/model/model.safetensors')
+    assert all(torch.equal(value, expected[name]) for name, value in again.items())
+
+    with pytest.raises(UserError, match='sched.epochs must be at least 1, got 0: .*; got task=features, heal.solve=0'):
+        train(recipe(folder, tmp_path / 'none', **{**alone, 'heal': HealConfig()}))
+    with pytest.raises(UserError, match=r'sched.epochs=0 trains nothing: set stages=\[\] and data.schedule=\[\]'):
+        train(recipe(folder, tmp_path / 'staged', **{'heal': HealConfig(solve=12), 'sched.epochs': 0}))
+    with pytest.raises(UserError, match='written with sched.epochs=0, this run has sched.epochs=2') as refused:
+        train(recipe(folder, tmp_path / 'run', **{**alone, 'sched.epochs': 2}, resume='auto'))
+    command = shlex.split(str(refused.value).partition('for the epochs added: ')[2])
+    assert command[:2] == ['vit-efficient', 'train']
+    longer = train(load_recipe(command[2], [*command[3:], f'output={tmp_path}/longer']))
+    assert longer['healing'][0]['centred_cosine'] == pytest.approx(result['centred_cosine'], abs=1e-5)
 
 
 def test_what_is_said_of_features_is_so(folder, tmp_path):

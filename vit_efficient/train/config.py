@@ -54,7 +54,7 @@ class OptimConfig:
 @dataclass
 class SchedConfig:
     sched: str = key('cosine', 'a name in timm.scheduler, other than plateau; stepped after every update', NO_METRIC)
-    epochs: int = key(100, 'of the whole run', at_least(1))
+    epochs: int = key(100, 'of the whole run; 0, for task=features: least squares alone (heal.solve)', at_least(0))
     warmup_epochs: float = key(5.0, 'part of epochs', at_least(0))
     warmup_lr: float = key(1e-6, 'where the warm-up starts', at_least(0))
     min_lr: float = key(1e-5, 'where the schedule ends', at_least(0))

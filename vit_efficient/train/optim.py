@@ -76,10 +76,13 @@ def _keep_rate_of_windows(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, config: SchedConfig, updates_per_epoch: int) -> Scheduler | None:
-    """timm's schedule of the learning rate, stepped by updates and as long as the training; None for `sched` none.
+    """timm's schedule of the learning rate, stepped by updates and as long as the training; None for `sched` none, and
+    for no epochs.
 
     The rates of layers (`layer_decay`) are the schedule's affair in timm; without one, they are set here, once.
     """
+    if not config.epochs:
+        return None
     try:
         options = {name: getattr(config, name) for name in ('warmup_epochs', 'warmup_lr', 'min_lr')}
         options |= {'num_epochs': config.epochs, 'step_on_epochs': False, 'updates_per_epoch': updates_per_epoch}

@@ -47,6 +47,7 @@ def validate(config: Config) -> None:
     data = config.data
     if config.parallel == 'fsdp' and config.channels_last:
         raise UserError('channels_last must be false for parallel=fsdp, which takes contiguous weights only; got true')
+    _check_length(config)
     _check_sizes(config)
     if data.on_error == 'skip' and data.batch_size < 2:
         raise UserError(
@@ -76,7 +77,7 @@ def validate(config: Config) -> None:
     _check_healing(config)
     if config.stages:
         _check_stages(config)
-    elif config.sched.warmup_epochs > config.sched.epochs:
+    elif config.sched.epochs and config.sched.warmup_epochs > config.sched.epochs:
         limit, warmup = config.sched.epochs, config.sched.warmup_epochs
         raise UserError(f'sched.warmup_epochs must be at most sched.epochs={limit}, got {warmup}')
     if (config.loss.mixup or config.loss.cutmix) and data.batch_size % 2:
@@ -162,6 +163,18 @@ def _require(config: Config, required: dict[str, Any], reason: str) -> None:
     for name, value in required.items():
         if values[name] != value:
             raise UserError(f'{name} must be {"null" if value is None else value} for {reason}; got {values[name]!r}')
+
+
+def _check_length(config: Config) -> None:
+    if config.sched.epochs:
+        return
+    if config.task != 'features' or not config.heal.solve:
+        raise UserError(
+            'sched.epochs must be at least 1, got 0: without training only least squares change a model, which '
+            f'task=features has with heal.solve; got task={config.task}, heal.solve={config.heal.solve}'
+        )
+    if config.stages or config.data.schedule:
+        raise UserError('sched.epochs=0 trains nothing: set stages=[] and data.schedule=[]')
 
 
 def _check_sizes(config: Config) -> None:

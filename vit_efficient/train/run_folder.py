@@ -202,6 +202,10 @@ class RunFolder:
             keys.append(f'data.schedule=[{{epoch: 0, img_size: {config.data.schedule[-1].img_size}}}]')
         if config.truncation.penalty:  # what was learned has become hard at the end
             keys += ['truncation.penalty=0', 'truncation.budget=0']
+        if config.task == 'features':
+            teacher = config.heal.teacher or config.model.init_from
+            keys += [f'heal.teacher={teacher}'] if teacher else []
+            keys.append('heal.solve=0')  # it is done
         source, changed = Source.open(str(self.path)), staged
         if staged:
             pruned = any(stage.prune is not None for stage in config.stages)

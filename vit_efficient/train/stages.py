@@ -58,7 +58,7 @@ def list_stages(config: Config) -> list[Stage]:
 
 def stage_of(stages: Sequence[Stage], epoch: int) -> int:
     """The number of the stage that an epoch is in."""
-    return next(number for number, stage in enumerate(stages) if epoch < stage.end)
+    return next((number for number, stage in enumerate(stages) if epoch < stage.end), len(stages) - 1)
 
 
 def model_at_stages(model: nn.Module, stages: Sequence[Stage], sizes=None) -> Iterator[tuple[Stage, nn.Module]]:

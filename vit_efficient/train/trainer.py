@@ -67,8 +67,9 @@ class Trainer:
         state, experiment = self.state, self.experiment
         try:
             self.stop.obey()
-            self.log.say(describe_scale(experiment))
-            self.log.say(describe_coverage(experiment))
+            if experiment.config.sched.epochs:
+                self.log.say(describe_scale(experiment))
+                self.log.say(describe_coverage(experiment))
             if state.progress.updates:
                 self.log.say(describe_start(experiment, state.progress, self.folder.path))
             self._begin_stage()
@@ -84,8 +85,10 @@ class Trainer:
             raise Interrupted(stop.signal, f'{message}; {self.folder.path / CHECKPOINT} is saved') from None
 
     def epochs(self) -> Evaluation:
-        """Trains the epochs that are left, and evaluates the last one."""
+        """Trains the epochs that are left, and evaluates the last one; without any the model as it is."""
         config, state, progress = self.experiment.config, self.state, self.state.progress
+        if not config.sched.epochs:
+            return self.measure(state.evaluated)
         while True:
             self.epoch()
             if config.data.on_error == 'skip':

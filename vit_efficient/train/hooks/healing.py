@@ -27,6 +27,7 @@ class Healing(TrainingHook):
     def __init__(self, experiment):
         super().__init__()
         self.task, self.config, self.images = experiment.task, experiment.config.heal, experiment.images_per_update
+        self.trains = experiment.config.sched.epochs > 0
         model = experiment.config.model
         self.teacher = self.config.teacher or f'{model.name} of {model.init_from or "its pretrained weights"}'
         self.final: dict[str, Any] = {}
@@ -53,8 +54,9 @@ class Healing(TrainingHook):
         if self.config.solve and len(lines) == 1:
             if 'solved' not in self.memory:
                 self._solve(trainer)
-            lines.append(self._measured(SOLVED, trainer))
-            self._save_solved(trainer)
+            if self.trains:  # else it is what the run ends with
+                lines.append(self._measured(SOLVED, trainer))
+                self._save_solved(trainer)
             trainer.save()
 
     def _measured(self, name: str, trainer) -> dict[str, Any]:
@@ -100,6 +102,8 @@ class Healing(TrainingHook):
 
     def end(self, trainer, model, evaluation):
         self.final = self._of_stage(trainer, evaluation)
+        if not self.trains:
+            trainer.log.say(f'{SOLVED}: {describe(evaluation.accuracies)}')
         self.memory['stages'] = self._before(trainer)
         self._tell_if_worse(trainer)
         if self.task.teacher.current_digest() != self.task.teacher.digest:
@@ -134,7 +138,7 @@ class Healing(TrainingHook):
         return self.memory['stages'][: trainer.state.stage + 1 + bool(self.config.solve)]
 
     def _of_stage(self, trainer, evaluation: Evaluation) -> dict[str, Any]:
-        return self._line(_DONE[trainer.state.model.kind], trainer, evaluation)
+        return self._line(_DONE[trainer.state.model.kind] if self.trains else SOLVED, trainer, evaluation)
 
     def _line(self, name: str, trainer, evaluation: Evaluation) -> dict[str, Any]:
         progress = trainer.state.progress
