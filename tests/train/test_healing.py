@@ -23,6 +23,7 @@ from vit_efficient.data import EvalTransform, Preprocessing, SizeConfig, to_arra
 from vit_efficient.data.sources.unlabelled import UnlabelledImages
 from vit_efficient.healing import Teacher, tokens_after
 from vit_efficient.models import load_model
+from vit_efficient.report.curves import plot_curves
 from vit_efficient.train import Config, Interrupted, healing, train, trainer
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import (
@@ -144,6 +145,8 @@ def test_least_squares_alone_are_a_run(folder, tmp_path, monkeypatch):
     same, expected = (load_file(tmp_path / name / 'model.safetensors') for name in ('run/model', 'trained/solved'))
     assert same.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in same.items())
     assert train(recipe(folder, tmp_path / 'run', **alone, resume='auto')) == result
+    with pytest.raises(UserError, match='metrics.jsonl is empty: the run had no epochs'):
+        plot_curves([tmp_path / 'run'], tmp_path / 'curves.png')
 
     calls, measure = [], healing.evaluate_features
 

@@ -73,7 +73,8 @@ def _curves(folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str],
 def _why_without(folder: str, lines: Sequence[dict[str, Any]], values: Sequence[str], against: str) -> str:
     """Why there is nothing to draw of a run."""
     if not lines:
-        return f'{Path(folder) / METRICS} is empty: the run has not come to its first line'
+        why = 'had no epochs' if RunFolder(folder).is_finished else 'has not come to its first line'
+        return f'{Path(folder) / METRICS} is empty: the run {why}'
     instead = '; --against step draws it' if any(_curves(folder, lines, values, 'step').values()) else ''
     known = ', '.join(known_values(lines)) or 'no values'
     return f'{folder}: nothing to draw against {against}, it has {known}{instead}'

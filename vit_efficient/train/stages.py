@@ -57,7 +57,7 @@ def list_stages(config: Config) -> list[Stage]:
 
 
 def stage_of(stages: Sequence[Stage], epoch: int) -> int:
-    """The number of the stage that an epoch is in."""
+    """The number of the stage that an epoch is in; of a run without epochs, that of its only one."""
     return next((number for number, stage in enumerate(stages) if epoch < stage.end), len(stages) - 1)
 
 
