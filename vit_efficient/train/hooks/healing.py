@@ -111,7 +111,7 @@ class Healing(TrainingHook):
         return model, evaluation
 
     def _tell_if_worse(self, trainer) -> None:
-        """Tells of what was nearer to the teacher before the end, with no less converted."""
+        """Tells of what was nearer to the teacher before the end, with as many layers converted."""
         alike = [line for line in self.memory['stages'] if line.get('converted') == self.final['converted']]
         best = max([*alike, self.final], key=lambda line: line['centred_cosine'])
         if best['centred_cosine'] > self.final['centred_cosine']:
