@@ -1,6 +1,7 @@
 """Least squares: against PyTorch's own solver, on students whose loss is known, and on blocks of all kinds."""
 
 import copy
+import weakref
 
 import pytest
 import timm
@@ -146,6 +147,27 @@ def test_photographs_are_held_out_and_not_images_of_them():
     )
     # Images of photographs that are fitted too make a layer look better than it is.
     assert told[0].after > untold[0].after
+
+
+def test_of_an_image_its_tokens_are_kept_alone():
+    """Images of several sizes, each gone before the next one is read."""
+    teacher, sizes = on_grid(tiny(dynamic_img_size=True)), [(28, 52), (20, 24)]
+    kept = [pictures(size=size)[number] for number in range(8) for size in sizes]
+    seen, alive = [], []
+
+    def read():
+        for image in kept:
+            alive.append(sum(each() is not None for each in seen))
+            image = image.clone()
+            seen.append(weakref.ref(image))
+            yield image
+            del image
+
+    one, other = (convert(copy.deepcopy(teacher), 'dct', keep_ratio=0.25) for _ in range(2))
+    assert solve(one, teacher, read()) == solve(other, teacher, kept)
+    assert max(alive) <= 1 and not any(each() is not None for each in seen)
+    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_model_that_lacks_nothing_stays_as_it_is():

@@ -15,7 +15,7 @@ Dimensions: N tokens, C channels, F inputs of a linear layer.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from vit_efficient.grid import PatchGrid
 from vit_efficient.models.blocks import OnGrid
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.modes import evaluating
@@ -47,10 +48,14 @@ class Solved(NamedTuple):
     after: float
 
 
-def check_solvable(student: nn.Module, teacher: nn.Module, images: int) -> None:
-    """Raises the errors of `solve` that are known before any image is read."""
-    if images < HELD_OUT:
-        raise UserError(f'heal.solve needs {HELD_OUT} images at least, got {images}')
+def check_images(count: int) -> None:
+    """Raises the error of `solve` that there are too few images."""
+    if count < HELD_OUT:
+        raise UserError(f'heal.solve needs {HELD_OUT} images at least, got {count}')
+
+
+def check_solvable(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises the errors of `solve` that its models have, whatever the images."""
     for block in (*student.blocks, *teacher.blocks):
         modules = dict(block.named_modules())
         if not hasattr(block, 'before_linear') or not all(isinstance(modules.get(name), nn.Linear) for name in LAYERS):
@@ -66,7 +71,7 @@ def check_solvable(student: nn.Module, teacher: nn.Module, images: int) -> None:
 def solve(
     student: nn.Module,
     teacher: nn.Module,
-    images: Sequence[Tensor],
+    images: Iterable[Tensor],
     ridge: float = RIDGE,
     after_block: Callable[[], None] | None = None,
     photographs: Sequence[int] | None = None,
@@ -75,23 +80,27 @@ def solve(
 
     Args:
         student, teacher: Models of ours of one architecture (`healing.on_grid`).
-        images: (channels, height, width) each, preprocessed, of sizes that both take.
+        images: (channels, height, width) each, preprocessed, of sizes that both take. They are read one by one, and not
+            kept: of each stay its tokens in student and teacher, N · C numbers each.
         ridge: In units of the mean square of an input of a layer.
         after_block: Called after each block.
-        photographs: The number of the photograph that each image is drawn from; by default each is from another. All of
-            every eighth photograph are held out; of fewer than eight, those of the last one.
+        photographs: The number of the photograph that each image is drawn from, looked at once the images are read; by
+            default each is from another. All of every eighth photograph are held out; of fewer than eight, those of
+            the last one.
 
     Raises:
         UserError: If there are fewer than eight images, fewer than two photographs, or blocks of a kind that is not
             served.
     """
-    check_solvable(student, teacher, len(images))
-    held = _held_out(range(len(images)) if photographs is None else photographs)
-    # Those before an image that are held out, too, or are not.
-    before_it = [held[:number].count(own) for number, own in enumerate(held)]
+    check_solvable(student, teacher)
     report = []
     with evaluating(student), evaluating(teacher):
-        streams = [_Stream(student, teacher, image) for image in images]
+        positions: dict[torch.Size, _Positions] = {}
+        streams = [_Stream(student, teacher, image, positions) for image in images]
+        check_images(len(streams))
+        held = _held_out(range(len(streams)) if photographs is None else photographs)
+        # Those before an image that are held out, too, or are not.
+        before_it = [held[:number].count(own) for number, own in enumerate(held)]
         for i, (ours, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
             for place, name in enumerate(LAYERS):
                 linear, scale = ours.get_submodule(name), ours.scales()[place]
@@ -99,12 +108,10 @@ def solve(
                 for number, stream in enumerate(streams):
                     stream.teach(theirs, i, place)
                     with _passing(ours, name):
-                        found, inputs = ours.before_linear(stream.x, stream.grid, stream.ours(i), place)
+                        found, inputs = stream.before_linear(ours, i, place)
                     system = held_out if held[number] else fitted
                     few = _counted(before_it[number], found.shape[1])
-                    system.add(inputs[:, few], (stream.target - found)[:, few], stream.target[:, few])
-                    if place and not ours.attn.of_block:
-                        stream.between = found
+                    system.add(inputs[:, few], (stream.taught - found)[:, few], stream.taught[:, few])
                 solution, before = fitted.solution(ridge), held_out.error()
                 after = held_out.error(solution)
                 if not math.isfinite(before):
@@ -135,32 +142,53 @@ def _counted(number: int, tokens: int) -> slice:
     return slice(number % step, None, step)
 
 
+class _Positions(NamedTuple):
+    """Of the tokens of images of one size, in student and teacher."""
+
+    grid: PatchGrid
+    ours: Any
+    theirs: Any
+
+
 class _Stream:
-    """The tokens (1, N, C) of an image on their way through student and teacher."""
+    """The tokens (1, N, C) of an image on their way through student (`x`) and teacher (`taught`).
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, image: Tensor):
-        weight = next(student.parameters())
-        self.x, self.grid, self.rope = student.embed(image[None].to(weight.device, weight.dtype))
-        self.taught, _, self.their_rope = teacher.embed(image[None].to(weight.device, weight.dtype))
-        self.target, self.mixed = self.taught, student.rope_mixed
-        self.between: Tensor | None = None  # after the attention of the block, where that is known
+    Args:
+        image: (channels, height, width); it is not kept.
+        positions: By size of images; what is not there yet is added.
+    """
 
-    def ours(self, i: int) -> Any:
-        """The positions of block i."""
-        return self.rope[i] if self.mixed else self.rope
+    def __init__(self, student: nn.Module, teacher: nn.Module, image: Tensor, positions: dict[torch.Size, _Positions]):
+        images = image[None].to(next(student.parameters()))
+        self.x, grid, ours = student.embed(images)
+        self.taught, _, theirs = teacher.embed(images)
+        self.positions = positions.setdefault(image.shape, _Positions(grid, ours, theirs))
+        self.mixed = student.rope_mixed
 
     def teach(self, block: OnGrid, i: int, place: int) -> None:
-        """The target is what the teacher has after the attention of block i (place 0), or then after its MLP (1)."""
-        start, rope = self.target if place else self.taught, self.their_rope[i] if self.mixed else self.their_rope
-        self.target = start + block.sublayers(self.grid, rope, None, False)[place](start)
+        """The teacher goes on to the end of the attention of block i (place 0), or then of its MLP (1)."""
+        add = block.sublayers(self.positions.grid, self._of_block(self.positions.theirs, i), None, False)[place]
+        self.taught = self.taught + add(self.taught)
+
+    def before_linear(self, block: OnGrid, i: int, place: int) -> tuple[Tensor, Tensor]:
+        """`before_linear` of block i of the student. Its tokens go on to those without what the layer adds, unless the
+        block works on fewer of them, and needs them as they are for both layers."""
+        positions = self.positions
+        found, inputs = block.before_linear(self.x, positions.grid, self._of_block(positions.ours, i), place)
+        if not block.attn.of_block:
+            self.x = found
+        return found, inputs
 
     def advance(self, block: OnGrid, i: int) -> None:
-        """Both are after block i."""
-        if self.between is None:
-            self.x = block(self.x, self.grid, self.ours(i))
+        """The student goes on to the end of block i."""
+        grid = self.positions.grid
+        if block.attn.of_block:
+            self.x = block(self.x, grid, self._of_block(self.positions.ours, i))
         else:
-            self.x = self.between + block.mlp_adds(self.between, self.grid)
-        self.taught, self.between = self.target, None
+            self.x = self.x + block.mlp_adds(self.x, grid)
+
+    def _of_block(self, rope: Any, i: int) -> Any:
+        return rope[i] if self.mixed else rope
 
 
 class _System:

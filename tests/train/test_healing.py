@@ -267,6 +267,7 @@ def test_least_squares_see_what_training_would_draw(folder, tmp_path, monkeypatc
     seen, numbers, solve = [], [], hook.solve
 
     def watched(ours, theirs, images, *rest):
+        images = list(images)
         seen.extend(images)
         numbers[:] = rest[-1]
         return solve(ours, theirs, images, *rest)

@@ -3,13 +3,15 @@
 import copy
 import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from vit_efficient.healing import SOLVED, converted_parts
-from vit_efficient.least_squares import check_solvable, solve
+from vit_efficient.least_squares import check_images, check_solvable, solve
 from vit_efficient.train import sharding
 from vit_efficient.train.evaluation import Evaluation, describe
 from vit_efficient.train.hooks import TrainingHook, register_hook
@@ -32,7 +34,8 @@ class Healing(TrainingHook):
         self.teacher = self.config.teacher or f'{model.name} of {model.init_from or "its pretrained weights"}'
         self.final: dict[str, Any] = {}
         if self.config.solve:
-            check_solvable(experiment.model.backbone, self.task.teacher.model, self.config.solve)
+            check_images(self.config.solve)
+            check_solvable(experiment.model.backbone, self.task.teacher.model)
 
     @classmethod
     def of(cls, experiment, options):
@@ -66,16 +69,24 @@ class Healing(TrainingHook):
 
     def _solve(self, trainer) -> None:
         """In all processes alike, on a copy, so that a stop changes nothing."""
-        state, start = trainer.state, time.perf_counter()
-        images, photographs = self._images(trainer, self.config.solve)
-        trainer.log.say(f'least squares over {len(images)} images')
+        state, start, count, photographs = trainer.state, time.perf_counter(), self.config.solve, []
+        trainer.log.say(f'least squares over {count} images')
         student = copy.deepcopy(state.whole(state.model, everywhere=True))
-        given = student.backbone, self.task.teacher.model, images, self.config.ridge, trainer.stop.check, photographs
-        solved = solve(*given)
+        images = self._images(trainer, count, photographs)
+        disable = None if trainer.experiment.team.is_first else True
+        with tqdm(desc='least squares', total=len(student.backbone.blocks), unit=' blocks', disable=disable) as bar:
+
+            def after_block() -> None:
+                bar.update()
+                trainer.stop.check()
+
+            solved = solve(
+                student.backbone, self.task.teacher.model, images, self.config.ridge, after_block, photographs
+            )
         for model in (state.model, state.average.module) if state.average else (state.model,):
             sharding.load_model_state(model, student.state_dict())
         state.progress.train_seconds += time.perf_counter() - start
-        self.memory['solved'], self.memory['images'] = [each._asdict() for each in solved], len(images)
+        self.memory['solved'], self.memory['images'] = [each._asdict() for each in solved], count
 
     def _save_solved(self, trainer) -> None:
         """For who finds that training has made it worse."""
@@ -85,17 +96,16 @@ class Healing(TrainingHook):
             with writing(trainer.folder.path / SOLVED, '; resume=auto begins with the first update'):
                 trainer.folder.save_model(experiment.task.product(model), experiment, SOLVED)
 
-    def _images(self, trainer, count: int) -> tuple[list[Tensor], list[int]]:
+    def _images(self, trainer, count: int, photographs: list[int]) -> Iterator[Tensor]:
         """Of the training set, evenly spread, and drawn as training would draw them, at data.img_size; more than there
-        are, drawn again. And the numbers of their photographs."""
+        are, drawn again. The numbers of their photographs are added to `photographs`."""
         samples = trainer.experiment.feed.samples_of_full_size(trainer.state.model)
-        images, photographs = [], []
         for epoch in itertools.count():
             for image, *_, photograph in samples.readable(len(samples) if epoch else count, epoch):
-                images.append(image)
                 photographs.append(photograph)
-                if len(images) == count:
-                    return images, photographs
+                yield image
+                if len(photographs) == count:
+                    return
 
     def end_stage(self, trainer, following, evaluation):
         self.memory['stages'] = [*self._before(trainer), self._of_stage(trainer, evaluation)]
