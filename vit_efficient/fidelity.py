@@ -15,6 +15,14 @@ from torch.nn import functional as F
 
 from vit_efficient.utils.errors import UserError
 
+NOTHING = 1e-6  # of a cosine, which rounding alone may take
+
+
+def given_back(swapped: float, healed: float) -> float | None:
+    """The share, in percent, of what a swap has taken from a cosine; None where that is nothing."""
+    lost = 1 - swapped
+    return 100 * (healed - swapped) / lost if lost >= NOTHING else None
+
 
 class Fidelity(NamedTuple):
     """What is kept of features, 1 where nothing changed.
@@ -101,6 +109,8 @@ def same_neighbours(reference: Tensor, tokens: Tensor, prefix: int, count: int =
     count = min(count, len(reference) - prefix - 1)
     if count < 1:
         return 1.0
+    if not tokens.isfinite().all():  # they have no order
+        return float('nan')
     nearest = []
     for each in (reference, tokens):
         patches = each[prefix:].float()

@@ -29,6 +29,7 @@ from vit_efficient.models.served import served_model
 from vit_efficient.utils.checks import is_integer
 from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.measurements import digest
+from vit_efficient.utils.options import write_options
 
 SOLVED = 'solved'  # what least squares give, before anything learns; in a run's folder the model that it is
 ALIGN, RECOVER, REFINE = KINDS = ('align', 'recover', 'refine')
@@ -155,6 +156,15 @@ def converted_parts(student: nn.Module, teacher: nn.Module) -> list[str]:
     return found
 
 
+def converted_layers(student: nn.Module, teacher: nn.Module) -> dict[str, list[int]]:
+    """The attentions that a student has in the place of its teacher's, with their options, and the blocks of each."""
+    found: dict[str, list[int]] = {}
+    for i, (ours, theirs) in enumerate(zip(student.attention_spec(), teacher.attention_spec(), strict=True)):
+        if ours != theirs:
+            found.setdefault(f'{ours[0]}: {write_options(ours[1])}', []).append(i)
+    return found
+
+
 def parts_of(model: nn.Module, i: int) -> list[str]:
     """The attentions of block i, by name; or the block, where it works on what its attention has kept."""
     block = model.blocks[i]
@@ -185,7 +195,7 @@ class Teacher:
             resized to the student's grid.
 
     Attributes:
-        digest: A hash of its weights.
+        digest: A hash of its weights, and of its attentions where they are not exact.
     """
 
     def __init__(self, model: nn.Module, size: Sequence[int] | None = None):
@@ -194,7 +204,8 @@ class Teacher:
         self.digest = self.current_digest()
 
     def current_digest(self) -> str:
-        return digest(self.model.state_dict().items())
+        converted = [each for each in self.model.attention_spec() if each[0] != 'full']
+        return digest([*([(str(converted), torch.empty(0))] if converted else []), *self.model.state_dict().items()])
 
     @torch.no_grad()
     def tokens(self, images: Tensor, layers: Sequence[int] = ()) -> list[Tensor]:

@@ -48,10 +48,15 @@ class Solved(NamedTuple):
     after: float
 
 
-def check_images(count: int) -> None:
-    """Raises the error of `solve` that there are too few images."""
+def check_images(count: int, photographs: int) -> None:
+    """Raises the errors of `solve` that there are too few images, or photographs that they are drawn from."""
     if count < HELD_OUT:
         raise UserError(f'heal.solve needs {HELD_OUT} images at least, got {count}')
+    if photographs < 2:
+        raise UserError(
+            'heal.solve needs two photographs at least, one to tell whether a layer is better, got '
+            f'{photographs}; give more, or set heal.solve=0'
+        )
 
 
 def check_solvable(student: nn.Module, teacher: nn.Module) -> None:
@@ -97,8 +102,9 @@ def solve(
     with evaluating(student), evaluating(teacher):
         positions: dict[torch.Size, _Positions] = {}
         streams = [_Stream(student, teacher, image, positions) for image in images]
-        check_images(len(streams))
-        held = _held_out(range(len(streams)) if photographs is None else photographs)
+        photographs = range(len(streams)) if photographs is None else photographs
+        check_images(len(streams), len(set(photographs)))
+        held = _held_out(photographs)
         # Those before an image that are held out, too, or are not.
         before_it = [held[:number].count(own) for number, own in enumerate(held)]
         for i, (ours, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
@@ -129,8 +135,6 @@ def solve(
 def _held_out(photographs: Sequence[int]) -> list[bool]:
     """Of each image whether its photograph is held out."""
     ranks = {photograph: rank for rank, photograph in enumerate(sorted(set(photographs)))}
-    if len(ranks) < 2:
-        raise UserError('heal.solve needs two photographs at least, one to tell whether a layer is better, got 1')
     every = min(HELD_OUT, len(ranks))
     return [ranks[photograph] % every == every - 1 for photograph in photographs]
 

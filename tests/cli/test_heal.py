@@ -120,6 +120,32 @@ def test_a_recipe_runs_as_by_train(here, capsys):
     assert load_recipe('run/recipe.yaml').task == 'features'
 
 
+def test_some_layers_are_healed(here):
+    command = ['heal', 'model', '--images', 'images', '--attention', 'dct:keep_ratio=1/4,layers=[-1]', *SHORT]
+    assert main([*command, '--img-size', '48', '--out', 'run']) == 0
+    assert [name for name, _ in load_model('run').attention_spec()] == ['full', 'dct']
+    assert load_recipe('run/recipe.yaml').model.layers == [-1]
+
+
+def test_least_squares_alone_need_no_batch(here, capsys):
+    """Of images in a list that begins with a byte order mark."""
+    names = [path.as_posix() for path in sorted((here / 'images').rglob('*.png'))][:10]
+    (here / 'list.txt').write_text('\n'.join(names), encoding='utf-8-sig')
+    command = ['heal', 'model', '--images', 'list.txt', '--attention', 'dct:keep_ratio=1/4', '--img-size', '48']
+    keys = [*SHORT[3:4], *SHORT[6:], 'sched.epochs=0', 'stages=[]', 'data.schedule=[]', 'data.batch_size=64']
+    assert main([*command, '--out', 'run', *keys]) == 0
+    assert '| solved ' in capsys.readouterr().out
+
+
+def test_a_folder_does_not_hide_an_attention(here, capsys):
+    (here / 'pool').mkdir()
+    table = ['table', 'fidelity', 'model', '--images', 'images', '--img-size', '48', '--no-times', '--format', 'json']
+    assert main([*table, '--attention', 'pool']) == 0
+    assert json.loads(capsys.readouterr().out)[1]['attention'] == 'pool'
+    assert main([*table, '--attention', './pool']) == 2
+    assert 'pool: not a model folder' in capsys.readouterr().err
+
+
 def test_the_size_is_that_of_the_model(here):
     options = dict(embed_dim=24, depth=1, num_heads=2, num_classes=0, patch_size=8, img_size=(96, 128))
     save_model(timm.create_model('vit_small_patch16_224', **options), here / 'wide')
@@ -142,6 +168,7 @@ def test_the_size_is_that_of_the_model(here):
             'model --images images --attention dct --img-size 50',
             '50 is not a multiple of the patch size 8; use 48 or 56',
         ),
+        ('model --images images --attention dct --out ./model', '--out model is the model that is to be healed'),
         ('model --images nowhere --attention dct', 'nowhere: no such folder of images'),
         ('model --images images --attention dct:keep_ratio=1/4 --keep-ratio 1/2', 'which says it already'),
         ('vit_full_tiny --images images --attention dct', 'timm has no pretrained weights of it'),

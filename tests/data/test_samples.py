@@ -287,7 +287,7 @@ def test_odd_images_are_images(odd, name, transform):
 def test_what_cannot_be_read_is_named_under_each_policy(odd, name):
     (index,) = indices_of(odd, [name])
     reason = f'{odd.root}/c1/{name}: not a readable image'
-    with pytest.raises(ValueError, match=rf'^{reason} \(.*\); on_error=skip goes on without it$'):
+    with pytest.raises(ValueError, match=rf'^{reason} \(.*\); data.on_error=skip goes on without it$'):
         samples_of(odd)[0, index]
     found = samples_of(odd, on_error='skip')[0, index]
     assert found.index == index

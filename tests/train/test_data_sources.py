@@ -182,7 +182,7 @@ def test_odd_files_under_each_policy(odd, tmp_path, source, on_error):
     config.data.on_error = on_error
     if on_error == 'error':
         with pytest.raises(
-            ValueError, match=r'not a readable image \(.*\); on_error=skip goes on without it$'
+            ValueError, match=r'not a readable image \(.*\); data.on_error=skip goes on without it$'
         ) as error:
             train(config)
         assert '\n' not in str(error.value)

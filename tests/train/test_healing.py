@@ -1,6 +1,8 @@
 """Healing as training: stages, resumption, processes, what is saved and told, and what is refused."""
 
+import copy
 import json
+import math
 import os
 import shlex
 import shutil
@@ -24,7 +26,8 @@ from vit_efficient.data.sources.unlabelled import UnlabelledImages
 from vit_efficient.healing import Teacher, tokens_after
 from vit_efficient.models import load_model
 from vit_efficient.report.curves import plot_curves
-from vit_efficient.train import Config, Interrupted, healing, train, trainer
+from vit_efficient.report.healing import healing_table
+from vit_efficient.train import Config, Interrupted, healing, run_folder, train, trainer
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import (
     EmaConfig,
@@ -34,7 +37,9 @@ from vit_efficient.train.config import (
     SchedConfig,
     StageConfig,
 )
+from vit_efficient.train.hooks import healing as hook
 from vit_efficient.train.recipe import load_recipe, to_yaml
+from vit_efficient.train.run_folder import RunFolder
 from vit_efficient.utils.errors import UserError
 
 STAGES = [
@@ -128,8 +133,17 @@ def test_training_that_makes_it_worse_is_told(folder, tmp_path, caplog):
         assert (refined['centred_cosine'] < solved['centred_cosine']) == worse == bool(told)
     (line,) = told
     before = f'centred cosine {solved["centred_cosine"]:.4f}'
-    assert line.startswith(f'solved was nearer to the teacher than refined: {before}')
+    assert line.startswith(f'solved after 12 images was nearer to the teacher than refined after 36: {before}')
     assert line.endswith(f'it is in {tmp_path}/0.3/solved')
+
+    caplog.clear()
+    config = recipe(folder, tmp_path / 'nan', heal=HealConfig(solve=12), on_nonfinite='skip', **options)
+    config.optim.lr = 1e12
+    with caplog.at_level('INFO'):
+        refined = train(config)['healing'][-1]
+    assert math.isnan(refined['centred_cosine']) and math.isnan(refined['neighbours'])
+    (line,) = [line for line in caplog.messages if 'nearer to the teacher' in line]
+    assert line.endswith(f', now nan; it is in {tmp_path}/nan/solved')
 
 
 def test_least_squares_alone_are_a_run(folder, tmp_path, monkeypatch):
@@ -223,6 +237,96 @@ def _stop_at(patch, update):
     patch.setattr(Trainer, 'update', updating)
 
 
+@pytest.mark.parametrize('place', ['load', 'folder', 'save'])
+def test_a_stop_does_not_cut_least_squares_in_two(folder, tmp_path, monkeypatch, place):
+    """A signal while their weights are being loaded, or saved, which then goes on or is done again."""
+    options = {'heal': HealConfig(solve=8), 'ema': EmaConfig(0.9)}
+    train(recipe(folder, tmp_path / 'whole', **options))
+    name = 'load_model_state' if place == 'load' else 'save_model'
+    where = {'load': hook.sharding, 'folder': RunFolder, 'save': run_folder}[place]
+    function = getattr(where, name)
+
+    def stopped(*args, **kwargs):
+        monkeypatch.setattr(where, name, function)
+        if place == 'folder':  # before anything is written
+            os.kill(os.getpid(), signal.SIGTERM)
+        function(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(where, name, stopped)
+    with pytest.raises(Interrupted):
+        train(recipe(folder, tmp_path / 'killed', **options))
+    result = train(recipe(folder, tmp_path / 'killed', **options, resume='auto'))
+    assert_same_run(tmp_path / 'whole', tmp_path / 'killed')
+    assert [line['features'] for line in result['healing']][1:3] == ['solved', 'aligned']
+    for saved in ('model', 'solved'):
+        ours, theirs = (load_file(tmp_path / each / saved / 'model.safetensors') for each in ('whole', 'killed'))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_least_squares_are_kept_where_their_model_cannot_be_saved(folder, tmp_path, monkeypatch):
+    config = recipe(folder, tmp_path / 'run', heal=HealConfig(solve=8), resume='auto')
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/solved').write_text('')
+    with pytest.raises(UserError, match='solved: cannot be written: .*; resume=auto saves it, and goes on with'):
+        train(config)
+    (tmp_path / 'run/solved').unlink()
+    monkeypatch.setattr(hook, 'solve', fail)  # it is not done again
+    assert len(train(config)['healing']) == 5 and (tmp_path / 'run/solved/model.safetensors').exists()
+
+
+def test_what_was_swapped_since_is_not_compared(folder, tmp_path, caplog):
+    """Other options of the same layers, too."""
+    stages = [
+        StageConfig(1, heal='recover', warmup_epochs=0),
+        StageConfig(1, heal='recover', warmup_epochs=0, attention='dct', attention_kwargs={'keep_ratio': 0.05}),
+    ]
+    config = recipe(folder, tmp_path / 'run', stages=stages, **{'sched.epochs': 2, 'data.schedule': []})
+    config.sched.warmup_epochs, config.optim.lr, config.model.attention_kwargs = 0, 1e-9, {'keep_ratio': 0.75}
+    with caplog.at_level('INFO'):
+        result = train(config)
+    assert [len(line['converted']) for line in result['healing']] == [1, 1, 1]
+    assert result['healing'][1]['converted'] != result['healing'][2]['converted']
+    assert result['healing'][1]['centred_cosine'] > result['healing'][2]['centred_cosine']
+    assert not any('nearer to the teacher' in line for line in caplog.messages)
+    assert [row['given_back'] is None for row in healing_table(result).rows] == [True, True, False, True]
+
+
+def test_images_that_least_squares_cannot_read_are_named(folder, tmp_path, caplog):
+    broken = shutil.copytree(folder / 'train', tmp_path / 'broken')
+    for path in sorted(broken.rglob('*.png'))[:3]:
+        path.write_bytes(b'')
+    alone = {'stages': [], 'data.schedule': [], 'sched.epochs': 0, 'sched.warmup_epochs': 0}
+    config = recipe(folder, tmp_path / 'run', heal=HealConfig(solve=30), **alone, **{'data.on_error': 'skip'})
+    config.data.train = str(broken)
+    with caplog.at_level('INFO'):
+        result = train(config)
+    assert sum(line.startswith('skipped, training: ') for line in caplog.messages) == result['train_skipped'] == 3
+    assert len((tmp_path / 'run/skipped.txt').read_text().splitlines()) == 3
+
+
+def test_what_least_squares_cannot_have_is_told_before(folder, tmp_path):
+    config = recipe(folder, tmp_path / 'run', heal=HealConfig(solve=8, teacher=str(tmp_path / 'nowhere')))
+    with pytest.raises(UserError, match='^heal.teacher=.*/nowhere: .*: no such model folder'):
+        train(config)
+    (tmp_path / 'one').mkdir()
+    shutil.copy(next((folder / 'train').rglob('*.png')), tmp_path / 'one')
+    alone = {'stages': [], 'data.schedule': [], 'sched.epochs': 0, 'sched.warmup_epochs': 0}
+    config = recipe(
+        folder, tmp_path / 'run', heal=HealConfig(solve=8), **alone, **{'data.train': str(tmp_path / 'one')}
+    )
+    with pytest.raises(UserError, match='heal.solve needs two photographs at least, .*, got 1; give more, or set'):
+        train(config)
+
+
+def test_a_teacher_is_known_by_its_attentions_too():
+    model = timm.create_model('vit_tiny_patch16_224', **TINY)
+    exact = Teacher(copy.deepcopy(model))
+    assert Teacher(copy.deepcopy(model)).digest == Teacher(convert(copy.deepcopy(model), 'full')).digest == exact.digest
+    swapped = [Teacher(convert(copy.deepcopy(model), 'pool', keep_ratio=ratio)).digest for ratio in (0.25, 0.5)]
+    assert len({exact.digest, *swapped}) == 3
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 def test_two_processes_compute_what_one_does(folder, tmp_path, parallel):
@@ -262,8 +366,6 @@ def test_low_rank_updates_are_merged_when_saved(folder, tmp_path):
 
 def test_least_squares_see_what_training_would_draw(folder, tmp_path, monkeypatch):
     """Training images, of the final size, more than there are drawn again; not those of validation."""
-    from vit_efficient.train.hooks import healing as hook
-
     seen, numbers, solve = [], [], hook.solve
 
     def watched(ours, theirs, images, *rest):
@@ -455,7 +557,7 @@ def test_a_teacher_that_has_changed_is_another_run(folder, tmp_path):
     changed.norm.bias.data += 1
     save_model(changed, tmp_path / 'pretrained')
     config.resume = 'auto'
-    with pytest.raises(UserError, match='pretrained has other weights than when the run began'):
+    with pytest.raises(UserError, match='pretrained has other weights, or attentions, than when'):
         train(config)
 
 

@@ -59,7 +59,7 @@ def test_a_run_ends_at_such_a_file_unless_the_recipe_says_otherwise(data, tmp_pa
     assert output.out == ''
     last = output.err.splitlines()[-1]
     assert f'{data}/train/c1/' in last and 'not a readable image' in last
-    assert last.endswith('; on_error=skip goes on without it')
+    assert last.endswith('; data.on_error=skip goes on without it')
     # The same run may go on without it.
     assert main(['train', str(path), 'resume=auto', 'data.on_error=skip']) == 0
     train(recipe(data, tmp_path / 'whole'))

@@ -157,7 +157,7 @@ class Samples(Dataset):
             damaged = not isinstance(error, _NO_DAMAGE) and getattr(error, 'errno', None) not in EXHAUSTED
             if self.on_error == 'skip' and damaged:
                 return Unreadable(index, f'{where}: {what}')
-            way_out = '; on_error=skip goes on without it' if damaged else ''
+            way_out = '; data.on_error=skip goes on without it' if damaged else ''
             raise UserError(f'{where}: {what}{way_out}') from error
         try:
             truth = [self._label(label)]
@@ -227,22 +227,24 @@ class Samples(Dataset):
         """Images (…, C, H, W) as the model takes them: normalised, where they are uint8."""
         return self.transform.normalize(images) if self._normalizes_later else images
 
-    def readable(self, count: int, epoch: int = 0) -> Iterator[tuple[Any, ...]]:
-        """So many samples (at most all), normalised and evenly spread over the set, as in an epoch, less skipped ones.
+    def readable(self, count: int, epoch: int = 0, skipped: dict[int, str] | None = None) -> Iterator[tuple[Any, ...]]:
+        """So many samples (at most all), normalised and evenly spread over the set, as in an epoch, less skipped ones,
+        whose reasons are added to `skipped` by their index.
 
         Raises:
             UserError: If a sample does not fit, or all would be skipped.
         """
-        count = min(count, len(self))
-        skipped = []
+        count, reasons = min(count, len(self)), {}
         for i in range(count):
             item = self[epoch, i * len(self) // count]
             if isinstance(item, Unreadable):
-                skipped.append(item.reason)
+                reasons[item.index] = item.reason
+                if skipped is not None:
+                    skipped[item.index] = item.reason
             else:
                 yield self.normalize(item[0]), *item[1:]
-        if skipped and len(skipped) == count:
-            raise UserError(f'none of {count} samples can be read; the first one: {skipped[0]}')
+        if reasons and len(reasons) == count:
+            raise UserError(f'none of {count} samples can be read; the first one: {next(iter(reasons.values()))}')
 
     def spread(self, count: int) -> torch.Tensor:
         """The images of `readable(count)`: (count, C, H, W), or fewer."""

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit_efficient.attention import list_attentions
 from vit_efficient.conversion import convert, sharing_weights
 from vit_efficient.data.squares import Photograph, find_photographs, large_enough
-from vit_efficient.fidelity import Fidelity, fidelity, final_tokens, same_neighbours
+from vit_efficient.fidelity import Fidelity, fidelity, final_tokens, given_back, same_neighbours
 from vit_efficient.flops import count_flops
 from vit_efficient.models.create import parse_layers
 from vit_efficient.models.forward import kept_tokens
@@ -88,7 +89,7 @@ def read_attentions(texts: Sequence[str]) -> list[Wanted]:
 
 
 def _wanted(text: str) -> Wanted:
-    if Path(text).is_dir():
+    if Path(text).is_dir() and text not in list_attentions():  # ./NAME is a folder of such a name
         return Wanted(text, text, '', {}, text)
     name, options = parse_spec(text)
     if 'layers' in options:
@@ -271,8 +272,8 @@ class _AtSize:
         swapped = {self._spec(row['attention']): row['centred'] for row in rows if row['attention'] not in self.own}
         for row in rows:
             before = swapped.get(self._spec(row['attention']))
-            if row['attention'] in self.own and before is not None and before < 1:
-                row['given_back'] = 100 * (row['centred'] - before) / (1 - before)
+            if row['attention'] in self.own and before is not None:
+                row['given_back'] = given_back(before, row['centred'])
 
 
 def _is_older(cell: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vit_efficient.conversion import convert
 from vit_efficient.data.files.images import read_image, to_array
 from vit_efficient.data.preprocessing import EvalTransform
-from vit_efficient.fidelity import final_tokens
+from vit_efficient.fidelity import final_tokens, given_back
 from vit_efficient.healing import SOLVED, on_grid
 from vit_efficient.report.evaluation import open_model
 from vit_efficient.report.plot import show_image
@@ -24,8 +24,6 @@ from vit_efficient.utils.errors import UserError
 from vit_efficient.utils.files import save_figure
 from vit_efficient.utils.options import parse_spec
 from vit_efficient.utils.packages import needing
-
-NOTHING = 1e-6  # of a cosine, which rounding alone may take
 
 
 def healing_table(result: Mapping[str, Any]) -> Table:
@@ -96,11 +94,10 @@ def _reached(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _given_back(swapped: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
-    """The share of what a swap has cost, in percent; None where it costs nothing, or more was swapped since."""
-    lost = 1 - swapped['centred_cosine']
-    if lost < NOTHING or line.get('converted') != swapped.get('converted'):
+    """Of the centred cosine, in percent; None where the swap costs nothing, or something else was swapped since."""
+    if line.get('converted') != swapped.get('converted'):
         return None
-    return 100 * (line['centred_cosine'] - swapped['centred_cosine']) / lost
+    return given_back(swapped['centred_cosine'], line['centred_cosine'])
 
 
 def blocks_table(result: Mapping[str, Any]) -> Table:

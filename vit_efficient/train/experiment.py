@@ -168,7 +168,7 @@ class Experiment:
             task = Task.of(config.task, model, preprocessing, classes, config.loss.patch_weight, of_pixels)
         feed = Feed(config, team, train_set, val_set, model, preprocessing, task, labels)
         experiment = cls(config, team, classes, model, preprocessing, task, feed, list_stages(config))
-        if not experiment.updates_per_epoch:
+        if config.sched.epochs and not experiment.updates_per_epoch:
             raise UserError(
                 f'an update takes {experiment.images_per_update} images ({IMAGES_PER_UPDATE}), the training set has '
                 f'{len(train_set)}; make data.batch_size={keys.batch_size} smaller'

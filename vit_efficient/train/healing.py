@@ -128,7 +128,11 @@ def create_student(config: Config) -> tuple[Student, Teacher]:
     student = Student(create_backbone(config), keys.blocks)
     if keys.teacher:
         given = {name: value for name, value in config.model.args.items() if name in _OF_SIZE}
-        teacher = Teacher(load_model(keys.teacher, **given), keys.teacher_size)
+        try:
+            loaded = load_model(keys.teacher, **given)
+        except UserError as error:
+            raise UserError(f'heal.teacher={keys.teacher}: {error}') from error
+        teacher = Teacher(loaded, keys.teacher_size)
     else:
         try:
             as_it_was = create_backbone(replace(config, model=_unconverted(config.model)))

@@ -1,6 +1,7 @@
 """The recipe by which a model is healed of which only the essentials are said."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import timm
 import torch
 
-from vit_efficient.models.create import create_from_spec
+from vit_efficient.models.create import create_from_spec, parse_layers
 from vit_efficient.models.inputs import image_size
 from vit_efficient.models.plans import is_plan
 from vit_efficient.models.saving import model_folder, read_model_config
@@ -58,6 +59,7 @@ def recipe_of_model(
             'and set data.train, data.val, data.args={} and data.val_args={}'
         )
     name, options = (attention, {}) if is_plan(attention) else parse_spec(attention)
+    layers = parse_layers(options.pop('layers', None))
     if keep_ratio is not None:
         if is_plan(attention) or 'keep_ratio' in options:
             raise UserError(f'--keep-ratio={keep_ratio} beside --attention {attention}, which says it already')
@@ -69,9 +71,11 @@ def recipe_of_model(
     if not patch:
         raise UserError(f'{model}: a {type(built).__name__} has no one grid of patches, and cannot be healed')
     size = list(image_size(built) or (224, 224)) if img_size is None else [as_integer('--img-size', img_size)] * 2
-    if img_size is not None and img_size % patch[0]:
-        instead = multiples_around(img_size, patch[0])
-        raise UserError(f'--img-size={img_size} is not a multiple of the patch size {patch[0]}; use {instead}')
+    step = math.lcm(*patch)
+    if img_size is not None and img_size % step:
+        of = step if patch[0] == patch[1] else f'{patch[0]} × {patch[1]}'
+        instead = multiples_around(img_size, step)
+        raise UserError(f'--img-size={img_size} is not a multiple of the patch size {of}; use {instead}')
     any_size = hasattr(built, 'dynamic_img_size')
     small = [max(8, round(SMALL * side / of)) * of for side, of in zip(size, patch, strict=True)]
     args = {'img_size': size if len({*size}) > 1 else size[0], **({'dynamic_img_size': True} if any_size else {})}
@@ -80,6 +84,7 @@ def recipe_of_model(
         'model.args': args if source else {**args, 'pretrained': True},
         'model.attention': name,
         'model.attention_kwargs': options,
+        **({} if layers is None else {'model.layers': layers}),
         'data.train': images,
         'data.val': images,
         'data.img_size': size,
@@ -93,7 +98,10 @@ def recipe_of_model(
     if any_size and later and all(a < b for a, b in zip(small, size, strict=True)):
         sizes = [{'epoch': 0, 'img_size': small}, {'epoch': later, 'img_size': size}]
         texts.append(f'data.schedule={json.dumps(sizes)}')
-    return load_recipe(template, [*texts, *overrides])
+    config = load_recipe(template, [*texts, *overrides])
+    if source and Path(config.output).resolve() == Path(source).resolve():
+        raise UserError(f'--out {config.output} is the model that is to be healed; give the run a folder of its own')
+    return config
 
 
 def _source(model: str) -> tuple[str, dict[str, Any], str]:

@@ -33,8 +33,10 @@ class Stage:
             convert(model, self.config.attention, self.config.layers, **self.config.attention_kwargs)
 
     def __str__(self) -> str:
-        """What begins with it, such as 'treeformer_tc in layers -2 -1'."""
-        begins = ['truncations frozen'] if self.config.freeze else []
+        """What begins with it, such as 'treeformer_tc in layers -2 -1', or 'refine'."""
+        begins = [self.config.heal] if self.config.heal else []
+        if self.config.freeze:
+            begins.append('truncations frozen')
         if self.config.prune is not None:
             begins.append(f'{self.config.prune:g} of the weights left pruned ({self.config.prune_method})')
         if self.config.attention:

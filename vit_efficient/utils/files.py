@@ -122,8 +122,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """What `write_text` has written."""
-    return Path(path).read_bytes().decode(errors='surrogateescape')
+    """What `write_text` has written, or a user, whose editor may begin with a byte order mark."""
+    return Path(path).read_bytes().decode('utf-8-sig', errors='surrogateescape')
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -32,7 +32,8 @@ def between(least: float, most: float) -> Range:
 
 
 def one_of(*values: str) -> Range:
-    return Range(f'{", ".join(values[:-1])} or {values[-1]}', lambda value: value in values)
+    shown = [value or "''" for value in values]
+    return Range(f'{", ".join(shown[:-1])} or {shown[-1]}', lambda value: value in values)
 
 
 def key(

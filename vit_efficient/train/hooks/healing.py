@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,7 +11,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from vit_efficient.healing import SOLVED, converted_parts
+from vit_efficient.fidelity import NOTHING
+from vit_efficient.healing import SOLVED, converted_layers
 from vit_efficient.least_squares import check_images, check_solvable, solve
 from vit_efficient.train import sharding
 from vit_efficient.train.evaluation import Evaluation, describe
@@ -34,7 +36,7 @@ class Healing(TrainingHook):
         self.teacher = self.config.teacher or f'{model.name} of {model.init_from or "its pretrained weights"}'
         self.final: dict[str, Any] = {}
         if self.config.solve:
-            check_images(self.config.solve)
+            check_images(self.config.solve, len(experiment.feed.train_samples))
             check_solvable(experiment.model.backbone, self.task.teacher.model)
 
     @classmethod
@@ -45,8 +47,8 @@ class Healing(TrainingHook):
         digest = self.task.teacher.digest
         if self.memory.setdefault('teacher_digest', digest) != digest:
             raise UserError(
-                f'heal.teacher: {self.teacher} has other weights than when the run began; put back what they were, or '
-                'start another run with output=…'
+                f'heal.teacher: {self.teacher} has other weights, or attentions, than when the run began; put back '
+                'what they were, or start another run with output=…'
             )
         lines = self.memory.setdefault('stages', [])
         if trainer.state.progress.updates:
@@ -57,10 +59,12 @@ class Healing(TrainingHook):
         if self.config.solve and len(lines) == 1:
             if 'solved' not in self.memory:
                 self._solve(trainer)
+                trainer.save()
             if self.trains:  # else it is what the run ends with
-                lines.append(self._measured(SOLVED, trainer))
+                line = self._measured(SOLVED, trainer)
                 self._save_solved(trainer)
-            trainer.save()
+                lines.append(line)  # once it is saved: who is stopped before saves it again
+                trainer.save()
 
     def _measured(self, name: str, trainer) -> dict[str, Any]:
         evaluation = trainer.measure(trainer.state.evaluated)
@@ -83,28 +87,31 @@ class Healing(TrainingHook):
             solved = solve(
                 student.backbone, self.task.teacher.model, images, self.config.ridge, after_block, photographs
             )
-        for model in (state.model, state.average.module) if state.average else (state.model,):
-            sharding.load_model_state(model, student.state_dict())
-        state.progress.train_seconds += time.perf_counter() - start
-        self.memory['solved'], self.memory['images'] = [each._asdict() for each in solved], count
+        with trainer.stop.held():
+            for model in (state.model, state.average.module) if state.average else (state.model,):
+                sharding.load_model_state(model, student.state_dict())
+            state.progress.train_seconds += time.perf_counter() - start
+            self.memory['solved'], self.memory['images'] = [each._asdict() for each in solved], count
 
     def _save_solved(self, trainer) -> None:
         """For who finds that training has made it worse."""
         state, experiment = trainer.state, trainer.experiment
         model = state.whole(state.evaluated)
         if experiment.team.is_first:
-            with writing(trainer.folder.path / SOLVED, '; resume=auto begins with the first update'):
+            with writing(trainer.folder.path / SOLVED, '; resume=auto saves it, and goes on with the first update'):
                 trainer.folder.save_model(experiment.task.product(model), experiment, SOLVED)
 
     def _images(self, trainer, count: int, photographs: list[int]) -> Iterator[Tensor]:
         """Of the training set, evenly spread, and drawn as training would draw them, at data.img_size; more than there
         are, drawn again. The numbers of their photographs are added to `photographs`."""
-        samples = trainer.experiment.feed.samples_of_full_size(trainer.state.model)
+        samples, skipped = trainer.experiment.feed.samples_of_full_size(trainer.state.model), {}
         for epoch in itertools.count():
-            for image, *_, photograph in samples.readable(len(samples) if epoch else count, epoch):
+            for image, *_, photograph in samples.readable(len(samples) if epoch else count, epoch, skipped):
                 photographs.append(photograph)
                 yield image
                 if len(photographs) == count:
+                    trainer.log.name_skipped('training', skipped)
+                    trainer.state.progress.skipped.update(skipped)
                     return
 
     def end_stage(self, trainer, following, evaluation):
@@ -122,14 +129,20 @@ class Healing(TrainingHook):
 
     def _tell_if_worse(self, trainer) -> None:
         """Tells of what was nearer to the teacher before the end, with as many layers converted."""
+        found = self.final['centred_cosine']
         alike = [line for line in self.memory['stages'] if line.get('converted') == self.final['converted']]
-        best = max([*alike, self.final], key=lambda line: line['centred_cosine'])
-        if best['centred_cosine'] > self.final['centred_cosine']:
-            saved = best['features'] == SOLVED
+        best = max(alike, key=lambda line: line['centred_cosine'], default=self.final)
+        if best['centred_cosine'] - NOTHING > found or math.isnan(found):
+            if best['features'] == SOLVED:
+                way_out = f'it is in {trainer.folder.path / SOLVED}'
+            elif self.trains:
+                way_out = 'a lower optim.lr or fewer epochs may help'
+            else:
+                way_out = 'more images (heal.solve) or a larger heal.ridge may help'
             trainer.log.say(
-                f'{best["features"]} was nearer to the teacher than {self.final["features"]}: centred cosine '
-                f'{best["centred_cosine"]:.4f}, now {self.final["centred_cosine"]:.4f}; '
-                + (f'it is in {trainer.folder.path / SOLVED}' if saved else 'a lower optim.lr or fewer epochs may help')
+                f'{best["features"]} after {best["images"]:,} images was nearer to the teacher than '
+                f'{self.final["features"]} after {self.final["images"]:,}: centred cosine '
+                f'{best["centred_cosine"]:.4f}, now {found:.4f}; {way_out}'
             )
 
     def about_model(self):
@@ -156,7 +169,7 @@ class Healing(TrainingHook):
             'features': name,
             'images': progress.updates * self.images + self.memory.get('images', 0),
             'hours': progress.train_seconds / 3600,
-            'converted': len(converted_parts(trainer.state.model.backbone, self.task.teacher.model)),
+            'converted': converted_layers(trainer.state.model.backbone, self.task.teacher.model),
             'loss': evaluation.loss,
             **evaluation.accuracies,
             'after_blocks': evaluation.after_blocks,
