@@ -26,7 +26,7 @@ from vit_efficient.data.sources.unlabelled import UnlabelledImages
 from vit_efficient.healing import Teacher, tokens_after
 from vit_efficient.models import load_model
 from vit_efficient.report.curves import plot_curves
-from vit_efficient.report.healing import healing_table
+from vit_efficient.report.healing import healed_table, healing_table
 from vit_efficient.train import Config, Interrupted, healing, run_folder, train, trainer
 from vit_efficient.train.checkpoint import load_checkpoint
 from vit_efficient.train.config import (
@@ -140,10 +140,16 @@ def test_training_that_makes_it_worse_is_told(folder, tmp_path, caplog):
     config = recipe(folder, tmp_path / 'nan', heal=HealConfig(solve=12), on_nonfinite='skip', **options)
     config.optim.lr = 1e12
     with caplog.at_level('INFO'):
-        refined = train(config)['healing'][-1]
+        *_, refined_from, refined = train(config)['healing']
     assert math.isnan(refined['centred_cosine']) and math.isnan(refined['neighbours'])
     (line,) = [line for line in caplog.messages if 'nearer to the teacher' in line]
     assert line.endswith(f', now nan; it is in {tmp_path}/nan/solved')
+    # JSON has no NaN.
+    written = (tmp_path / 'nan/result.json').read_text(encoding='utf-8')
+    lines = json.loads(written, parse_constant=pytest.fail)['healing']
+    assert lines[-1]['centred_cosine'] is None and lines[-2]['centred_cosine'] == refined_from['centred_cosine']
+    (row,) = healed_table([tmp_path / 'nan']).rows
+    assert row['centred_cosine'] is None is row['given_back'] and row['solved'] == refined_from['centred_cosine']
 
 
 def test_least_squares_alone_are_a_run(folder, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 
 import pytest
@@ -92,3 +93,10 @@ def test_without_locks_a_file_is_always_given(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.fcntl, 'lockf', without)
     assert lock(tmp_path / '.lock')
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path):
+    value = {'loss': math.nan, 'best': {'step': 3, 'values': [1.5, -math.inf]}, 'name': 'nan', 'done': True}
+    write_json(tmp_path / 'a.json', value)
+    read = json.loads(read_text(tmp_path / 'a.json'), parse_constant=pytest.fail)
+    assert read == {'loss': None, 'best': {'step': 3, 'values': [1.5, None]}, 'name': 'nan', 'done': True}

@@ -84,20 +84,20 @@ def healed_table(runs: Sequence[str | Path]) -> Table:
 
 def _reached(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     first, last = lines[0], lines[-1]
-    found = {key: last[key] for key in ('images', 'hours', *COSINES) if last.get(key) is not None}
-    found['swapped'] = first['centred_cosine']
-    if (given_back := _given_back(first, last)) is not None:
-        found['given_back'] = given_back
+    found = {key: last.get(key) for key in ('images', 'hours', *COSINES)}
+    found |= {'swapped': first['centred_cosine'], 'given_back': _given_back(first, last)}
     if lines[1]['features'] == SOLVED:
         found['solved'] = lines[1]['centred_cosine']
-    return found
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _given_back(swapped: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
-    """Of the centred cosine, in percent; None where the swap costs nothing, or something else was swapped since."""
-    if line.get('converted') != swapped.get('converted'):
+    """Of the centred cosine, in percent; None where the swap costs nothing, something else was swapped since, or one of
+    the two is not finite."""
+    values = swapped['centred_cosine'], line['centred_cosine']
+    if line.get('converted') != swapped.get('converted') or None in values:
         return None
-    return given_back(swapped['centred_cosine'], line['centred_cosine'])
+    return given_back(*values)
 
 
 def blocks_table(result: Mapping[str, Any]) -> Table:

@@ -19,7 +19,7 @@ from vit_efficient.train.experiment import Experiment
 from vit_efficient.train.hooks import plain
 from vit_efficient.train.state import Progress, TrainState
 from vit_efficient.utils.errors import UserError
-from vit_efficient.utils.files import write_text, writing
+from vit_efficient.utils.files import as_json, write_text, writing
 from vit_efficient.utils.packages import needing
 
 with needing('train', 'training is logged by'):
@@ -66,8 +66,7 @@ class MetricsLog(SilentLog):
 
     def write(self, kind: str, epoch: int, step: int, values: dict[str, float]) -> None:
         with writing(Path(self.file.name)):
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self.append(json.dumps({'kind': kind, 'epoch': epoch, 'step': step, **finite}))
+            self.append(json.dumps(as_json({'kind': kind, 'epoch': epoch, 'step': step, **values})))
             for name, value in values.items():
                 self.board.add_scalar(f'{kind}/{name}', value, step)
 

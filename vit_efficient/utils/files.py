@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import os
 import re
 import tempfile
@@ -126,9 +127,18 @@ def read_text(path: str | Path) -> str:
     return Path(path).read_bytes().decode('utf-8-sig', errors='surrogateescape')
 
 
+def as_json(value: Any) -> Any:
+    """A value of dictionaries, lists and numbers, with None for each number that is not finite, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: as_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + '\n'
+    """Writes a value as JSON, atomically. Numbers that are not finite, which JSON lacks, are null."""
+    text = json.dumps(as_json(value), indent=2, ensure_ascii=False) + '\n'
     write_bytes(path, text.encode(errors='backslashreplace'))  # JSON has an escape for each surrogate, such as \udce9
 
 
